@@ -1,0 +1,1 @@
+"""What training, the FAQ scenario and evaluation share."""

@@ -1,0 +1,163 @@
+"""Checkpoint folders: what they are, their tokenizer, their model, their adapter; loading and merging."""
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llmops import chat_formats
+from llmops.chat_formats import ChatFormat
+from llmops.console import UserError
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """config.json of a checkpoint folder."""
+    try:
+        return json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{folder / 'config.json'} is not JSON ({error}); copy the checkpoint again") from error
+
+
+def check_trust(folder: Path, trust_remote_code: bool) -> None:
+    """Code that a checkpoint ships runs only when the user says so."""
+    if "auto_map" in read_config(folder) and not trust_remote_code:
+        raise UserError(
+            f"{folder} ships its own Python code, which would run with your rights; "
+            "read it and pass --trust_remote_code true if you trust it"
+        )
+
+
+def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> "PreTrainedTokenizerBase":
+    """The tokenizer of a checkpoint folder, with a padding token."""
+    from transformers import AutoTokenizer
+
+    check_trust(folder, trust_remote_code)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=trust_remote_code, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise UserError(f"the tokenizer of {folder} cannot be loaded ({first_line(error)})") from error
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+    return tokenizer
+
+
+def load_chat_format(
+    folder: Path, mode: str = "auto", trust_remote_code: bool = False
+) -> tuple["PreTrainedTokenizerBase", ChatFormat]:
+    """The tokenizer of a checkpoint folder and how its conversations are written."""
+    tokenizer = load_tokenizer(folder, trust_remote_code)
+    family = chat_formats.choose_family(mode, read_config(folder), bool(tokenizer.chat_template))
+    return tokenizer, ChatFormat(tokenizer, family)
+
+
+def lora_defaults(folder: Path) -> Sequence[str] | None:
+    """LoRA layers of the checkpoint's family, or None for a family that is not in the table."""
+    config = read_config(folder)
+    for family in chat_formats.FAMILIES.values():
+        if config.get("model_type") in family.model_types:
+            return family.lora_layers
+    return None
+
+
+def load_model(
+    folder: Path, dtype: "torch.dtype", trust_remote_code: bool = False, attention: str | None = None
+) -> "PreTrainedModel":
+    """The causal language model of a checkpoint folder. `.bin` weights load with weights_only; nothing is fetched."""
+    from transformers import AutoModelForCausalLM
+
+    check_trust(folder, trust_remote_code)
+    try:
+        return AutoModelForCausalLM.from_pretrained(
+            str(folder), dtype=dtype, trust_remote_code=trust_remote_code, attn_implementation=attention, local_files_only=True
+        )
+    except (OSError, ValueError) as error:
+        raise UserError(f"the model in {folder} cannot be loaded ({first_line(error)})") from error
+
+
+def linear_layers(model: "torch.nn.Module") -> list[str]:
+    """Short names of the linear layers, without the output head; each once, in order of appearance."""
+    import torch
+
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    names = [
+        name.rpartition(".")[2] for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear) and module is not head
+    ]  # fmt: skip
+    return list(dict.fromkeys(names))
+
+
+def choose_lora_layers(model: "torch.nn.Module", wanted: str, defaults: Sequence[str] | None) -> list[str]:
+    """The LoRA layers: those asked for, else the family's, else every linear layer.
+
+    Raises UserError for a name that fits no layer; it lists the names that exist.
+    """
+    existing = linear_layers(model)
+    names = [name.strip() for name in wanted.split(",") if name.strip()] or list(defaults or existing)
+    missing = [name for name in names if name not in existing]
+    if missing:
+        raise UserError(
+            f"--lora_module_name: no layer is called {', '.join(missing)}; this model's layers are {', '.join(existing)}"
+        )
+    return names
+
+
+def is_adapter(folder: Path) -> bool:
+    """Whether a folder holds a PEFT adapter and not a whole model."""
+    return (folder / "adapter_config.json").is_file()
+
+
+def load_trained(folder: Path, dtype: "torch.dtype", trust_remote_code: bool = False) -> "PreTrainedModel":
+    """A whole model, or an adapter on the base model that its adapter_config.json names."""
+    if not is_adapter(folder):
+        return load_model(folder, dtype, trust_remote_code)
+    from peft import PeftModel
+
+    base = Path(json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"])
+    if not base.is_dir():
+        raise UserError(f"the adapter {folder} was trained on {base}, which does not exist here; put the base model there")
+    return PeftModel.from_pretrained(load_model(base, dtype, trust_remote_code), str(folder))
+
+
+def merge_adapter(folder: Path, target: Path, dtype: "torch.dtype", prompts: Sequence[list[int]]) -> float:
+    """Merge the adapter in `folder` into its base model, save it as `target`, and check that the saved model answers alike.
+
+    Returns the largest difference of logits over `prompts`, relative to the largest logit. The folder appears when it
+    is complete. Raises UserError when the saved model's next tokens differ beyond rounding.
+    """
+    import shutil
+
+    import torch
+
+    model = load_trained(folder, dtype).eval()
+    with torch.no_grad():
+        before = [model(torch.tensor([ids])).logits[0, -1].float() for ids in prompts]
+    staging = target.with_name(target.name + ".part")
+    if staging.exists():
+        shutil.rmtree(staging)
+    model.merge_and_unload().save_pretrained(staging)
+    load_tokenizer(folder).save_pretrained(staging)
+    merged = load_model(staging, dtype).eval()
+    worst = 0.0
+    with torch.no_grad():
+        for ids, expected in zip(prompts, before, strict=True):
+            found = merged(torch.tensor([ids])).logits[0, -1].float()
+            worst = max(worst, float((found - expected).abs().max() / expected.abs().max()))
+    bound = 1e-3 if dtype == torch.float32 else 5e-2
+    if not worst <= bound:
+        raise UserError(f"the merged model differs from base + adapter by {worst:.1e} (bound {bound:.0e}); it is left in {staging}")
+    if target.exists():
+        shutil.rmtree(target)
+    os.rename(staging, target)
+    return worst
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an exception's text, for one-sentence errors."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+

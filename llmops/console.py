@@ -1,0 +1,108 @@
+"""Messages for people on stderr, one error type for mistakes a user can fix, progress with ETA."""
+
+import os
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import TypeVar
+
+T = TypeVar("T")
+
+EXIT_USER_ERROR = 2
+EXIT_TERMINATED = 143  # 128 + SIGTERM
+
+
+class UserError(Exception):
+    """A mistake that the user can fix: one sentence (found, expected, how to fix it). `main` turns it into exit code 2."""
+
+
+class TrainingStopped(Exception):
+    """Training cannot go on for a reason found at run time (out of memory, NaN, full disk): one sentence, exit code 1."""
+
+
+class Terminated(Exception):
+    """The process was asked to end (SIGTERM, SIGINT) and did so in good order; `code` is the exit code."""
+
+    def __init__(self, code: int) -> None:
+        super().__init__(f"ended by signal {code - 128}")
+        self.code = code
+
+
+def log(message: str) -> None:
+    """Write a line for people to stderr, whole, so that lines of several processes do not mix."""
+    sys.stderr.write(message + "\n")
+    sys.stderr.flush()
+
+
+def run_main(body: Callable[[], int], speaks: bool = True) -> int:
+    """Run `body` and turn the expected ends into an exit code; every other exception keeps its traceback.
+
+    `speaks` is False on processes whose error another process reports already.
+    """
+    try:
+        return body()
+    except UserError as error:
+        if speaks:
+            log(f"error: {error}")
+        return EXIT_USER_ERROR
+    except TrainingStopped as error:
+        log(f"stopped: {error}")  # found at run time on this very process, so it speaks on every rank
+        return 1
+    except Terminated as error:
+        return error.code
+
+
+@contextmanager
+def stdout_to_stderr() -> Iterator[None]:
+    """Hand file descriptor 1 to stderr while libraries that print (DeepSpeed's logger) are at work."""
+    sys.stdout.flush()
+    saved = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        yield
+    finally:
+        sys.stdout.flush()
+        os.dup2(saved, 1)
+        os.close(saved)
+
+
+def progress(
+    items: Iterable[T], description: str, total: int | None = None, unit: str = "rows", silent: bool = False
+) -> Iterator[T]:
+    """Iterate with a progress bar and ETA on stderr; on a pipe or in a log file one line every ten seconds.
+
+    Silent where tqdm is not installed yet: data is checked before anything is installed.
+    """
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        return iter(items)
+    terminal = sys.stderr.isatty()
+    return iter(
+        tqdm(
+            items,
+            desc=description,
+            total=total,
+            unit=f" {unit}",
+            file=sys.stderr,
+            disable=silent,
+            delay=0 if terminal else 2,
+            mininterval=0.2 if terminal else 10,
+            dynamic_ncols=terminal,
+        )
+    )
+
+
+def duration(seconds: float) -> str:
+    """`h:mm:ss` for people; at least `0:00:00`."""
+    whole = max(0, round(seconds))
+    return f"{whole // 3600}:{whole % 3600 // 60:02d}:{whole % 60:02d}"
+
+
+def has_gpu() -> bool:
+    """Whether an NVIDIA device is visible, without importing torch."""
+    from pathlib import Path
+
+    if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
+        return False
+    return Path("/dev/nvidiactl").exists() or Path("/dev/dxg").exists()

@@ -1,0 +1,165 @@
+"""Conversations to batches: packed with shared prompt prefixes, or padded. Both hold the same targets.
+
+A batch is a dict:
+    input_ids      int64 [rows, T]
+    position_ids   int64 [rows, T]
+    attention_mask int64 [rows, T]      padded batches only
+    layout         attention.Layout     packed batches only (rows = 1)
+    rows, columns  int64 [n]            where the logits stand that predict each learned token
+    labels         int64 [n]            the learned tokens, aligned with rows and columns (not shifted)
+    tokens         int64 []             tokens of the conversations, as a plain padding-free run would process them
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from train.attention import BLOCK_TOKENS, Layout, Node
+
+Sample = dict[str, np.ndarray]
+MIN_SHARED = 16  # a shorter common beginning is not worth a branch
+
+
+def first_learned(sample: Sample) -> int:
+    """Index of the first learned token, at least 1; the tokens before it are the prompt."""
+    return max(1, int(np.argmax(sample["learned"])))
+
+
+class PackedCollator:
+    """One row without padding; equal prompt beginnings are stored once."""
+
+    def __init__(self, share_prefixes: bool = True, block_tokens: int = BLOCK_TOKENS) -> None:
+        self.share_prefixes = share_prefixes
+        self.block_tokens = block_tokens
+
+    def __call__(self, samples: Sequence[Sample]) -> dict[str, Any]:
+        builder = _TreeBuilder(samples, self.share_prefixes)
+        roots = builder.build()
+        columns, labels = [], []
+        for sample, path in zip(samples, builder.paths, strict=True):
+            places = np.concatenate([np.arange(start, stop) for start, stop in path])
+            targets = np.flatnonzero(sample["learned"][1:]) + 1
+            columns.append(places[targets - 1])
+            labels.append(sample["ids"][targets])
+        column = torch.from_numpy(np.concatenate(columns))
+        return {
+            "input_ids": torch.from_numpy(np.concatenate(builder.ids).astype(np.int64))[None],
+            "position_ids": torch.from_numpy(np.concatenate(builder.positions))[None],
+            "layout": Layout(roots, builder.length, self.block_tokens),
+            "rows": torch.zeros_like(column),
+            "columns": column,
+            "labels": torch.from_numpy(np.concatenate(labels).astype(np.int64)),
+            "tokens": torch.tensor(sum(len(sample["ids"]) for sample in samples)),
+        }
+
+
+class _TreeBuilder:
+    """Lays out samples as a tree in depth-first order; `paths[i]` are the token runs of sample i from the root down."""
+
+    def __init__(self, samples: Sequence[Sample], share: bool) -> None:
+        self.samples = samples
+        self.paths: list[list[tuple[int, int]]] = [[] for _ in samples]
+        self.ids: list[np.ndarray] = []
+        self.positions: list[np.ndarray] = []
+        self.length = 0
+        prompts = [sample["ids"][: first_learned(sample)] for sample in samples]
+        # big-endian bytes sort like the token sequences, so equal beginnings become neighbours
+        self.order = sorted(range(len(samples)), key=lambda i: prompts[i].astype(">u4").tobytes()) if share else list(range(len(samples)))  # fmt: skip
+        pairs = zip(self.order, self.order[1:], strict=False)
+        self.common = [common_length(prompts[a], prompts[b]) if share else 0 for a, b in pairs]
+
+    def build(self) -> list[Node]:
+        """The roots of the tree."""
+        return self._children(0, len(self.order), 0, [])
+
+    def _children(self, low: int, high: int, depth: int, path: list[tuple[int, int]]) -> list[Node]:
+        """Nodes for the sorted samples [low, high), which share their first `depth` tokens."""
+        nodes = []
+        start = low
+        for i in range(low, high):
+            if i + 1 == high or self.common[i] - depth < MIN_SHARED:  # too little more in common with the next one
+                nodes.append(self._node(start, i + 1, depth, path))
+                start = i + 1
+        return nodes
+
+    def _node(self, low: int, high: int, depth: int, path: list[tuple[int, int]]) -> Node:
+        sample = self.samples[self.order[low]]
+        alone = high - low == 1
+        stop = len(sample["ids"]) if alone else min(self.common[low : high - 1])
+        node = Node(self.length, self.length + stop - depth)
+        self.ids.append(sample["ids"][depth:stop])
+        self.positions.append(np.arange(depth, stop))
+        self.length = node.stop
+        path = [*path, (node.start, node.stop)]
+        if alone:
+            self.paths[self.order[low]] = path
+        else:
+            node.children = self._children(low, high, stop, path)
+        node.end = self.length
+        return node
+
+
+def common_length(a: np.ndarray, b: np.ndarray) -> int:
+    """Length of the common beginning of two token sequences."""
+    size = min(len(a), len(b))
+    different = np.flatnonzero(a[:size] != b[:size])
+    return int(different[0]) if len(different) else size
+
+
+class PaddedCollator:
+    """One row per conversation, padded at the end (or at the beginning) with `pad_id`."""
+
+    def __init__(self, pad_id: int, left: bool = False) -> None:
+        self.pad_id = pad_id
+        self.left = left
+
+    def __call__(self, samples: Sequence[Sample]) -> dict[str, Any]:
+        longest = max(len(sample["ids"]) for sample in samples)
+        shape = (len(samples), longest)
+        ids, mask, positions = np.full(shape, self.pad_id, np.int64), np.zeros(shape, np.int64), np.zeros(shape, np.int64)
+        rows, columns, labels = [], [], []
+        for i, sample in enumerate(samples):
+            length = len(sample["ids"])
+            offset = longest - length if self.left else 0
+            ids[i, offset : offset + length] = sample["ids"]
+            mask[i, offset : offset + length] = 1
+            positions[i, offset : offset + length] = np.arange(length)
+            targets = np.flatnonzero(sample["learned"][1:]) + 1
+            rows.append(np.full(len(targets), i))
+            columns.append(targets - 1 + offset)
+            labels.append(sample["ids"][targets])
+        return {
+            "input_ids": torch.from_numpy(ids),
+            "position_ids": torch.from_numpy(positions),
+            "attention_mask": torch.from_numpy(mask),
+            "rows": torch.from_numpy(np.concatenate(rows)),
+            "columns": torch.from_numpy(np.concatenate(columns)),
+            "labels": torch.from_numpy(np.concatenate(labels).astype(np.int64)),
+            "tokens": torch.tensor(sum(len(sample["ids"]) for sample in samples)),
+        }
+
+
+def target_losses(model: torch.nn.Module, batch: dict[str, Any]) -> torch.Tensor:
+    """Cross entropy of every learned token, float32 [n]; logits are computed at these positions only."""
+    inputs = {key: batch[key] for key in ("input_ids", "position_ids", "attention_mask", "layout") if key in batch}
+    if "layout" in batch:
+        logits = model(**inputs, use_cache=False, logits_to_keep=batch["columns"]).logits[0]
+    elif accepts_logits_to_keep(model):
+        kept, column = torch.unique(batch["columns"], return_inverse=True)
+        logits = model(**inputs, use_cache=False, logits_to_keep=kept).logits[batch["rows"], column]
+    else:
+        logits = model(**inputs, use_cache=False).logits[batch["rows"], batch["columns"]]
+    return torch.nn.functional.cross_entropy(logits.float(), batch["labels"], reduction="none")
+
+
+def accepts_logits_to_keep(model: torch.nn.Module) -> bool:
+    """Whether the wrapped causal model computes logits at chosen positions."""
+    import inspect
+
+    while True:
+        inner = getattr(model, "module", None) or (model.get_base_model() if hasattr(model, "get_base_model") else None)
+        if inner is None:
+            return "logits_to_keep" in inspect.signature(model.forward).parameters
+        model = inner

@@ -1,0 +1,222 @@
+"""Every setting of a fine-tuning run: one frozen dataclass, its argparse, all cross-field checks in one place.
+
+Standard library only, so that `--help` and most errors are instant. The names are Hugging Face's and the field's.
+"""
+
+import argparse
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import MISSING, asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from llmops.console import UserError
+
+HERE = Path(__file__).resolve().parent
+DS_FILES = {"2": "ds_zero2.json", "3": "ds_zero3.json", "3_offload": "ds_zero3_offload.json"}
+MODES = ("auto", "llama2", "qwen1.5", "glm", "glm2", "glm3", "baichuan2_13b")
+
+
+def setting(default: Any, help: str, choices: Sequence[str] | None = None, min: float | None = None) -> Any:
+    """A dataclass field with its help text, allowed values and lower bound."""
+    return field(default=default, metadata={"help": help, "choices": choices, "min": min})
+
+
+@dataclass(frozen=True)
+class Config:
+    """A fine-tuning run. Paths are strings as given; empty means "choose for me", as each help text says."""
+
+    # what and where
+    scenario: str = setting("general", "what the data is: conversations, or FAQ questions with intents", ["general", "faq"])
+    model_name_or_path: str = setting("mnt/Llama-2-13b-chat-hf", "folder of the base chat model")
+    mode: str = setting("auto", "chat format; auto: the checkpoint's own template, else by model type", MODES)
+    train_file: str = setting("mnt/datasets/train.jsonl", "conversations to learn, one JSON object with messages per line")
+    test_file: str = setting("", "held-out conversations; empty: test.jsonl beside train_file, else a part of train_file")
+    output_path: str = setting("mnt/output_path", "where the model, checkpoints, log.txt and pictures go")
+    # how to train
+    train_type: str = setting("lora", "lora: a small adapter; all: every weight", ["lora", "all"])
+    lora_module_name: str = setting("", "layers that get LoRA, comma separated; empty: attention and MLP of the family")
+    lora_dim: int = setting(16, "LoRA rank", min=1)
+    lora_alpha: float = setting(32, "LoRA scaling numerator (scale = alpha / rank)", min=0)
+    lora_dropout: float = setting(0.05, "dropout before the LoRA layers", min=0)
+    per_device_train_batch_size: int = setting(4, "conversations per device and micro-batch", min=1)
+    gradient_accumulation_steps: int = setting(4, "micro-batches per optimizer step", min=1)
+    per_device_eval_batch_size: int = setting(8, "conversations per device while evaluating", min=1)
+    max_seq_len: int = setting(1024, "longest conversation in tokens; longer ones are cut by the rule in the README", min=8)
+    learning_rate: float = setting(0.0, "peak learning rate; 0: 1e-4 for lora, 1e-5 for all", min=0)
+    num_train_epochs: float = setting(3.0, "passes over the training data", min=0)
+    max_steps: int = setting(-1, "stop after this many optimizer steps; -1: by epochs")
+    zero_stage: str = setting("2", "DeepSpeed ZeRO stage", list(DS_FILES))
+    ds_file: str = setting("", "your own DeepSpeed JSON instead of train/ds_zero*.json")
+    dtype: str = setting("auto", "auto: bf16 where the device has it, else fp32", ["auto", "bf16", "fp16", "fp32"])
+    gradient_checkpointing: bool = setting(True, "recompute activations: less memory, about a third more time")
+    packing: bool = setting(True, "no padding, shared prompt prefixes stored once; false: plain padded batches")
+    max_grad_norm: float = setting(1.0, "gradient clipping; 0: none", min=0)
+    lr_scheduler_type: str = setting("cosine", "learning rate schedule", ["cosine", "linear", "constant"])
+    warmup_ratio: float = setting(0.03, "share of all steps that warms up", min=0)
+    weight_decay: float = setting(0.0, "AdamW weight decay", min=0)
+    neftune_noise_alpha: float = setting(0.0, "NEFTune noise (Jain et al. 2023); 0: none; uses padded batches", min=0)
+    early_stopping_patience: int = setting(0, "stop after this many evaluations without a better one; 0: never", min=0)
+    # evaluation, checkpoints, logging
+    eval_ratio: float = setting(0.1, "share of train_file held out when there is no test file", min=0)
+    eval_steps: int = setting(0, "evaluate and save every N steps as well as at every epoch; 0: epochs only", min=0)
+    save_total_limit: int = setting(2, "newest checkpoints kept; the best one is always kept", min=1)
+    load_best_model_at_end: bool = setting(True, "output_path gets the best evaluated weights; false: the last")
+    retention_file: str = setting("", "general conversations that measure forgetting; empty: train/retention.jsonl")
+    logging_steps: int = setting(1, "optimizer steps between two lines of log.txt", min=1)
+    tensorboard: bool = setting(True, "serve TensorBoard while training runs")
+    tensorboard_port: int = setting(6006, "port of the TensorBoard server", min=1)
+    merge_lora: bool = setting(False, "also write output_path/merged, the base model with the adapter merged in")
+    # behaviour
+    dry_run: bool = setting(False, "check the data, show what is learned, estimate memory and time, train nothing")
+    skip_bad_lines: bool = setting(False, "drop and count bad lines instead of stopping")
+    resume: bool = setting(True, "continue an interrupted run from its newest whole checkpoint")
+    overwrite_output_path: bool = setting(False, "delete an earlier run in output_path and start again")
+    trust_remote_code: bool = setting(False, "run Python code that the checkpoint's folder ships")
+    seed: int = setting(42, "random seed", min=0)
+
+    def to_json(self) -> dict[str, Any]:
+        """The resolved settings as plain JSON."""
+        return asdict(self)
+
+    @property
+    def peak_learning_rate(self) -> float:
+        """The learning rate with the default of the training type filled in."""
+        return self.learning_rate or (1e-4 if self.train_type == "lora" else 1e-5)
+
+    @property
+    def deepspeed_file(self) -> Path:
+        """The DeepSpeed configuration in force."""
+        return Path(self.ds_file) if self.ds_file else HERE / DS_FILES[self.zero_stage]
+
+    @property
+    def retention_path(self) -> Path:
+        """The general conversations that measure forgetting."""
+        return Path(self.retention_file) if self.retention_file else HERE / "retention.jsonl"
+
+    @property
+    def test_path(self) -> Path | None:
+        """The held-out file, or None when a part of the training file is held out."""
+        if self.test_file:
+            return Path(self.test_file)
+        beside = Path(self.train_file).with_name("test.jsonl")
+        return beside if beside.is_file() else None
+
+
+# Settings that may differ between two starts of the same run: they change neither what is learned nor in which order.
+RESTARTABLE = frozenset(
+    "dry_run resume overwrite_output_path tensorboard tensorboard_port merge_lora save_total_limit skip_bad_lines "
+    "logging_steps per_device_eval_batch_size load_best_model_at_end trust_remote_code".split()
+)
+
+
+def to_bool(text: str) -> bool:
+    """`true` or `false`, in any case, also 1/0 and yes/no."""
+    lowered = text.strip().lower()
+    if lowered in ("true", "1", "yes"):
+        return True
+    if lowered in ("false", "0", "no"):
+        return False
+    raise argparse.ArgumentTypeError(f"found {text!r}, expected true or false")
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose errors are one UserError."""
+
+    def error(self, message: str) -> None:  # type: ignore[override]
+        raise UserError(f"{message}; --help lists every setting")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """One flag per field of Config; the defaults live in the dataclass alone."""
+    parser = Parser(prog="finetune.py", description="Fine-tune a chat model with DeepSpeed, LoRA or full.", allow_abbrev=False)
+    for item in fields(Config):
+        kind = to_bool if item.type in (bool, "bool") else item.type
+        default = str(item.default).lower() if kind is to_bool else item.default
+        shown = f" (default: {default})" if item.default != "" else ""
+        parser.add_argument(
+            f"--{item.name}",
+            type=kind,
+            default=item.default if item.default is not MISSING else None,
+            metavar="true|false" if kind is to_bool else None,
+            choices=item.metadata["choices"],
+            help=(item.metadata["help"] + shown).replace("%", "%%"),
+        )
+    parser.add_argument("--check", action="store_true", help="check settings, paths and data, then end")
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # DeepSpeed's launcher may add it
+    return parser
+
+
+def parse(argv: Sequence[str]) -> tuple[Config, bool]:
+    """(settings, only check them). Raises UserError that lists every problem of the settings at once."""
+    options = vars(build_parser().parse_args(argv))
+    options.pop("local_rank")
+    only_check = options.pop("check")
+    config = Config(**options)
+    problems = find_problems(config)
+    if problems:
+        raise UserError("; ".join(problems))
+    return config, only_check
+
+
+def find_problems(config: Config) -> list[str]:
+    """Everything wrong with the settings and the paths they name, one sentence each."""
+    problems = []
+    for item in fields(Config):
+        low, value = item.metadata["min"], getattr(config, item.name)
+        if low is not None and not low <= value < float("inf"):
+            problems.append(f"--{item.name} is {value}, expected at least {low}")
+    if config.scenario == "faq":
+        problems.append("SCENARIO=faq is not part of this version yet; use SCENARIO=general")
+    for name in ("lora_dropout", "warmup_ratio", "eval_ratio"):
+        if getattr(config, name) >= 1:
+            problems.append(f"--{name} is {getattr(config, name)}, expected less than 1")
+    if config.max_steps == 0 or (config.max_steps < 0 and config.num_train_epochs == 0):
+        problems.append("nothing to train: --max_steps and --num_train_epochs are 0")
+    problems += path_problems(config)
+    if config.deepspeed_file.is_file():
+        try:
+            json.loads(config.deepspeed_file.read_text(encoding="utf-8"))
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            problems.append(f"the DeepSpeed file {config.deepspeed_file} is not JSON ({error})")
+    return problems
+
+
+def path_problems(config: Config) -> list[str]:
+    """Missing files and folders, and an output path that cannot be written."""
+    problems = []
+    model = Path(config.model_name_or_path)
+    if not model.is_dir():
+        problems.append(
+            f"the model folder {model} does not exist; put the base model there or pass --model_name_or_path "
+            "(nothing is downloaded)"
+        )
+    elif not (model / "config.json").is_file():
+        problems.append(f"the model folder {model} has no config.json; expected a Hugging Face checkpoint folder")
+    if not Path(config.train_file).is_file():
+        problems.append(f"the training data {config.train_file} does not exist; put it there or pass --train_file")
+    if config.test_path and not config.test_path.is_file():
+        problems.append(f"the test data {config.test_path} does not exist; leave --test_file out to hold out training data")
+    if config.test_path is None and config.eval_ratio == 0:
+        problems.append("there is no test file and --eval_ratio is 0; give one of the two")
+    if not config.retention_path.is_file():
+        problems.append(f"the retention file {config.retention_path} does not exist")
+    if not config.deepspeed_file.is_file():
+        problems.append(f"the DeepSpeed file {config.deepspeed_file} does not exist")
+    return problems + writable_problem(Path(config.output_path))
+
+
+def writable_problem(path: Path) -> list[str]:
+    """Whether `path` (or, before it exists, its nearest existing parent) can be written by this user."""
+    nearest = path
+    while not nearest.exists() and nearest != nearest.parent:
+        nearest = nearest.parent
+    if not nearest.is_dir():
+        return [f"the output path {path} lies under {nearest}, which is a file"]
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        return [
+            f"{nearest} is not writable for user id {os.getuid()}; on the host, run "
+            f"`sudo chown -R {os.getuid()} {nearest.name}` on the mounted folder or start the container with `--user $(id -u)`"
+        ]
+    return []

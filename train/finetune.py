@@ -1,0 +1,97 @@
+"""Fine-tune a chat model: LoRA or full, one process per device, started by DeepSpeed's launcher.
+
+python train/finetune.py --help        every setting
+python train/finetune.py --check ...   settings, paths and data only; needs no torch
+"""
+
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from llmops import records
+from llmops.console import has_gpu, run_main, stdout_to_stderr
+from train.config import Config, parse
+from train.run_folder import OutputFolder, earlier_run, say_finished
+
+EXIT_FINISHED = 10  # of --check: the run is finished
+
+
+def check(config: Config) -> int:
+    """Everything that can be told without torch: an earlier run, and every line of the data.
+
+    Returns EXIT_FINISHED when there is nothing left to do.
+    """
+    results = None if config.dry_run else earlier_run(config)
+    if results:
+        merged = Path(config.output_path) / "merged" / "config.json"
+        if config.merge_lora and not merged.is_file():
+            return 0
+        say_finished(config, results)
+        return EXIT_FINISHED
+    for path in (config.test_path, Path(config.train_file), config.retention_path):
+        if path:
+            records.validate_file(path, config.skip_bad_lines)
+    return 0
+
+
+def run(config: Config) -> dict[str, Any]:
+    """Train as configured; the results that train_results.json holds. Runs in every process."""
+    # 1. who am I, is there something to do
+    rank, local_rank = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
+    limit_threads()
+    results = earlier_run(config)
+    if results:
+        if rank == 0:
+            say_finished(config, results)
+            if config.merge_lora:
+                from train import session
+
+                session.merge(config)
+        return results
+    # 2. from here on the heavy libraries
+    from train import session
+
+    with OutputFolder(config, rank), session.watch_launcher():
+        data = session.prepare_data(config, encodes=local_rank == 0)
+        trainer, schedule = session.build_trainer(config, data)
+        session.train(config, trainer, schedule, rank)
+        results = session.finish(config, trainer, rank)
+        del trainer, schedule, data
+        if config.merge_lora and rank == 0:
+            session.merge(config)
+    return results
+
+
+def limit_threads() -> None:
+    """Share the cores among the processes of this machine; must come before torch is imported."""
+    if not has_gpu():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        processes = int(os.environ.get("LOCAL_SIZE", 1))
+        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // processes)))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Parse, run, and turn the end into an exit code."""
+
+    def body() -> int:
+        config, only_check = parse(sys.argv[1:] if argv is None else argv)
+        if only_check:
+            return check(config)
+        with stdout_to_stderr():
+            if config.dry_run:
+                from train import dry_run
+
+                dry_run.run(config)
+            else:
+                run(config)
+        return 0
+
+    return run_main(body, speaks=os.environ.get("RANK", "0") == "0")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,319 @@
+"""The stages of a run, in order: output folder, data, model and trainer, training, what is left behind."""
+
+import errno
+import json
+import os
+import signal
+import socket
+import threading
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+import transformers
+from safetensors import SafetensorError
+from torch.utils.tensorboard import SummaryWriter
+from transformers import DefaultFlowCallback, EarlyStoppingCallback, PrinterCallback, TrainingArguments, set_seed
+from transformers.integrations import TensorBoardCallback
+
+from llmops import checkpoints
+from llmops.chat_formats import ChatFormat
+from llmops.console import TrainingStopped, UserError, log
+from train import attention, checkpointing
+from train.batches import PackedCollator, PaddedCollator
+from train.config import Config
+from train.dataset import Source, TokenDataset, load_or_encode
+from train.run_folder import CONFIG_NAME, LOG_NAME, PICTURE_NAME, RESULTS_NAME, data_digest
+from train.trainer import ChatTrainer, Schedule, barrier
+from train.training_log import TensorBoardServer, TokenCounter, TrainingLog, plot, read_log
+
+LAUNCHER_PID = "LLMOPS_LAUNCHER_PID"
+NEVER = 10**9
+
+
+@dataclass(frozen=True)
+class Data:
+    """Tokenised conversations and how they are written."""
+
+    train: TokenDataset
+    test: TokenDataset
+    retention: TokenDataset
+    tokenizer: Any
+    chat: ChatFormat
+
+
+@contextmanager
+def watch_launcher() -> Iterator[None]:
+    """End like by SIGTERM when the launcher of this process is gone, so that no orphan goes on writing."""
+    launcher = int(os.environ.get(LAUNCHER_PID, 0))
+    ended = threading.Event()
+
+    def watch() -> None:
+        while not ended.wait(1):
+            try:
+                os.kill(launcher, 0)
+            except ProcessLookupError:
+                os.kill(os.getpid(), signal.SIGTERM)
+                return
+
+    on_this_host = os.environ.get("LLMOPS_LAUNCHER_HOST") == socket.gethostname()
+    if launcher and on_this_host:
+        threading.Thread(target=watch, daemon=True).start()
+    try:
+        yield
+    finally:
+        ended.set()
+
+
+def prepare_data(config: Config, encodes: bool) -> Data:
+    """Tokenise (or read from the cache) training, test and retention conversations."""
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", category=FutureWarning)  # the libraries' talk among themselves
+    model = Path(config.model_name_or_path)
+    tokenizer, chat = checkpoints.load_chat_format(model, config.mode, config.trust_remote_code)
+
+    def load(path: Path, skip: bool) -> TokenDataset:
+        source = Source(path, model, config.mode, config.max_seq_len, skip)
+        return load_or_encode(source, chat, Path(config.output_path) / "cache", encodes)
+
+    train = load(Path(config.train_file), config.skip_bad_lines)
+    if config.test_path:
+        test = load(config.test_path, config.skip_bad_lines)
+    else:
+        train, test = train.split(config.eval_ratio, config.seed)
+        if encodes:
+            log(f"no test file: {len(test):,} of {len(train) + len(test):,} conversations are held out")
+    return Data(train, test, load(config.retention_path, False), tokenizer, chat)
+
+
+def choose_dtype(name: str) -> torch.dtype:
+    """bf16 where the device has it, otherwise fp32; or what was asked for."""
+    if name == "auto":
+        name = "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "fp32"
+    if name == "fp16" and not torch.cuda.is_available():
+        raise UserError("--dtype fp16 needs a GPU; use --dtype fp32 (or bf16)")
+    return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[name]
+
+
+def training_arguments(config: Config, dtype: torch.dtype) -> TrainingArguments:
+    """Our settings in the Trainer's words; evaluation, saving and logging follow our own Schedule."""
+    # DeepSpeed would compile a shared-memory operator for CPU processes at the first start; gloo needs no compiler
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    return TrainingArguments(
+        output_dir=config.output_path,
+        per_device_train_batch_size=config.per_device_train_batch_size,
+        per_device_eval_batch_size=config.per_device_eval_batch_size,
+        gradient_accumulation_steps=config.gradient_accumulation_steps,
+        learning_rate=config.peak_learning_rate,
+        num_train_epochs=config.num_train_epochs,
+        max_steps=config.max_steps,
+        lr_scheduler_type=config.lr_scheduler_type if config.lr_scheduler_type != "constant" else "constant_with_warmup",
+        warmup_steps=config.warmup_ratio,
+        weight_decay=config.weight_decay,
+        max_grad_norm=config.max_grad_norm,
+        neftune_noise_alpha=config.neftune_noise_alpha or None,
+        bf16=dtype == torch.bfloat16,
+        fp16=dtype == torch.float16,
+        activation_checkpointing=config.gradient_checkpointing,
+        activation_checkpointing_kwargs={"use_reentrant": False},
+        deepspeed=json.loads(config.deepspeed_file.read_text(encoding="utf-8")),
+        use_cpu=not torch.cuda.is_available(),
+        seed=config.seed,
+        eval_strategy="steps",
+        eval_steps=NEVER,
+        save_strategy="steps",
+        save_steps=NEVER,
+        metric_for_best_model="eval_loss",
+        greater_is_better=False,
+        logging_steps=config.logging_steps,
+        logging_nan_inf_filter=False,
+        report_to=[],
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        dataloader_pin_memory=torch.cuda.is_available(),
+        ddp_timeout=7200,
+    )
+
+
+def load_for_training(config: Config, dtype: torch.dtype) -> torch.nn.Module:
+    """The base model, with LoRA layers on it unless every weight is trained."""
+    folder = Path(config.model_name_or_path)
+    model = checkpoints.load_model(folder, dtype, config.trust_remote_code)
+    model.config.use_cache = False
+    if config.train_type == "all":
+        return model
+    from peft import LoraConfig, get_peft_model
+
+    layers = checkpoints.choose_lora_layers(model, config.lora_module_name, checkpoints.lora_defaults(folder))
+    lora = LoraConfig(
+        r=config.lora_dim, lora_alpha=config.lora_alpha, lora_dropout=config.lora_dropout, target_modules=layers,
+        task_type="CAUSAL_LM",
+    )  # fmt: skip
+    model = get_peft_model(model, lora)
+    model.peft_config["default"].base_model_name_or_path = str(folder.resolve())
+    return model
+
+
+def choose_collator(config: Config, model: torch.nn.Module, tokenizer: Any, speaks: bool) -> PackedCollator | PaddedCollator:
+    """Packed batches where they were asked for and the model can take them; says so when it cannot."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    reason = attention.supports_packing(base) if config.packing else None
+    if config.packing and config.neftune_noise_alpha:
+        reason = "NEFTune's noise is defined per padded row"
+    if config.packing and reason is None:
+        base.set_attn_implementation(attention.NAME)
+        return PackedCollator()
+    if reason and speaks:
+        log(f"packing is off: {reason}; using padded batches of similar lengths")
+    return PaddedCollator(tokenizer.pad_token_id, left=tokenizer.padding_side == "left" and not tokenizer.is_fast)
+
+
+def build_trainer(config: Config, data: Data) -> tuple[ChatTrainer, Schedule]:
+    """Model, DeepSpeed and Trainer, ready to train."""
+    dtype = choose_dtype(config.dtype)
+    arguments = training_arguments(config, dtype)  # starts torch.distributed, and ZeRO 3's partitioned loading
+    set_seed(config.seed)
+    model = load_for_training(config, dtype)
+    speaks = arguments.process_index == 0
+    if speaks:
+        count = [sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters() if wanted(p)) for wanted in (lambda p: True, lambda p: p.requires_grad)]  # fmt: skip
+        log(
+            f"{data.chat.name}; {count[0]:,} weights, {count[1]:,} trained ({config.train_type}), {str(dtype)[6:]}, "
+            f"{arguments.world_size} process{'es' if arguments.world_size > 1 else ''}, ZeRO from {config.deepspeed_file.name}"
+        )
+    collator = choose_collator(config, model, data.tokenizer, speaks)
+    tokens = TokenCounter()
+    output = Path(config.output_path)
+    trainer = ChatTrainer(
+        model, arguments, collator, data.train, data.test, processing_class=data.tokenizer,
+        retention=data.retention, tokens=tokens, keep=config.save_total_limit, grouped=isinstance(collator, PaddedCollator),
+    )  # fmt: skip
+    schedule = Schedule(config.eval_steps, trainer.evaluate_and_compare)
+    for replaced in (DefaultFlowCallback, PrinterCallback):
+        trainer.remove_callback(replaced)
+    trainer.add_callback(TrainingLog(output, speaks, arguments.local_process_index == 0, tokens))
+    trainer.add_callback(schedule)
+    if config.early_stopping_patience:
+        trainer.add_callback(EarlyStoppingCallback(config.early_stopping_patience))
+    if speaks:
+        trainer.add_callback(TensorBoardCallback(SummaryWriter(str(output / "tensorboard"))))
+    return trainer, schedule
+
+
+def choose_checkpoint(config: Config, rank: int) -> str | None:
+    """The checkpoint to go on from, the same in every process; None to begin at the first step."""
+    choice: list[Any] = [None]
+    if rank == 0 and config.resume:
+        newest = checkpointing.newest_whole(Path(config.output_path))
+        if newest:
+            try:
+                checkpointing.check_world_size(newest, dist.get_world_size() if dist.is_initialized() else 1)
+                choice[0] = str(newest)
+            except UserError as error:
+                choice[0] = error
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.broadcast_object_list(choice, src=0)
+    if isinstance(choice[0], UserError):
+        raise choice[0]
+    return choice[0]
+
+
+def train(config: Config, trainer: ChatTrainer, schedule: Schedule, rank: int) -> None:
+    """Train from the newest whole checkpoint to the end; expected faults become one sentence."""
+    output = Path(config.output_path)
+    barrier()
+    checkpoint = choose_checkpoint(config, rank)
+    if rank == 0:
+        saved = config.to_json() | {"train_sha256": data_digest(config)}
+        checkpointing.write_aside(output / CONFIG_NAME, json.dumps(saved, ensure_ascii=False, indent=2))
+        if checkpoint:
+            log(f"continuing from {checkpoint}")
+    schedule.catch_signals()
+    started = time.monotonic()
+    with TensorBoardServer(output / "tensorboard", config.tensorboard_port, config.tensorboard and rank == 0), explain_faults(config):
+        trainer.train(resume_from_checkpoint=checkpoint)
+    schedule.end_if_signalled()
+    trainer.seconds = time.monotonic() - started
+
+
+@contextmanager
+def explain_faults(config: Config) -> Iterator[None]:
+    """Turn out of memory and a full disk into one sentence; every other error passes."""
+    try:
+        yield
+    except (OSError, RuntimeError, MemoryError, SafetensorError) as error:
+        text = str(error)
+        memory = isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in text
+        full = getattr(error, "errno", None) == errno.ENOSPC or any(
+            mark in text for mark in ("No space left on device", "PytorchStreamWriter failed writing", "unexpected pos")
+        )
+        if memory:
+            raise TrainingStopped(
+                f"out of memory at batch {config.per_device_train_batch_size} and length {config.max_seq_len}; lower "
+                "--per_device_train_batch_size (and raise --gradient_accumulation_steps), lower --max_seq_len, or use "
+                "--gradient_checkpointing true, --zero_stage 3 or 3_offload"
+            ) from error
+        if full:
+            raise TrainingStopped(
+                f"the disk of {config.output_path} is full; the checkpoints saved before are whole, free some space "
+                "and start again to continue"
+            ) from error
+        raise
+
+
+def finish(config: Config, trainer: ChatTrainer, rank: int) -> dict[str, Any]:
+    """Put the final model, the picture and the results into output_path; the results in every process."""
+    output = Path(config.output_path)
+    state = trainer.state
+    evaluated = {line["step"]: line for line in state.log_history if "eval_loss" in line}
+    step = state.best_global_step if config.load_best_model_at_end and state.best_global_step else state.global_step
+    losses = [line["loss"] for line in state.log_history if "loss" in line]
+    results = {
+        "steps": state.global_step,
+        "best_step": state.best_global_step,
+        "saved_step": step,
+        "eval_loss_before": evaluated[0]["eval_loss"],
+        "eval_loss": evaluated[step]["eval_loss"],
+        "retention_loss_before": evaluated[0]["retention_loss"],
+        "retention_loss": evaluated[step]["retention_loss"],
+        "train_loss": losses[-1] if losses else None,
+        "train_conversations": len(trainer.train_dataset),
+        "test_conversations": len(trainer.eval_dataset),
+        "seconds": round(trainer.seconds, 1),
+    }
+    if rank == 0:
+        checkpoint = output / f"checkpoint-{step}"
+        title = f"{Path(config.model_name_or_path).name}, {config.train_type}: test loss {results['eval_loss_before']:.2f} → {results['eval_loss']:.2f}"  # fmt: skip
+        plot(read_log(output / LOG_NAME), output / PICTURE_NAME, title, state.best_global_step)
+        checkpointing.link_files(checkpoint, output, checkpointing.model_files(checkpoint))
+        checkpointing.write_aside(output / RESULTS_NAME, json.dumps(results, indent=2))
+        log(
+            f"done: test loss {results['eval_loss_before']:.3f} -> {results['eval_loss']:.3f}, retention loss "
+            f"{results['retention_loss_before']:.3f} -> {results['retention_loss']:.3f}; the model is in {output}"
+        )
+    barrier()
+    return results
+
+
+def merge(config: Config) -> None:
+    """Write output_path/merged and check that it answers like base + adapter."""
+    output = Path(config.output_path)
+    if config.train_type == "all":
+        log("--merge_lora has nothing to merge: all weights were trained and output_path holds the whole model")
+        return
+    if (output / "merged" / "config.json").is_file():
+        log(f"the merged model is in {output / 'merged'} already")
+        return
+    _, chat = checkpoints.load_chat_format(output, config.mode, config.trust_remote_code)
+    questions = ("你好，请介绍一下你自己。", "1 + 1 = ?", "What is the capital of France?")
+    prompts = [chat.prompt([{"role": "user", "content": text}]) for text in questions]
+    worst = checkpoints.merge_adapter(output, output / "merged", choose_dtype(config.dtype), prompts)
+    log(f"merged model written to {output / 'merged'}; its logits differ from base + adapter by at most {worst:.1e} (relative)")

@@ -1,0 +1,221 @@
+"""The Hugging Face Trainer with what it lacks: token-exact loss, whole checkpoints, retention loss, a good end by signal."""
+
+import math
+import os
+import shutil
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from accelerate.utils import send_to_device
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_pt_utils import get_length_grouped_indices
+
+from llmops.console import EXIT_TERMINATED, Terminated, TrainingStopped, log
+from train import checkpointing
+from train.batches import target_losses
+from train.dataset import TokenDataset
+from train.training_log import TokenCounter
+
+
+def barrier() -> None:
+    """Wait for every process."""
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.barrier()
+
+
+def all_sum(values: list[float], device: torch.device) -> list[float]:
+    """Element-wise sum over all processes."""
+    total = torch.tensor(values, dtype=torch.float64, device=device)
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.all_reduce(total)
+    return total.tolist()
+
+
+class EpochSampler(torch.utils.data.Sampler[int]):
+    """A permutation that depends on seed and epoch alone, so that a resumed epoch has the order of the undisturbed one.
+
+    `group` is the number of rows per step among which lengths should be alike, or None for a plain shuffle.
+    """
+
+    def __init__(self, lengths: np.ndarray, seed: int, group: int | None, epoch: Callable[[], int]) -> None:
+        self.lengths, self.seed, self.group, self.epoch = lengths, seed, group, epoch
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch())
+        if self.group:
+            return iter(get_length_grouped_indices(self.lengths.tolist(), self.group, generator=generator))
+        return iter(torch.randperm(len(self), generator=generator).tolist())
+
+
+class ChatTrainer(Trainer):
+    """Trains on batches of `train.batches`.
+
+    The loss is the sum over learned tokens divided by their number in the whole optimizer step, over all
+    micro-batches and processes; evaluation is the mean over all learned tokens of a set.
+    """
+
+    def __init__(self, *args: Any, retention: TokenDataset, tokens: TokenCounter, keep: int, grouped: bool, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.retention = retention
+        self.tokens = tokens
+        self.keep = keep
+        self.grouped = grouped
+        self.output = Path(self.args.output_dir)
+        self.seconds = 0.0
+        self._staging = False
+        # the Trainer counts `labels` over the step for us; ours are aligned already, not shifted
+        self.model_accepts_loss_kwargs = True
+        self._loss_shifts_labels = False
+
+    def _get_train_sampler(self, train_dataset: TokenDataset | None = None) -> torch.utils.data.Sampler:
+        dataset = train_dataset if train_dataset is not None else self.train_dataset
+        size = self.args.train_batch_size * self.args.gradient_accumulation_steps if self.grouped else None
+        return EpochSampler(dataset.lengths, self.args.seed, size, epoch=lambda: int((self.state.epoch or 0) + 1e-6))
+
+    def compute_loss(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> torch.Tensor:
+        """This micro-batch's share of the step's mean loss per learned token, times the number of processes (DeepSpeed averages)."""
+        self.tokens.local += int(inputs["tokens"])
+        loss = target_losses(model, inputs).sum() / num_items_in_batch * self.args.world_size
+        self._stop_if_broken(loss.detach())
+        return loss
+
+    def _stop_if_broken(self, loss: torch.Tensor) -> None:
+        """NaN, inf and (in fp16) 0 end the run with advice, before they reach the weights."""
+        value = float(loss)
+        if math.isfinite(value) and not (self.args.fp16 and value == 0):
+            return
+        found = f"the loss is {value} at step {self.state.global_step + 1}"
+        advice = (
+            "fp16 overflows easily: pass --dtype bf16 (or fp32), or lower --learning_rate"
+            if self.args.fp16
+            else "lower --learning_rate, or check the data and the base model"
+        )
+        raise TrainingStopped(f"{found}; {advice}. The last good checkpoint is kept, a new start continues from it")
+
+    def mean_loss(self, dataset: TokenDataset) -> float:
+        """Mean loss per learned token of a data set, over all processes."""
+        size, world, rank = self.args.per_device_eval_batch_size, self.args.world_size, self.args.process_index
+        order = np.argsort(-dataset.lengths, kind="stable")  # longest first: memory runs out early or never
+        rounds = math.ceil(len(order) / (size * world))
+        total, count = 0.0, 0
+        was_training = self.model_wrapped.training
+        self.model_wrapped.eval()
+        with torch.no_grad():
+            for i in range(rounds):
+                start = (i * world + rank) * size
+                chosen = order[start : start + size]
+                empty = len(chosen) == 0  # every process runs as many forward passes (ZeRO 3 gathers in step)
+                batch = self.data_collator([dataset[int(j)] for j in (order[-1:] if empty else chosen)])
+                losses = target_losses(self.model_wrapped, send_to_device(batch, self.args.device))
+                if not empty:
+                    total += float(losses.double().sum())
+                    count += len(losses)
+        self.model_wrapped.train(was_training)
+        total, count = all_sum([total, float(count)], self.args.device)
+        return total / count
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Loss on the held-out and on the retention conversations; logged and handed to the callbacks."""
+        metrics = {"eval_loss": self.mean_loss(self.eval_dataset), "retention_loss": self.mean_loss(self.retention)}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def evaluate_and_compare(self) -> None:
+        """Evaluate outside the Trainer's own rhythm and keep account of the best step."""
+        metrics = self.evaluate()
+        if self.state.global_step:
+            self._determine_best_metric(metrics, trial=None)
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return str(self.output / checkpointing.STAGING) if self._staging else super()._get_output_dir(trial)
+
+    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
+        """Save aside, then give the checkpoint its name; a kill or a full disk leaves the earlier ones whole."""
+        staging = self.output / checkpointing.STAGING
+        if self.is_world_process_zero() and staging.exists():
+            shutil.rmtree(staging)
+        barrier()
+        self._staging = True
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self._staging = False
+        barrier()
+        if self.is_world_process_zero():
+            name = f"checkpoint-{self.state.global_step}"
+            checkpointing.publish(staging / name, self.output / name, self.args.world_size)
+            checkpointing.rotate(self.output, self.keep, self.state.best_global_step)
+        barrier()
+
+
+class Schedule(TrainerCallback):
+    """When to log, evaluate, save and stop; replaces the Trainer's DefaultFlowCallback.
+
+    Evaluation before the first step; evaluation and a checkpoint at every epoch and every N steps; a checkpoint when
+    asked to end.
+    """
+
+    def __init__(self, eval_steps: int, evaluate: Callable[[], Any]) -> None:
+        self.eval_steps = eval_steps
+        self.evaluate = evaluate
+        self.signal = 0
+        self.evaluated = -1
+
+    def catch_signals(self) -> None:
+        """SIGTERM and SIGINT end the run in good order."""
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._on_signal)
+
+    def _on_signal(self, number: int, frame: Any) -> None:
+        if not self.signal:
+            log(f"process {os.getpid()}: {signal.Signals(number).name} received; saving a checkpoint after this step")
+        self.signal = number
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """The losses before the first step; after a resume the evaluation that the end by signal left out."""
+        due = float(state.epoch or 0).is_integer() or (self.eval_steps and state.global_step % self.eval_steps == 0)
+        done = any(line["step"] == state.global_step and "eval_loss" in line for line in state.log_history)
+        if due and not done:
+            self.evaluate()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Every N steps; and all processes agree whether one of them was asked to end."""
+        control.should_log = state.global_step % args.logging_steps == 0
+        control.should_training_stop = control.should_training_stop or state.global_step >= state.max_steps
+        if self.eval_steps and state.global_step % self.eval_steps == 0:
+            self._evaluate_and_save(state, control)
+        if all_sum([float(self.signal)], args.device)[0]:
+            self.signal = self.signal or signal.SIGTERM
+            control.should_save = True
+            control.should_training_stop = True
+
+    def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Every epoch, unless this very step was just evaluated or the run is ending by a signal."""
+        if not self.signal:
+            self._evaluate_and_save(state, control)
+
+    def _evaluate_and_save(self, state: TrainerState, control: TrainerControl) -> None:
+        if self.evaluated != state.global_step:
+            self.evaluated = state.global_step
+            control.should_evaluate = control.should_save = True
+
+    def end_if_signalled(self) -> None:
+        """Raise Terminated with 128 + signal when the run was asked to end."""
+        if self.signal:
+            code = EXIT_TERMINATED if self.signal == signal.SIGTERM else 128 + self.signal
+            raise Terminated(code)

@@ -1,0 +1,206 @@
+"""What a run tells: log.txt, TensorBoard events and server, a progress line, the picture of the loss curves.
+
+log.txt is one JSON object per line: step, epoch, loss, learning_rate, grad_norm, tokens_per_second, elapsed,
+remaining (seconds); evaluation lines have eval_loss and retention_loss.
+"""
+
+import ctypes
+import json
+import math
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from llmops.console import duration, log
+from train.checkpointing import write_aside
+from train.run_folder import LOG_NAME
+
+
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """The lines of a log.txt; a last line that was cut by a kill is left out."""
+    if not path.is_file():
+        return []
+    lines = []
+    for text in path.read_text(encoding="utf-8").splitlines():
+        try:
+            lines.append(json.loads(text))
+        except json.JSONDecodeError:
+            continue
+    return lines
+
+
+class TrainingLog(TrainerCallback):
+    """Writes log.txt and the progress line on the first process; one line at the start and the end on every node."""
+
+    def __init__(self, output: Path, main: bool, speaks: bool, tokens: "TokenCounter") -> None:
+        self.path = output / LOG_NAME
+        self.main = main
+        self.speaks = speaks
+        self.tokens = tokens
+        self.bar: Any = None
+        self.started = self.marked = time.monotonic()
+        self.marked_step = self.first_step = 0
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Drop lines of steps that will be run again, open the progress line."""
+        self.started = self.marked = time.monotonic()
+        self.first_step = self.marked_step = state.global_step
+        if self.main:
+            kept = [line for line in read_log(self.path) if state.global_step and line["step"] <= state.global_step]
+            write_aside(self.path, "".join(json.dumps(line) + "\n" for line in kept))
+            from tqdm import tqdm
+
+            terminal = sys.stderr.isatty()
+            self.bar = tqdm(
+                total=state.max_steps, initial=state.global_step, desc="training", unit="step", file=sys.stderr,
+                mininterval=0.5 if terminal else 10, dynamic_ncols=terminal, miniters=1,
+            )  # fmt: skip
+        elif self.speaks:
+            log(f"{socket.gethostname()}: training, {state.max_steps} steps; progress is on the first node")
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Move the progress line."""
+        if self.bar:
+            self.bar.update(state.global_step - self.bar.n)
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, Any], **kwargs: Any
+    ) -> None:
+        """Append one line to log.txt."""
+        rate = None
+        if "loss" in logs:  # on every process: the counter is summed over all of them
+            now = time.monotonic()
+            rate = self.tokens.take() / max(now - self.marked, 1e-9)
+            self.marked, self.marked_step = now, state.global_step
+        if not self.main or not ({"loss", "eval_loss"} & logs.keys()):
+            return
+        elapsed = time.monotonic() - self.started
+        done = state.global_step - self.first_step
+        remaining = elapsed / done * (state.max_steps - state.global_step) if done else None
+        line: dict[str, Any] = {"step": state.global_step, "epoch": round(state.epoch or 0, 4)}
+        for key in ("loss", "learning_rate", "grad_norm", "eval_loss", "retention_loss"):
+            if key in logs:
+                line[key] = float(logs[key])
+        if rate is not None:
+            line["tokens_per_second"] = round(rate, 1)
+        line["elapsed"] = round(elapsed, 2)
+        line["remaining"] = round(remaining, 2) if remaining is not None else None
+        with open(self.path, "a", encoding="utf-8") as stream:
+            stream.write(json.dumps(line) + "\n")
+        if self.bar:
+            shown = {key: f"{line[key]:.4g}" for key in ("loss", "eval_loss", "retention_loss") if key in line}
+            if rate is not None:
+                shown["tokens/s"] = f"{rate:,.0f}"
+            if "eval_loss" in line:
+                text = ", ".join(f"{key} {value}" for key, value in shown.items())
+                self.bar.write(f"step {state.global_step}/{state.max_steps}: {text}", file=sys.stderr)
+            else:
+                self.bar.set_postfix(shown, refresh=False)
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Close the progress line."""
+        if self.bar:
+            self.bar.close()
+        seconds = duration(time.monotonic() - self.started)
+        if self.speaks:
+            log(f"{socket.gethostname()}: {state.global_step} of {state.max_steps} steps done, this start took {seconds}")
+
+
+class TokenCounter:
+    """Tokens processed since they were last taken, summed over all processes."""
+
+    def __init__(self) -> None:
+        self.local = 0
+
+    def take(self) -> int:
+        """The sum over all processes; starts again from 0. Every process must call it."""
+        import torch
+        import torch.distributed as dist
+
+        count, self.local = self.local, 0
+        if not dist.is_initialized() or dist.get_world_size() == 1:
+            return count
+        device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+        total = torch.tensor(count, dtype=torch.int64, device=device)
+        dist.all_reduce(total)
+        return int(total)
+
+
+def die_with_parent() -> None:
+    """Ask the kernel (Linux) to end this process when its parent ends, however that happens."""
+    ctypes.CDLL(None, use_errno=True).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+
+
+class TensorBoardServer:
+    """A TensorBoard server that lives as long as this process; a context manager."""
+
+    def __init__(self, folder: Path, port: int, enabled: bool) -> None:
+        self.folder, self.port, self.enabled = folder, port, enabled
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def __enter__(self) -> "TensorBoardServer":
+        if not self.enabled:
+            return self
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind(("0.0.0.0", self.port))
+            except OSError:
+                log(f"warning: port {self.port} is taken, TensorBoard is not served; events are in {self.folder}")
+                return self
+        command = [sys.executable, "-m", "tensorboard.main", "--logdir", str(self.folder), "--port", str(self.port), "--bind_all"]
+        quiet = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+        environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+        self.process = subprocess.Popen(command, preexec_fn=die_with_parent, env=environment, **quiet)  # noqa: PLW1509
+        log(f"TensorBoard: http://localhost:{self.port} while training runs")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.process:
+            self.process.terminate()
+            try:
+                self.process.wait(10)
+            except subprocess.TimeoutExpired:
+                self.process.kill()
+
+
+def plot(lines: list[dict[str, Any]], picture: Path, title: str, best_step: int | None = None) -> None:
+    """Draw train, evaluation and retention loss over the steps into a PNG."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(9, 5.2), dpi=120)
+    styles = {"loss": ("train", "#8fb3d9", 1.2), "eval_loss": ("test", "#d1495b", 2.2), "retention_loss": ("retention", "#2e7d5b", 2.2)}  # fmt: skip
+    for key, (label, color, width) in styles.items():
+        points = [(line["step"], line[key]) for line in lines if key in line and math.isfinite(line[key])]
+        if not points:
+            continue
+        steps, values = zip(*points, strict=True)
+        marker = "" if key == "loss" and len(points) > 60 else "o"
+        axes.plot(steps, values, label=f"{label} loss (last {values[-1]:.3g})", color=color, linewidth=width, marker=marker, markersize=4)
+    if best_step is not None:
+        axes.axvline(best_step, color="#d1495b", linewidth=1, linestyle=":")
+        axes.annotate("best test loss", (best_step, 1), xycoords=("data", "axes fraction"), xytext=(-4, -4),
+                      textcoords="offset points", ha="right", va="top", fontsize=9, color="#d1495b")  # fmt: skip
+    axes.set(title=title, xlabel="optimizer step", ylabel="loss per learned token")
+    axes.set_ylim(bottom=0)
+    axes.grid(alpha=0.25)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    if axes.lines:
+        axes.legend(frameon=False)
+    figure.tight_layout()
+    staged = picture.with_name(picture.name + ".part")
+    figure.savefig(staged, format="png")
+    plt.close(figure)
+    shutil.move(staged, picture)
