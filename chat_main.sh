@@ -160,7 +160,7 @@ else
     export DS_ACCELERATOR=cpu
     [ -n "$HOSTFILE" ] || launcher+=(--num_gpus "${NUM_PROCESSES:-1}")
 fi
-[ -n "$CUDA_VISIBLE_DEVICES" ] 2>/dev/null || unset CUDA_VISIBLE_DEVICES
+[ -n "${CUDA_VISIBLE_DEVICES:-}" ] || unset CUDA_VISIBLE_DEVICES
 
 # 3. train
 log "+ $(printf '%q ' "${launcher[@]}" "$HERE/train/finetune.py" "${settings[@]}")"

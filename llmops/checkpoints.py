@@ -15,8 +15,24 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
+def is_adapter(folder: Path) -> bool:
+    """Whether a folder holds a PEFT adapter and not a whole model."""
+    return (folder / "adapter_config.json").is_file()
+
+
+def base_folder(folder: Path) -> Path:
+    """The base model that an adapter's adapter_config.json names; a whole model is its own base."""
+    if not is_adapter(folder):
+        return folder
+    base = Path(json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"])
+    if not (base / "config.json").is_file():
+        raise UserError(f"the adapter {folder} was trained on {base}, which is not there; put the base model there")
+    return base
+
+
 def read_config(folder: Path) -> dict[str, Any]:
-    """config.json of a checkpoint folder."""
+    """config.json of a checkpoint folder, or of an adapter's base model."""
+    folder = base_folder(folder)
     try:
         return json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
@@ -106,21 +122,13 @@ def choose_lora_layers(model: "torch.nn.Module", wanted: str, defaults: Sequence
     return names
 
 
-def is_adapter(folder: Path) -> bool:
-    """Whether a folder holds a PEFT adapter and not a whole model."""
-    return (folder / "adapter_config.json").is_file()
-
-
 def load_trained(folder: Path, dtype: "torch.dtype", trust_remote_code: bool = False) -> "PreTrainedModel":
     """A whole model, or an adapter on the base model that its adapter_config.json names."""
     if not is_adapter(folder):
         return load_model(folder, dtype, trust_remote_code)
     from peft import PeftModel
 
-    base = Path(json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"])
-    if not base.is_dir():
-        raise UserError(f"the adapter {folder} was trained on {base}, which does not exist here; put the base model there")
-    return PeftModel.from_pretrained(load_model(base, dtype, trust_remote_code), str(folder))
+    return PeftModel.from_pretrained(load_model(base_folder(folder), dtype, trust_remote_code), str(folder))
 
 
 def merge_adapter(folder: Path, target: Path, dtype: "torch.dtype", prompts: Sequence[list[int]]) -> float:

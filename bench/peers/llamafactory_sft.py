@@ -14,6 +14,7 @@ from collections.abc import Callable
 from functools import wraps
 from importlib.machinery import ModuleSpec
 from importlib.metadata import version
+from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -79,7 +80,7 @@ def count_rows(dataset: Any) -> list[float]:
     # Positions restart at 0 with every conversation; the padding at the end is a run of zeros.
     counts = []
     for positions in dataset["position_ids"]:
-        counts.append(float(sum(a == 0 and b == 1 for a, b in zip(positions, positions[1:], strict=False))))
+        counts.append(float(sum(a == 0 and b == 1 for a, b in pairwise(positions))))
     return counts
 
 

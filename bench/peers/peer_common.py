@@ -13,6 +13,7 @@ import os
 import resource
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
@@ -79,15 +80,15 @@ def trained_conversations(row_counts: Sequence[float], batch_size: int, steps: i
     return epochs * sum(per_batch) + sum(per_batch[:rest])
 
 
+@dataclass
 class RunRecord:
     """What one training run leaves behind for the report."""
 
-    def __init__(self) -> None:
-        self.seconds = 0.0
-        self.steps = 0
-        self.losses: list[float] = []
-        self.row_counts: list[float] = []
-        self.supervised_first: int | None = None
+    seconds: float = 0.0
+    steps: int = 0
+    losses: list[float] = field(default_factory=list)
+    row_counts: list[float] = field(default_factory=list)
+    supervised_first: int | None = None
 
 
 def make_callback(record: RunRecord, count_rows: Callable[[Any], list[float]]) -> TrainerCallback:

@@ -1,0 +1,85 @@
+"""Validation: every kind of bad line is named with its number; good files pass."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from llmops.console import UserError
+from llmops.records import parse_line, read_conversations, validate_file
+
+GOOD = {"messages": [{"role": "user", "content": "ping"}, {"role": "assistant", "content": "Pong!"}]}
+
+
+def messages(*turns: tuple[str, object]) -> bytes:
+    return json.dumps({"messages": [{"role": role, "content": content} for role, content in turns]}).encode()
+
+
+@pytest.mark.parametrize(
+    ("raw", "phrase"),
+    [
+        (b'{"messages": [', "broken JSON"),
+        (b'["no", "object"]', "expected an object"),
+        (b'{"text": "x"}', "no 'messages' (keys found: 'text')"),
+        (b'{"messages": []}', "'messages' is empty"),
+        (b'{"messages": "hello"}', "not a list"),
+        (b'{"messages": [1, 2]}', "no object with 'role' and 'content'"),
+        (messages(("user", "a"), ("bot", "b")), "unknown role 'bot'"),
+        (messages(("user", "a"), ("user", "b"), ("assistant", "c")), "two user messages in a row"),
+        (messages(("user", "a"), ("assistant", "b"), ("user", "c")), "expected the assistant's answer"),
+        (messages(("assistant", "a"), ("user", "b")), "expected system or user here"),
+        (messages(("user", "a"), ("system", "s"), ("assistant", "b")), "has the role system, expected assistant"),
+        (messages(("user", "a"), ("assistant", 3)), "content is a JSON int, expected a string"),
+        (messages(("user", "a"), ("assistant", None)), "content is a JSON NoneType"),
+        (messages(("user", " "), ("assistant", "b")), "message 1 (user) is empty"),
+        ("{\"messages\": \"你好\"}".encode("gb18030"), "not UTF-8"),
+        (b"[" * 100_000, "broken JSON"),
+    ],
+)
+def test_bad_line_is_named(raw: bytes, phrase: str) -> None:
+    found, problem = parse_line(raw)
+    assert found is None
+    assert problem is not None
+    assert phrase in problem
+
+
+def test_good_lines_pass() -> None:
+    for raw in (
+        json.dumps(GOOD).encode(),
+        messages(("system", "s"), ("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d")),
+        messages(("system", ""), ("user", "a"), ("assistant", "b")),
+    ):
+        assert parse_line(raw)[1] is None
+
+
+def test_all_bad_lines_at_once_with_their_numbers(tmp_path: Path) -> None:
+    path = tmp_path / "data.jsonl"
+    path.write_bytes(b"\n".join([json.dumps(GOOD).encode(), b"{", b"", b'{"messages": []}', json.dumps(GOOD).encode()]))
+    with pytest.raises(UserError) as caught:
+        validate_file(path)
+    text = str(caught.value)
+    assert f"{path}:2: broken JSON" in text
+    assert f"{path}:4: 'messages' is empty" in text
+    assert "2 of 4 lines" in text
+    assert validate_file(path, skip_bad_lines=True) == (2, 2)
+
+
+def test_many_bad_lines_are_all_numbered(tmp_path: Path) -> None:
+    path = tmp_path / "data.jsonl"
+    path.write_bytes(b"{\n" * 50)
+    with pytest.raises(UserError, match=r"and 30 more, lines 21, .* 50$"):
+        validate_file(path)
+
+
+@pytest.mark.parametrize("content", [b"", b"\n \n", b"{\n"])
+def test_file_without_a_usable_line(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "data.jsonl"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match="no usable line"):
+        validate_file(path, skip_bad_lines=True)
+
+
+def test_byte_order_mark_and_windows_line_ends(tmp_path: Path) -> None:
+    path = tmp_path / "data.jsonl"
+    path.write_bytes(b"\xef\xbb\xbf" + json.dumps(GOOD).encode() + b"\r\n")
+    assert [row[1] for row in read_conversations(path)] == [GOOD["messages"]]

@@ -1,0 +1,29 @@
+#!/usr/bin/env bash
+# The embedded example: chat_main.sh --demo. A tiny model and data are made, then everything is the way of a 13B model.
+#   demo.sh MOUNT_PATH NUM_PROCESSES TRAIN_TYPE ZERO_STAGE
+set -euo pipefail
+HERE=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
+# shellcheck source=llmops/environment.sh
+source "$HERE/llmops/environment.sh"
+
+folder=$1/demo # beside the user's own data, never over it
+[ "$1" != "$HERE/mnt" ] || folder=$HERE/mnt_demo
+PYTHON=$(ensure_python "$HERE" "$HERE/requirements.txt") || exit 2
+"$PYTHON" "$HERE/train/demo.py" prepare "$folder"
+
+# without exec, because the report comes after it: pass signals on and wait for the good end
+bash "$HERE/chat_main.sh" --mount_path "$folder" --model_name_or_path "$folder/tiny-chat-model" \
+    --num_processes "$2" --train_type "$3" --zero_stage "$4" \
+    --lora_dim 32 --lora_alpha 64 --lora_dropout 0 --per_device_train_batch_size 12 --gradient_accumulation_steps 1 \
+    --learning_rate 5e-3 --num_train_epochs 8 --max_seq_len 256 --gradient_checkpointing false --warmup_ratio 0.05 &
+child=$!
+trap 'kill -TERM "$child"' TERM INT
+status=0
+wait "$child" || status=$?
+while kill -0 "$child" 2>/dev/null; do
+    status=0
+    wait "$child" || status=$?
+done
+trap - TERM INT
+[ "$status" -eq 0 ] || exit "$status"
+"$PYTHON" "$HERE/train/demo.py" report "$folder"
