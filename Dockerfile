@@ -20,7 +20,7 @@ RUN apt-get update \
 
 # Packages before the source: editing the source does not install them again.
 # An empty PIP_INDEX_URL means pip's default; --build-arg PIP_INDEX_URL=... takes a mirror.
-ARG PIP_INDEX_URL
+ARG PIP_INDEX_URL=""
 ENV PATH=/opt/venv/bin:$PATH
 COPY requirements.txt /tmp/requirements.txt
 RUN python3 -m venv /opt/venv \

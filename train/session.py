@@ -22,6 +22,7 @@ from safetensors import SafetensorError
 from torch.utils.tensorboard import SummaryWriter
 from transformers import DefaultFlowCallback, EarlyStoppingCallback, PrinterCallback, TrainingArguments, set_seed
 from transformers.integrations import TensorBoardCallback
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from llmops import checkpoints
 from llmops.chat_formats import ChatFormat
@@ -107,6 +108,10 @@ def training_arguments(config: Config, dtype: torch.dtype) -> TrainingArguments:
     """Our settings in the Trainer's words; evaluation, saving and logging follow our own Schedule."""
     # DeepSpeed would compile a shared-memory operator for CPU processes at the first start; gloo needs no compiler
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    os.environ.setdefault("RANK", "0")  # also without the launcher
+    for name, value in {"LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}.items():
+        os.environ.setdefault(name, value)
+    deepspeed.init_distributed()  # before the arguments: ZeRO 3 partitions the weights while they are loaded
     return TrainingArguments(
         output_dir=config.output_path,
         per_device_train_batch_size=config.per_device_train_batch_size,
@@ -312,6 +317,7 @@ def merge(config: Config) -> None:
     if (output / "merged" / "config.json").is_file():
         log(f"the merged model is in {output / 'merged'} already")
         return
+    unset_hf_deepspeed_config()  # ZeRO 3 would partition the weights among processes that are gone
     _, chat = checkpoints.load_chat_format(output, config.mode, config.trust_remote_code)
     questions = ("你好，请介绍一下你自己。", "1 + 1 = ?", "What is the capital of France?")
     prompts = [chat.prompt([{"role": "user", "content": text}]) for text in questions]

@@ -1,0 +1,13 @@
+#!/usr/bin/env bash
+# Make the environment and run every check: linters, then the whole test suite.
+#   bash tests/run.sh [pytest options]
+set -euo pipefail
+HERE=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
+# shellcheck source=llmops/environment.sh
+source "$HERE/llmops/environment.sh"
+
+PYTHON=$(ensure_python "$HERE" "$HERE/requirements-dev.txt") || exit 2
+bin=$("$PYTHON" -c 'import sysconfig; print(sysconfig.get_path("scripts"))')
+cd "$HERE"
+bash tests/lint.sh "$bin"
+exec "$PYTHON" -m pytest "$@"

@@ -1,0 +1,90 @@
+"""Settings: one place of defaults, all problems at once; chat_main.sh and config.py say the same."""
+
+import re
+import time
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, chat_main
+
+from llmops.console import UserError
+from train.config import Config, find_problems, parse
+
+SCRIPT = (ROOT / "chat_main.sh").read_text(encoding="utf-8")
+VARIABLES = dict(re.findall(r'^([A-Z_]+)="\$\{\1:-(.*)\}" ', SCRIPT, re.MULTILINE))
+PATHS = {"model_name_or_path", "train_file", "output_path"}  # chat_main.sh derives these from MOUNT_PATH
+
+
+def test_chat_main_has_every_setting_with_the_same_default() -> None:
+    for item in fields(Config):
+        assert item.name.upper() in VARIABLES, item.name
+        if item.name in PATHS:
+            continue
+        text = VARIABLES[item.name.upper()]
+        value = item.default
+        assert text == str(value).lower() if isinstance(value, (bool, str)) else float(text) == value, item.name
+
+
+def test_all_problems_at_once(tmp_path: Path) -> None:
+    with pytest.raises(UserError) as caught:
+        parse(["--model_name_or_path", str(tmp_path / "no"), "--train_file", str(tmp_path / "none"), "--lora_dim", "0", "--warmup_ratio", "2"])
+    for phrase in ("model folder", "does not exist", "--lora_dim is 0, expected at least 1", "--warmup_ratio is 2.0", "training data"):
+        assert phrase in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "phrase"),
+    [
+        (["--train_type", "full"], "invalid choice: 'full'"),
+        (["--packing", "maybe"], "expected true or false"),
+        (["--learning_rate", "fast"], "invalid float value"),
+        (["--learning_rate", "nan"], "--learning_rate is nan"),
+        (["--no_such_flag", "1"], "unrecognized arguments"),
+        (["--test_file", "/no/such/test.jsonl"], "the test data /no/such/test.jsonl does not exist"),
+        (["--ds_file", "/no/such.json"], "DeepSpeed file /no/such.json does not exist"),
+        (["--max_steps", "0"], "nothing to train"),
+    ],
+)
+def test_wrong_settings_are_one_sentence(small_data: Path, checkpoints: dict[str, Path], arguments: list[str], phrase: str) -> None:
+    good = ["--model_name_or_path", str(checkpoints["llama"]), "--train_file", str(small_data / "datasets" / "train.jsonl")]
+    assert not find_problems(parse([*good, "--output_path", str(small_data / "out")])[0])
+    with pytest.raises(UserError, match=re.escape(phrase)):
+        parse([*good, "--output_path", str(small_data / "out"), *arguments])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "phrase"),
+    [
+        (["--help"], 0, "--lora_module_name"),
+        (["--trian_type", "all"], 2, "unknown argument --trian_type"),
+        (["stray"], 2, "unknown argument stray"),
+        (["--train_type"], 2, "--train_type needs a value"),
+        (["--scenario", "faq"], 2, "not part of this version yet"),
+        (["--scenario", "chat"], 2, "expected general or faq"),
+        (["--model_name_or_path", "/no/model"], 2, "the model folder /no/model does not exist"),
+        (["--train_file", "/no/data.jsonl"], 2, "the training data /no/data.jsonl does not exist"),
+    ],
+)
+def test_chat_main_answers(arguments: list[str], code: int, phrase: str) -> None:
+    started = time.monotonic()
+    done = chat_main(*arguments)
+    assert done.returncode == code
+    assert phrase in done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+    print(f"{arguments}: {time.monotonic() - started:.2f} s")
+
+
+def test_the_flag_wins_over_the_environment() -> None:
+    done = chat_main("--train_type=whole", TRAIN_TYPE="other")
+    assert "'whole'" in done.stderr
+    assert "'other'" in chat_main(TRAIN_TYPE="other").stderr
+
+
+def test_bad_data_is_told_before_anything_is_loaded(small_data: Path, checkpoints: dict[str, Path]) -> None:
+    train = small_data / "datasets" / "train.jsonl"
+    train.write_bytes(train.read_bytes() + b"{broken\n")
+    done = chat_main("--mount_path", str(small_data), "--model_name_or_path", str(checkpoints["llama"]))
+    assert done.returncode == 2
+    assert f"{train}:25: broken JSON" in done.stderr
+    assert not (small_data / "output_path").exists()

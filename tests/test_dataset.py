@@ -1,0 +1,111 @@
+"""Tokenising: the rule for long conversations, counts, cache, split."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import write_jsonl
+
+from llmops import checkpoints as loading
+from llmops.console import UserError
+from train.dataset import Source, TokenDataset, encode_conversation, load_or_encode
+
+LONG = [
+    {"role": "system", "content": "请简短回答。"},
+    {"role": "user", "content": "怎么续借？" * 8},
+    {"role": "assistant", "content": "点续借即可。" * 8},
+    {"role": "user", "content": "逾期呢"},
+    {"role": "assistant", "content": "每天一毛。" * 10},
+]
+
+
+@pytest.fixture
+def chat(checkpoints: dict[str, Path]) -> loading.ChatFormat:
+    return loading.load_chat_format(checkpoints["llama"])[1]
+
+
+def test_oldest_turns_go_first_and_the_system_message_stays(chat: loading.ChatFormat) -> None:
+    (whole,) = chat.conversation(LONG)
+    (shorter,) = chat.conversation([LONG[0], *LONG[3:]])
+    ((sample, outcome),) = encode_conversation(chat, LONG, len(whole.ids) - 1)
+    assert outcome == "turns_cut"
+    assert sample is not None
+    assert (sample.ids, sample.learned) == (shorter.ids, shorter.learned)
+    ((sample, outcome),) = encode_conversation(chat, LONG, len(whole.ids))
+    assert outcome == "whole"
+
+
+def test_a_single_pair_loses_the_end_of_its_answer(chat: loading.ChatFormat) -> None:
+    (shorter,) = chat.conversation([LONG[0], *LONG[3:]])
+    ((sample, outcome),) = encode_conversation(chat, LONG, len(shorter.ids) - 5)
+    assert outcome == "answer_cut"
+    assert sample is not None
+    assert sample.ids == shorter.ids[:-5]
+
+
+def test_a_prompt_that_fills_the_length_is_dropped(chat: loading.ChatFormat) -> None:
+    ((sample, outcome),) = encode_conversation(chat, LONG[:3], 12)
+    assert (sample, outcome) == (None, "dropped")
+
+
+def source(path: Path, model: Path, **changes: object) -> Source:
+    return Source(**({"path": path, "model": model, "mode": "auto", "max_seq_len": 64, "skip_bad_lines": False} | changes))
+
+
+def test_counts_and_cache(
+    tmp_path: Path, chat: loading.ChatFormat, checkpoints: dict[str, Path], capfd: pytest.CaptureFixture[str]
+) -> None:
+    path = write_jsonl(tmp_path / "train.jsonl", [LONG, LONG[1:3], *[LONG[3:]] * 3])
+    first = load_or_encode(source(path, checkpoints["llama"], max_seq_len=40), chat, tmp_path / "cache")
+    assert (first.meta["rows"], first.meta["samples"]) == (5, first.meta["whole"] + first.meta["turns_cut"] + first.meta["answer_cut"])
+    assert first.meta["dropped"] == 1
+    assert "1 dropped (no learned token left)" in capfd.readouterr().err
+    assert first.meta["tokens"] == int(first.lengths.sum())
+    assert first.meta["learned_tokens"] == first.learned_tokens()
+    again = load_or_encode(source(path, checkpoints["llama"], max_seq_len=40), chat, tmp_path / "cache")
+    assert "read from the cache" in capfd.readouterr().err
+    assert again.folder == first.folder
+    for i in range(len(first)):
+        assert np.array_equal(first[i]["ids"], again[i]["ids"])
+
+
+def test_cache_depends_on_everything(tmp_path: Path, checkpoints: dict[str, Path]) -> None:
+    path = write_jsonl(tmp_path / "train.jsonl", [LONG])
+    keys = {
+        source(path, checkpoints["llama"]).key(),
+        source(path, checkpoints["qwen2"]).key(),
+        source(path, checkpoints["llama"], max_seq_len=65).key(),
+        source(path, checkpoints["llama"], mode="qwen1.5").key(),
+        source(write_jsonl(path, [LONG, LONG]), checkpoints["llama"]).key(),
+    }
+    assert len(keys) == 5
+
+
+def test_all_rows_too_long_is_an_error(tmp_path: Path, chat: loading.ChatFormat, checkpoints: dict[str, Path]) -> None:
+    path = write_jsonl(tmp_path / "train.jsonl", [LONG[:3]])
+    with pytest.raises(UserError, match="keeps a learned token within 10 tokens"):
+        load_or_encode(source(path, checkpoints["llama"], max_seq_len=10), chat, tmp_path / "cache")
+    assert not list((tmp_path / "cache").glob("*.part"))
+
+
+def test_split_is_seeded_disjoint_and_whole(tmp_path: Path, chat: loading.ChatFormat, checkpoints: dict[str, Path]) -> None:
+    path = write_jsonl(tmp_path / "train.jsonl", [LONG[3:]] * 20)
+    data = load_or_encode(source(path, checkpoints["llama"]), chat, tmp_path / "cache")
+    train, test = data.split(0.2, seed=1)
+    assert (len(train), len(test)) == (16, 4)
+    assert not set(train.indices) & set(test.indices)
+    assert np.array_equal(test.indices, data.split(0.2, seed=1)[1].indices)
+    assert not np.array_equal(test.indices, data.split(0.2, seed=2)[1].indices)
+    one = load_or_encode(source(write_jsonl(tmp_path / "one.jsonl", [LONG[3:]]), checkpoints["llama"]), chat, tmp_path / "cache")
+    with pytest.raises(UserError, match="none to hold out"):
+        one.split(0.5, seed=1)
+
+
+def test_an_interrupted_encoding_leaves_nothing(tmp_path: Path, chat: loading.ChatFormat, checkpoints: dict[str, Path]) -> None:
+    path = write_jsonl(tmp_path / "train.jsonl", [LONG[3:]] * 3)
+    one = source(path, checkpoints["llama"])
+    leftover = tmp_path / "cache" / f"train-{one.key()}.part"
+    leftover.mkdir(parents=True)
+    (leftover / "ids.bin").write_bytes(b"half")
+    assert len(load_or_encode(one, chat, tmp_path / "cache")) == 3
+    assert isinstance(TokenDataset(leftover.with_suffix("")), TokenDataset)
