@@ -11,62 +11,62 @@ set -euo pipefail
 HERE=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)
 
 # --- settings: what ----------------------------------------------------------------------------------------------------
-SCENARIO="${SCENARIO:-general}"                             # general (conversations) or faq (questions with intents)
-CUDA_VISIBLE_DEVICES="${CUDA_VISIBLE_DEVICES:-}"            # GPUs to use, such as 0,1; empty: all, or the CPU without any
-MOUNT_PATH="${MOUNT_PATH:-$HERE/mnt}"                       # folder with the base model, datasets/ and output_path/
-MODEL_NAME_OR_PATH="${MODEL_NAME_OR_PATH:-}"                # base model; empty: MOUNT_PATH/Llama-2-13b-chat-hf
-MODE="${MODE:-auto}"                                        # chat format: auto llama2 qwen1.5 glm glm2 glm3 baichuan2_13b
-TRAIN_FILE="${TRAIN_FILE:-}"                                # empty: MOUNT_PATH/datasets/train.jsonl
-TEST_FILE="${TEST_FILE:-}"                                  # empty: test.jsonl beside it, else a held-out part
-OUTPUT_PATH="${OUTPUT_PATH:-}"                              # empty: MOUNT_PATH/output_path
+SCENARIO="${SCENARIO:-general}"                  # general (conversations) or faq (questions with intents)
+CUDA_VISIBLE_DEVICES="${CUDA_VISIBLE_DEVICES:-}" # GPUs to use, such as 0,1; empty: all, or the CPU without any
+MOUNT_PATH="${MOUNT_PATH:-$HERE/mnt}"            # folder with the base model, datasets/ and output_path/
+MODEL_NAME_OR_PATH="${MODEL_NAME_OR_PATH:-}"     # base model; empty: MOUNT_PATH/Llama-2-13b-chat-hf
+MODE="${MODE:-auto}"                             # chat format: auto llama2 qwen1.5 glm glm2 glm3 baichuan2_13b
+TRAIN_FILE="${TRAIN_FILE:-}"                     # empty: MOUNT_PATH/datasets/train.jsonl
+TEST_FILE="${TEST_FILE:-}"                       # empty: test.jsonl beside it, else a held-out part
+OUTPUT_PATH="${OUTPUT_PATH:-}"                   # empty: MOUNT_PATH/output_path
 # --- settings: how -----------------------------------------------------------------------------------------------------
-TRAIN_TYPE="${TRAIN_TYPE:-lora}"                            # lora (a small adapter) or all (every weight)
-LORA_MODULE_NAME="${LORA_MODULE_NAME:-}"                    # such as gate_proj,down_proj,up_proj; empty: attention and MLP
-LORA_DIM="${LORA_DIM:-16}"                                  # LoRA rank
-LORA_ALPHA="${LORA_ALPHA:-32}"                              # LoRA scaling numerator
-LORA_DROPOUT="${LORA_DROPOUT:-0.05}"                        # dropout before the LoRA layers
+TRAIN_TYPE="${TRAIN_TYPE:-lora}"                                # lora (a small adapter) or all (every weight)
+LORA_MODULE_NAME="${LORA_MODULE_NAME:-}"                        # such as gate_proj,down_proj,up_proj; empty: attention and MLP
+LORA_DIM="${LORA_DIM:-16}"                                      # LoRA rank
+LORA_ALPHA="${LORA_ALPHA:-32}"                                  # LoRA scaling numerator
+LORA_DROPOUT="${LORA_DROPOUT:-0.05}"                            # dropout before the LoRA layers
 PER_DEVICE_TRAIN_BATCH_SIZE="${PER_DEVICE_TRAIN_BATCH_SIZE:-4}" # conversations per device and micro-batch
 GRADIENT_ACCUMULATION_STEPS="${GRADIENT_ACCUMULATION_STEPS:-4}" # micro-batches per optimizer step
 PER_DEVICE_EVAL_BATCH_SIZE="${PER_DEVICE_EVAL_BATCH_SIZE:-8}"   # conversations per device while evaluating
-MAX_SEQ_LEN="${MAX_SEQ_LEN:-1024}"                          # longest conversation in tokens
-LEARNING_RATE="${LEARNING_RATE:-0}"                         # peak; 0: 1e-4 for lora, 1e-5 for all
-NUM_TRAIN_EPOCHS="${NUM_TRAIN_EPOCHS:-3}"                   # passes over the data
-MAX_STEPS="${MAX_STEPS:--1}"                                # stop after this many steps; -1: by epochs
-ZERO_STAGE="${ZERO_STAGE:-2}"                               # DeepSpeed ZeRO: 2, 3 or 3_offload
-DS_FILE="${DS_FILE:-}"                                      # your own DeepSpeed JSON instead of train/ds_zero*.json
-DTYPE="${DTYPE:-auto}"                                      # auto (bf16 where the device has it), bf16, fp16, fp32
-GRADIENT_CHECKPOINTING="${GRADIENT_CHECKPOINTING:-true}"    # recompute activations: less memory, more time
-PACKING="${PACKING:-true}"                                  # no padding, shared prefixes; false: padded batches
-MAX_GRAD_NORM="${MAX_GRAD_NORM:-1}"                         # gradient clipping; 0: none
-LR_SCHEDULER_TYPE="${LR_SCHEDULER_TYPE:-cosine}"            # cosine, linear or constant
-WARMUP_RATIO="${WARMUP_RATIO:-0.03}"                        # share of the steps that warms up
-WEIGHT_DECAY="${WEIGHT_DECAY:-0}"                           # AdamW weight decay
-NEFTUNE_NOISE_ALPHA="${NEFTUNE_NOISE_ALPHA:-0}"             # NEFTune noise; 0: none
-EARLY_STOPPING_PATIENCE="${EARLY_STOPPING_PATIENCE:-0}"     # evaluations without a better one; 0: never stop early
+MAX_SEQ_LEN="${MAX_SEQ_LEN:-1024}"                              # longest conversation in tokens
+LEARNING_RATE="${LEARNING_RATE:-0}"                             # peak; 0: 1e-4 for lora, 1e-5 for all
+NUM_TRAIN_EPOCHS="${NUM_TRAIN_EPOCHS:-3}"                       # passes over the data
+MAX_STEPS="${MAX_STEPS:--1}"                                    # stop after this many steps; -1: by epochs
+ZERO_STAGE="${ZERO_STAGE:-2}"                                   # DeepSpeed ZeRO: 2, 3 or 3_offload
+DS_FILE="${DS_FILE:-}"                                          # your own DeepSpeed JSON instead of train/ds_zero*.json
+DTYPE="${DTYPE:-auto}"                                          # auto (bf16 where the device has it), bf16, fp16, fp32
+GRADIENT_CHECKPOINTING="${GRADIENT_CHECKPOINTING:-true}"        # recompute activations: less memory, more time
+PACKING="${PACKING:-true}"                                      # no padding, shared prefixes; false: padded batches
+MAX_GRAD_NORM="${MAX_GRAD_NORM:-1}"                             # gradient clipping; 0: none
+LR_SCHEDULER_TYPE="${LR_SCHEDULER_TYPE:-cosine}"                # cosine, linear or constant
+WARMUP_RATIO="${WARMUP_RATIO:-0.03}"                            # share of the steps that warms up
+WEIGHT_DECAY="${WEIGHT_DECAY:-0}"                               # AdamW weight decay
+NEFTUNE_NOISE_ALPHA="${NEFTUNE_NOISE_ALPHA:-0}"                 # NEFTune noise; 0: none
+EARLY_STOPPING_PATIENCE="${EARLY_STOPPING_PATIENCE:-0}"         # evaluations without a better one; 0: never stop early
 # --- settings: evaluation, checkpoints, logging ------------------------------------------------------------------------
-EVAL_RATIO="${EVAL_RATIO:-0.1}"                             # held-out share when there is no test file
-EVAL_STEPS="${EVAL_STEPS:-0}"                               # also evaluate and save every N steps; 0: every epoch only
-SAVE_TOTAL_LIMIT="${SAVE_TOTAL_LIMIT:-2}"                   # newest checkpoints kept, beside the best one
-LOAD_BEST_MODEL_AT_END="${LOAD_BEST_MODEL_AT_END:-true}"    # output_path gets the best weights; false: the last
-RETENTION_FILE="${RETENTION_FILE:-}"                        # general conversations that measure forgetting; empty: ours
-LOGGING_STEPS="${LOGGING_STEPS:-1}"                         # steps between two lines of log.txt
-TENSORBOARD="${TENSORBOARD:-true}"                          # serve TensorBoard while training runs
-TENSORBOARD_PORT="${TENSORBOARD_PORT:-6006}"                # its port
-MERGE_LORA="${MERGE_LORA:-false}"                           # also write output_path/merged
+EVAL_RATIO="${EVAL_RATIO:-0.1}"                          # held-out share when there is no test file
+EVAL_STEPS="${EVAL_STEPS:-0}"                            # also evaluate and save every N steps; 0: every epoch only
+SAVE_TOTAL_LIMIT="${SAVE_TOTAL_LIMIT:-2}"                # newest checkpoints kept, beside the best one
+LOAD_BEST_MODEL_AT_END="${LOAD_BEST_MODEL_AT_END:-true}" # output_path gets the best weights; false: the last
+RETENTION_FILE="${RETENTION_FILE:-}"                     # general conversations that measure forgetting; empty: ours
+LOGGING_STEPS="${LOGGING_STEPS:-1}"                      # steps between two lines of log.txt
+TENSORBOARD="${TENSORBOARD:-true}"                       # serve TensorBoard while training runs
+TENSORBOARD_PORT="${TENSORBOARD_PORT:-6006}"             # its port
+MERGE_LORA="${MERGE_LORA:-false}"                        # also write output_path/merged
 # --- settings: behaviour -----------------------------------------------------------------------------------------------
-DRY_RUN="${DRY_RUN:-false}"                                 # check data, show what is learned, estimate; no training
-SKIP_BAD_LINES="${SKIP_BAD_LINES:-false}"                   # drop and count bad lines instead of stopping
-RESUME="${RESUME:-true}"                                    # continue an interrupted run
-OVERWRITE_OUTPUT_PATH="${OVERWRITE_OUTPUT_PATH:-false}"     # delete an earlier run in OUTPUT_PATH and start again
-TRUST_REMOTE_CODE="${TRUST_REMOTE_CODE:-false}"             # run Python code that the checkpoint's folder ships
-SEED="${SEED:-42}"                                          # random seed
+DRY_RUN="${DRY_RUN:-false}"                             # check data, show what is learned, estimate; no training
+SKIP_BAD_LINES="${SKIP_BAD_LINES:-false}"               # drop and count bad lines instead of stopping
+RESUME="${RESUME:-true}"                                # continue an interrupted run
+OVERWRITE_OUTPUT_PATH="${OVERWRITE_OUTPUT_PATH:-false}" # delete an earlier run in OUTPUT_PATH and start again
+TRUST_REMOTE_CODE="${TRUST_REMOTE_CODE:-false}"         # run Python code that the checkpoint's folder ships
+SEED="${SEED:-42}"                                      # random seed
 # --- settings: processes and machines ----------------------------------------------------------------------------------
-NUM_PROCESSES="${NUM_PROCESSES:-}"                          # processes on this machine; empty: one per GPU, or one
-HOSTFILE="${HOSTFILE:-}"                                    # several machines: DeepSpeed's hostfile
-MASTER_ADDR="${MASTER_ADDR:-}"                              # address of the first machine
-MASTER_PORT="${MASTER_PORT:-}"                              # its port; empty: a free one, or 29500 with a hostfile
-NO_SSH="${NO_SSH:-false}"                                   # start by hand on every machine instead of over ssh
-NODE_RANK="${NODE_RANK:-0}"                                 # with NO_SSH: which machine this is, from 0
+NUM_PROCESSES="${NUM_PROCESSES:-}" # processes on this machine; empty: one per GPU, or one
+HOSTFILE="${HOSTFILE:-}"           # several machines: DeepSpeed's hostfile
+MASTER_ADDR="${MASTER_ADDR:-}"     # address of the first machine
+MASTER_PORT="${MASTER_PORT:-}"     # its port; empty: a free one, or 29500 with a hostfile
+NO_SSH="${NO_SSH:-false}"          # start by hand on every machine instead of over ssh
+NODE_RANK="${NODE_RANK:-0}"        # with NO_SSH: which machine this is, from 0
 # --- end of settings ---------------------------------------------------------------------------------------------------
 
 # shellcheck source=llmops/environment.sh
@@ -137,6 +137,8 @@ PYTHON=$(ensure_python "$HERE" "$HERE/requirements.txt") || exit 2
 export HF_HUB_OFFLINE="${HF_HUB_OFFLINE:-1}" TOKENIZERS_PARALLELISM="${TOKENIZERS_PARALLELISM:-true}"
 export PYTHONPATH="$HERE${PYTHONPATH:+:$PYTHONPATH}"
 if [ "$DRY_RUN" = true ]; then
+    export NUM_PROCESSES
+    [ -z "$CUDA_VISIBLE_DEVICES" ] || export CUDA_VISIBLE_DEVICES
     exec "$PYTHON" "$HERE/train/finetune.py" "${settings[@]}"
 fi
 launcher=("$PYTHON" "$HERE/train/launch.py" --no_local_rank --log_level warning)

@@ -296,5 +296,6 @@ def choose_family(mode: str, model_config: dict[str, Any], has_template: bool) -
         if model_type in family.model_types and all(hint in model_config for hint in family.hints):
             return family
     raise UserError(
-        f"the checkpoint (model_type {model_type!r}) has no chat template; pass --mode, one of {', '.join(FAMILIES)}"
+        f"the checkpoint (model_type {model_type!r}) has no chat template and is of no family with a known format "
+        f"({', '.join(FAMILIES)}); put a chat_template.jinja with its format into the checkpoint's folder"
     )

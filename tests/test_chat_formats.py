@@ -147,7 +147,7 @@ def test_choice_of_family() -> None:
     assert choose_family("auto", {"model_type": "chatglm", "position_encoding_2d": True}, False) is FAMILIES["glm"]
     with pytest.raises(UserError, match="is for model_type chatglm"):
         choose_family("glm3", {"model_type": "llama"}, True)
-    with pytest.raises(UserError, match="has no chat template"):
+    with pytest.raises(UserError, match="put a chat_template.jinja"):
         choose_family("auto", {"model_type": "gpt2"}, False)
     with pytest.raises(UserError, match="unknown mode"):
         choose_family("vicuna", {}, False)

@@ -33,30 +33,36 @@ def fingerprint(path: Path) -> list[int]:
     return [size, crc]
 
 
+def current_umask() -> int:
+    """The process's file mode mask; reading it means setting it twice."""
+    mask = os.umask(0o022)
+    os.umask(mask)
+    return mask
+
+
 def fsync_tree(folder: Path) -> None:
     """Make every file and folder below `folder` durable."""
     for path in [*folder.rglob("*"), folder]:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        fsync_entry(path)
 
 
 def publish(staged: Path, final: Path, world_size: int) -> None:
     """Write the manifest of a staged checkpoint, make it durable and give it its final name."""
     files = {str(path.relative_to(staged)): fingerprint(path) for path in sorted(staged.rglob("*")) if path.is_file()}
+    for path in staged.glob("*.safetensors"):
+        path.chmod(0o666 & ~current_umask())  # safetensors writes for the owner alone
     (staged / MANIFEST).write_text(json.dumps({"world_size": world_size, "files": files}), encoding="utf-8")
     fsync_tree(staged)
     if final.exists():
         shutil.rmtree(final)
     staged.rename(final)
-    fsync_tree_entry(final.parent)
+    staged.parent.rmdir()
+    fsync_entry(final.parent)
 
 
-def fsync_tree_entry(folder: Path) -> None:
-    """Make a rename in `folder` durable."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def fsync_entry(path: Path) -> None:
+    """Make one file, or the names in one folder, durable."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
@@ -140,6 +146,9 @@ def link_files(source: Path, target: Path, names: Iterable[str]) -> None:
 
 
 def model_files(checkpoint: Path) -> list[str]:
-    """Files of a checkpoint that make up the model: weights, configuration, tokenizer, shipped code."""
-    state = ("trainer_state.json", "training_args.bin", "scheduler.pt", "optimizer.pt", "latest", "zero_to_fp32.py", MANIFEST)
-    return sorted(p.name for p in checkpoint.iterdir() if p.is_file() and p.name not in state and not p.name.startswith("rng_state"))
+    """Files of a checkpoint that make up the model: weights, configuration, tokenizer, code shipped with it."""
+    state = {MANIFEST, "trainer_state.json", "training_args.bin", "scheduler.pt", "optimizer.pt", "latest"}
+    deepspeed = {"zero_to_fp32.py", "zero_to_torch.py"}
+    unwanted = state | deepspeed | {"README.md"}  # PEFT's empty model card
+    names = (path.name for path in checkpoint.iterdir() if path.is_file())
+    return sorted(name for name in names if name not in unwanted and not name.startswith("rng_state"))

@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,11 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
-from llmops.console import has_gpu, log, progress, run_main
+from llmops.console import UserError, has_gpu, log, progress, run_main
+from train.config import writable_problem
 
 MODEL_NAME = "tiny-chat-model"
-BASE_STEPS = 220
+BASE_STEPS = 120
 
 
 def texts_of(path: Path) -> list[str]:
@@ -28,6 +30,9 @@ def texts_of(path: Path) -> list[str]:
 
 def prepare(folder: Path) -> None:
     """Copy the data and make the base model; a folder that is complete is left alone."""
+    problems = writable_problem(folder)
+    if problems:
+        raise UserError(problems[0])
     datasets = folder / "datasets"
     datasets.mkdir(parents=True, exist_ok=True)
     for name in ("train.jsonl", "test.jsonl"):
@@ -44,6 +49,7 @@ def prepare(folder: Path) -> None:
 
 def make_base(folder: Path) -> None:
     """A tiny Llama-architecture chat model that has learned the general conversations of retention.jsonl and nothing else."""
+    import numpy as np
     import torch
     import transformers
 
@@ -55,11 +61,9 @@ def make_base(folder: Path) -> None:
     transformers.logging.disable_progress_bar()
     general = HERE / "retention.jsonl"
     texts = [text for path in (general, HERE / "demo_data" / "train.jsonl") for text in texts_of(path)]
-    tokenizer = tiny.train_tokenizer(texts, vocab_size=1600)
+    tokenizer = tiny.train_tokenizer(texts, vocab_size=500)
     model = tiny.make_model("llama", len(tokenizer), hidden=192, layers=4, heads=4, eos_id=tokenizer.eos_token_id)
     chat = ChatFormat(tokenizer)
-    import numpy as np
-
     samples: list[dict[str, Any]] = []
     for line in general.read_text(encoding="utf-8").splitlines():
         for sample, _ in encode_conversation(chat, json.loads(line)["messages"], 256):
@@ -101,6 +105,7 @@ def report(folder: Path) -> None:
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", category=FutureWarning)
     output = folder / "output_path"
     results = json.loads((output / "train_results.json").read_text(encoding="utf-8"))
     test = [json.loads(line)["messages"] for line in (folder / "datasets" / "test.jsonl").read_text(encoding="utf-8").splitlines()]

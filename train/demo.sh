@@ -7,7 +7,7 @@ HERE=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
 source "$HERE/llmops/environment.sh"
 
 folder=$1/demo # beside the user's own data, never over it
-[ "$1" != "$HERE/mnt" ] || folder=$HERE/mnt_demo
+[ "$1" != "$HERE/mnt" ] || [ -d "$1" ] || folder=$HERE/mnt_demo
 PYTHON=$(ensure_python "$HERE" "$HERE/requirements.txt") || exit 2
 "$PYTHON" "$HERE/train/demo.py" prepare "$folder"
 
@@ -15,7 +15,7 @@ PYTHON=$(ensure_python "$HERE" "$HERE/requirements.txt") || exit 2
 bash "$HERE/chat_main.sh" --mount_path "$folder" --model_name_or_path "$folder/tiny-chat-model" \
     --num_processes "$2" --train_type "$3" --zero_stage "$4" \
     --lora_dim 32 --lora_alpha 64 --lora_dropout 0 --per_device_train_batch_size 12 --gradient_accumulation_steps 1 \
-    --learning_rate 5e-3 --num_train_epochs 8 --max_seq_len 256 --gradient_checkpointing false --warmup_ratio 0.05 &
+    --learning_rate 4e-3 --num_train_epochs 10 --max_seq_len 256 --gradient_checkpointing false --warmup_ratio 0.05 &
 child=$!
 trap 'kill -TERM "$child"' TERM INT
 status=0

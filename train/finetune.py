@@ -41,7 +41,7 @@ def check(config: Config) -> int:
 def run(config: Config) -> dict[str, Any]:
     """Train as configured; the results that train_results.json holds. Runs in every process."""
     # 1. who am I, is there something to do
-    rank, local_rank = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
+    rank, local_rank = int(os.environ.get("RANK", "0")), int(os.environ.get("LOCAL_RANK", "0"))
     limit_threads()
     results = earlier_run(config)
     if results:
@@ -70,7 +70,7 @@ def limit_threads() -> None:
     """Share the cores among the processes of this machine; must come before torch is imported."""
     if not has_gpu():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-        processes = int(os.environ.get("LOCAL_SIZE", 1))
+        processes = int(os.environ.get("LOCAL_SIZE", "1"))
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // processes)))
 
 

@@ -9,10 +9,14 @@ import signal
 import socket
 import sys
 from pathlib import Path
-from types import FrameType
+from types import FrameType, SimpleNamespace
 
 import psutil
 from deepspeed.launcher import runner
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from train.run_folder import STOP_NAME
 
 
 def training_processes() -> list[psutil.Process]:
@@ -29,16 +33,35 @@ def training_processes() -> list[psutil.Process]:
     return found
 
 
-def pass_on(number: int, frame: FrameType | None) -> None:
-    """Hand a signal to the training processes; without any, end by it."""
-    processes = training_processes()
-    for process in processes:
-        try:
-            process.send_signal(number)
-        except psutil.NoSuchProcess:
-            continue
-    if not processes:
-        sys.exit(128 + number)
+class Signals:
+    """Passes SIGTERM and SIGINT on and remembers which one came."""
+
+    def __init__(self, argv: list[str]) -> None:
+        self.received = 0
+        over_ssh = "--hostfile" in argv and "--no_ssh" not in argv
+        # training on other machines is out of a signal's reach; a file on the shared output path is not
+        self.stop_file = Path(argv[argv.index("--output_path") + 1], STOP_NAME) if over_ssh else None
+
+    def install(self) -> None:
+        """Handle both signals here, and keep DeepSpeed from its own handler, which kills by name on every machine."""
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self.pass_on)
+        runner.signal = SimpleNamespace(SIGINT=signal.SIGINT, SIGTERM=signal.SIGTERM, signal=lambda *_: None)
+
+    def pass_on(self, number: int, frame: FrameType | None) -> None:
+        """Hand a signal to the training processes; without any, end by it."""
+        self.received = number
+        if self.stop_file:
+            self.stop_file.touch()
+            return
+        processes = training_processes()
+        for process in processes:
+            try:
+                process.send_signal(signal.SIGTERM)
+            except psutil.NoSuchProcess:
+                continue
+        if not processes:
+            sys.exit(128 + number)
 
 
 def free_port() -> int:
@@ -52,12 +75,17 @@ def main() -> None:
     """Run DeepSpeed's launcher on this program's arguments."""
     os.environ["LLMOPS_LAUNCHER_PID"] = str(os.getpid())
     os.environ["LLMOPS_LAUNCHER_HOST"] = socket.gethostname()
-    signal.signal(signal.SIGTERM, pass_on)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal sends it to the training processes as well
     argv = sys.argv[1:]
     if not any(item.startswith(("--master_port", "--hostfile")) for item in argv):
         argv = ["--master_port", str(free_port()), *argv]  # several runs on one machine
-    runner.main(argv)
+    signals = Signals(argv)
+    signals.install()
+    try:
+        runner.main(argv)
+    except SystemExit as end:
+        if signals.received and end.code:
+            sys.exit(128 + signals.received)
+        raise
 
 
 if __name__ == "__main__":

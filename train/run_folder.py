@@ -13,6 +13,7 @@ from train.config import RESTARTABLE, Config
 
 CONFIG_NAME = "finetune_config.json"
 RESULTS_NAME = "train_results.json"
+STOP_NAME = "STOP"  # a file of this name ends a running training in good order
 LOG_NAME = "log.txt"
 PICTURE_NAME = "training_loss.png"
 
@@ -78,6 +79,7 @@ class OutputFolder:
             raise UserError(f"another run is writing to {self.path}; wait for it or choose another --output_path") from None
         if self.config.overwrite_output_path:
             self._delete_run()
+        (self.path / STOP_NAME).unlink(missing_ok=True)
         staging = self.path / checkpointing.STAGING
         if staging.exists():
             shutil.rmtree(staging)

@@ -31,7 +31,7 @@ from train import attention, checkpointing
 from train.batches import PackedCollator, PaddedCollator
 from train.config import Config
 from train.dataset import Source, TokenDataset, load_or_encode
-from train.run_folder import CONFIG_NAME, LOG_NAME, PICTURE_NAME, RESULTS_NAME, data_digest
+from train.run_folder import CONFIG_NAME, LOG_NAME, PICTURE_NAME, RESULTS_NAME, STOP_NAME, data_digest
 from train.trainer import ChatTrainer, Schedule, barrier
 from train.training_log import TensorBoardServer, TokenCounter, TrainingLog, plot, read_log
 
@@ -53,7 +53,7 @@ class Data:
 @contextmanager
 def watch_launcher() -> Iterator[None]:
     """End like by SIGTERM when the launcher of this process is gone, so that no orphan goes on writing."""
-    launcher = int(os.environ.get(LAUNCHER_PID, 0))
+    launcher = int(os.environ.get(LAUNCHER_PID, "0"))
     ended = threading.Event()
 
     def watch() -> None:
@@ -201,7 +201,7 @@ def build_trainer(config: Config, data: Data) -> tuple[ChatTrainer, Schedule]:
         model, arguments, collator, data.train, data.test, processing_class=data.tokenizer,
         retention=data.retention, tokens=tokens, keep=config.save_total_limit, grouped=isinstance(collator, PaddedCollator),
     )  # fmt: skip
-    schedule = Schedule(config.eval_steps, trainer.evaluate_and_compare)
+    schedule = Schedule(config.eval_steps, trainer.evaluate_and_compare, output / STOP_NAME)
     for replaced in (DefaultFlowCallback, PrinterCallback):
         trainer.remove_callback(replaced)
     trainer.add_callback(TrainingLog(output, speaks, arguments.local_process_index == 0, tokens))

@@ -170,8 +170,9 @@ class Schedule(TrainerCallback):
     asked to end.
     """
 
-    def __init__(self, eval_steps: int, evaluate: Callable[[], Any]) -> None:
+    def __init__(self, eval_steps: int, evaluate: Callable[[], Any], stop_file: Path) -> None:
         self.eval_steps = eval_steps
+        self.stop_file = stop_file
         self.evaluate = evaluate
         self.signal = 0
         self.evaluated = -1
@@ -199,6 +200,8 @@ class Schedule(TrainerCallback):
         control.should_training_stop = control.should_training_stop or state.global_step >= state.max_steps
         if self.eval_steps and state.global_step % self.eval_steps == 0:
             self._evaluate_and_save(state, control)
+        if state.is_world_process_zero and self.stop_file.exists():
+            self._on_signal(signal.SIGTERM, None)
         if all_sum([float(self.signal)], args.device)[0]:
             self.signal = self.signal or signal.SIGTERM
             control.should_save = True
