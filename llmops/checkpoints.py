@@ -54,7 +54,9 @@ def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> "PreTrained
 
     check_trust(folder, trust_remote_code)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=trust_remote_code, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(
+            str(folder), trust_remote_code=trust_remote_code, local_files_only=True
+        )
     except (OSError, ValueError) as error:
         raise UserError(f"the tokenizer of {folder} cannot be loaded ({first_line(error)})") from error
     if tokenizer.pad_token_id is None:
@@ -89,7 +91,11 @@ def load_model(
     check_trust(folder, trust_remote_code)
     try:
         return AutoModelForCausalLM.from_pretrained(
-            str(folder), dtype=dtype, trust_remote_code=trust_remote_code, attn_implementation=attention, local_files_only=True
+            str(folder),
+            dtype=dtype,
+            trust_remote_code=trust_remote_code,
+            attn_implementation=attention,
+            local_files_only=True,
         )
     except (OSError, ValueError) as error:
         raise UserError(f"the model in {folder} cannot be loaded ({first_line(error)})") from error
@@ -117,7 +123,8 @@ def choose_lora_layers(model: "torch.nn.Module", wanted: str, defaults: Sequence
     missing = [name for name in names if name not in existing]
     if missing:
         raise UserError(
-            f"--lora_module_name: no layer is called {', '.join(missing)}; this model's layers are {', '.join(existing)}"
+            f"--lora_module_name: no layer is called {', '.join(missing)}; "
+            f"this model's layers are {', '.join(existing)}"
         )
     return names
 
@@ -132,7 +139,7 @@ def load_trained(folder: Path, dtype: "torch.dtype", trust_remote_code: bool = F
 
 
 def merge_adapter(folder: Path, target: Path, dtype: "torch.dtype", prompts: Sequence[list[int]]) -> float:
-    """Merge the adapter in `folder` into its base model, save it as `target`, and check that the saved model answers alike.
+    """Merge the adapter in `folder` into its base model, save it as `target`, check that the saved model answers alike.
 
     Returns the largest difference of logits over `prompts`, relative to the largest logit. The folder appears when it
     is complete. Raises UserError when the saved model's next tokens differ beyond rounding.
@@ -157,7 +164,9 @@ def merge_adapter(folder: Path, target: Path, dtype: "torch.dtype", prompts: Seq
             worst = max(worst, float((found - expected).abs().max() / expected.abs().max()))
     bound = 1e-3 if dtype == torch.float32 else 5e-2
     if not worst <= bound:
-        raise UserError(f"the merged model differs from base + adapter by {worst:.1e} (bound {bound:.0e}); it is left in {staging}")
+        raise UserError(
+            f"the merged model differs from base + adapter by {worst:.1e} (bound {bound:.0e}); it is left in {staging}"
+        )
     if target.exists():
         shutil.rmtree(target)
     os.rename(staging, target)
@@ -167,5 +176,3 @@ def merge_adapter(folder: Path, target: Path, dtype: "torch.dtype", prompts: Seq
 def first_line(error: BaseException) -> str:
     """The first line of an exception's text, for one-sentence errors."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-

@@ -13,11 +13,11 @@ EXIT_TERMINATED = 143  # 128 + SIGTERM
 
 
 class UserError(Exception):
-    """A mistake that the user can fix: one sentence (found, expected, how to fix it). `main` turns it into exit code 2."""
+    """A mistake the user can fix: one sentence (found, expected, how to fix it). `main` turns it into exit code 2."""
 
 
 class TrainingStopped(Exception):
-    """Training cannot go on for a reason found at run time (out of memory, NaN, full disk): one sentence, exit code 1."""
+    """Training cannot go on, for a reason of run time (out of memory, NaN, full disk): one sentence, exit code 1."""
 
 
 class Terminated(Exception):

@@ -35,7 +35,7 @@ def check_messages(record: object) -> str | None:
     messages = record.get("messages")
     if messages is None:
         found = ", ".join(map(repr, list(record)[:5])) or "none"
-        return f"no 'messages' (keys found: {found}); expected {{\"messages\": [{{\"role\", \"content\"}}, ...]}}"
+        return f'no \'messages\' (keys found: {found}); expected {{"messages": [{{"role", "content"}}, ...]}}'
     if not isinstance(messages, list) or not messages:
         return "'messages' is empty or not a list; expected at least a user and an assistant message"
     expected = ("system", "user")
@@ -78,9 +78,8 @@ def parse_line(raw: bytes) -> tuple[list[Message] | None, str | None]:
 def read_conversations(path: Path) -> Iterator[tuple[int, list[Message] | None, Problem | None]]:
     """Every line that is not blank as (line number from 1, messages or None, problem or None)."""
     with open(path, "rb") as lines:
-        for number, raw in enumerate(lines, 1):
-            if number == 1:
-                raw = raw.removeprefix(b"\xef\xbb\xbf")
+        for number, line in enumerate(lines, 1):
+            raw = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
             if not raw.strip():
                 continue
             messages, text = parse_line(raw)

@@ -30,7 +30,9 @@ def read_messages(path: Path) -> list[Messages]:
 def write_jsonl(path: Path, conversations: Sequence[Messages]) -> Path:
     """Write conversations as a jsonl file."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps({"messages": m}, ensure_ascii=False) + "\n" for m in conversations), encoding="utf-8")
+    path.write_text(
+        "".join(json.dumps({"messages": m}, ensure_ascii=False) + "\n" for m in conversations), encoding="utf-8"
+    )
     return path
 
 
@@ -75,8 +77,9 @@ def chat_main(*arguments: str, timeout: float = 300, **variables: str) -> subpro
 
 
 FAST = (
-    "--per_device_train_batch_size", "4", "--gradient_accumulation_steps", "1", "--num_train_epochs", "2", "--max_seq_len", "256",
-    "--lora_dropout", "0", "--gradient_checkpointing", "false", "--tensorboard", "false", "--learning_rate", "5e-3",
+    "--per_device_train_batch_size", "4", "--gradient_accumulation_steps", "1", "--num_train_epochs", "2",
+    "--max_seq_len", "256", "--lora_dropout", "0", "--gradient_checkpointing", "false", "--tensorboard", "false",
+    "--learning_rate", "5e-3",
 )  # fmt: skip
 
 

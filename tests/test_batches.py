@@ -36,15 +36,26 @@ def random_samples(shape: str, seed: int = 0) -> Batchable:
         "one long prefix": [sample(system + tokens(4), (tokens(3), [])) for _ in range(8)],
         "equal prompts": [sample(system, (tokens(4), [])) for _ in range(5)],
         "nested prefixes": [sample(system + nested + tokens(3), (tokens(4), [])) for _ in range(3)]
-        + [sample(system + tokens(20), (tokens(4), [])) for _ in range(3)] + [sample(other + tokens(2), (tokens(2), []))] * 2,
-        "several turns": [sample(system, (tokens(6), tokens(7)), (tokens(5), tokens(3)), (tokens(2), [])) for _ in range(4)],
+        + [sample(system + tokens(20), (tokens(4), [])) for _ in range(3)]
+        + [sample(other + tokens(2), (tokens(2), []))] * 2,
+        "several turns": [
+            sample(system, (tokens(6), tokens(7)), (tokens(5), tokens(3)), (tokens(2), [])) for _ in range(4)
+        ],
         "single": [sample(tokens(10), (tokens(4), []))],
         "longer than a block": [sample(system * 4 + tokens(3), (tokens(200), [])) for _ in range(3)]
         + [sample(tokens(300), (tokens(90), [])), sample(system * 4, (tokens(9), []))],
     }[shape]  # fmt: skip
 
 
-SHAPES = ("nothing shared", "one long prefix", "equal prompts", "nested prefixes", "several turns", "single", "longer than a block")
+SHAPES = (
+    "nothing shared",
+    "one long prefix",
+    "equal prompts",
+    "nested prefixes",
+    "several turns",
+    "single",
+    "longer than a block",
+)
 
 
 def loss_and_gradients(model: torch.nn.Module, batches: list[dict]) -> tuple[float, list[torch.Tensor]]:
@@ -67,7 +78,10 @@ def test_packing_is_exact(checkpoints: dict[str, Path], architecture: str, shape
     alone = [PaddedCollator(0)([one]) for one in samples]
     expected_loss, expected = loss_and_gradients(model, alone)
     model.set_attn_implementation(attention.NAME)
-    for collator in (PackedCollator(block_tokens=block_tokens), PackedCollator(share_prefixes=False, block_tokens=block_tokens)):
+    for collator in (
+        PackedCollator(block_tokens=block_tokens),
+        PackedCollator(share_prefixes=False, block_tokens=block_tokens),
+    ):
         loss, found = loss_and_gradients(model, [collator(samples)])
         assert loss == pytest.approx(expected_loss, rel=1e-5)
         for a, b in zip(found, expected, strict=True):
@@ -87,7 +101,9 @@ def test_the_plain_loss_is_the_models_own(checkpoints: dict[str, Path]) -> None:
         for i, one in enumerate(samples):
             n = len(one["ids"])
             ids[i, :n], mask[i, :n] = torch.from_numpy(one["ids"]), 1
-            labels[i, :n] = torch.where(torch.from_numpy(one["learned"]), torch.from_numpy(one["ids"].astype(np.int64)), -100)
+            labels[i, :n] = torch.where(
+                torch.from_numpy(one["learned"]), torch.from_numpy(one["ids"].astype(np.int64)), -100
+            )
         theirs = model(input_ids=ids, attention_mask=mask, labels=labels).loss.item()
     assert ours == pytest.approx(theirs, rel=1e-6)
 
@@ -120,8 +136,8 @@ def test_layout_blocks_see_what_the_tree_says() -> None:
     inner = Node(4, 6, 12, [leaf_a, leaf_b])
     root = Node(0, 4, 15, [inner, Node(12, 15, 15)])
     other = Node(15, 20, 20)
-    parents = {**dict.fromkeys(range(4), [0]), 4: [0, 4], 5: [0, 4], **dict.fromkeys(range(6, 9), [0, 4, 6]),
-               **dict.fromkeys(range(9, 12), [0, 4, 9]), **dict.fromkeys(range(12, 15), [0, 12]), **dict.fromkeys(range(15, 20), [15])}  # fmt: skip
+    paths = {(0, 4): [0], (4, 6): [0, 4], (6, 9): [0, 4, 6], (9, 12): [0, 4, 9], (12, 15): [0, 12], (15, 20): [15]}
+    parents = {token: path for (start, stop), path in paths.items() for token in range(start, stop)}
     for block_tokens in (1, 4, 8, 100):
         layout = Layout([root, other], 20, block_tokens)
         seen = torch.zeros(20, 20, dtype=torch.bool)
@@ -129,7 +145,9 @@ def test_layout_blocks_see_what_the_tree_says() -> None:
             keys = [k for a, b in block.runs for k in range(a, b)] + list(range(block.start, block.stop))
             mask = block.mask
             if mask is None:
-                mask = torch.ones(block.stop - block.start, len(keys), dtype=torch.bool).tril(len(keys) - (block.stop - block.start))
+                mask = torch.ones(block.stop - block.start, len(keys), dtype=torch.bool).tril(
+                    len(keys) - (block.stop - block.start)
+                )
             for row, q in enumerate(range(block.start, block.stop)):
                 for column, k in enumerate(keys):
                     seen[q, k] = mask[row, column]

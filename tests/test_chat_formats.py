@@ -1,12 +1,14 @@
 """Rendering: learned tokens are exactly the answers and their end tokens; formats equal the published ones."""
 
+from itertools import pairwise
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
-from llmops import chat_formats, tiny
+from llmops import tiny
 from llmops.chat_formats import FAMILIES, ChatFormat, Rendered, choose_family
 from llmops.console import UserError
 
@@ -22,7 +24,7 @@ MULTI = [
 def learned_runs(tokenizer: object, sample: Rendered) -> list[str]:
     """Decoded runs of learned tokens."""
     edges = [0, *(np.flatnonzero(np.diff(np.asarray(sample.learned, np.int8))) + 1).tolist(), len(sample.ids)]
-    return [tokenizer.decode(sample.ids[a:b]) for a, b in zip(edges, edges[1:], strict=False) if sample.learned[a]]
+    return [tokenizer.decode(sample.ids[a:b]) for a, b in pairwise(edges) if sample.learned[a]]
 
 
 @pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
@@ -57,12 +59,16 @@ def test_template_that_rewrites_history_gives_one_sample_per_answer(checkpoints:
     tokenizer = AutoTokenizer.from_pretrained(checkpoints["llama"])
     tokenizer.chat_template = (
         "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' }}"
-        "{% if m['role'] == 'assistant' and loop.last %}{{ '(thinking)' }}{% endif %}{{ m['content'] + '<|im_end|>\\n' }}{% endfor %}"
+        "{% if m['role'] == 'assistant' and loop.last %}{{ '(thinking)' }}{% endif %}"
+        "{{ m['content'] + '<|im_end|>\\n' }}{% endfor %}"
         "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
     )
     samples = ChatFormat(tokenizer).conversation(MULTI)
     runs = [learned_runs(tokenizer, sample) for sample in samples]
-    assert runs == [["(thinking)" + MULTI[2]["content"] + "<|im_end|>"], ["(thinking)" + MULTI[4]["content"] + "<|im_end|>"]]
+    assert runs == [
+        ["(thinking)" + MULTI[2]["content"] + "<|im_end|>"],
+        ["(thinking)" + MULTI[4]["content"] + "<|im_end|>"],
+    ]
     assert "(thinking)" not in tokenizer.decode(samples[1].ids[:40])
 
 
@@ -77,14 +83,18 @@ def test_llama2_text(checkpoints: dict[str, Path]) -> None:
         "<s>[INST] <<SYS>>\n请简短回答。\n<</SYS>>\n\n怎么续借？ [/INST] 点“续借”即可，不用到馆。 </s>"
         "<s>[INST] 逾期呢 [/INST] 每天0.1元\n上限10元 </s>"
     )
-    assert [run.strip() for run in learned_runs(tokenizer, sample)] == ["点“续借”即可，不用到馆。 </s>", "每天0.1元\n上限10元 </s>"]
+    assert [run.strip() for run in learned_runs(tokenizer, sample)] == [
+        "点“续借”即可，不用到馆。 </s>",
+        "每天0.1元\n上限10元 </s>",
+    ]
 
 
 def test_qwen_default_system(checkpoints: dict[str, Path]) -> None:
     tokenizer = AutoTokenizer.from_pretrained(checkpoints["qwen2"])
     chat = ChatFormat(tokenizer, FAMILIES["qwen1.5"])
     assert tokenizer.decode(chat.prompt([{"role": "user", "content": "你好"}])) == (
-        "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n你好<|im_end|>\n<|im_start|>assistant\n"
+        "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+        "<|im_start|>user\n你好<|im_end|>\n<|im_start|>assistant\n"
     )
 
 
@@ -94,7 +104,7 @@ class PieceTokenizer:
     is_fast = False
     eos_token_id = 2
     chat_template = None
-    specials = {
+    specials: ClassVar[dict[str, int]] = {
         "[gMASK]": 64790, "sop": 64792, "<|system|>": 64794, "<|user|>": 64795, "<|assistant|>": 64796,
         "<sop>": 130004, "<eop>": 130005,
     }  # fmt: skip
@@ -112,7 +122,12 @@ class PieceTokenizer:
         return "".join(texts), "".join(t for t, flag in zip(texts, sample.learned, strict=True) if flag)
 
 
-TURNS = [{"role": "user", "content": "q1"}, {"role": "assistant", "content": "a1"}, {"role": "user", "content": "q2"}, {"role": "assistant", "content": "a2"}]  # fmt: skip
+TURNS = [
+    {"role": "user", "content": "q1"},
+    {"role": "assistant", "content": "a1"},
+    {"role": "user", "content": "q2"},
+    {"role": "assistant", "content": "a2"},
+]
 
 
 @pytest.mark.parametrize(
@@ -147,7 +162,7 @@ def test_choice_of_family() -> None:
     assert choose_family("auto", {"model_type": "chatglm", "position_encoding_2d": True}, False) is FAMILIES["glm"]
     with pytest.raises(UserError, match="is for model_type chatglm"):
         choose_family("glm3", {"model_type": "llama"}, True)
-    with pytest.raises(UserError, match="put a chat_template.jinja"):
+    with pytest.raises(UserError, match=r"put a chat_template\.jinja"):
         choose_family("auto", {"model_type": "gpt2"}, False)
     with pytest.raises(UserError, match="unknown mode"):
         choose_family("vicuna", {}, False)

@@ -19,7 +19,9 @@ def make(output: Path, step: int, content: bytes = b"weights") -> Path:
 
 
 @pytest.mark.parametrize("harm", ["cut", "flip", "delete", "no manifest", "bad manifest"])
-def test_damage_is_found_and_the_one_before_is_used(tmp_path: Path, harm: str, capfd: pytest.CaptureFixture[str]) -> None:
+def test_damage_is_found_and_the_one_before_is_used(
+    tmp_path: Path, harm: str, capfd: pytest.CaptureFixture[str]
+) -> None:
     older, newer = make(tmp_path, 9), make(tmp_path, 10)
     assert checkpointing.newest_whole(tmp_path) == newer
     victim = newer / "global_step" / "state.pt"

@@ -28,8 +28,25 @@ def test_chat_main_has_every_setting_with_the_same_default() -> None:
 
 def test_all_problems_at_once(tmp_path: Path) -> None:
     with pytest.raises(UserError) as caught:
-        parse(["--model_name_or_path", str(tmp_path / "no"), "--train_file", str(tmp_path / "none"), "--lora_dim", "0", "--warmup_ratio", "2"])
-    for phrase in ("model folder", "does not exist", "--lora_dim is 0, expected at least 1", "--warmup_ratio is 2.0", "training data"):
+        parse(
+            [
+                "--model_name_or_path",
+                str(tmp_path / "no"),
+                "--train_file",
+                str(tmp_path / "none"),
+                "--lora_dim",
+                "0",
+                "--warmup_ratio",
+                "2",
+            ]
+        )
+    for phrase in (
+        "model folder",
+        "does not exist",
+        "--lora_dim is 0, expected at least 1",
+        "--warmup_ratio is 2.0",
+        "training data",
+    ):
         assert phrase in str(caught.value)
 
 
@@ -46,8 +63,15 @@ def test_all_problems_at_once(tmp_path: Path) -> None:
         (["--max_steps", "0"], "nothing to train"),
     ],
 )
-def test_wrong_settings_are_one_sentence(small_data: Path, checkpoints: dict[str, Path], arguments: list[str], phrase: str) -> None:
-    good = ["--model_name_or_path", str(checkpoints["llama"]), "--train_file", str(small_data / "datasets" / "train.jsonl")]
+def test_wrong_settings_are_one_sentence(
+    small_data: Path, checkpoints: dict[str, Path], arguments: list[str], phrase: str
+) -> None:
+    good = [
+        "--model_name_or_path",
+        str(checkpoints["llama"]),
+        "--train_file",
+        str(small_data / "datasets" / "train.jsonl"),
+    ]
     assert not find_problems(parse([*good, "--output_path", str(small_data / "out")])[0])
     with pytest.raises(UserError, match=re.escape(phrase)):
         parse([*good, "--output_path", str(small_data / "out"), *arguments])

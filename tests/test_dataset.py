@@ -49,7 +49,9 @@ def test_a_prompt_that_fills_the_length_is_dropped(chat: loading.ChatFormat) -> 
 
 
 def source(path: Path, model: Path, **changes: object) -> Source:
-    return Source(**({"path": path, "model": model, "mode": "auto", "max_seq_len": 64, "skip_bad_lines": False} | changes))
+    return Source(
+        **({"path": path, "model": model, "mode": "auto", "max_seq_len": 64, "skip_bad_lines": False} | changes)
+    )
 
 
 def test_counts_and_cache(
@@ -57,7 +59,10 @@ def test_counts_and_cache(
 ) -> None:
     path = write_jsonl(tmp_path / "train.jsonl", [LONG, LONG[1:3], *[LONG[3:]] * 3])
     first = load_or_encode(source(path, checkpoints["llama"], max_seq_len=40), chat, tmp_path / "cache")
-    assert (first.meta["rows"], first.meta["samples"]) == (5, first.meta["whole"] + first.meta["turns_cut"] + first.meta["answer_cut"])
+    assert (first.meta["rows"], first.meta["samples"]) == (
+        5,
+        first.meta["whole"] + first.meta["turns_cut"] + first.meta["answer_cut"],
+    )
     assert first.meta["dropped"] == 1
     assert "1 dropped (no learned token left)" in capfd.readouterr().err
     assert first.meta["tokens"] == int(first.lengths.sum())
@@ -88,7 +93,9 @@ def test_all_rows_too_long_is_an_error(tmp_path: Path, chat: loading.ChatFormat,
     assert not list((tmp_path / "cache").glob("*.part"))
 
 
-def test_split_is_seeded_disjoint_and_whole(tmp_path: Path, chat: loading.ChatFormat, checkpoints: dict[str, Path]) -> None:
+def test_split_is_seeded_disjoint_and_whole(
+    tmp_path: Path, chat: loading.ChatFormat, checkpoints: dict[str, Path]
+) -> None:
     path = write_jsonl(tmp_path / "train.jsonl", [LONG[3:]] * 20)
     data = load_or_encode(source(path, checkpoints["llama"]), chat, tmp_path / "cache")
     train, test = data.split(0.2, seed=1)
@@ -96,12 +103,16 @@ def test_split_is_seeded_disjoint_and_whole(tmp_path: Path, chat: loading.ChatFo
     assert not set(train.indices) & set(test.indices)
     assert np.array_equal(test.indices, data.split(0.2, seed=1)[1].indices)
     assert not np.array_equal(test.indices, data.split(0.2, seed=2)[1].indices)
-    one = load_or_encode(source(write_jsonl(tmp_path / "one.jsonl", [LONG[3:]]), checkpoints["llama"]), chat, tmp_path / "cache")
+    one = load_or_encode(
+        source(write_jsonl(tmp_path / "one.jsonl", [LONG[3:]]), checkpoints["llama"]), chat, tmp_path / "cache"
+    )
     with pytest.raises(UserError, match="none to hold out"):
         one.split(0.5, seed=1)
 
 
-def test_an_interrupted_encoding_leaves_nothing(tmp_path: Path, chat: loading.ChatFormat, checkpoints: dict[str, Path]) -> None:
+def test_an_interrupted_encoding_leaves_nothing(
+    tmp_path: Path, chat: loading.ChatFormat, checkpoints: dict[str, Path]
+) -> None:
     path = write_jsonl(tmp_path / "train.jsonl", [LONG[3:]] * 3)
     one = source(path, checkpoints["llama"])
     leftover = tmp_path / "cache" / f"train-{one.key()}.part"

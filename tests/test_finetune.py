@@ -1,4 +1,4 @@
-"""Whole runs through chat_main.sh: LoRA and full, ZeRO 2 and 3, one and two processes, two nodes, resume and its faults."""
+"""Whole runs through chat_main.sh: LoRA and full, ZeRO 2 and 3, one or two processes, two nodes, resume and faults."""
 
 import json
 import os
@@ -45,7 +45,11 @@ def eval_loss_of(folder: Path, data: Path, base: Path) -> float:
         ("llama", ["--train_type", "lora", "--zero_stage", "2"]),
         ("qwen2", ["--train_type", "all", "--zero_stage", "3", "--num_processes", "2", "--learning_rate", "1e-3"]),
         ("qwen2", ["--train_type", "lora", "--zero_stage", "3", "--num_processes", "2", "--merge_lora", "true"]),
-        ("llama", ["--train_type", "all", "--zero_stage", "2", "--num_processes", "2", "--learning_rate", "1e-3", "--gradient_checkpointing", "true"]),
+        (
+            "llama",
+            ["--train_type", "all", "--zero_stage", "2", "--num_processes", "2", "--learning_rate", "1e-3",
+             "--gradient_checkpointing", "true"],
+        ),
     ],
 )  # fmt: skip
 def test_a_run_leaves_what_it_promises(
@@ -96,7 +100,13 @@ def test_processes_accumulation_packing_and_nodes_give_the_same_losses(
         "--per_device_train_batch_size", "24", "--gradient_accumulation_steps", "1",
     )  # fmt: skip
     packed = losses(
-        train_run, tmp_path / "packed", *SAME_STEP, "--per_device_train_batch_size", "24", "--gradient_accumulation_steps", "1"
+        train_run,
+        tmp_path / "packed",
+        *SAME_STEP,
+        "--per_device_train_batch_size",
+        "24",
+        "--gradient_accumulation_steps",
+        "1",
     )
     assert len(expected) == 3
     assert two == pytest.approx(expected, rel=1e-4)
@@ -120,12 +130,30 @@ def test_processes_accumulation_packing_and_nodes_give_the_same_losses(
     assert list(train_losses(tmp_path / "nodes").values()) == pytest.approx(two, rel=1e-4)
 
 
-LONG_RUN = ("--num_train_epochs", "12", "--eval_steps", "4", "--per_device_train_batch_size", "2", "--lora_dropout", "0.1")
+LONG_RUN = (
+    "--num_train_epochs",
+    "12",
+    "--eval_steps",
+    "4",
+    "--per_device_train_batch_size",
+    "2",
+    "--lora_dropout",
+    "0.1",
+)
 
 
 def start(small_data: Path, model: Path, output: Path) -> subprocess.Popen[bytes]:
     """Start a run in its own process group, its messages in a file."""
-    arguments = ["--mount_path", str(small_data), "--model_name_or_path", str(model), "--output_path", str(output), *FAST, *LONG_RUN]
+    arguments = [
+        "--mount_path",
+        str(small_data),
+        "--model_name_or_path",
+        str(model),
+        "--output_path",
+        str(output),
+        *FAST,
+        *LONG_RUN,
+    ]
     log = open(output.with_suffix(".err"), "ab")  # noqa: SIM115 - the child keeps it
     return subprocess.Popen(
         ["bash", str(ROOT / "chat_main.sh"), *arguments], env=environment(), stdin=subprocess.DEVNULL,
@@ -148,7 +176,9 @@ def steps_done(output: Path) -> int:
     return max((json.loads(line)["step"] for line in text.splitlines() if line.endswith("}")), default=0)
 
 
-def test_killed_at_any_moment_it_resumes_to_the_same_end(small_data: Path, checkpoints: dict[str, Path], tmp_path: Path) -> None:
+def test_killed_at_any_moment_it_resumes_to_the_same_end(
+    small_data: Path, checkpoints: dict[str, Path], tmp_path: Path
+) -> None:
     """SIGKILL to the whole group, in mid-step and in mid-save, again and again; then the loss of the undisturbed run.
 
     LLMOPS_TEST_KILLS sets how often (4).
@@ -179,7 +209,10 @@ def test_killed_at_any_moment_it_resumes_to_the_same_end(small_data: Path, check
     assert found.keys() == expected.keys()
     final = max(expected)
     assert found[final] == pytest.approx(expected[final], rel=1e-3)
-    ends = [json.loads((folder / "train_results.json").read_text())["eval_loss"] for folder in (tmp_path / "undisturbed", output)]
+    ends = [
+        json.loads((folder / "train_results.json").read_text())["eval_loss"]
+        for folder in (tmp_path / "undisturbed", output)
+    ]
     assert ends[1] == pytest.approx(ends[0], rel=1e-3)
 
 
@@ -204,12 +237,21 @@ def test_sigterm_saves_and_a_damaged_checkpoint_is_passed_over(
     assert f"continuing from {saved[-2]}" in text
 
 
-def test_a_launcher_that_dies_takes_the_training_with_it(small_data: Path, checkpoints: dict[str, Path], tmp_path: Path) -> None:
+def test_a_launcher_that_dies_takes_the_training_with_it(
+    small_data: Path, checkpoints: dict[str, Path], tmp_path: Path
+) -> None:
     output = tmp_path / "out"
     process = start(small_data, checkpoints["llama"], output)
     wait_for(lambda: steps_done(output) >= 2, process)
     busy = chat_main(
-        "--mount_path", str(small_data), "--model_name_or_path", str(checkpoints["llama"]), "--output_path", str(output), *FAST, *LONG_RUN
+        "--mount_path",
+        str(small_data),
+        "--model_name_or_path",
+        str(checkpoints["llama"]),
+        "--output_path",
+        str(output),
+        *FAST,
+        *LONG_RUN,
     )
     assert busy.returncode == 2
     assert "another run is writing to" in busy.stderr
@@ -232,7 +274,10 @@ def test_a_launcher_that_dies_takes_the_training_with_it(small_data: Path, check
 @pytest.mark.parametrize(
     ("arguments", "code", "phrase"),
     [
-        (["--lora_module_name", "gate_proj,query_key_value"], 2, "no layer is called query_key_value; this model's layers are q_proj, k_proj"),
+        (
+            ["--lora_module_name", "gate_proj,query_key_value"], 2,
+            "no layer is called query_key_value; this model's layers are q_proj, k_proj",
+        ),
         (["--learning_rate", "1e30", "--train_type", "all", "--max_grad_norm", "0"], 1, "the loss is nan"),
     ],
 )  # fmt: skip
@@ -246,7 +291,9 @@ def test_faults_are_one_sentence(train_run: Run, arguments: list[str], code: int
 def test_dry_run_shows_what_is_learned(train_run: Run, small_data: Path) -> None:
     done = train_run("--dry_run", "true")
     assert done.returncode == 0, done.stderr[-2000:]
-    first = json.loads((small_data / "datasets" / "train.jsonl").read_text(encoding="utf-8").splitlines()[0])["messages"]
+    first = json.loads((small_data / "datasets" / "train.jsonl").read_text(encoding="utf-8").splitlines()[0])[
+        "messages"
+    ]
     assert f"⟦{first[-1]['content']}<|im_end|>⟧" in done.stderr
     for phrase in ("tokens per conversation", "memory per process", "time:", "nothing was trained"):
         assert phrase in done.stderr

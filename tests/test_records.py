@@ -32,7 +32,7 @@ def messages(*turns: tuple[str, object]) -> bytes:
         (messages(("user", "a"), ("assistant", 3)), "content is a JSON int, expected a string"),
         (messages(("user", "a"), ("assistant", None)), "content is a JSON NoneType"),
         (messages(("user", " "), ("assistant", "b")), "message 1 (user) is empty"),
-        ("{\"messages\": \"你好\"}".encode("gb18030"), "not UTF-8"),
+        ('{"messages": "你好"}'.encode("gb18030"), "not UTF-8"),
         (b"[" * 100_000, "broken JSON"),
     ],
 )

@@ -32,7 +32,7 @@ class Node:
 
 @dataclass(frozen=True)
 class Block:
-    """Queries [start, stop) and the key runs before them that all of these queries see (some of) their nodes' ancestors in.
+    """Queries [start, stop) and the key runs before them in which each of them sees (some of) its node's ancestors.
 
     `mask` is None for plain causal attention, else bool [queries, keys of the runs and of the block itself].
     """
@@ -58,7 +58,8 @@ class Layout:
         moved = object.__new__(Layout)
         moved.length, moved.block_tokens, moved.end = self.length, self.block_tokens, self.end
         moved.blocks = [
-            Block(b.start, b.stop, b.runs, b.mask.to(device, **kwargs) if b.mask is not None else None) for b in self.blocks
+            Block(b.start, b.stop, b.runs, b.mask.to(device, **kwargs) if b.mask is not None else None)
+            for b in self.blocks
         ]
         return moved
 

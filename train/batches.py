@@ -66,7 +66,9 @@ class _TreeBuilder:
         self.length = 0
         prompts = [sample["ids"][: first_learned(sample)] for sample in samples]
         # big-endian bytes sort like the token sequences, so equal beginnings become neighbours
-        self.order = sorted(range(len(samples)), key=lambda i: prompts[i].astype(">u4").tobytes()) if share else list(range(len(samples)))  # fmt: skip
+        self.order = list(range(len(samples)))
+        if share:
+            self.order.sort(key=lambda i: prompts[i].astype(">u4").tobytes())
         pairs = zip(self.order, self.order[1:], strict=False)
         self.common = [common_length(prompts[a], prompts[b]) if share else 0 for a, b in pairs]
 
@@ -118,7 +120,11 @@ class PaddedCollator:
     def __call__(self, samples: Sequence[Sample]) -> dict[str, Any]:
         longest = max(len(sample["ids"]) for sample in samples)
         shape = (len(samples), longest)
-        ids, mask, positions = np.full(shape, self.pad_id, np.int64), np.zeros(shape, np.int64), np.zeros(shape, np.int64)
+        ids, mask, positions = (
+            np.full(shape, self.pad_id, np.int64),
+            np.zeros(shape, np.int64),
+            np.zeros(shape, np.int64),
+        )
         rows, columns, labels = [], [], []
         for i, sample in enumerate(samples):
             length = len(sample["ids"])

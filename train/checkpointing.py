@@ -101,7 +101,9 @@ def step_of(checkpoint: Path) -> int:
 
 def list_checkpoints(output: Path) -> list[Path]:
     """The checkpoints of a run, oldest first."""
-    found = [path for path in output.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name) and path.is_dir()]
+    found = [
+        path for path in output.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name) and path.is_dir()
+    ]
     return sorted(found, key=step_of)
 
 

@@ -28,11 +28,17 @@ class Config:
     """A fine-tuning run. Paths are strings as given; empty means "choose for me", as each help text says."""
 
     # what and where
-    scenario: str = setting("general", "what the data is: conversations, or FAQ questions with intents", ["general", "faq"])
+    scenario: str = setting(
+        "general", "what the data is: conversations, or FAQ questions with intents", ["general", "faq"]
+    )
     model_name_or_path: str = setting("mnt/Llama-2-13b-chat-hf", "folder of the base chat model")
     mode: str = setting("auto", "chat format; auto: the checkpoint's own template, else by model type", MODES)
-    train_file: str = setting("mnt/datasets/train.jsonl", "conversations to learn, one JSON object with messages per line")
-    test_file: str = setting("", "held-out conversations; empty: test.jsonl beside train_file, else a part of train_file")
+    train_file: str = setting(
+        "mnt/datasets/train.jsonl", "conversations to learn, one JSON object with messages per line"
+    )
+    test_file: str = setting(
+        "", "held-out conversations; empty: test.jsonl beside train_file, else a part of train_file"
+    )
     output_path: str = setting("mnt/output_path", "where the model, checkpoints, log.txt and pictures go")
     # how to train
     train_type: str = setting("lora", "lora: a small adapter; all: every weight", ["lora", "all"])
@@ -43,7 +49,9 @@ class Config:
     per_device_train_batch_size: int = setting(4, "conversations per device and micro-batch", min=1)
     gradient_accumulation_steps: int = setting(4, "micro-batches per optimizer step", min=1)
     per_device_eval_batch_size: int = setting(8, "conversations per device while evaluating", min=1)
-    max_seq_len: int = setting(1024, "longest conversation in tokens; longer ones are cut by the rule in the README", min=8)
+    max_seq_len: int = setting(
+        1024, "longest conversation in tokens; longer ones are cut by the rule in the README", min=8
+    )
     learning_rate: float = setting(0.0, "peak learning rate; 0: 1e-4 for lora, 1e-5 for all", min=0)
     num_train_epochs: float = setting(3.0, "passes over the training data", min=0)
     max_steps: int = setting(-1, "stop after this many optimizer steps; -1: by epochs")
@@ -106,8 +114,20 @@ class Config:
 
 # Settings that may differ between two starts of the same run: they change neither what is learned nor in which order.
 RESTARTABLE = frozenset(
-    "dry_run resume overwrite_output_path tensorboard tensorboard_port merge_lora save_total_limit skip_bad_lines "
-    "logging_steps per_device_eval_batch_size load_best_model_at_end trust_remote_code".split()
+    [
+        "dry_run",
+        "resume",
+        "overwrite_output_path",
+        "tensorboard",
+        "tensorboard_port",
+        "merge_lora",
+        "save_total_limit",
+        "skip_bad_lines",
+        "logging_steps",
+        "per_device_eval_batch_size",
+        "load_best_model_at_end",
+        "trust_remote_code",
+    ]
 )
 
 
@@ -130,7 +150,9 @@ class Parser(argparse.ArgumentParser):
 
 def build_parser() -> argparse.ArgumentParser:
     """One flag per field of Config; the defaults live in the dataclass alone."""
-    parser = Parser(prog="finetune.py", description="Fine-tune a chat model with DeepSpeed, LoRA or full.", allow_abbrev=False)
+    parser = Parser(
+        prog="finetune.py", description="Fine-tune a chat model with DeepSpeed, LoRA or full.", allow_abbrev=False
+    )
     for item in fields(Config):
         kind = to_bool if item.type in (bool, "bool") else item.type
         default = str(item.default).lower() if kind is to_bool else item.default
@@ -197,7 +219,9 @@ def path_problems(config: Config) -> list[str]:
     if not Path(config.train_file).is_file():
         problems.append(f"the training data {config.train_file} does not exist; put it there or pass --train_file")
     if config.test_path and not config.test_path.is_file():
-        problems.append(f"the test data {config.test_path} does not exist; leave --test_file out to hold out training data")
+        problems.append(
+            f"the test data {config.test_path} does not exist; leave --test_file out to hold out training data"
+        )
     if config.test_path is None and config.eval_ratio == 0:
         problems.append("there is no test file and --eval_ratio is 0; give one of the two")
     if not config.retention_path.is_file():
@@ -217,6 +241,7 @@ def writable_problem(path: Path) -> list[str]:
     if not os.access(nearest, os.W_OK | os.X_OK):
         return [
             f"{nearest} is not writable for user id {os.getuid()}; on the host, run "
-            f"`sudo chown -R {os.getuid()} {nearest.name}` on the mounted folder or start the container with `--user $(id -u)`"
+            f"`sudo chown -R {os.getuid()} {nearest.name}` on the mounted folder "
+            "or start the container with `--user $(id -u)`"
         ]
     return []

@@ -25,7 +25,9 @@ from llmops.records import Message
 OUTCOMES = ("whole", "turns_cut", "answer_cut", "dropped")
 
 
-def encode_conversation(chat: ChatFormat, messages: Sequence[Message], limit: int) -> Iterator[tuple[Rendered | None, str]]:
+def encode_conversation(
+    chat: ChatFormat, messages: Sequence[Message], limit: int
+) -> Iterator[tuple[Rendered | None, str]]:
     """Samples of one conversation as (ids and learned mask, outcome), none longer than `limit` tokens.
 
     The rule for a conversation that is too long: the oldest question and answer are left out, as few pairs as
@@ -126,8 +128,21 @@ class Source:
 
         digest = hashlib.sha256()
         code = [Path(module.__file__ or "") for module in (chat_formats, records)] + [Path(__file__)]
-        names = ("tokenizer", "vocab", "merges", "special_tokens", "added_tokens", "chat_template", "config.json", "tokenization")
-        files = [p for p in sorted(self.model.iterdir()) if p.name.startswith(names) or p.suffix in (".model", ".py", ".jinja")]
+        names = (
+            "tokenizer",
+            "vocab",
+            "merges",
+            "special_tokens",
+            "added_tokens",
+            "chat_template",
+            "config.json",
+            "tokenization",
+        )
+        files = [
+            p
+            for p in sorted(self.model.iterdir())
+            if p.name.startswith(names) or p.suffix in (".model", ".py", ".jinja")
+        ]
         for path in [self.path, *code, *(p for p in files if p.is_file())]:
             digest.update(path.name.encode())
             with open(path, "rb") as stream:
@@ -138,7 +153,7 @@ class Source:
 
 
 def load_or_encode(source: Source, chat: ChatFormat, cache: Path, encodes: bool = True) -> TokenDataset:
-    """The tokenised file from the cache, or tokenised now. A process that does not encode waits for the one that does."""
+    """The tokenised file from the cache, or tokenised now. Who does not encode waits for the process that does."""
     folder = cache / f"{source.path.stem}-{source.key()}"
     if not encodes:
         while not folder.exists():  # the launcher ends this process if the encoding one fails
@@ -203,5 +218,10 @@ def encode_file(source: Source, chat: ChatFormat, folder: Path) -> None:
 def describe(meta: dict[str, Any]) -> str:
     """What became of a file's rows, in one line; nothing that was cut or dropped is left unsaid."""
     text = f"{meta['rows']:,} conversations, {meta['tokens']:,} tokens, {meta['learned_tokens']:,} learned"
-    said = {"bad_lines": "bad lines skipped", "turns_cut": "lost their oldest turns", "answer_cut": "lost the end of the answer", "dropped": "dropped (no learned token left)"}  # fmt: skip
+    said = {
+        "bad_lines": "bad lines skipped",
+        "turns_cut": "lost their oldest turns",
+        "answer_cut": "lost the end of the answer",
+        "dropped": "dropped (no learned token left)",
+    }
     return ", ".join([text, *(f"{meta[key]:,} {words}" for key, words in said.items() if meta[key])])

@@ -25,7 +25,9 @@ BASE_STEPS = 120
 
 def texts_of(path: Path) -> list[str]:
     """Every message of a jsonl file of conversations."""
-    return [m["content"] for line in path.read_text(encoding="utf-8").splitlines() for m in json.loads(line)["messages"]]
+    return [
+        m["content"] for line in path.read_text(encoding="utf-8").splitlines() for m in json.loads(line)["messages"]
+    ]
 
 
 def prepare(folder: Path) -> None:
@@ -48,7 +50,7 @@ def prepare(folder: Path) -> None:
 
 
 def make_base(folder: Path) -> None:
-    """A tiny Llama-architecture chat model that has learned the general conversations of retention.jsonl and nothing else."""
+    """A tiny Llama-architecture chat model that has learned only the general conversations of retention.jsonl."""
     import numpy as np
     import torch
     import transformers
@@ -108,13 +110,19 @@ def report(folder: Path) -> None:
     warnings.filterwarnings("ignore", category=FutureWarning)
     output = folder / "output_path"
     results = json.loads((output / "train_results.json").read_text(encoding="utf-8"))
-    test = [json.loads(line)["messages"] for line in (folder / "datasets" / "test.jsonl").read_text(encoding="utf-8").splitlines()]
+    test = [
+        json.loads(line)["messages"]
+        for line in (folder / "datasets" / "test.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
     question, reference = next((m[0]["content"], m[1]["content"]) for m in test if m[0]["role"] == "user")
     log(
         f"""
-What the tiny model learned from {results["train_conversations"]} conversations in {results["steps"]} steps ({results["seconds"]:.0f} s):
-  test loss       {results["eval_loss_before"]:.2f} -> {results["eval_loss"]:.2f}   ({results["test_conversations"]} held-out conversations)
-  retention loss  {results["retention_loss_before"]:.2f} -> {results["retention_loss"]:.2f}   (general answers it knew before: what the new ones cost it)
+What the tiny model learned from {results["train_conversations"]} conversations \
+in {results["steps"]} steps ({results["seconds"]:.0f} s):
+  test loss       {results["eval_loss_before"]:.2f} -> {results["eval_loss"]:.2f}   \
+({results["test_conversations"]} held-out conversations)
+  retention loss  {results["retention_loss_before"]:.2f} -> {results["retention_loss"]:.2f}   \
+(general answers it knew before: what the new ones cost it)
   question        {question}   (held out)
   before          {answer(folder / MODEL_NAME, question)}
   after           {answer(output, question)}

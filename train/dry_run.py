@@ -10,6 +10,7 @@ import os
 import sys
 import time
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,9 @@ def model_shape(config: Config) -> Shape:
 
     folder = Path(config.model_name_or_path)
     checkpoints.check_trust(folder, config.trust_remote_code)
-    settings = AutoConfig.from_pretrained(str(folder), trust_remote_code=config.trust_remote_code, local_files_only=True)
+    settings = AutoConfig.from_pretrained(
+        str(folder), trust_remote_code=config.trust_remote_code, local_files_only=True
+    )
     with init_empty_weights():
         model = AutoModelForCausalLM.from_config(settings, trust_remote_code=config.trust_remote_code)
     weights = trained = sum(p.numel() for p in model.parameters())
@@ -60,8 +63,13 @@ def model_shape(config: Config) -> Shape:
     return Shape(weights, trained, text.hidden_size, text.num_hidden_layers, text.vocab_size)
 
 
-def memory_parts(config: Config, shape: Shape, processes: int, tokens: int, learned: int, width: int) -> dict[str, float]:
-    """Peak memory per device in bytes, by part. `tokens`, `learned`: of the largest micro-batch; `width`: bytes per weight."""
+def memory_parts(
+    config: Config, shape: Shape, processes: int, tokens: int, learned: int, width: int
+) -> dict[str, float]:
+    """Peak memory per device in bytes, by part.
+
+    `tokens`, `learned`: of the largest micro-batch; `width`: bytes per weight.
+    """
     stage3 = config.zero_stage.startswith("3")
     offload = config.zero_stage == "3_offload"
     frozen = shape.weights - (shape.trained if config.train_type == "all" else 0)
@@ -73,7 +81,10 @@ def memory_parts(config: Config, shape: Shape, processes: int, tokens: int, lear
         activations = shape.layers * per_layer
     resident = 0.0 if offload else 1.0
     return {
-        "weights": ((frozen if config.train_type == "lora" else 0) + shape.trained) * width / (processes if stage3 else 1) * resident,
+        "weights": ((frozen if config.train_type == "lora" else 0) + shape.trained)
+        * width
+        / (processes if stage3 else 1)
+        * resident,
         "gradients": shape.trained * width / processes * resident,
         "optimizer states": shape.trained * master / processes * resident,
         "activations": activations,
@@ -130,7 +141,7 @@ def show_example(tokenizer: Any, ids: np.ndarray, learned: np.ndarray, color: bo
     start, end = ("\x1b[32m", "\x1b[0m") if color else ("⟦", "⟧")
     parts = []
     edges = [0, *(np.flatnonzero(np.diff(learned.astype(np.int8))) + 1).tolist(), len(ids)]
-    for a, b in zip(edges, edges[1:], strict=False):
+    for a, b in pairwise(edges):
         text = tokenizer.decode(ids[a:b])
         parts.append(f"{start}{text}{end}" if learned[a] else text)
     return "".join(parts)
@@ -144,13 +155,19 @@ def run(config: Config) -> None:
     log(f"\nchat format: {data.chat.name}\ntrain: {describe(data.train.meta)}")
     lengths = data.train.lengths
     marks = np.percentile(lengths, [0, 50, 90, 99, 100], method="nearest")
-    log("tokens per conversation: " + ", ".join(f"{n} {m}" for n, m in zip(("min", "median", "90%", "99%", "max"), marks, strict=True)))
+    log(
+        "tokens per conversation: "
+        + ", ".join(f"{n} {m}" for n, m in zip(("min", "median", "90%", "99%", "max"), marks, strict=True))
+    )
     log(f"test: {len(data.test):,} conversations; retention: {len(data.retention):,}")
     color = sys.stderr.isatty()
     log(f"\nThe first {EXAMPLES} training examples, learned tokens {'in green' if color else 'in ⟦ ⟧'}:")
     for i in range(min(EXAMPLES, len(data.train))):
         one = data.train[i]
-        head = f"--- example {i + 1}, line {data.train.lines[data.train.indices[i]]}: {len(one['ids'])} tokens, {int(one['learned'].sum())} learned"
+        head = (
+            f"--- example {i + 1}, line {data.train.lines[data.train.indices[i]]}: "
+            f"{len(one['ids'])} tokens, {int(one['learned'].sum())} learned"
+        )
         log(f"{head}\n{show_example(data.tokenizer, one['ids'], one['learned'], color)}")
     estimate(config, data.train)
 
@@ -169,21 +186,35 @@ def estimate(config: Config, data: TokenDataset) -> None:
     parts = memory_parts(config, shape, processes, tokens, learned, width)
     total = sum(parts.values())
     log(f"\nmodel: {shape.weights:,} weights, {shape.trained:,} trained ({config.train_type})")
-    log(f"memory per {'GPU' if gpus else 'process'}, estimated for {processes} process(es), ZeRO {config.zero_stage}: {total / GIB:.2f} GiB, beside the framework's own 1 to 2 GiB")
+    log(
+        f"memory per {'GPU' if gpus else 'process'}, estimated for {processes} process(es), "
+        f"ZeRO {config.zero_stage}: {total / GIB:.2f} GiB, beside the framework's own 1 to 2 GiB"
+    )
     log("  " + ", ".join(f"{name} {size / GIB:.2f}" for name, size in parts.items()) + " GiB")
     if gpus:
         capacity = torch.cuda.get_device_properties(0).total_memory
-        verdict = "fits" if total < 0.9 * capacity else "will probably not fit: lower the batch or the length, or use --zero_stage 3"
+        verdict = (
+            "fits"
+            if total < 0.9 * capacity
+            else "will probably not fit: lower the batch or the length, or use --zero_stage 3"
+        )
         log(f"  {torch.cuda.get_device_name(0)} has {capacity / GIB:.0f} GiB: {verdict}")
     share = packed_tokens(config, data)
     epoch_tokens = int(data.lengths.sum())
     per_step = config.per_device_train_batch_size * config.gradient_accumulation_steps * processes
-    steps = config.max_steps if config.max_steps > 0 else math.ceil(config.num_train_epochs * math.ceil(len(data) / per_step))
+    steps = (
+        config.max_steps
+        if config.max_steps > 0
+        else math.ceil(config.num_train_epochs * math.ceil(len(data) / per_step))
+    )
     computed = steps * per_step / len(data) * epoch_tokens * share
     # forward, backward to the inputs, backward to the weights (LoRA: of the adapters only), forward again
     passes = 2 + (config.train_type == "all") + config.gradient_checkpointing
     flops = measured_flops() * (1.0 if not gpus else MODEL_FLOPS_UTILISATION / 0.7)
     seconds = 2 * shape.weights * computed * passes / flops / (processes if gpus else 1)
     saved = f"; shared prefixes leave {share:.0%} of the tokens to compute" if share < 0.98 else ""
-    log(f"time: {steps:,} steps of {per_step} conversations, {computed:,.0f} tokens{saved}: about {duration(seconds)} plus evaluation, from this machine's measured {flops / 1e12:.2f} TFLOP/s")
+    log(
+        f"time: {steps:,} steps of {per_step} conversations, {computed:,.0f} tokens{saved}: "
+        f"about {duration(seconds)} plus evaluation, from this machine's measured {flops / 1e12:.2f} TFLOP/s"
+    )
     log("nothing was trained (--dry_run true)")

@@ -1,4 +1,4 @@
-"""output_path as a whole: the names in it, an earlier run found there, keeping a second run out. Standard library only."""
+"""output_path as a whole: the names in it, an earlier run in it, keeping a second run out. Standard library only."""
 
 import fcntl
 import hashlib
@@ -35,7 +35,9 @@ def earlier_run(config: Config) -> dict[str, Any] | None:
     saved = json.loads((output / CONFIG_NAME).read_text(encoding="utf-8"))
     now = config.to_json() | {"train_sha256": data_digest(config)}
     changed = [
-        f"{key} was {saved[key]!r}, is {now[key]!r}" for key in now if key in saved and key not in RESTARTABLE and saved[key] != now[key]
+        f"{key} was {saved[key]!r}, is {now[key]!r}"
+        for key in now
+        if key in saved and key not in RESTARTABLE and saved[key] != now[key]
     ]
     if changed:
         raise UserError(
@@ -45,7 +47,9 @@ def earlier_run(config: Config) -> dict[str, Any] | None:
     if (output / RESULTS_NAME).is_file():
         return json.loads((output / RESULTS_NAME).read_text(encoding="utf-8"))
     if not config.resume:
-        raise UserError(f"{output} holds an unfinished run; pass --resume true, or --overwrite_output_path true to delete it")
+        raise UserError(
+            f"{output} holds an unfinished run; pass --resume true, or --overwrite_output_path true to delete it"
+        )
     return None
 
 
@@ -70,13 +74,15 @@ class OutputFolder:
             return
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            self.lock = open(self.path / ".lock", "a")  # noqa: SIM115 - held until the run ends
+            self.lock = open(self.path / ".lock", "a")
         except OSError as error:
             raise UserError(f"the output path {self.path} cannot be written ({error.strerror})") from error
         try:
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise UserError(f"another run is writing to {self.path}; wait for it or choose another --output_path") from None
+            raise UserError(
+                f"another run is writing to {self.path}; wait for it or choose another --output_path"
+            ) from None
         if self.config.overwrite_output_path:
             self._delete_run()
         (self.path / STOP_NAME).unlink(missing_ok=True)

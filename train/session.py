@@ -109,7 +109,12 @@ def training_arguments(config: Config, dtype: torch.dtype) -> TrainingArguments:
     # DeepSpeed would compile a shared-memory operator for CPU processes at the first start; gloo needs no compiler
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     os.environ.setdefault("RANK", "0")  # also without the launcher
-    for name, value in {"LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}.items():
+    for name, value in {
+        "LOCAL_RANK": "0",
+        "WORLD_SIZE": "1",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": "29500",
+    }.items():
         os.environ.setdefault(name, value)
     deepspeed.init_distributed()  # before the arguments: ZeRO 3 partitions the weights while they are loaded
     return TrainingArguments(
@@ -120,7 +125,9 @@ def training_arguments(config: Config, dtype: torch.dtype) -> TrainingArguments:
         learning_rate=config.peak_learning_rate,
         num_train_epochs=config.num_train_epochs,
         max_steps=config.max_steps,
-        lr_scheduler_type=config.lr_scheduler_type if config.lr_scheduler_type != "constant" else "constant_with_warmup",
+        lr_scheduler_type=config.lr_scheduler_type
+        if config.lr_scheduler_type != "constant"
+        else "constant_with_warmup",
         warmup_steps=config.warmup_ratio,
         weight_decay=config.weight_decay,
         max_grad_norm=config.max_grad_norm,
@@ -167,7 +174,9 @@ def load_for_training(config: Config, dtype: torch.dtype) -> torch.nn.Module:
     return model
 
 
-def choose_collator(config: Config, model: torch.nn.Module, tokenizer: Any, speaks: bool) -> PackedCollator | PaddedCollator:
+def choose_collator(
+    config: Config, model: torch.nn.Module, tokenizer: Any, speaks: bool
+) -> PackedCollator | PaddedCollator:
     """Packed batches where they were asked for and the model can take them; says so when it cannot."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     reason = attention.supports_packing(base) if config.packing else None
@@ -189,17 +198,20 @@ def build_trainer(config: Config, data: Data) -> tuple[ChatTrainer, Schedule]:
     model = load_for_training(config, dtype)
     speaks = arguments.process_index == 0
     if speaks:
-        count = [sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters() if wanted(p)) for wanted in (lambda p: True, lambda p: p.requires_grad)]  # fmt: skip
+        sizes = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in model.parameters()]
+        count = [sum(size for size, _ in sizes), sum(size for size, trained in sizes if trained)]
         log(
             f"{data.chat.name}; {count[0]:,} weights, {count[1]:,} trained ({config.train_type}), {str(dtype)[6:]}, "
-            f"{arguments.world_size} process{'es' if arguments.world_size > 1 else ''}, ZeRO from {config.deepspeed_file.name}"
+            f"{arguments.world_size} process{'es' if arguments.world_size > 1 else ''}, "
+            f"ZeRO from {config.deepspeed_file.name}"
         )
     collator = choose_collator(config, model, data.tokenizer, speaks)
     tokens = TokenCounter()
     output = Path(config.output_path)
     trainer = ChatTrainer(
         model, arguments, collator, data.train, data.test, processing_class=data.tokenizer,
-        retention=data.retention, tokens=tokens, keep=config.save_total_limit, grouped=isinstance(collator, PaddedCollator),
+        retention=data.retention, tokens=tokens, keep=config.save_total_limit,
+        grouped=isinstance(collator, PaddedCollator),
     )  # fmt: skip
     schedule = Schedule(config.eval_steps, trainer.evaluate_and_compare, output / STOP_NAME)
     for replaced in (DefaultFlowCallback, PrinterCallback):
@@ -243,7 +255,10 @@ def train(config: Config, trainer: ChatTrainer, schedule: Schedule, rank: int) -
             log(f"continuing from {checkpoint}")
     schedule.catch_signals()
     started = time.monotonic()
-    with TensorBoardServer(output / "tensorboard", config.tensorboard_port, config.tensorboard and rank == 0), explain_faults(config):
+    with (
+        TensorBoardServer(output / "tensorboard", config.tensorboard_port, config.tensorboard and rank == 0),
+        explain_faults(config),
+    ):
         trainer.train(resume_from_checkpoint=checkpoint)
     schedule.end_if_signalled()
     trainer.seconds = time.monotonic() - started
@@ -296,7 +311,10 @@ def finish(config: Config, trainer: ChatTrainer, rank: int) -> dict[str, Any]:
     }
     if rank == 0:
         checkpoint = output / f"checkpoint-{step}"
-        title = f"{Path(config.model_name_or_path).name}, {config.train_type}: test loss {results['eval_loss_before']:.2f} → {results['eval_loss']:.2f}"  # fmt: skip
+        title = (
+            f"{Path(config.model_name_or_path).name}, {config.train_type}: "
+            f"test loss {results['eval_loss_before']:.2f} → {results['eval_loss']:.2f}"
+        )
         plot(read_log(output / LOG_NAME), output / PICTURE_NAME, title, state.best_global_step)
         checkpointing.link_files(checkpoint, output, checkpointing.model_files(checkpoint))
         checkpointing.write_aside(output / RESULTS_NAME, json.dumps(results, indent=2))
@@ -322,4 +340,7 @@ def merge(config: Config) -> None:
     questions = ("你好，请介绍一下你自己。", "1 + 1 = ?", "What is the capital of France?")
     prompts = [chat.prompt([{"role": "user", "content": text}]) for text in questions]
     worst = checkpoints.merge_adapter(output, output / "merged", choose_dtype(config.dtype), prompts)
-    log(f"merged model written to {output / 'merged'}; its logits differ from base + adapter by at most {worst:.1e} (relative)")
+    log(
+        f"merged model written to {output / 'merged'}; "
+        f"its logits differ from base + adapter by at most {worst:.1e} (relative)"
+    )

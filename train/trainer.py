@@ -1,4 +1,4 @@
-"""The Hugging Face Trainer with what it lacks: token-exact loss, whole checkpoints, retention loss, a good end by signal."""
+"""Hugging Face Trainer and what it lacks: token-exact loss, whole checkpoints, retention loss, good end by signal."""
 
 import math
 import os
@@ -62,7 +62,9 @@ class ChatTrainer(Trainer):
     micro-batches and processes; evaluation is the mean over all learned tokens of a set.
     """
 
-    def __init__(self, *args: Any, retention: TokenDataset, tokens: TokenCounter, keep: int, grouped: bool, **kwargs: Any) -> None:
+    def __init__(
+        self, *args: Any, retention: TokenDataset, tokens: TokenCounter, keep: int, grouped: bool, **kwargs: Any
+    ) -> None:
         super().__init__(*args, **kwargs)
         self.retention = retention
         self.tokens = tokens
@@ -87,7 +89,10 @@ class ChatTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> torch.Tensor:
-        """This micro-batch's share of the step's mean loss per learned token, times the number of processes (DeepSpeed averages)."""
+        """This micro-batch's share of the step's mean loss per learned token.
+
+        Times the number of processes, because DeepSpeed averages over them.
+        """
         self.tokens.local += int(inputs["tokens"])
         loss = target_losses(model, inputs).sum() / num_items_in_batch * self.args.world_size
         self._stop_if_broken(loss.detach())
@@ -187,7 +192,9 @@ class Schedule(TrainerCallback):
             log(f"process {os.getpid()}: {signal.Signals(number).name} received; saving a checkpoint after this step")
         self.signal = number
 
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         """The losses before the first step; after a resume the evaluation that the end by signal left out."""
         due = float(state.epoch or 0).is_integer() or (self.eval_steps and state.global_step % self.eval_steps == 0)
         done = any(line["step"] == state.global_step and "eval_loss" in line for line in state.log_history)
@@ -207,7 +214,9 @@ class Schedule(TrainerCallback):
             control.should_save = True
             control.should_training_stop = True
 
-    def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         """Every epoch, unless this very step was just evaluated or the run is ending by a signal."""
         if not self.signal:
             self._evaluate_and_save(state, control)

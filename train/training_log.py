@@ -49,7 +49,9 @@ class TrainingLog(TrainerCallback):
         self.started = self.marked = time.monotonic()
         self.marked_step = self.first_step = 0
 
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         """Drop lines of steps that will be run again, open the progress line."""
         self.started = self.marked = time.monotonic()
         self.first_step = self.marked_step = state.global_step
@@ -105,13 +107,18 @@ class TrainingLog(TrainerCallback):
             else:
                 self.bar.set_postfix(shown, refresh=False)
 
-    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         """Close the progress line."""
         if self.bar:
             self.bar.close()
         seconds = duration(time.monotonic() - self.started)
         if self.speaks:
-            log(f"{socket.gethostname()}: {state.global_step} of {state.max_steps} steps done, this start took {seconds}")
+            log(
+                f"{socket.gethostname()}: {state.global_step} of {state.max_steps} steps done, "
+                f"this start took {seconds}"
+            )
 
 
 class TokenCounter:
@@ -156,7 +163,16 @@ class TensorBoardServer:
             except OSError:
                 log(f"warning: port {self.port} is taken, TensorBoard is not served; events are in {self.folder}")
                 return self
-        command = [sys.executable, "-m", "tensorboard.main", "--logdir", str(self.folder), "--port", str(self.port), "--bind_all"]
+        command = [
+            sys.executable,
+            "-m",
+            "tensorboard.main",
+            "--logdir",
+            str(self.folder),
+            "--port",
+            str(self.port),
+            "--bind_all",
+        ]
         quiet = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
         environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
         self.process = subprocess.Popen(command, preexec_fn=die_with_parent, env=environment, **quiet)  # noqa: PLW1509
@@ -180,14 +196,26 @@ def plot(lines: list[dict[str, Any]], picture: Path, title: str, best_step: int 
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(9, 5.2), dpi=120)
-    styles = {"loss": ("train", "#8fb3d9", 1.2), "eval_loss": ("test", "#d1495b", 2.2), "retention_loss": ("retention", "#2e7d5b", 2.2)}  # fmt: skip
+    styles = {
+        "loss": ("train", "#8fb3d9", 1.2),
+        "eval_loss": ("test", "#d1495b", 2.2),
+        "retention_loss": ("retention", "#2e7d5b", 2.2),
+    }
     for key, (label, color, width) in styles.items():
         points = [(line["step"], line[key]) for line in lines if key in line and math.isfinite(line[key])]
         if not points:
             continue
         steps, values = zip(*points, strict=True)
         marker = "" if key == "loss" and len(points) > 60 else "o"
-        axes.plot(steps, values, label=f"{label} loss (last {values[-1]:.3g})", color=color, linewidth=width, marker=marker, markersize=4)
+        axes.plot(
+            steps,
+            values,
+            label=f"{label} loss (last {values[-1]:.3g})",
+            color=color,
+            linewidth=width,
+            marker=marker,
+            markersize=4,
+        )
     if best_step is not None:
         axes.axvline(best_step, color="#d1495b", linewidth=1, linestyle=":")
         axes.annotate("best test loss", (best_step, 1), xycoords=("data", "axes fraction"), xytext=(-4, -4),

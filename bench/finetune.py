@@ -1,0 +1,136 @@
+"""The same fine-tuning work by ours, LLaMA-Factory and TRL, each in its own process; prints a table and JSON lines.
+
+(a) conversations of alpaca_zh; (b) banking77 questions whose prompts begin with the same list of 77 labels.
+LoRA rank 8 on all linear layers, fp32, AdamW, batch 8, rows in the file's order, a Llama of about 40M weights.
+"""
+
+import argparse
+import csv
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+
+from llmops import tiny
+from llmops.console import log
+
+Case = tuple[str, list[str]]
+
+
+def make_inputs(work: Path, data: Path) -> tuple[Path, Path, Path]:
+    """The model folder and the two data files."""
+    model, alpaca, banking = work / "llama-40m", work / "alpaca.jsonl", work / "banking.jsonl"
+    if not banking.exists():
+        work.mkdir(parents=True, exist_ok=True)
+        lines = (data / "alpaca_zh" / "train.jsonl").read_text(encoding="utf-8").splitlines()
+        alpaca.write_text("\n".join(lines[:256]) + "\n", encoding="utf-8")
+        with open(data / "banking77" / "train.csv", encoding="utf-8", newline="") as stream:
+            rows = list(csv.DictReader(stream))
+        labels = sorted({row["category"] for row in rows})
+        head = (
+            "Which intent does the customer's question have? Answer with one of: " + ", ".join(labels) + "\nQuestion: "
+        )
+        chosen = rows[:: len(rows) // 128][:128]
+        with open(banking, "w", encoding="utf-8") as stream:
+            for row in chosen:
+                messages = [
+                    {"role": "user", "content": head + row["text"].strip()},
+                    {"role": "assistant", "content": row["category"]},
+                ]
+                stream.write(json.dumps({"messages": messages}) + "\n")
+        texts = (
+            [m["content"] for line in lines for m in json.loads(line)["messages"]]
+            + [row["text"] for row in rows]
+            + labels
+        )
+        tiny.write_checkpoint(model, texts, "llama", 16000, hidden=512, layers=8, heads=8)
+    return model, alpaca, banking
+
+
+def run(python: Path, driver: Path, flags: list[str]) -> dict[str, Any]:
+    """One driver in a process of its own; its report."""
+    done = subprocess.run([str(python), str(driver), *flags], capture_output=True, text=True, check=False)
+    if done.returncode:
+        log(done.stderr[-2000:])
+        return {"failed": done.returncode}
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def main() -> int:
+    """Run both parts and print the tables."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    for name in ("work", "peers", "data"):
+        parser.add_argument(f"--{name}", type=Path, required=True)
+    parser.add_argument("--rounds", type=int, default=2, help="runs of each setting; the fastest counts")
+    parser.add_argument("--steps_a", type=int, default=32, help="steps of 8 conversations in (a); 32 is all of them")
+    parser.add_argument("--steps_b", type=int, default=4, help="steps of 8 questions in (b) for the peers; 16 is all")
+    parser.add_argument("--parts", default="ab")
+    args = parser.parse_args()
+    model, alpaca, banking = make_inputs(args.work, args.data)
+    ours = (Path(sys.executable), HERE / "ours_sft.py")
+    trl = (args.peers / "trl" / "bin" / "python", HERE / "peers" / "trl_sft.py")
+    factory = (args.peers / "llamafactory" / "bin" / "python", HERE / "peers" / "llamafactory_sft.py")
+    report: dict[str, Any] = {}
+    if "a" in args.parts:
+        flags = ["--model", str(model), "--data", str(alpaca), "--max_steps", str(args.steps_a)]
+        packed = [
+            "--max_steps",
+            str(max(1, args.steps_a // 8)),
+        ]  # a packed row of 1,024 tokens holds about 8 conversations
+        settings = [(packing, micro) for packing in ("off", "on") for micro in ("8", "1")]
+        cases = [("ours", ours, ["--packing", "on"]), ("ours, padded", ours, ["--packing", "off"])]
+        cases += [
+            (
+                f"{name}, packing {p}, micro-batch {m}", tool,
+                ["--packing", p, "--micro_batch_size", m, *(packed if p == "on" else [])],
+            )
+            for name, tool in (("LLaMA-Factory", factory), ("TRL", trl)) for p, m in settings
+        ]  # fmt: skip
+        report["a"] = compare("(a) alpaca_zh", cases, flags, args.rounds)
+    if "b" in args.parts:
+        flags = ["--model", str(model), "--data", str(banking)]
+        few = ["--max_steps", str(args.steps_b)]
+        cases = [
+            ("ours", ours, ["--packing", "on"]),
+            ("ours, batch 32", ours, ["--packing", "on", "--batch_size", "32"]),
+            ("ours, batch 128", ours, ["--packing", "on", "--batch_size", "128"]),
+            *((f"{name}, micro-batch {m}", tool, ["--packing", "off", "--micro_batch_size", m, *few])
+              for name, tool in (("LLaMA-Factory", factory), ("TRL", trl)) for m in ("8", "1")),
+        ]  # fmt: skip
+        report["b"] = compare("(b) banking77, 77 labels in every prompt", cases, flags, args.rounds)
+    print(json.dumps(report))
+    return 0
+
+
+def compare(title: str, cases: list[Any], flags: list[str], rounds: int) -> dict[str, Any]:
+    """Run all cases in turn, `rounds` times; print a table with the ratio of ours to each."""
+    best: dict[str, Any] = {}
+    for _ in range(rounds):
+        for name, (python, driver), extra in cases:
+            found = run(python, driver, [*flags, *extra])
+            log(f"{title}, {name}: {found}")
+            if name not in best or found.get("samples_per_second", 0) > best[name].get("samples_per_second", 0):
+                best[name] = found
+    reference = best["ours"]
+    print(f"\n{title}\n\n| | samples/s | ours is | peak memory, MiB | loss of the first step |\n|---|---|---|---|---|")
+    for name, found in best.items():
+        if "failed" in found:
+            print(f"| {name} | failed | | | |")
+            continue
+        ratio = reference["samples_per_second"] / found["samples_per_second"]
+        print(
+            f"| {name} | {found['samples_per_second']:.2f} | {ratio:.2f}x "
+            f"| {found['peak_rss_mib']:.0f} | {found['first_loss']:.6f} |"
+        )
+        same = found["supervised_tokens_first_batch"] == reference["supervised_tokens_first_batch"]
+        if same and abs(found["first_loss"] / reference["first_loss"] - 1) > 1e-4:
+            print(f"WARNING: {name} has the same first batch and another loss")
+    return best
+
+
+if __name__ == "__main__":
+    sys.exit(main())

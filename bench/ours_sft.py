@@ -1,0 +1,85 @@
+"""Our side of the fine-tuning benchmark: the work of bench/peers, through the product's own Trainer and DeepSpeed."""
+
+import os
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE.parent), str(HERE / "peers")]
+
+from peer_common import (
+    LEARNING_RATE,
+    LORA_ALPHA,
+    LORA_RANK,
+    LORA_TARGETS,
+    RunRecord,
+    build_parser,
+    prepare_environment,
+    print_report,
+    split_batch,
+)
+
+
+def main() -> None:
+    """Train once and print the report as the last line of stdout."""
+    parser = build_parser(__doc__ or "")
+    args = parser.parse_args()
+    prepare_environment(args.threads)
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    micro, accumulation = split_batch(args.batch_size, args.micro_batch_size)
+
+    from llmops.console import stdout_to_stderr
+
+    with stdout_to_stderr(), tempfile.TemporaryDirectory() as folder:
+        import torch
+        from torch.utils.data import SequentialSampler
+        from transformers import TrainerCallback
+
+        from train import session
+        from train.config import Config
+        from train.training_log import TrainingLog
+
+        torch.set_num_threads(args.threads)
+        config = Config(
+            model_name_or_path=args.model, train_file=args.data, test_file=args.data, output_path=folder,
+            lora_module_name=",".join(LORA_TARGETS), lora_dim=LORA_RANK, lora_alpha=LORA_ALPHA, lora_dropout=0.0,
+            per_device_train_batch_size=micro, gradient_accumulation_steps=accumulation, max_seq_len=args.max_length,
+            learning_rate=LEARNING_RATE, num_train_epochs=1, max_steps=args.max_steps or -1,
+            lr_scheduler_type="constant", warmup_ratio=0.0,
+            gradient_checkpointing=False, packing=args.packing == "on", dtype="fp32",
+        )  # fmt: skip
+        data = session.prepare_data(config, encodes=True)
+        trainer, schedule = session.build_trainer(config, data)
+        trainer._get_train_sampler = lambda *_: SequentialSampler(data.train)  # the peers read in the file's order
+        schedule.evaluate = lambda: None  # no evaluation and no checkpoint, as with the peers
+        schedule._evaluate_and_save = lambda *_: None
+        trainer.remove_callback(TrainingLog)
+        record = RunRecord(row_counts=[1.0] * len(data.train))
+        record.supervised_first = sum(
+            int(data.train[i]["learned"].sum()) for i in range(min(args.batch_size, len(data.train)))
+        )
+
+        class Clock(TrainerCallback):
+            """The peers' clock: from on_train_begin to on_train_end."""
+
+            def on_train_begin(self, *_: Any, **__: Any) -> None:
+                self.start = time.perf_counter()
+
+            def on_log(self, *_: Any, logs: dict[str, float], **__: Any) -> None:
+                if "loss" in logs:
+                    record.losses.append(float(logs["loss"]))
+
+            def on_train_end(self, _: Any, state: Any, *__: Any, **___: Any) -> None:
+                record.seconds = time.perf_counter() - self.start
+                record.steps = state.global_step
+
+        trainer.add_callback(Clock())
+        trainer.train()
+    print_report("llmops", "0.1.0", args.packing, args.batch_size, micro, record)
+
+
+if __name__ == "__main__":
+    main()
