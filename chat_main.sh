@@ -141,7 +141,7 @@ if [ "$DRY_RUN" = true ]; then
     [ -z "$CUDA_VISIBLE_DEVICES" ] || export CUDA_VISIBLE_DEVICES
     exec "$PYTHON" "$HERE/train/finetune.py" "${settings[@]}"
 fi
-launcher=("$PYTHON" "$HERE/train/launch.py" --no_local_rank --log_level warning)
+launcher=("$PYTHON" "$HERE/train/launch.py" --no_local_rank --log_level critical)
 if [ -n "$HOSTFILE" ]; then
     [ -f "$HOSTFILE" ] || die "the hostfile $HOSTFILE does not exist; expected lines like 'worker-1 slots=8'"
     launcher+=(--hostfile "$HOSTFILE" --master_port "${MASTER_PORT:-29500}")

@@ -46,7 +46,7 @@ def run_main(body: Callable[[], int], speaks: bool = True) -> int:
             log(f"error: {error}")
         return EXIT_USER_ERROR
     except TrainingStopped as error:
-        log(f"stopped: {error}")  # found at run time on this very process, so it speaks on every rank
+        log(f"\nstopped: {error}")  # found at run time on this very process, so it speaks on every rank
         return 1
     except Terminated as error:
         return error.code

@@ -181,7 +181,7 @@ def test_killed_at_any_moment_it_resumes_to_the_same_end(
 ) -> None:
     """SIGKILL to the whole group, in mid-step and in mid-save, again and again; then the loss of the undisturbed run.
 
-    LLMOPS_TEST_KILLS sets how often (4).
+    LLMOPS_TEST_KILLS sets how often (3).
     """
     model = checkpoints["llama"]
     undisturbed = start(small_data, model, tmp_path / "undisturbed")
@@ -189,7 +189,7 @@ def test_killed_at_any_moment_it_resumes_to_the_same_end(
     expected = train_losses(tmp_path / "undisturbed")
     output = tmp_path / "killed"
     rng = random.Random(0)
-    kills = int(os.environ.get("LLMOPS_TEST_KILLS", "4"))
+    kills = int(os.environ.get("LLMOPS_TEST_KILLS", "3"))
     for i in range(kills):
         process = start(small_data, model, output)
         target = (i + 1) * (len(expected) - 6) // kills
@@ -235,6 +235,16 @@ def test_sigterm_saves_and_a_damaged_checkpoint_is_passed_over(
     text = output.with_suffix(".err").read_text()
     assert f"{saved[-1]} is damaged" in text
     assert f"continuing from {saved[-2]}" in text
+
+
+def test_a_stop_file_ends_the_run_in_good_order(small_data: Path, checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    process = start(small_data, checkpoints["llama"], output)
+    wait_for(lambda: steps_done(output) >= 2, process)
+    (output / "STOP").touch()
+    assert process.wait(120) == 143
+    assert checkpointing.newest_whole(output) is not None
+    assert not (output / "train_results.json").exists()
 
 
 def test_a_launcher_that_dies_takes_the_training_with_it(
