@@ -162,6 +162,8 @@ else
     export DS_ACCELERATOR=cpu
     # glibc gives large blocks back to the kernel at once and gets them zeroed again; keeping them is about 20% faster
     export MALLOC_MMAP_THRESHOLD_=${MALLOC_MMAP_THRESHOLD_:-4294967296} MALLOC_TRIM_THRESHOLD_=${MALLOC_TRIM_THRESHOLD_:-8589934592}
+    # threads that wait by spinning stall each other by a factor of ten and more when another job wants the same cores
+    export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-PASSIVE}"
     export MALLOC_TOP_PAD_=${MALLOC_TOP_PAD_:-268435456}
     [ -n "$HOSTFILE" ] || launcher+=(--num_gpus "${NUM_PROCESSES:-1}")
 fi

@@ -161,7 +161,7 @@ def start(small_data: Path, model: Path, output: Path) -> subprocess.Popen[bytes
     )  # fmt: skip
 
 
-def wait_for(condition: Callable[[], bool], process: subprocess.Popen[bytes], timeout: float = 120) -> None:
+def wait_for(condition: Callable[[], bool], process: subprocess.Popen[bytes], timeout: float = 280) -> None:
     """Wait until a condition holds; the process must not end before."""
     end = time.monotonic() + timeout
     while not condition():
