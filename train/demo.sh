@@ -8,6 +8,7 @@ source "$HERE/llmops/environment.sh"
 
 folder=$1/demo # beside the user's own data, never over it
 [ "$1" != "$HERE/mnt" ] || [ -d "$1" ] || folder=$HERE/mnt_demo
+export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-PASSIVE}" # as chat_main.sh does on a CPU
 PYTHON=$(ensure_python "$HERE" "$HERE/requirements.txt") || exit 2
 "$PYTHON" "$HERE/train/demo.py" prepare "$folder"
 
