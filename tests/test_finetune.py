@@ -20,7 +20,7 @@ from train.batches import PaddedCollator, target_losses
 from train.dataset import Source, load_or_encode
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
-SAME_STEP = ("--per_device_train_batch_size", "2", "--num_train_epochs", "1")
+SAME_STEP = ("--per_device_train_batch_size", "2", "--num_train_epochs", "2")
 
 
 def losses(run: Run, output: Path, *arguments: str, **options: str) -> list[float]:
@@ -108,7 +108,7 @@ def test_processes_accumulation_packing_and_nodes_give_the_same_losses(
         "--gradient_accumulation_steps",
         "1",
     )
-    assert len(expected) == 3
+    assert len(expected) == 6
     assert two == pytest.approx(expected, rel=1e-4)
     assert padded == pytest.approx(packed, rel=1e-4)
 
@@ -130,6 +130,7 @@ def test_processes_accumulation_packing_and_nodes_give_the_same_losses(
     assert list(train_losses(tmp_path / "nodes").values()) == pytest.approx(two, rel=1e-4)
 
 
+ENDLESS = ("--num_train_epochs", "500", "--eval_steps", "0")  # outlives what the test does beside it
 LONG_RUN = (
     "--num_train_epochs",
     "12",
@@ -142,7 +143,7 @@ LONG_RUN = (
 )
 
 
-def start(small_data: Path, model: Path, output: Path) -> subprocess.Popen[bytes]:
+def start(small_data: Path, model: Path, output: Path, *more: str) -> subprocess.Popen[bytes]:
     """Start a run in its own process group, its messages in a file."""
     arguments = [
         "--mount_path",
@@ -153,6 +154,7 @@ def start(small_data: Path, model: Path, output: Path) -> subprocess.Popen[bytes
         str(output),
         *FAST,
         *LONG_RUN,
+        *more,
     ]
     log = open(output.with_suffix(".err"), "ab")  # noqa: SIM115 - the child keeps it
     return subprocess.Popen(
@@ -251,7 +253,7 @@ def test_a_launcher_that_dies_takes_the_training_with_it(
     small_data: Path, checkpoints: dict[str, Path], tmp_path: Path
 ) -> None:
     output = tmp_path / "out"
-    process = start(small_data, checkpoints["llama"], output)
+    process = start(small_data, checkpoints["llama"], output, *ENDLESS)
     wait_for(lambda: steps_done(output) >= 2, process)
     busy = chat_main(
         "--mount_path",
@@ -262,6 +264,7 @@ def test_a_launcher_that_dies_takes_the_training_with_it(
         str(output),
         *FAST,
         *LONG_RUN,
+        *ENDLESS,
     )
     assert busy.returncode == 2
     assert "another run is writing to" in busy.stderr
