@@ -47,14 +47,14 @@ class TrainingLog(TrainerCallback):
         self.tokens = tokens
         self.bar: Any = None
         self.started = self.marked = time.monotonic()
-        self.marked_step = self.first_step = 0
+        self.first_step = 0
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Drop lines of steps that will be run again, open the progress line."""
         self.started = self.marked = time.monotonic()
-        self.first_step = self.marked_step = state.global_step
+        self.first_step = state.global_step
         if self.main:
             kept = [line for line in read_log(self.path) if state.global_step and line["step"] <= state.global_step]
             write_aside(self.path, "".join(json.dumps(line) + "\n" for line in kept))
@@ -81,7 +81,7 @@ class TrainingLog(TrainerCallback):
         if "loss" in logs:  # on every process: the counter is summed over all of them
             now = time.monotonic()
             rate = self.tokens.take() / max(now - self.marked, 1e-9)
-            self.marked, self.marked_step = now, state.global_step
+            self.marked = now
         if not self.main or not ({"loss", "eval_loss"} & logs.keys()):
             return
         elapsed = time.monotonic() - self.started
