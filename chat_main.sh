@@ -15,34 +15,34 @@ SCENARIO="${SCENARIO:-general}"                  # general (conversations) or fa
 CUDA_VISIBLE_DEVICES="${CUDA_VISIBLE_DEVICES:-}" # GPUs to use, such as 0,1; empty: all, or the CPU without any
 MOUNT_PATH="${MOUNT_PATH:-$HERE/mnt}"            # folder with the base model, datasets/ and output_path/
 MODEL_NAME_OR_PATH="${MODEL_NAME_OR_PATH:-}"     # base model; empty: MOUNT_PATH/Llama-2-13b-chat-hf
-MODE="${MODE:-auto}"                             # chat format: auto llama2 qwen1.5 glm glm2 glm3 baichuan2_13b
+MODE="${MODE:-auto}"                             # chat format: auto glm glm2 glm3 baichuan2_13b qwen1.5 llama2
 TRAIN_FILE="${TRAIN_FILE:-}"                     # empty: MOUNT_PATH/datasets/train.jsonl
 TEST_FILE="${TEST_FILE:-}"                       # empty: test.jsonl beside it, else a held-out part
 OUTPUT_PATH="${OUTPUT_PATH:-}"                   # empty: MOUNT_PATH/output_path
 # --- settings: how -----------------------------------------------------------------------------------------------------
-TRAIN_TYPE="${TRAIN_TYPE:-lora}"                                # lora (a small adapter) or all (every weight)
-LORA_MODULE_NAME="${LORA_MODULE_NAME:-}"                        # such as gate_proj,down_proj,up_proj; empty: attention and MLP
-LORA_DIM="${LORA_DIM:-16}"                                      # LoRA rank
-LORA_ALPHA="${LORA_ALPHA:-32}"                                  # LoRA scaling numerator
-LORA_DROPOUT="${LORA_DROPOUT:-0.05}"                            # dropout before the LoRA layers
-PER_DEVICE_TRAIN_BATCH_SIZE="${PER_DEVICE_TRAIN_BATCH_SIZE:-4}" # conversations per device and micro-batch
-GRADIENT_ACCUMULATION_STEPS="${GRADIENT_ACCUMULATION_STEPS:-4}" # micro-batches per optimizer step
-PER_DEVICE_EVAL_BATCH_SIZE="${PER_DEVICE_EVAL_BATCH_SIZE:-8}"   # conversations per device while evaluating
-MAX_SEQ_LEN="${MAX_SEQ_LEN:-1024}"                              # longest conversation in tokens
-LEARNING_RATE="${LEARNING_RATE:-0}"                             # peak; 0: 1e-4 for lora, 1e-5 for all
-NUM_TRAIN_EPOCHS="${NUM_TRAIN_EPOCHS:-3}"                       # passes over the data
-MAX_STEPS="${MAX_STEPS:--1}"                                    # stop after this many steps; -1: by epochs
-ZERO_STAGE="${ZERO_STAGE:-2}"                                   # DeepSpeed ZeRO: 2, 3 or 3_offload
-DS_FILE="${DS_FILE:-}"                                          # your own DeepSpeed JSON instead of train/ds_zero*.json
-DTYPE="${DTYPE:-auto}"                                          # auto (bf16 where the device has it), bf16, fp16, fp32
-GRADIENT_CHECKPOINTING="${GRADIENT_CHECKPOINTING:-true}"        # recompute activations: less memory, more time
-PACKING="${PACKING:-true}"                                      # no padding, shared prefixes; false: padded batches
-MAX_GRAD_NORM="${MAX_GRAD_NORM:-1}"                             # gradient clipping; 0: none
-LR_SCHEDULER_TYPE="${LR_SCHEDULER_TYPE:-cosine}"                # cosine, linear or constant
-WARMUP_RATIO="${WARMUP_RATIO:-0.03}"                            # share of the steps that warms up
-WEIGHT_DECAY="${WEIGHT_DECAY:-0}"                               # AdamW weight decay
-NEFTUNE_NOISE_ALPHA="${NEFTUNE_NOISE_ALPHA:-0}"                 # NEFTune noise; 0: none
-EARLY_STOPPING_PATIENCE="${EARLY_STOPPING_PATIENCE:-0}"         # evaluations without a better one; 0: never stop early
+TRAIN_TYPE="${TRAIN_TYPE:-lora}"                               # lora (a small adapter) or all (every weight)
+LORA_MODULE_NAME="${LORA_MODULE_NAME:-}"                       # such as gate_proj,down_proj,up_proj; empty: attention and MLP
+LORA_DIM="${LORA_DIM:-}"                                       # LoRA rank; empty: 16, faq 8
+LORA_ALPHA="${LORA_ALPHA:-}"                                   # LoRA scaling numerator; empty: 32, faq 16
+LORA_DROPOUT="${LORA_DROPOUT:-0.05}"                           # dropout before the LoRA layers
+PER_DEVICE_TRAIN_BATCH_SIZE="${PER_DEVICE_TRAIN_BATCH_SIZE:-}" # conversations per device and micro-batch; empty: 4, faq 16
+GRADIENT_ACCUMULATION_STEPS="${GRADIENT_ACCUMULATION_STEPS:-}" # micro-batches per optimizer step; empty: 4, faq 1
+PER_DEVICE_EVAL_BATCH_SIZE="${PER_DEVICE_EVAL_BATCH_SIZE:-}"   # conversations per device while evaluating; empty: 8, faq 32
+MAX_SEQ_LEN="${MAX_SEQ_LEN:-}"                                 # longest conversation in tokens; empty: 1024, faq 2048
+LEARNING_RATE="${LEARNING_RATE:-0}"                            # peak; 0: 1e-4 for lora, 1e-5 for all, twice that for faq
+NUM_TRAIN_EPOCHS="${NUM_TRAIN_EPOCHS:-3}"                      # passes over the data
+MAX_STEPS="${MAX_STEPS:--1}"                                   # stop after this many steps; -1: by epochs
+ZERO_STAGE="${ZERO_STAGE:-2}"                                  # DeepSpeed ZeRO: 2, 3 or 3_offload
+DS_FILE="${DS_FILE:-}"                                         # your own DeepSpeed JSON instead of train/ds_zero*.json
+DTYPE="${DTYPE:-auto}"                                         # auto (bf16 where the device has it), bf16, fp16, fp32
+GRADIENT_CHECKPOINTING="${GRADIENT_CHECKPOINTING:-true}"       # recompute activations: less memory, more time
+PACKING="${PACKING:-true}"                                     # no padding, shared prefixes; false: padded batches
+MAX_GRAD_NORM="${MAX_GRAD_NORM:-1}"                            # gradient clipping; 0: none
+LR_SCHEDULER_TYPE="${LR_SCHEDULER_TYPE:-cosine}"               # cosine, linear or constant
+WARMUP_RATIO="${WARMUP_RATIO:-}"                               # share of the steps that warms up; empty: 0.03, faq 0.1
+WEIGHT_DECAY="${WEIGHT_DECAY:-0}"                              # AdamW weight decay
+NEFTUNE_NOISE_ALPHA="${NEFTUNE_NOISE_ALPHA:-0}"                # NEFTune noise; 0: none
+EARLY_STOPPING_PATIENCE="${EARLY_STOPPING_PATIENCE:-0}"        # evaluations without a better one; 0: never stop early
 # --- settings: evaluation, checkpoints, logging ------------------------------------------------------------------------
 EVAL_RATIO="${EVAL_RATIO:-0.1}"                          # held-out share when there is no test file
 EVAL_STEPS="${EVAL_STEPS:-0}"                            # also evaluate and save every N steps; 0: every epoch only
@@ -72,60 +72,21 @@ NODE_RANK="${NODE_RANK:-0}"        # with NO_SSH: which machine this is, from 0
 # shellcheck source=llmops/environment.sh
 source "$HERE/llmops/environment.sh"
 
-# names of the settings above, in their order; those up to NUM_PROCESSES that training itself reads become its flags
-mapfile -t NAMES < <(sed -n '/^# --- settings/,/^# --- end/s/^\([A-Z_]*\)=.*/\1/p' "${BASH_SOURCE[0]}")
-LAUNCHER_ONLY=" CUDA_VISIBLE_DEVICES MOUNT_PATH NUM_PROCESSES HOSTFILE MASTER_ADDR MASTER_PORT NO_SSH NODE_RANK "
-
-usage() {
-    sed -n '2,/^set -/s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
-    printf '%s\n\n' "Settings (flag, variable in the environment, default):"
-    sed -n '/^# --- settings/,/^# --- end/p' "${BASH_SOURCE[0]}" | awk '
-        /^# --- settings/ { gsub(/^# --- settings: | -+$/, ""); printf "%s\n", $0; next }
-        /^[A-Z_]+=/ {
-            name = $0; sub(/=.*/, "", name); text = $0; sub(/^[^#]*# */, "", text)
-            value = $0; sub(/^[^:]*:-/, "", value); sub(/\}".*/, "", value)
-            printf "  --%-29s %s%s\n", tolower(name), text, value == "" ? "" : " [" value "]"
-        }'
-    printf '\n%s\n' "The variable of --train_type is TRAIN_TYPE, and so on. --demo runs the embedded example."
-}
-
 DEMO=false
-while [ $# -gt 0 ]; do
-    case $1 in
-    -h | --help)
-        usage
-        exit 0
-        ;;
-    --demo)
-        DEMO=true
-        shift
-        continue
-        ;;
-    --*=*) set -- "${1%%=*}" "${1#*=}" "${@:2}" ;;
-    esac
-    name=${1#--}
-    name=${name^^}
-    [[ $1 == --* && " ${NAMES[*]} " == *" $name "* ]] || die "unknown argument $1; bash chat_main.sh --help lists every setting"
-    [ $# -ge 2 ] || die "$1 needs a value; bash chat_main.sh --help lists every setting"
-    printf -v "$name" '%s' "$2"
-    shift 2
-done
+read_settings "${BASH_SOURCE[0]}" "$@"
 
 case $SCENARIO in
-general) ;;
-faq) die "SCENARIO=faq is not part of this version yet; use SCENARIO=general" ;;
+general) demo=$HERE/train/demo.sh ;;
+faq) demo=$HERE/faq/demo.sh ;;
 *) die "SCENARIO is '$SCENARIO', expected general or faq" ;;
 esac
-[ "$DEMO" = false ] || exec bash "$HERE/train/demo.sh" "$MOUNT_PATH" "$NUM_PROCESSES" "$TRAIN_TYPE" "$ZERO_STAGE"
+[ "$DEMO" = false ] || exec bash "$demo" "$MOUNT_PATH" "$NUM_PROCESSES" "$TRAIN_TYPE" "$ZERO_STAGE"
 
 : "${MODEL_NAME_OR_PATH:=$MOUNT_PATH/Llama-2-13b-chat-hf}" "${TRAIN_FILE:=$MOUNT_PATH/datasets/train.jsonl}"
 : "${OUTPUT_PATH:=$MOUNT_PATH/output_path}"
 
 # 1. check settings, paths and data before anything is installed or loaded
-settings=()
-for name in "${NAMES[@]}"; do
-    [[ $LAUNCHER_ONLY == *" $name "* ]] || settings+=("--${name,,}" "${!name}")
-done
+mapfile -d '' -t settings < <(setting_flags CUDA_VISIBLE_DEVICES MOUNT_PATH NUM_PROCESSES HOSTFILE MASTER_ADDR MASTER_PORT NO_SSH NODE_RANK)
 checker=$(project_python "$HERE") || exit 2
 status=0
 "$checker" "$HERE/train/finetune.py" "${settings[@]}" --check || status=$?
@@ -134,7 +95,7 @@ status=0
 
 # 2. the environment, and the processes
 PYTHON=$(ensure_python "$HERE" "$HERE/requirements.txt") || exit 2
-export HF_HUB_OFFLINE="${HF_HUB_OFFLINE:-1}" TOKENIZERS_PARALLELISM="${TOKENIZERS_PARALLELISM:-true}"
+offline_libraries
 export PYTHONPATH="$HERE${PYTHONPATH:+:$PYTHONPATH}"
 if [ "$DRY_RUN" = true ]; then
     export NUM_PROCESSES
@@ -150,7 +111,7 @@ if [ -n "$HOSTFILE" ]; then
 else
     [ -z "$MASTER_PORT" ] || launcher+=(--master_port "$MASTER_PORT")
 fi
-if [ -e /dev/nvidiactl ] || [ -e /dev/dxg ]; then
+if has_gpu; then
     if [ -n "$NUM_PROCESSES" ] && [ -n "$CUDA_VISIBLE_DEVICES" ]; then
         CUDA_VISIBLE_DEVICES=$(cut -d, -f"1-$NUM_PROCESSES" <<<"$CUDA_VISIBLE_DEVICES")
     elif [ -n "$NUM_PROCESSES" ]; then
@@ -159,12 +120,7 @@ if [ -e /dev/nvidiactl ] || [ -e /dev/dxg ]; then
     [ -z "$CUDA_VISIBLE_DEVICES" ] || export CUDA_VISIBLE_DEVICES # the launcher starts one process on each
 else
     unset CUDA_VISIBLE_DEVICES
-    export DS_ACCELERATOR=cpu
-    # glibc gives large blocks back to the kernel at once and gets them zeroed again; keeping them is about 20% faster
-    export MALLOC_MMAP_THRESHOLD_=${MALLOC_MMAP_THRESHOLD_:-4294967296} MALLOC_TRIM_THRESHOLD_=${MALLOC_TRIM_THRESHOLD_:-8589934592}
-    # threads that wait by spinning stall each other by a factor of ten and more when another job wants the same cores
-    export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-PASSIVE}"
-    export MALLOC_TOP_PAD_=${MALLOC_TOP_PAD_:-268435456}
+    tune_cpu
     [ -n "$HOSTFILE" ] || launcher+=(--num_gpus "${NUM_PROCESSES:-1}")
 fi
 [ -n "${CUDA_VISIBLE_DEVICES:-}" ] || unset CUDA_VISIBLE_DEVICES

@@ -1,12 +1,14 @@
 """Conversations to token ids and back to which of them are learned: the one renderer of training and evaluation.
 
-A checkpoint's own chat template wins. A checkpoint without one is served by its family's entry in FAMILIES: either a
-Jinja template (formats whose special tokens are typed as text) or a function that lays out pieces (formats whose role
-tokens must be inserted by id). Sources of the formats: the vendors' own demos and fine-tuning code.
+A checkpoint's own chat template wins. A checkpoint without one is served by its family's file in TEMPLATES: either a
+Jinja template (formats whose special tokens are typed as text) or the name of a function that lays out pieces (formats
+whose role tokens must be inserted by id). Sources of the formats: the vendors' own demos and fine-tuning code.
 """
 
+import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any
 
 from llmops.console import UserError
@@ -34,42 +36,63 @@ Layout = Callable[[Sequence[Message], bool], list[Piece]]
 
 @dataclass(frozen=True)
 class Family:
-    """How one model family writes conversations and which layers its LoRA adapts.
+    """How one model family writes conversations, which layers its LoRA adapts, how its FAQ prompts are worded.
 
-    `template` is a Jinja chat template, or `layout` turns messages into pieces. `model_types` are the config.json
-    model_type values that `auto` recognises, narrowed by `hints` (all of these keys must be in config.json).
-    `per_turn`: one sample per answer, because the prompt is not causal.
+    One file of TEMPLATES, named after the `--mode`. `chat_template` is a Jinja template, or `layout` names the function
+    below that turns messages into pieces; with neither, the checkpoint's own template is used. `model_types` are the
+    config.json model_type values that fit; `config_has` keys of config.json, `tokenizer_has` and `tokenizer_lacks`
+    texts in the checkpoint's tokenizer files narrow them. `one_sample_per_answer`: the prompt is not causal.
+    `faq` and `generation` are laid over those of `auto`.
     """
 
     name: str
-    attention: tuple[str, ...]
-    mlp: tuple[str, ...]
+    about: str = ""
     model_types: tuple[str, ...] = ()
-    template: str | None = None
-    layout: Layout | None = None
-    hints: tuple[str, ...] = field(default=())
-    per_turn: bool = False
+    config_has: tuple[str, ...] = ()
+    tokenizer_has: str = ""
+    tokenizer_lacks: str = ""
+    chat_template: str = ""
+    layout: str = ""
+    one_sample_per_answer: bool = False
+    lora_layers: tuple[str, ...] = ()
+    faq: dict[str, str] = field(default_factory=dict)
+    generation: dict[str, int] = field(default_factory=dict)
 
-    @property
-    def lora_layers(self) -> tuple[str, ...]:
-        """Attention and MLP; the head is left out."""
-        return self.attention + self.mlp
+    def misfit(self, config: dict[str, Any], tokenizer_text: str) -> str | None:
+        """What of a checkpoint speaks against this family, or None."""
+        model_type = config.get("model_type", "")
+        if self.model_types and model_type not in self.model_types:
+            return f"is for model_type {' or '.join(self.model_types)}, the checkpoint is {model_type!r}"
+        missing = [key for key in self.config_has if key not in config]
+        if missing:
+            return f"is for checkpoints with {', '.join(missing)} in config.json, which this one lacks"
+        if self.tokenizer_has and self.tokenizer_has not in tokenizer_text:
+            return f"is for tokenizers with {self.tokenizer_has}, which this checkpoint's lacks"
+        if self.tokenizer_lacks and self.tokenizer_lacks in tokenizer_text:
+            return f"is for tokenizers without {self.tokenizer_lacks}, which this checkpoint's has"
+        return None
 
 
-LLAMA2_TEMPLATE = (
-    "{% if messages[0]['role'] == 'system' %}"
-    "{% set system = '<<SYS>>\\n' + messages[0]['content'] + '\\n<</SYS>>\\n\\n' %}"
-    "{% set turns = messages[1:] %}{% else %}{% set system = '' %}{% set turns = messages %}{% endif %}"
-    "{% for message in turns %}{% if message['role'] == 'user' %}"
-    "{{ bos_token + '[INST] ' + (system if loop.first else '') + message['content'].strip() + ' [/INST]' }}"
-    "{% else %}{{ ' ' + message['content'].strip() + ' ' + eos_token }}{% endif %}{% endfor %}"
-)
-CHATML_TEMPLATE = (
-    "{% if messages[0]['role'] != 'system' %}"
-    "{{ '<|im_start|>system\\nYou are a helpful assistant.<|im_end|>\\n' }}{% endif %}{% for message in messages %}"
-    "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n' }}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
-)
+def read_families(folder: Path) -> dict[str, Family]:
+    """The families by mode, `auto` first. Raises UserError for a file that does not describe one."""
+    known = [item.name for item in fields(Family) if item.name != "name"]
+    described: dict[str, dict[str, Any]] = {}
+    for path in sorted(folder.glob("*.json"), key=lambda path: (path.stem != "auto", path.stem)):
+        try:
+            described[path.stem] = json.loads(path.read_text(encoding="utf-8"))
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise UserError(f"{path} is not JSON ({error})") from error
+        unknown = [key for key in described[path.stem] if key not in known]
+        if unknown:
+            raise UserError(f"{path}: unknown key {', '.join(unknown)}; expected some of {', '.join(known)}")
+        if described[path.stem].get("layout", "") not in ("", *LAYOUTS):
+            raise UserError(f"{path}: unknown layout {described[path.stem]['layout']!r}; expected {', '.join(LAYOUTS)}")
+    families = {}
+    for name, values in described.items():
+        both = {key: described["auto"][key] | values.get(key, {}) for key in ("faq", "generation")}
+        plain = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
+        families[name] = Family(name, **(plain | both))
+    return families
 
 
 def glm_layout(messages: Sequence[Message], generate: bool) -> list[Piece]:
@@ -142,43 +165,30 @@ def full(rounds: list[list[Message]]) -> list[tuple[Message, Message]]:
     return [(r[0], r[1]) for r in rounds]
 
 
-LLAMA_ATTENTION, LLAMA_MLP = ("q_proj", "k_proj", "v_proj", "o_proj"), ("gate_proj", "up_proj", "down_proj")
-GLM_ATTENTION, GLM_MLP = ("query_key_value", "dense"), ("dense_h_to_4h", "dense_4h_to_h")
-FAMILIES = {
-    family.name: family
-    for family in (
-        Family("llama2", LLAMA_ATTENTION, LLAMA_MLP, ("llama",), template=LLAMA2_TEMPLATE),
-        Family("qwen1.5", LLAMA_ATTENTION, LLAMA_MLP, ("qwen2",), template=CHATML_TEMPLATE),
-        Family(
-            "glm",
-            GLM_ATTENTION,
-            GLM_MLP,
-            ("chatglm",),
-            layout=glm_layout,
-            hints=("position_encoding_2d",),
-            per_turn=True,
-        ),
-        Family("glm3", GLM_ATTENTION, GLM_MLP, layout=glm3_layout),
-        Family("glm2", GLM_ATTENTION, GLM_MLP, ("chatglm",), layout=glm2_layout, hints=("multi_query_attention",)),
-        Family("baichuan2_13b", ("W_pack", "o_proj"), LLAMA_MLP, ("baichuan",), layout=baichuan2_layout),
-    )
+LAYOUTS: dict[str, Layout] = {
+    "glm": glm_layout,
+    "glm2": glm2_layout,
+    "glm3": glm3_layout,
+    "baichuan2": baichuan2_layout,
 }
+TEMPLATES = Path(__file__).resolve().parent.parent / "faq" / "templates"
+FAMILIES = read_families(TEMPLATES)
+OWN = FAMILIES["auto"]  # the checkpoint's own chat template
+MODES_TEXT = ", ".join(FAMILIES)
 
 
 class ChatFormat:
     """Renders conversations for one tokenizer: by its own chat template, or by a family's entry."""
 
-    def __init__(self, tokenizer: Any, family: Family | None = None) -> None:
+    def __init__(self, tokenizer: Any, family: Family = OWN) -> None:
         self.tokenizer = tokenizer
-        self.layout = family.layout if family else None
-        self.per_turn = bool(family and family.per_turn)
-        if family and family.template:
-            tokenizer.chat_template = family.template
-        self.name = family.name if family else "the checkpoint's own chat template"
+        self.family = family
+        self.layout = LAYOUTS[family.layout] if family.layout else None
+        if family.chat_template:
+            tokenizer.chat_template = family.chat_template
+        self.name = family.name if family is not OWN else "the checkpoint's own chat template"
         if self.layout is None and not tokenizer.chat_template:
-            raise UserError(
-                f"the checkpoint has no chat template; pass --mode with its format, one of {', '.join(FAMILIES)}"
-            )
+            raise UserError(f"the checkpoint has no chat template; pass --mode with its format, one of {MODES_TEXT}")
 
     def prompt(self, messages: Sequence[Message]) -> list[int]:
         """Token ids of the messages up to where the assistant begins to write; the last message is the user's."""
@@ -194,7 +204,7 @@ class ChatFormat:
         """
         ends = [i + 1 for i, message in enumerate(messages) if message["role"] == "assistant"]
         if self.layout:
-            if self.per_turn:
+            if self.family.one_sample_per_answer:
                 return [self._encode_pieces(self.layout(messages[:end], False)) for end in ends]
             return [self._encode_pieces(self.layout(messages, False))]
         spans = self._answer_spans(messages, ends)
@@ -227,7 +237,7 @@ class ChatFormat:
         if not text.startswith(before):
             raise UserError(
                 "the checkpoint's chat template writes an answer differently from its own generation prompt, so its "
-                f"tokens cannot be found; pass --mode with one of {', '.join(FAMILIES)}"
+                f"tokens cannot be found; pass --mode with one of {MODES_TEXT}"
             )
         return self._encode_spans(text, [(len(before), end_of_answer(text))])
 
@@ -293,28 +303,25 @@ def end_of_answer(text: str) -> int:
     return len(text.rstrip())
 
 
-def choose_family(mode: str, model_config: dict[str, Any], has_template: bool) -> Family | None:
-    """The family of a checkpoint, or None for its own template.
+def choose_family(mode: str, config: dict[str, Any], tokenizer_text: str, has_template: bool | None) -> Family:
+    """The family of a checkpoint; OWN for its own template.
 
-    `model_config` is config.json. Raises UserError for a mode that does not fit or an `auto` that finds nothing.
+    `config` is config.json, `tokenizer_text` what the tokenizer's files say; `has_template` None: not known yet.
+    Raises UserError for a mode that does not fit or an `auto` that finds nothing.
     """
-    model_type = model_config.get("model_type", "")
+    if mode not in FAMILIES:
+        raise UserError(f"unknown mode {mode!r}; expected one of {MODES_TEXT} (a file of {TEMPLATES})")
     if mode != "auto":
-        if mode not in FAMILIES:
-            raise UserError(f"unknown mode {mode!r}; expected auto or one of {', '.join(FAMILIES)}")
-        expected = FAMILIES["glm2"].model_types if mode == "glm3" else FAMILIES[mode].model_types
-        if model_type and model_type not in expected:
-            raise UserError(
-                f"--mode {mode} is for model_type {' or '.join(expected)}, the checkpoint is {model_type!r}; "
-                "pass --mode auto or the mode that fits"
-            )
+        misfit = FAMILIES[mode].misfit(config, tokenizer_text)
+        if misfit:
+            raise UserError(f"--mode {mode} {misfit}; pass --mode auto or the mode that fits")
         return FAMILIES[mode]
-    if has_template:
-        return None
+    if has_template is not False:
+        return OWN
     for family in FAMILIES.values():
-        if model_type in family.model_types and all(hint in model_config for hint in family.hints):
+        if family.model_types and not family.misfit(config, tokenizer_text):
             return family
     raise UserError(
-        f"the checkpoint (model_type {model_type!r}) has no chat template and is of no family with a known format "
-        f"({', '.join(FAMILIES)}); put a chat_template.jinja with its format into the checkpoint's folder"
+        f"the checkpoint (model_type {config.get('model_type', '')!r}) has no chat template and is of no family with a "
+        f"known format ({MODES_TEXT}); put a chat_template.jinja with its format into the checkpoint's folder"
     )

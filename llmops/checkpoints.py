@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmops import chat_formats
-from llmops.chat_formats import ChatFormat
+from llmops.chat_formats import ChatFormat, Family
 from llmops.console import UserError
 
 if TYPE_CHECKING:
@@ -37,6 +37,13 @@ def read_config(folder: Path) -> dict[str, Any]:
         return json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{folder / 'config.json'} is not JSON ({error}); copy the checkpoint again") from error
+
+
+def model_length(config: dict[str, Any]) -> int | None:
+    """How many positions a checkpoint was made for, by its config.json; None when that does not say."""
+    names = ("max_position_embeddings", "seq_length", "model_max_length", "max_sequence_length")
+    lengths = [config[name] for name in names if isinstance(config.get(name), int)]
+    return max(lengths, default=None)
 
 
 def check_trust(folder: Path, trust_remote_code: bool) -> None:
@@ -69,17 +76,35 @@ def load_chat_format(
 ) -> tuple["PreTrainedTokenizerBase", ChatFormat]:
     """The tokenizer of a checkpoint folder and how its conversations are written."""
     tokenizer = load_tokenizer(folder, trust_remote_code)
-    family = chat_formats.choose_family(mode, read_config(folder), bool(tokenizer.chat_template))
-    return tokenizer, ChatFormat(tokenizer, family)
+    return tokenizer, ChatFormat(tokenizer, choose_family(folder, mode, bool(tokenizer.chat_template)))
 
 
-def lora_defaults(folder: Path) -> Sequence[str] | None:
-    """LoRA layers of the checkpoint's family, or None for a family that is not in the table."""
-    config = read_config(folder)
-    for family in chat_formats.FAMILIES.values():
-        if config.get("model_type") in family.model_types:
-            return family.lora_layers
-    return None
+def choose_family(folder: Path, mode: str, has_template: bool | None = None) -> Family:
+    """The family whose chat format a checkpoint folder gets; needs no tokenizer while `has_template` is not known."""
+    base = base_folder(folder)
+    files = sorted([*base.glob("tokenizer_config.json"), *base.glob("tokenization_*.py")])
+    text = "".join(path.read_text(encoding="utf-8", errors="replace") for path in files)
+    return chat_formats.choose_family(mode, read_config(folder), text, has_template)
+
+
+def lora_defaults(folder: Path, mode: str = "auto") -> Sequence[str] | None:
+    """LoRA layers of the mode, else of the checkpoint's family, or None for a family that is not in the table."""
+    family = choose_family(folder, mode)
+    if family.lora_layers:
+        return family.lora_layers
+    model_type = read_config(folder).get("model_type")
+    return next((f.lora_layers for f in chat_formats.FAMILIES.values() if model_type in f.model_types), None)
+
+
+def choose_dtype(name: str) -> "torch.dtype":
+    """bf16 where the device has it, otherwise fp32; or what was asked for."""
+    import torch
+
+    if name == "auto":
+        name = "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "fp32"
+    if name == "fp16" and not torch.cuda.is_available():
+        raise UserError("--dtype fp16 needs a GPU; use --dtype fp32 (or bf16)")
+    return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[name]
 
 
 def load_model(
@@ -99,6 +124,24 @@ def load_model(
         )
     except (OSError, ValueError) as error:
         raise UserError(f"the model in {folder} cannot be loaded ({first_line(error)})") from error
+
+
+def fixed_attention(model: "torch.nn.Module") -> str | None:
+    """Why a model's attention cannot be replaced by ours, or None when it can.
+
+    It must route attention through transformers' interface, with full attention in every layer.
+    """
+    config = model.config.get_text_config()
+    if not getattr(model, "_supports_attention_backend", False):
+        return "its attention is not replaceable"
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    if kinds != {"full_attention"}:
+        return f"it has layers of the kinds {', '.join(sorted(kinds - {'full_attention'}))}"
+    if getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True):
+        return "its attention has a sliding window"
+    if getattr(config, "attn_logit_softcapping", None):
+        return "it caps its attention scores"
+    return None
 
 
 def linear_layers(model: "torch.nn.Module") -> list[str]:

@@ -1,5 +1,6 @@
 """Messages for people on stderr, one error type for mistakes a user can fix, progress with ETA."""
 
+import argparse
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -26,6 +27,23 @@ class Terminated(Exception):
     def __init__(self, code: int) -> None:
         super().__init__(f"ended by signal {code - 128}")
         self.code = code
+
+
+def to_bool(text: str) -> bool:
+    """`true` or `false`, in any case, also 1/0 and yes/no."""
+    lowered = text.strip().lower()
+    if lowered in ("true", "1", "yes"):
+        return True
+    if lowered in ("false", "0", "no"):
+        return False
+    raise argparse.ArgumentTypeError(f"found {text!r}, expected true or false")
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose errors are one UserError."""
+
+    def error(self, message: str) -> None:  # type: ignore[override]
+        raise UserError(f"{message}; --help lists every setting")
 
 
 def log(message: str) -> None:

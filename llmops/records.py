@@ -35,7 +35,8 @@ def check_messages(record: object) -> str | None:
     messages = record.get("messages")
     if messages is None:
         found = ", ".join(map(repr, list(record)[:5])) or "none"
-        return f'no \'messages\' (keys found: {found}); expected {{"messages": [{{"role", "content"}}, ...]}}'
+        hint = "; questions with intents become such lines by faq/prepare.sh" if "intent" in record else ""
+        return f'no \'messages\' (keys found: {found}); expected {{"messages": [{{"role", "content"}}, ...]}}{hint}'
     if not isinstance(messages, list) or not messages:
         return "'messages' is empty or not a list; expected at least a user and an assistant message"
     expected = ("system", "user")

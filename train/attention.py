@@ -16,6 +16,8 @@ import torch
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from llmops.checkpoints import fixed_attention
+
 NAME = "shared_prefix"
 BLOCK_TOKENS = 256  # sibling branches are attended together up to this many tokens
 
@@ -139,21 +141,10 @@ AttentionInterface.register(NAME, attention)
 def supports_packing(model: torch.nn.Module) -> str | None:
     """Why a model cannot take packed rows, or None when it can.
 
-    It must route attention through transformers' interface with full attention in every layer, and compute logits at
-    chosen positions only.
+    It must let its attention be replaced, and compute logits at chosen positions only.
     """
     import inspect
 
-    config = model.config.get_text_config()
-    if not getattr(model, "_supports_attention_backend", False):
-        return "its attention is not replaceable"
     if "logits_to_keep" not in inspect.signature(model.forward).parameters:
         return "it cannot compute logits at chosen positions"
-    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
-    if kinds != {"full_attention"}:
-        return f"it has layers of the kinds {', '.join(sorted(kinds - {'full_attention'}))}"
-    if getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True):
-        return "its attention has a sliding window"
-    if getattr(config, "attn_logit_softcapping", None):
-        return "it caps its attention scores"
-    return None
+    return fixed_attention(model)

@@ -7,15 +7,30 @@ import argparse
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from llmops.console import UserError
+from llmops import checkpoints
+from llmops.chat_formats import FAMILIES
+from llmops.console import Parser, UserError, to_bool
 
 HERE = Path(__file__).resolve().parent
 DS_FILES = {"2": "ds_zero2.json", "3": "ds_zero3.json", "3_offload": "ds_zero3_offload.json"}
-MODES = ("auto", "llama2", "qwen1.5", "glm", "glm2", "glm3", "baichuan2_13b")
+# The FAQ scenario's own defaults: long prompts that all rows share, short answers, so larger batches and higher rates.
+FAQ_DEFAULTS = {
+    "max_seq_len": 2048,
+    "warmup_ratio": 0.1,
+    "lora_dim": 8,
+    "lora_alpha": 16.0,
+    "per_device_train_batch_size": 16,
+    "gradient_accumulation_steps": 1,
+    "per_device_eval_batch_size": 32,
+}
+PEAK_LEARNING_RATES = {
+    "general": {"lora": 1e-4, "all": 1e-5},
+    "faq": {"lora": 2e-4, "all": 2e-5},
+}
 
 
 def setting(default: Any, help: str, choices: Sequence[str] | None = None, min: float | None = None) -> Any:
@@ -32,7 +47,7 @@ class Config:
         "general", "what the data is: conversations, or FAQ questions with intents", ["general", "faq"]
     )
     model_name_or_path: str = setting("mnt/Llama-2-13b-chat-hf", "folder of the base chat model")
-    mode: str = setting("auto", "chat format; auto: the checkpoint's own template, else by model type", MODES)
+    mode: str = setting("auto", "chat format; auto: the checkpoint's own template, else by model type", list(FAMILIES))
     train_file: str = setting(
         "mnt/datasets/train.jsonl", "conversations to learn, one JSON object with messages per line"
     )
@@ -52,7 +67,7 @@ class Config:
     max_seq_len: int = setting(
         1024, "longest conversation in tokens; longer ones are cut by the rule in the README", min=8
     )
-    learning_rate: float = setting(0.0, "peak learning rate; 0: 1e-4 for lora, 1e-5 for all", min=0)
+    learning_rate: float = setting(0.0, "peak learning rate; 0: 1e-4 for lora, 1e-5 for all, twice that for faq", min=0)
     num_train_epochs: float = setting(3.0, "passes over the training data", min=0)
     max_steps: int = setting(-1, "stop after this many optimizer steps; -1: by epochs")
     zero_stage: str = setting("2", "DeepSpeed ZeRO stage", list(DS_FILES))
@@ -90,8 +105,8 @@ class Config:
 
     @property
     def peak_learning_rate(self) -> float:
-        """The learning rate with the default of the training type filled in."""
-        return self.learning_rate or (1e-4 if self.train_type == "lora" else 1e-5)
+        """The learning rate with the default of scenario and training type filled in."""
+        return self.learning_rate or PEAK_LEARNING_RATES[self.scenario][self.train_type]
 
     @property
     def deepspeed_file(self) -> Path:
@@ -131,23 +146,6 @@ RESTARTABLE = frozenset(
 )
 
 
-def to_bool(text: str) -> bool:
-    """`true` or `false`, in any case, also 1/0 and yes/no."""
-    lowered = text.strip().lower()
-    if lowered in ("true", "1", "yes"):
-        return True
-    if lowered in ("false", "0", "no"):
-        return False
-    raise argparse.ArgumentTypeError(f"found {text!r}, expected true or false")
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse whose errors are one UserError."""
-
-    def error(self, message: str) -> None:  # type: ignore[override]
-        raise UserError(f"{message}; --help lists every setting")
-
-
 def build_parser() -> argparse.ArgumentParser:
     """One flag per field of Config; the defaults live in the dataclass alone."""
     parser = Parser(
@@ -157,10 +155,12 @@ def build_parser() -> argparse.ArgumentParser:
         kind = to_bool if item.type in (bool, "bool") else item.type
         default = str(item.default).lower() if kind is to_bool else item.default
         shown = f" (default: {default})" if item.default != "" else ""
+        if item.name in FAQ_DEFAULTS:
+            shown = f" (default: {default}, faq: {FAQ_DEFAULTS[item.name]})"
         parser.add_argument(
             f"--{item.name}",
             type=kind,
-            default=item.default if item.default is not MISSING else None,
+            default=argparse.SUPPRESS,  # Config and FAQ_DEFAULTS have the defaults
             metavar="true|false" if kind is to_bool else None,
             choices=item.metadata["choices"],
             help=(item.metadata["help"] + shown).replace("%", "%%"),
@@ -175,7 +175,7 @@ def parse(argv: Sequence[str]) -> tuple[Config, bool]:
     options = vars(build_parser().parse_args(argv))
     options.pop("local_rank")
     only_check = options.pop("check")
-    config = Config(**options)
+    config = Config(**((FAQ_DEFAULTS if options.get("scenario") == "faq" else {}) | options))
     problems = find_problems(config)
     if problems:
         raise UserError("; ".join(problems))
@@ -189,8 +189,6 @@ def find_problems(config: Config) -> list[str]:
         low, value = item.metadata["min"], getattr(config, item.name)
         if low is not None and not low <= value < float("inf"):
             problems.append(f"--{item.name} is {value}, expected at least {low}")
-    if config.scenario == "faq":
-        problems.append("SCENARIO=faq is not part of this version yet; use SCENARIO=general")
     for name in ("lora_dropout", "warmup_ratio", "eval_ratio"):
         if getattr(config, name) >= 1:
             problems.append(f"--{name} is {getattr(config, name)}, expected less than 1")
@@ -216,6 +214,8 @@ def path_problems(config: Config) -> list[str]:
         )
     elif not (model / "config.json").is_file():
         problems.append(f"the model folder {model} has no config.json; expected a Hugging Face checkpoint folder")
+    else:
+        problems += mode_problem(config, model)
     if not Path(config.train_file).is_file():
         problems.append(f"the training data {config.train_file} does not exist; put it there or pass --train_file")
     if config.test_path and not config.test_path.is_file():
@@ -229,6 +229,15 @@ def path_problems(config: Config) -> list[str]:
     if not config.deepspeed_file.is_file():
         problems.append(f"the DeepSpeed file {config.deepspeed_file} does not exist")
     return problems + writable_problem(Path(config.output_path))
+
+
+def mode_problem(config: Config, model: Path) -> list[str]:
+    """A `--mode` that does not fit the checkpoint, as its config.json and its tokenizer's files show it."""
+    try:
+        checkpoints.choose_family(model, config.mode)
+    except UserError as error:
+        return [str(error)]
+    return []
 
 
 def writable_problem(path: Path) -> list[str]:

@@ -120,6 +120,7 @@ class Source:
     mode: str
     max_seq_len: int
     skip_bad_lines: bool
+    whole: bool = False  # a row that is too long is an error instead of being cut
 
     def key(self) -> str:
         """A hash over the file, the tokenizer, the settings and the code that renders."""
@@ -128,6 +129,7 @@ class Source:
 
         digest = hashlib.sha256()
         code = [Path(module.__file__ or "") for module in (chat_formats, records)] + [Path(__file__)]
+        code += sorted(chat_formats.TEMPLATES.glob("*.json"))
         names = (
             "tokenizer",
             "vocab",
@@ -147,7 +149,14 @@ class Source:
             digest.update(path.name.encode())
             with open(path, "rb") as stream:
                 digest.update(hashlib.file_digest(stream, "sha256").digest())
-        settings = [self.mode, self.max_seq_len, self.skip_bad_lines, transformers.__version__, tokenizers.__version__]
+        settings = [
+            self.mode,
+            self.max_seq_len,
+            self.skip_bad_lines,
+            self.whole,
+            transformers.__version__,
+            tokenizers.__version__,
+        ]
         digest.update(json.dumps(settings).encode())
         return digest.hexdigest()[:20]
 
@@ -188,6 +197,8 @@ def encode_file(source: Source, chat: ChatFormat, folder: Path) -> None:
                 raise UserError(f"{source.path}:{number}: {error}") from error
             for sample, outcome in samples:
                 counts[outcome] += 1
+                if source.whole and outcome != "whole":
+                    raise too_long_error(source, number, chat, messages or [])
                 if sample is None:
                     continue
                 ids_file.write(np.asarray(sample.ids, np.int32).tobytes())
@@ -213,6 +224,15 @@ def encode_file(source: Source, chat: ChatFormat, folder: Path) -> None:
     (staging / "meta.json").write_text(json.dumps(meta, indent=2), encoding="utf-8")
     staging.rename(folder)
     log(f"{source.path.name}: {describe(meta)}")
+
+
+def too_long_error(source: Source, number: int, chat: ChatFormat, messages: Sequence[Message]) -> UserError:
+    """The error for a row that must not be cut: without its whole candidate list a question means something else."""
+    tokens = len(chat.conversation(messages)[-1].ids)
+    return UserError(
+        f"{source.path}:{number}: the prompt with its answer has {tokens} tokens, the limit is {source.max_seq_len}; "
+        "shorten the list of candidate intents, or raise --max_seq_len (up to the model's length)"
+    )
 
 
 def describe(meta: dict[str, Any]) -> str:

@@ -6,25 +6,12 @@ HERE=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
 # shellcheck source=llmops/environment.sh
 source "$HERE/llmops/environment.sh"
 
-folder=$1/demo # beside the user's own data, never over it
-[ "$1" != "$HERE/mnt" ] || [ -d "$1" ] || folder=$HERE/mnt_demo
-export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-PASSIVE}" # as chat_main.sh does on a CPU
+folder=$(demo_folder "$1" "$HERE")
+has_gpu || tune_cpu
 PYTHON=$(ensure_python "$HERE" "$HERE/requirements.txt") || exit 2
 "$PYTHON" "$HERE/train/demo.py" prepare "$folder"
-
-# without exec, because the report comes after it: pass signals on and wait for the good end
-bash "$HERE/chat_main.sh" --mount_path "$folder" --model_name_or_path "$folder/tiny-chat-model" \
+forward bash "$HERE/chat_main.sh" --mount_path "$folder" --model_name_or_path "$folder/tiny-chat-model" \
     --num_processes "$2" --train_type "$3" --zero_stage "$4" \
     --lora_dim 32 --lora_alpha 64 --lora_dropout 0 --per_device_train_batch_size 12 --gradient_accumulation_steps 1 \
-    --learning_rate 4e-3 --num_train_epochs 10 --max_seq_len 256 --gradient_checkpointing false --warmup_ratio 0.05 &
-child=$!
-trap 'kill -TERM "$child"' TERM INT
-status=0
-wait "$child" || status=$?
-while kill -0 "$child" 2>/dev/null; do
-    status=0
-    wait "$child" || status=$?
-done
-trap - TERM INT
-[ "$status" -eq 0 ] || exit "$status"
+    --learning_rate 4e-3 --num_train_epochs 10 --max_seq_len 256 --gradient_checkpointing false --warmup_ratio 0.05
 "$PYTHON" "$HERE/train/demo.py" report "$folder"

@@ -52,7 +52,9 @@ def model_shape(config: Config) -> Shape:
         model = AutoModelForCausalLM.from_config(settings, trust_remote_code=config.trust_remote_code)
     weights = trained = sum(p.numel() for p in model.parameters())
     if config.train_type == "lora":
-        layers = checkpoints.choose_lora_layers(model, config.lora_module_name, checkpoints.lora_defaults(folder))
+        layers = checkpoints.choose_lora_layers(
+            model, config.lora_module_name, checkpoints.lora_defaults(folder, config.mode)
+        )
         head = model.get_output_embeddings()
         trained = sum(
             config.lora_dim * (module.in_features + module.out_features)
@@ -176,12 +178,10 @@ def estimate(config: Config, data: TokenDataset) -> None:
     """Print the estimates of memory and time, with what they rest on."""
     import torch
 
-    from train.session import choose_dtype
-
     shape = model_shape(config)
     gpus = torch.cuda.device_count()
     processes = int(os.environ.get("NUM_PROCESSES") or 0) or max(1, gpus)
-    width = 4 if choose_dtype(config.dtype) == torch.float32 else 2
+    width = 4 if checkpoints.choose_dtype(config.dtype) == torch.float32 else 2
     tokens, learned = largest_batch(config, data)
     parts = memory_parts(config, shape, processes, tokens, learned, width)
     total = sum(parts.values())

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from llmops.console import UserError, log
+from llmops.faq_records import INTENTS_NAME
 from train import checkpointing
 from train.config import RESTARTABLE, Config
 
@@ -103,5 +104,5 @@ class OutputFolder:
         for name in ("tensorboard", "merged", "merged.part"):
             if (self.path / name).is_dir():
                 shutil.rmtree(self.path / name)
-        for name in (RESULTS_NAME, CONFIG_NAME, LOG_NAME, PICTURE_NAME):
+        for name in (RESULTS_NAME, CONFIG_NAME, LOG_NAME, PICTURE_NAME, INTENTS_NAME):
             (self.path / name).unlink(missing_ok=True)

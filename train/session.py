@@ -27,6 +27,7 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from llmops import checkpoints
 from llmops.chat_formats import ChatFormat
 from llmops.console import TrainingStopped, UserError, log
+from llmops.faq_records import INTENTS_NAME
 from train import attention, checkpointing
 from train.batches import PackedCollator, PaddedCollator
 from train.config import Config
@@ -80,9 +81,13 @@ def prepare_data(config: Config, encodes: bool) -> Data:
     warnings.filterwarnings("ignore", category=FutureWarning)  # the libraries' talk among themselves
     model = Path(config.model_name_or_path)
     tokenizer, chat = checkpoints.load_chat_format(model, config.mode, config.trust_remote_code)
+    length = checkpoints.model_length(checkpoints.read_config(model)) or config.max_seq_len
+    if length < config.max_seq_len and encodes:
+        log(f"the model was made for {length} tokens, so that is the limit and not --max_seq_len {config.max_seq_len}")
 
     def load(path: Path, skip: bool) -> TokenDataset:
-        source = Source(path, model, config.mode, config.max_seq_len, skip)
+        whole = config.scenario == "faq" and path != config.retention_path
+        source = Source(path, model, config.mode, min(length, config.max_seq_len), skip, whole)
         return load_or_encode(source, chat, Path(config.output_path) / "cache", encodes)
 
     train = load(Path(config.train_file), config.skip_bad_lines)
@@ -93,15 +98,6 @@ def prepare_data(config: Config, encodes: bool) -> Data:
         if encodes:
             log(f"no test file: {len(test):,} of {len(train) + len(test):,} conversations are held out")
     return Data(train, test, load(config.retention_path, False), tokenizer, chat)
-
-
-def choose_dtype(name: str) -> torch.dtype:
-    """bf16 where the device has it, otherwise fp32; or what was asked for."""
-    if name == "auto":
-        name = "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "fp32"
-    if name == "fp16" and not torch.cuda.is_available():
-        raise UserError("--dtype fp16 needs a GPU; use --dtype fp32 (or bf16)")
-    return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[name]
 
 
 def training_arguments(config: Config, dtype: torch.dtype) -> TrainingArguments:
@@ -164,7 +160,9 @@ def load_for_training(config: Config, dtype: torch.dtype) -> torch.nn.Module:
         return model
     from peft import LoraConfig, get_peft_model
 
-    layers = checkpoints.choose_lora_layers(model, config.lora_module_name, checkpoints.lora_defaults(folder))
+    layers = checkpoints.choose_lora_layers(
+        model, config.lora_module_name, checkpoints.lora_defaults(folder, config.mode)
+    )
     lora = LoraConfig(
         r=config.lora_dim, lora_alpha=config.lora_alpha, lora_dropout=config.lora_dropout, target_modules=layers,
         task_type="CAUSAL_LM",
@@ -192,7 +190,7 @@ def choose_collator(
 
 def build_trainer(config: Config, data: Data) -> tuple[ChatTrainer, Schedule]:
     """Model, DeepSpeed and Trainer, ready to train."""
-    dtype = choose_dtype(config.dtype)
+    dtype = checkpoints.choose_dtype(config.dtype)
     arguments = training_arguments(config, dtype)  # starts torch.distributed, and ZeRO 3's partitioned loading
     set_seed(config.seed)
     model = load_for_training(config, dtype)
@@ -317,6 +315,9 @@ def finish(config: Config, trainer: ChatTrainer, rank: int) -> dict[str, Any]:
         )
         plot(read_log(output / LOG_NAME), output / PICTURE_NAME, title, state.best_global_step)
         checkpointing.link_files(checkpoint, output, checkpointing.model_files(checkpoint))
+        intents = Path(config.train_file).with_name(INTENTS_NAME)
+        if config.scenario == "faq" and intents.is_file():  # the model can then be asked without its training data
+            checkpointing.write_aside(output / INTENTS_NAME, intents.read_text(encoding="utf-8"))
         checkpointing.write_aside(output / RESULTS_NAME, json.dumps(results, indent=2))
         log(
             f"done: test loss {results['eval_loss_before']:.3f} -> {results['eval_loss']:.3f}, retention loss "
@@ -339,7 +340,7 @@ def merge(config: Config) -> None:
     _, chat = checkpoints.load_chat_format(output, config.mode, config.trust_remote_code)
     questions = ("你好，请介绍一下你自己。", "1 + 1 = ?", "What is the capital of France?")
     prompts = [chat.prompt([{"role": "user", "content": text}]) for text in questions]
-    worst = checkpoints.merge_adapter(output, output / "merged", choose_dtype(config.dtype), prompts)
+    worst = checkpoints.merge_adapter(output, output / "merged", checkpoints.choose_dtype(config.dtype), prompts)
     log(
         f"merged model written to {output / 'merged'}; "
         f"its logits differ from base + adapter by at most {worst:.1e} (relative)"

@@ -8,7 +8,6 @@ import ctypes
 import json
 import math
 import os
-import shutil
 import signal
 import socket
 import subprocess
@@ -19,6 +18,7 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from llmops import pictures
 from llmops.console import duration, log
 from train.checkpointing import write_aside
 from train.run_folder import LOG_NAME
@@ -190,9 +190,7 @@ class TensorBoardServer:
 
 def plot(lines: list[dict[str, Any]], picture: Path, title: str, best_step: int | None = None) -> None:
     """Draw train, evaluation and retention loss over the steps into a PNG."""
-    import matplotlib
-
-    matplotlib.use("Agg")
+    pictures.prepare_labels([])
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(9, 5.2), dpi=120)
@@ -228,7 +226,4 @@ def plot(lines: list[dict[str, Any]], picture: Path, title: str, best_step: int 
     if axes.lines:
         axes.legend(frameon=False)
     figure.tight_layout()
-    staged = picture.with_name(picture.name + ".part")
-    figure.savefig(staged, format="png")
-    plt.close(figure)
-    shutil.move(staged, picture)
+    pictures.save(figure, picture)

@@ -1,0 +1,1 @@
+"""The FAQ scenario: which of the known intents does a question have?"""

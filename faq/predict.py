@@ -1,0 +1,242 @@
+"""Which of the known intents does a question have: one question, or a file of them.
+
+python faq/predict.py --help        every setting
+Prints one JSON object per question on stdout, or writes them to --output_file.
+"""
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from faq.catalog import Catalog, load_catalog
+from llmops import checkpoints
+from llmops.chat_formats import FAMILIES, ChatFormat
+from llmops.console import Parser, UserError, has_gpu, log, progress, run_main, stdout_to_stderr, to_bool
+from llmops.faq_records import INTENTS_NAME, read_faq
+from llmops.records import Message
+
+if TYPE_CHECKING:
+    from llmops.generation import Generator
+
+
+@dataclass(frozen=True)
+class Config:
+    """What to predict and how. "" and 0 mean "choose for me"."""
+
+    model_name_or_path: str
+    intents_file: str
+    input_file: str
+    question: tuple[str, ...]
+    output_file: str
+    mode: str
+    constrain: bool
+    reuse_prefix: bool
+    batch_size: int
+    max_new_tokens: int
+    dtype: str
+    trust_remote_code: bool
+
+
+@dataclass(frozen=True)
+class Query:
+    """One question with its prompt; `reference` is its true intent where the file has it."""
+
+    question: str
+    prompt: tuple[Message, ...]
+    variant: int | None = None
+    reference: str = ""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Every setting with its default."""
+    parser = Parser(prog="predict.py", description="Tell the intents of questions.", allow_abbrev=False)
+    add = parser.add_argument
+    add("--model_name_or_path", default="mnt/output_path", help="trained adapter, merged model or whole model")
+    add("--intents_file", default="", help=f"{INTENTS_NAME} of faq/prepare.py; empty: the one in the model's folder")
+    add("--input_file", default="", help="questions: test.jsonl of prepare.py, or JSON or csv as prepare.py reads it")
+    add("--question", action="append", default=[], help="a question; may be given several times")
+    add("--output_file", default="", help="write the predictions there instead of to stdout")
+    add("--mode", default="", choices=["", *FAMILIES], help="chat format; empty: the mode in the intents file")
+    add("--constrain", type=to_bool, default=True, metavar="true|false", help="answer known intents only")
+    add("--reuse_prefix", type=to_bool, default=True, metavar="true|false",
+        help="compute what all prompts share once; false: each prompt anew")  # fmt: skip
+    add("--batch_size", type=int, default=0, help="questions per pass; 0: as the mode's template says")
+    add("--max_new_tokens", type=int, default=0, help="length limit without constraint; 0: as the template says")
+    add("--dtype", default="auto", choices=["auto", "bf16", "fp16", "fp32"], help="auto: bf16 where the GPU has it")
+    add("--trust_remote_code", type=to_bool, default=False, metavar="true|false",
+        help="run Python code that the checkpoint's folder ships")  # fmt: skip
+    return parser
+
+
+def check(config: Config) -> Path:
+    """The intents file. Raises UserError for paths that are not there."""
+    model = Path(config.model_name_or_path)
+    if not (model / "config.json").is_file() and not checkpoints.is_adapter(model):
+        raise UserError(f"{model} holds no model; expected the output_path of chat_main.sh or a checkpoint folder")
+    if bool(config.input_file) == bool(config.question):
+        raise UserError("give either --input_file or --question")
+    if (
+        config.output_file
+        and config.input_file
+        and Path(config.output_file).resolve() == Path(config.input_file).resolve()
+    ):
+        raise UserError(f"--output_file is the input file {config.input_file}; choose another one")
+    if config.intents_file:
+        return Path(config.intents_file)
+    beside = model / INTENTS_NAME
+    return beside if beside.is_file() or model.name != "merged" else model.parent / INTENTS_NAME
+
+
+def read_queries(config: Config, catalog: Catalog) -> list[Query]:
+    """The questions with their prompts."""
+    if config.question:
+        return [Query(text, tuple(catalog.prompt(text))) for text in config.question]
+    data = read_faq(Path(config.input_file), need_intent=False)
+    queries = []
+    for record in data.records:
+        if record.variant is not None and not 0 <= record.variant < len(catalog.left_out):
+            raise UserError(
+                f"{data.path}:{record.line}: variant {record.variant} is not in the intents file, which has "
+                f"{len(catalog.left_out)}; give the {INTENTS_NAME} that was written with this file"
+            )
+        for question in record.questions:
+            prompt = record.messages[:-1] or tuple(catalog.prompt(question))
+            queries.append(Query(question, prompt, record.variant, record.intent))
+    return queries
+
+
+def candidate_tokens(chat: ChatFormat, prompt: Sequence[Message], answers: Sequence[str]) -> list[list[int]]:
+    """The tokens, with the end token, that each answer has after a prompt, exactly as in training."""
+    start = chat.prompt(prompt)
+    found = []
+    for answer in answers:
+        rendered = chat.conversation([*prompt, {"role": "assistant", "content": answer}])[-1]
+        end = max(i for i, learned in enumerate(rendered.learned) if learned) + 1
+        if rendered.ids[: len(start)] != start or len(start) >= end:
+            raise UserError(f"the chat format {chat.name} writes the answer {answer!r} into its prompt; check --mode")
+        found.append(rendered.ids[len(start) : end])
+    return found
+
+
+def check_length(prompts: Sequence[Sequence[int]], queries: Sequence[Query], more: int, model: Path) -> None:
+    """Raise UserError when a prompt with its answer is longer than the model was made for."""
+    length = checkpoints.model_length(checkpoints.read_config(model))
+    worst = max(range(len(prompts)), key=lambda i: len(prompts[i]))
+    if length and len(prompts[worst]) + more > length:
+        raise UserError(
+            f"the question {queries[worst].question[:40]!r} makes {len(prompts[worst])} prompt tokens and up to {more} "
+            f"of answer, more than the model's {length}; shorten it, or train with fewer candidates"
+        )
+
+
+def predict(
+    config: Config, catalog: Catalog, queries: Sequence[Query], chat: ChatFormat, generator: "Generator"
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(index, prediction without its question) for every query."""
+    from llmops.generation import Tree
+
+    prompts = [chat.prompt(query.prompt) for query in queries]
+    variants = {query.variant: query.prompt for query in queries}
+    tokens = {v: candidate_tokens(chat, prompt, catalog.answers(v)) for v, prompt in variants.items()}
+    model = Path(config.model_name_or_path)
+    if config.constrain:
+        trees = {v: Tree(found) for v, found in tokens.items()}
+        check_length(prompts, queries, max(len(ids) for found in tokens.values() for ids in found), model)
+        answers = {v: catalog.answers(v) for v in variants}
+        for i, choice in generator.choose(prompts, [trees[query.variant] for query in queries]):
+            named = [(answers[queries[i].variant][k], p) for k, p in choice.ranked]
+            yield i, prediction(catalog, named[0], named[1] if len(named) > 1 else None, True)
+        return
+    limit = config.max_new_tokens or chat.family.generation["max_new_tokens"]
+    check_length(prompts, queries, limit, model)
+    stop_ids = {ids[-1] for found in tokens.values() for ids in found} | {chat.tokenizer.eos_token_id}
+    for i, answer in generator.generate(prompts, limit, sorted(stop_ids)):
+        text = chat.tokenizer.decode(answer.ids, skip_special_tokens=True).strip()
+        known = text in catalog.answers(queries[i].variant)
+        yield i, prediction(catalog, (text, answer.probability), None, known) | {"constrained": False}
+
+
+def prediction(
+    catalog: Catalog, best: tuple[str, float], second: tuple[str, float] | None, known: bool
+) -> dict[str, Any]:
+    """A prediction as it is printed."""
+    return {
+        "intent": best[0],
+        "known": known,
+        "reply": catalog.reply(best[0]),
+        "probability": round(best[1], 6),
+        "runner_up": {"intent": second[0], "probability": round(second[1], 6)} if second else None,
+        "constrained": True,
+    }
+
+
+def run(config: Config) -> list[dict[str, Any]]:
+    """Load the model, answer every question; the predictions in the order of the questions."""
+    # 1. what is asked
+    catalog = load_catalog(check(config))
+    queries = read_queries(config, catalog)
+    # 2. from here on the heavy libraries
+    if not has_gpu():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    import torch
+    import transformers
+
+    from llmops.generation import Generator
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    folder = Path(config.model_name_or_path)
+    _, chat = checkpoints.load_chat_format(folder, config.mode or catalog.mode, config.trust_remote_code)
+    model = checkpoints.load_trained(folder, checkpoints.choose_dtype(config.dtype), config.trust_remote_code)
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    pad = chat.tokenizer.pad_token_id or 0
+    size = config.batch_size or chat.family.generation["batch_size"]
+    generator = Generator(model, pad, size, config.reuse_prefix)
+    how = f"prompts computed anew each time, because {generator.plain_because}" if generator.plain_because else ""
+    log(f"{chat.name}; {len(queries)} questions, {len(catalog.intents)} intents" + (f"; {how}" if how else ""))
+    # 3. answer
+    started = time.monotonic()
+    found: dict[int, dict[str, Any]] = {}
+    for i, predicted in progress(
+        predict(config, catalog, queries, chat, generator), "predicting", total=len(queries), unit="questions"
+    ):
+        head = {"question": queries[i].question}
+        found[i] = head | predicted | ({"reference": queries[i].reference} if queries[i].reference else {})
+    seconds = time.monotonic() - started
+    log(f"{len(queries)} questions in {seconds:.1f} s, {len(queries) / seconds:.1f} questions/s")
+    return [found[i] for i in range(len(queries))]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Parse, run, print or write."""
+
+    def body() -> int:
+        options = vars(build_parser().parse_args(argv))
+        config = Config(**(options | {"question": tuple(options["question"])}))
+        with stdout_to_stderr():
+            predictions = run(config)
+        text = "".join(json.dumps(found, ensure_ascii=False) + "\n" for found in predictions)
+        if not config.output_file:
+            sys.stdout.write(text)
+            return 0
+        target = Path(config.output_file)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        part = target.with_name(target.name + ".part")
+        part.write_text(text, encoding="utf-8")
+        part.replace(target)
+        log(f"predictions in {target}")
+        return 0
+
+    return run_main(body)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,37 @@
+#!/usr/bin/env bash
+# The intents of questions, by a model that chat_main.sh trained in the faq scenario.
+#
+#   bash faq/predict.sh --question 怎么改密码
+#   bash faq/predict.sh --input_file mnt/datasets/test.jsonl --output_file mnt/output_path/predictions.jsonl
+#
+# Prints one JSON object per question. A setting can be edited here, set in the environment or given as a flag.
+set -euo pipefail
+HERE=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
+
+# --- settings ----------------------------------------------------------------------------------------------------------
+CUDA_VISIBLE_DEVICES="${CUDA_VISIBLE_DEVICES:-}" # the GPU to use; empty: the first, or the CPU without any
+MOUNT_PATH="${MOUNT_PATH:-$HERE/mnt}"            # folder with output_path/
+MODEL_NAME_OR_PATH="${MODEL_NAME_OR_PATH:-}"     # adapter, merged or whole model; empty: MOUNT_PATH/output_path
+INTENTS_FILE="${INTENTS_FILE:-}"                 # intents.json of prepare.sh; empty: the one in the model's folder
+INPUT_FILE="${INPUT_FILE:-}"                     # questions: test.jsonl, or JSON or csv as prepare.sh reads it
+QUESTION="${QUESTION:-}"                         # one question, instead of a file
+OUTPUT_FILE="${OUTPUT_FILE:-}"                   # empty: stdout
+MODE="${MODE:-}"                                 # chat format; empty: the mode of prepare.sh
+CONSTRAIN="${CONSTRAIN:-true}"                   # answer known intents only; false: whatever the model says
+REUSE_PREFIX="${REUSE_PREFIX:-true}"             # compute what all prompts share once
+BATCH_SIZE="${BATCH_SIZE:-0}"                    # questions per pass; 0: as the mode's template says
+MAX_NEW_TOKENS="${MAX_NEW_TOKENS:-0}"            # length limit without constraint; 0: as the template says
+DTYPE="${DTYPE:-auto}"                           # auto (bf16 where the GPU has it), bf16, fp16, fp32
+TRUST_REMOTE_CODE="${TRUST_REMOTE_CODE:-false}"  # run Python code that the checkpoint's folder ships
+# --- end of settings ---------------------------------------------------------------------------------------------------
+
+# shellcheck source=llmops/environment.sh
+source "$HERE/llmops/environment.sh"
+read_settings "${BASH_SOURCE[0]}" "$@"
+: "${MODEL_NAME_OR_PATH:=$MOUNT_PATH/output_path}"
+mapfile -d '' -t settings < <(setting_flags CUDA_VISIBLE_DEVICES MOUNT_PATH)
+PYTHON=$(ensure_python "$HERE" "$HERE/requirements.txt") || exit 2
+offline_libraries
+has_gpu || tune_cpu
+if [ -n "$CUDA_VISIBLE_DEVICES" ]; then export CUDA_VISIBLE_DEVICES; else unset CUDA_VISIBLE_DEVICES; fi
+exec "$PYTHON" "$HERE/faq/predict.py" "${settings[@]}"

@@ -1,0 +1,350 @@
+"""From questions and intents to the conversations that chat_main.sh learns: train.jsonl, test.jsonl, intents.json.
+
+python faq/prepare.py --help        every setting
+Prints what it made as one JSON object on stdout; says on stderr what it read and what it left out, by line.
+"""
+
+import argparse
+import json
+import os
+import sys
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from faq.catalog import Catalog, load_catalog, wording_of
+from llmops import checkpoints
+from llmops.chat_formats import FAMILIES
+from llmops.console import Parser, UserError, log, run_main, to_bool
+from llmops.faq_records import INTENTS_NAME, FaqFile, FaqRecord, read_faq
+from llmops.records import Message
+
+LINES_SHOWN = 10
+OUTPUTS = ("train.jsonl", "test.jsonl", INTENTS_NAME)
+
+
+@dataclass(frozen=True)
+class Config:
+    """What to prepare. Paths are as given; "" means "choose for me"."""
+
+    data_file: str
+    test_data_file: str
+    output_dir: str
+    mode: str
+    model_name_or_path: str
+    max_seq_len: int
+    instruction: str
+    test_ratio: float
+    out_of_scope_ratio: float
+    variants: int
+    skip_bad_lines: bool
+    overwrite: bool
+    trust_remote_code: bool
+    seed: int
+
+
+@dataclass(frozen=True)
+class Example:
+    """One question with its intent, and where it was read; `messages` when its prompt was made elsewhere."""
+
+    path: Path
+    line: int
+    question: str
+    intent: str
+    messages: tuple[Message, ...] = ()
+
+    @property
+    def place(self) -> str:
+        """file:line."""
+        return f"{self.path}:{self.line}"
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Every setting with its default."""
+    parser = Parser(prog="prepare.py", description="Make the FAQ scenario's training data.", allow_abbrev=False)
+    add = parser.add_argument
+    add("--data_file", required=True, help="questions with intents: JSON lines, a JSON array, or csv")
+    add("--test_data_file", default="", help="questions to test with; empty: a part of data_file is held out")
+    add("--output_dir", default="mnt/datasets", help="folder for train.jsonl, test.jsonl, intents.json")
+    add("--mode", default="auto", choices=list(FAMILIES), help="whose prompt wording: a file of faq/templates")
+    add("--model_name_or_path", default="", help="base model; if given, the prompts' length is checked with it")
+    add("--max_seq_len", type=int, default=2048, help="longest prompt and answer in tokens")
+    add("--instruction", default="", help="instead of the template's instruction")
+    add("--test_ratio", type=float, default=0.1, help="share of each intent's questions that is held out")
+    add("--out_of_scope_ratio", type=float, default=0.1, help="questions added whose intent is left out of the list")
+    add("--variants", type=int, default=2, help="how many such lists; few, so that prompts stay shared")
+    for name, text in (
+        ("skip_bad_lines", "drop and count bad records instead of stopping"),
+        ("overwrite", "replace files in output_dir that this command did not write"),
+        ("trust_remote_code", "run Python code that the checkpoint's folder ships"),
+    ):
+        add(f"--{name}", type=to_bool, default=False, metavar="true|false", help=text)
+    add("--seed", type=int, default=42, help="random seed of the split and of the variants")
+    return parser
+
+
+def check(config: Config) -> None:
+    """Raise UserError that lists every problem of the settings."""
+    problems = []
+    for name in ("test_ratio", "out_of_scope_ratio"):
+        if not 0 <= getattr(config, name) < 1:
+            problems.append(f"--{name} is {getattr(config, name)}, expected at least 0 and less than 1")
+    if config.variants < 1:
+        problems.append(f"--variants is {config.variants}, expected at least 1")
+    if not config.test_data_file and config.test_ratio == 0:
+        problems.append("there is no --test_data_file and --test_ratio is 0; give one of the two")
+    output = Path(config.output_dir)
+    for given in (config.data_file, config.test_data_file):
+        if given and any(Path(given).resolve() == (output / name).resolve() for name in OUTPUTS):
+            problems.append(f"{given} would be overwritten by its own result; move it out of --output_dir")
+    ours = (output / INTENTS_NAME).is_file()
+    theirs = [name for name in OUTPUTS[:2] if (output / name).exists()]
+    if theirs and not ours and not config.overwrite:
+        problems.append(
+            f"{output} holds {' and '.join(theirs)} that this command did not write; move them, choose another "
+            "--output_dir, or pass --overwrite true"
+        )
+    if config.model_name_or_path:
+        model = Path(config.model_name_or_path)
+        if not (model / "config.json").is_file():
+            problems.append(f"the model folder {model} has no config.json; expected a Hugging Face checkpoint folder")
+        else:
+            family = checkpoints.choose_family(model, config.mode)  # a mode that does not fit is an error of its own
+            log(f"--mode {config.mode}: {family.about}")
+    if problems:
+        raise UserError("; ".join(problems))
+
+
+def examples_of(data: FaqFile) -> list[Example]:
+    """One example per question."""
+    return [
+        Example(data.path, record.line, question, record.intent, record.messages)
+        for record in data.records
+        for question in record.questions
+    ]
+
+
+def listed(places: Sequence[str]) -> str:
+    """The first of these places, and how many more there are."""
+    more = f" and {len(places) - LINES_SHOWN} more" if len(places) > LINES_SHOWN else ""
+    return ", ".join(places[:LINES_SHOWN]) + more
+
+
+def without_conflicts(examples: Sequence[Example], skip_bad: bool, repeats_stay: bool = False) -> list[Example]:
+    """Each question once, unless repeats stay (a given test file is not changed).
+
+    Raises UserError for a question with two intents, unless these are to be left out.
+    """
+    first: dict[str, Example] = {}
+    repeats, conflicts = [], []
+    for example in examples:
+        known = first.setdefault(example.question, example)
+        if known is example:
+            continue
+        if known.intent == example.intent:
+            repeats.append(str(example.line))
+        else:
+            conflicts.append((known, example))
+    if conflicts:
+        shown = "\n  ".join(
+            f"{b.place}: {b.question!r} has the intent {b.intent!r} here and {a.intent!r} in line {a.line}"
+            for a, b in conflicts[:LINES_SHOWN]
+        )
+        text = f"{len(conflicts)} questions have two intents; decide on one each:\n  {shown}"
+        if not skip_bad:
+            raise UserError(f"{text}\n  or pass --skip_bad_lines true to leave these questions out")
+        log(f"left out: {text}")
+    if repeats:
+        kept = "stay" if repeats_stay else "are kept once"
+        log(f"{examples[0].path}: {len(repeats)} repeated questions {kept}; lines {listed(repeats)}")
+    unclear = {example.question for _, example in conflicts}
+    return [e for e in (examples if repeats_stay else first.values()) if e.question not in unclear]
+
+
+def split(examples: Sequence[Example], ratio: float, seed: int) -> tuple[list[Example], list[Example]]:
+    """(training, test): of each intent's questions `ratio` are held out, at least one where there are two."""
+    groups: dict[str, list[Example]] = defaultdict(list)
+    for example in examples:
+        groups[example.intent].append(example)
+    held: set[str] = set()
+    for intent, group in groups.items():
+        count = min(max(1, round(ratio * len(group))), len(group) - 1)
+        held.update(e.question for e in Random(f"{seed} {intent}").sample(group, count))
+    return [e for e in examples if e.question not in held], [e for e in examples if e.question in held]
+
+
+def collect_intents(records: Sequence[FaqRecord], none: str) -> tuple[dict[str, str], str]:
+    """(reply of each intent, reply when none fits); another reply to the same intent is reported and not used."""
+    replies: dict[str, str] = {}
+    differing = []
+    for record in records:
+        known = replies.setdefault(record.intent, record.reply)
+        if not known:
+            replies[record.intent] = record.reply
+        elif record.reply and record.reply != known:
+            differing.append(str(record.line))
+    if differing:
+        log(f"{len(differing)} records have another reply than their intent's first one, which is used: lines "
+            f"{listed(differing)}")  # fmt: skip
+    none_reply = replies.pop(none, "")
+    return replies, none_reply
+
+
+def make_variants(intents: Sequence[str], config: Config) -> list[list[str]]:
+    """The intents that each variant leaves out: disjoint, together at most half of all."""
+    if not config.out_of_scope_ratio or len(intents) < 4:
+        return []
+    count = min(config.variants, len(intents) // 4)
+    size = max(1, len(intents) // (2 * count))
+    shuffled = Random(config.seed).sample(list(intents), count * size)
+    return [shuffled[k * size : (k + 1) * size] for k in range(count)]
+
+
+def make_rows(examples: Sequence[Example], catalog: Catalog, config: Config) -> list[dict[str, Any]]:
+    """One row per example, then the rows of questions whose intent a variant leaves out."""
+    rows = [make_row(example, example.intent, catalog, None) for example in examples]
+    variant_of = {intent: k for k, absent in enumerate(catalog.left_out) for intent in absent}
+    if variant_of and config.out_of_scope_ratio:
+        movable = [e for e in examples if e.intent in variant_of]
+        count = min(len(movable), round(config.out_of_scope_ratio * len(examples)))
+        chosen = Random(config.seed + 1).sample(movable, count)
+        rows += [make_row(e, catalog.none, catalog, variant_of[e.intent]) for e in chosen]
+    return rows
+
+
+def make_row(example: Example, answer: str, catalog: Catalog, variant: int | None) -> dict[str, Any]:
+    """A line of train.jsonl or test.jsonl: the conversation, and what predict and score want to know of it."""
+    if example.messages:
+        return {"messages": list(example.messages), "question": example.question, "intent": answer}
+    messages = [*catalog.prompt(example.question, variant), {"role": "assistant", "content": answer}]
+    row = {"messages": messages, "question": example.question, "intent": answer}
+    return row if variant is None else row | {"variant": variant}
+
+
+def check_length(config: Config, examples: Sequence[Example], catalog: Catalog) -> None:
+    """Raise UserError when the longest prompt with its answer is longer than the model or --max_seq_len allows."""
+    from llmops.console import stdout_to_stderr
+
+    model = Path(config.model_name_or_path)
+    with stdout_to_stderr():
+        _, chat = checkpoints.load_chat_format(model, config.mode, config.trust_remote_code)
+    log(f"chat format: {chat.name}")
+    length = checkpoints.model_length(checkpoints.read_config(model))
+    limit, whose = config.max_seq_len, f"--max_seq_len {config.max_seq_len}"
+    if length and length < limit:
+        limit, whose = length, f"the model's length of {length}"
+    longest = max(examples, key=lambda example: len(example.question))
+    row = make_row(longest, longest.intent, catalog, None)
+    tokens = len(chat.conversation(row["messages"])[-1].ids)
+    if tokens > limit:
+        raise UserError(
+            f"{longest.place}: this question's prompt with its {len(catalog.intents)} candidate intents has {tokens} "
+            f"tokens, more than {whose}; shorten intents and instruction, have fewer intents, or take a model or "
+            "--max_seq_len that is longer"
+        )
+    log(f"the longest prompt with its answer has {tokens} tokens of {limit}")
+
+
+def run(config: Config) -> dict[str, Any]:
+    """Read, check, split, write; what was made, as printed."""
+    # 1. read every record
+    check(config)
+    data = read_faq(Path(config.data_file), config.skip_bad_lines)
+    log(f"{data.path}: {data.kind}, {len(data.records)} records")
+    report_skipped(data)
+    made = {bool(record.messages) for record in data.records}
+    if len(made) > 1:
+        raise UserError(f"{data.path} mixes 'messages' with questions and intents; expected one of the two")
+    wording = None if made == {True} else wording_of(config.mode, config.instruction)
+    none = wording_of(config.mode).none
+    own = {record.instruction for record in data.records} - {""}
+    if own and not config.instruction and wording:
+        log(f"the records' own instruction ({sorted(own)[0]!r}) is not used; --instruction sets another one")
+    examples = without_conflicts(examples_of(data), config.skip_bad_lines)
+    intents, none_reply = collect_intents(data.records, none)
+    if len(intents) < 2:
+        raise UserError(f"{data.path} has {len(intents)} intent beside {none!r}; expected at least two to choose from")
+    # 2. training and test
+    if config.test_data_file:
+        tested = read_faq(Path(config.test_data_file), config.skip_bad_lines)
+        log(f"{tested.path}: {tested.kind}, {len(tested.records)} records")
+        report_skipped(tested)
+        test = without_conflicts(examples_of(tested), config.skip_bad_lines, repeats_stay=True)
+        test = check_known(test, intents, none, config.skip_bad_lines)
+        asked = {example.question for example in test}
+        both = [e for e in examples if e.question in asked]
+        examples = [e for e in examples if e.question not in asked]
+        if both:
+            places = listed([str(e.line) for e in both])
+            log(f"{data.path}: {len(both)} questions are test questions, too, and left out of training; lines {places}")
+    else:
+        examples, test = split(examples, config.test_ratio, config.seed)
+    if not examples or not test:
+        raise UserError(f"0 rows left for {'training' if not examples else 'the test'}; give more questions per intent")
+    # 3. prompts
+    left_out = make_variants(list(intents), config) if wording else []
+    catalog = Catalog(config.mode, wording, intents, left_out, none_reply)
+    if config.model_name_or_path:
+        check_length(config, [*examples, *test], catalog)
+    rows = {"train.jsonl": make_rows(examples, catalog, config), "test.jsonl": make_rows(test, catalog, config)}
+    # 4. all files, or none
+    write_outputs(Path(config.output_dir), rows, catalog)
+    counts = {name.partition(".")[0]: len(found) for name, found in rows.items()}
+    none_rows = sum(row["intent"] == none for row in rows["train.jsonl"])
+    made = f"{counts['train']} rows to train on ({none_rows} of them {none}), {counts['test']} to test"
+    log(f"{config.output_dir}: {made}")
+    return counts | {"intents": len(intents), "output_dir": config.output_dir}
+
+
+def report_skipped(data: FaqFile) -> None:
+    """Say which bad records were dropped."""
+    if data.problems:
+        log(f"{len(data.problems)} bad records dropped:\n  " + "\n  ".join(map(str, data.problems[:LINES_SHOWN])))
+
+
+def check_known(test: list[Example], intents: dict[str, str], none: str, skip_bad: bool) -> list[Example]:
+    """Test examples whose intent training knows. Raises UserError for others, unless they are to be left out."""
+    unknown = [e for e in test if e.intent not in intents and e.intent != none]
+    if unknown and not skip_bad:
+        shown = "; ".join(f"{e.place}: {e.intent!r}" for e in unknown[:LINES_SHOWN])
+        raise UserError(
+            f"{len(unknown)} test questions have intents that no training question has ({shown}); add training "
+            f"questions, name them {none!r}, or pass --skip_bad_lines true to leave them out"
+        )
+    if unknown:
+        log(f"{len(unknown)} test questions with intents unknown in training are left out")
+    return [e for e in test if e.intent in intents or e.intent == none]
+
+
+def write_outputs(folder: Path, rows: dict[str, list[dict[str, Any]]], catalog: Catalog) -> None:
+    """Write all files aside, then give them their names."""
+    folder.mkdir(parents=True, exist_ok=True)
+    texts = {name: "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in found) for name, found in rows.items()}
+    texts[INTENTS_NAME] = catalog.to_json()
+    for name, text in texts.items():
+        with open(folder / f"{name}.part", "w", encoding="utf-8") as stream:
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())
+    for name in texts:
+        (folder / f"{name}.part").replace(folder / name)
+    load_catalog(folder / INTENTS_NAME)  # what predict will read
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Parse, run, print."""
+
+    def body() -> int:
+        print(json.dumps(run(Config(**vars(build_parser().parse_args(argv)))), ensure_ascii=False))
+        return 0
+
+    return run_main(body)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,46 @@
+#!/usr/bin/env bash
+# From questions with intents to a scored model: prepare, train, predict with and without constraint, score.
+#
+#   bash faq/run_all.sh --data_file my_faq.jsonl --model_name_or_path mnt/Qwen1.5-7B-Chat --mode qwen1.5
+#   bash faq/run_all.sh --data_file my_faq.jsonl -- --train_type all     flags of chat_main.sh follow --
+#
+# Prints score.sh's JSON object. A setting can be edited here, set in the environment or given as a flag.
+set -euo pipefail
+HERE=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
+
+# --- settings ----------------------------------------------------------------------------------------------------------
+CUDA_VISIBLE_DEVICES="${CUDA_VISIBLE_DEVICES:-}" # GPUs to use, such as 0,1; empty: all, or the CPU without any
+MOUNT_PATH="${MOUNT_PATH:-$HERE/mnt}"            # folder with the base model, datasets/ and output_path/
+DATA_FILE="${DATA_FILE:-}"                       # questions with intents: JSON lines, a JSON array, or csv
+TEST_DATA_FILE="${TEST_DATA_FILE:-}"             # questions to test with; empty: a part of DATA_FILE
+MODEL_NAME_OR_PATH="${MODEL_NAME_OR_PATH:-}"     # base model; empty: MOUNT_PATH/Llama-2-13b-chat-hf
+MODE="${MODE:-auto}"                             # auto glm glm2 glm3 baichuan2_13b qwen1.5: a file of faq/templates
+TEST_RATIO="${TEST_RATIO:-0.1}"                  # share of each intent's questions that is held out
+OUT_OF_SCOPE_RATIO="${OUT_OF_SCOPE_RATIO:-0.1}"  # questions added whose intent is left out of the list
+TRUST_REMOTE_CODE="${TRUST_REMOTE_CODE:-false}"  # run Python code that the checkpoint's folder ships
+# --- end of settings ---------------------------------------------------------------------------------------------------
+
+# shellcheck source=llmops/environment.sh
+source "$HERE/llmops/environment.sh"
+REST=()
+read_settings "${BASH_SOURCE[0]}" "$@"
+: "${MODEL_NAME_OR_PATH:=$MOUNT_PATH/Llama-2-13b-chat-hf}"
+output=$MOUNT_PATH/output_path
+
+log "1. prepare"
+bash "$HERE/faq/prepare.sh" --data_file "$DATA_FILE" --test_data_file "$TEST_DATA_FILE" --mount_path "$MOUNT_PATH" \
+    --model_name_or_path "$MODEL_NAME_OR_PATH" --mode "$MODE" --test_ratio "$TEST_RATIO" \
+    --out_of_scope_ratio "$OUT_OF_SCOPE_RATIO" --trust_remote_code "$TRUST_REMOTE_CODE" >&2
+log "2. train"
+forward bash "$HERE/chat_main.sh" --scenario faq --mount_path "$MOUNT_PATH" --model_name_or_path "$MODEL_NAME_OR_PATH" \
+    --mode "$MODE" --cuda_visible_devices "$CUDA_VISIBLE_DEVICES" --trust_remote_code "$TRUST_REMOTE_CODE" \
+    ${REST[@]+"${REST[@]}"} >&2
+log "3. predict"
+for constrain in true false; do
+    [ "$constrain" = true ] && name=predictions.jsonl || name=predictions_unconstrained.jsonl
+    forward bash "$HERE/faq/predict.sh" --mount_path "$MOUNT_PATH" --input_file "$MOUNT_PATH/datasets/test.jsonl" \
+        --output_file "$output/$name" --constrain "$constrain" --mode "$MODE" \
+        --cuda_visible_devices "$CUDA_VISIBLE_DEVICES" --trust_remote_code "$TRUST_REMOTE_CODE"
+done
+log "4. score"
+exec bash "$HERE/faq/score.sh" --mount_path "$MOUNT_PATH" --unconstrained "$output/predictions_unconstrained.jsonl"

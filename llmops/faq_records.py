@@ -1,0 +1,219 @@
+"""FAQ data as users have it: questions, the intent they share, the reply. Read with line numbers, problems named.
+
+Shapes, told apart by their keys, as JSON lines, one JSON array, or csv with a header:
+    {"instruction", "question", "intent", "output"}                one question
+    {"intruction", "input": "['怎么了？', ...]", "intent", "output"}   several, a list written as text; misspelt or not
+    {"messages": [...]}                                            conversations whose prompts are made already
+"""
+
+import ast
+import csv
+import io
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from llmops.console import UserError
+from llmops.records import Message, Problem, check_messages, problems_error
+
+INTENTS_NAME = "intents.json"  # beside the training data, and beside the model that learned it
+QUESTION_KEYS = ("question", "text", "query", "问题")
+LIST_KEY = "input"
+INTENT_KEYS = ("intent", "category", "label", "意图")
+REPLY_KEYS = ("output", "answer", "reply", "答案", "回复")
+INSTRUCTION_KEYS = ("instruction", "intruction")
+
+
+@dataclass(frozen=True)
+class FaqRecord:
+    """One record of a file: where it stands (line from 1, index from 0), its questions, intent and reply.
+
+    `messages` is set for a conversation whose prompt is made already: its intent is the last answer, its question the
+    last one asked, unless the row names it; `variant` is the candidate list that faq/prepare.py gave it. `intent` is
+    "" where it may be missing and is.
+    """
+
+    line: int
+    index: int
+    questions: tuple[str, ...]
+    intent: str
+    reply: str = ""
+    instruction: str = ""
+    messages: tuple[Message, ...] = ()
+    variant: int | None = None
+
+
+@dataclass(frozen=True)
+class FaqFile:
+    """The usable records of a file, what is wrong with the others, and in words what kind of file it is."""
+
+    path: Path
+    kind: str
+    records: list[FaqRecord]
+    problems: list[Problem]
+
+
+def read_faq(path: Path, skip_bad_lines: bool = False, need_intent: bool = True) -> FaqFile:
+    """Every record of a file. Raises UserError that names all bad lines, unless they are to be skipped; or no record.
+
+    `need_intent` False: questions to be classified, whose intent may be missing.
+    """
+    shape, rows = raw_records(path)
+    records: list[FaqRecord] = []
+    problems: list[Problem] = []
+    keys: dict[str, None] = {}
+    count = 0
+    for index, (line, raw, unreadable) in enumerate(rows):
+        count += 1
+        record, problem = (None, unreadable) if unreadable else check_record(raw, line, index, need_intent)
+        if problem:
+            problems.append(Problem(path, line, problem))
+        elif record is not None:
+            records.append(record)
+            keys.update(dict.fromkeys(raw))
+    if problems and not skip_bad_lines:
+        raise problems_error(path, problems, count)
+    if not records:
+        raise UserError(f"{path} has no usable record ({len(problems)} were bad); expected questions with intents")
+    return FaqFile(path, f"{shape} with {', '.join(map(str, keys))}", records, problems)
+
+
+def raw_records(path: Path) -> tuple[str, Iterator[tuple[int, Any, str | None]]]:
+    """(shape in words, records as (line, parsed value, problem))."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = path.read_bytes()[: error.start].count(b"\n") + 1
+        raise UserError(
+            f"{path}:{line}: not UTF-8; save the file as UTF-8 (from GBK: iconv -f gb18030 -t utf-8)"
+        ) from error
+    except FileNotFoundError as error:
+        raise UserError(
+            f"the data file {path} does not exist; pass the file with your questions and intents"
+        ) from error
+    if path.suffix.lower() == ".csv":
+        return "csv", csv_rows(path, text)
+    if text.lstrip().startswith("["):
+        return "a JSON array", array_elements(path, text)
+    return "JSON lines", json_lines(text)
+
+
+def csv_rows(path: Path, text: str) -> Iterator[tuple[int, Any, str | None]]:
+    """Rows of a csv with a header, as dicts; a row's line is its first one."""
+    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+    try:
+        for row in reader:
+            values = [value for value in row.values() if isinstance(value, str)]
+            problem = None
+            if None in row or None in row.values():
+                problem = (
+                    f"found {'more' if None in row else 'fewer'} columns than the header's {len(row) - (None in row)}"
+                )
+            yield reader.line_num - sum(value.count("\n") for value in values), row, problem
+    except csv.Error as error:
+        raise UserError(f"{path}:{reader.line_num}: not csv ({error}); check the quotes of this row") from error
+
+
+def array_elements(path: Path, text: str) -> Iterator[tuple[int, Any, str | None]]:
+    """Elements of one JSON array; an element's line is where it begins."""
+    decoder = json.JSONDecoder()
+    position, line, counted = text.index("[") + 1, 1, 0
+    while True:
+        while position < len(text) and text[position] in " \t\r\n,":
+            position += 1
+        line += text.count("\n", counted, position)
+        counted = position
+        if text.startswith("]", position):
+            return
+        try:
+            value, position = decoder.raw_decode(text, position)
+        except json.JSONDecodeError as error:
+            raise UserError(f"{path}:{error.lineno}: broken JSON: {error.msg} (column {error.colno})") from error
+        yield line, value, None
+
+
+def json_lines(text: str) -> Iterator[tuple[int, Any, str | None]]:
+    """Lines that are not blank, parsed."""
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            yield number, json.loads(line), None
+        except json.JSONDecodeError as error:
+            yield number, None, f"broken JSON: {error.msg} (column {error.colno}); expected one object per line"
+
+
+def check_record(raw: Any, line: int, index: int, need_intent: bool) -> tuple[FaqRecord | None, str | None]:
+    """(record, None), or (None, what is wrong with it)."""
+    if not isinstance(raw, dict):
+        return None, f"found a JSON {type(raw).__name__}, expected an object with a question and its intent"
+    if "messages" in raw:
+        return conversation_record(raw, line, index)
+    questions, problem = find_questions(raw)
+    if problem:
+        return None, problem
+    intent = first_text(raw, INTENT_KEYS)
+    if intent is None and need_intent:
+        found = ", ".join(map(repr, list(raw)[:6])) or "none"
+        return None, f"no intent (keys found: {found}); expected a text under {INTENT_KEYS[0]!r}"
+    if not intent and need_intent:
+        return None, "the intent is empty; expected its name, or 不符合 for a question that none fits"
+    if intent and "\n" in intent:
+        return None, newline_problem(intent)
+    reply, instruction = (first_text(raw, keys) or "" for keys in (REPLY_KEYS, INSTRUCTION_KEYS))
+    return FaqRecord(line, index, questions, intent or "", reply, instruction), None
+
+
+def conversation_record(raw: dict[str, Any], line: int, index: int) -> tuple[FaqRecord | None, str | None]:
+    """`check_record` for a row with messages."""
+    problem = check_messages(raw)
+    if problem:
+        return None, problem
+    messages = tuple({"role": m["role"], "content": m["content"]} for m in raw["messages"])
+    intent = messages[-1]["content"].strip()
+    if "\n" in intent:
+        return None, newline_problem(intent)
+    question = first_text(raw, QUESTION_KEYS) or messages[-2]["content"]
+    variant = raw.get("variant")
+    return FaqRecord(
+        line, index, (question,), intent, messages=messages, variant=variant if isinstance(variant, int) else None
+    ), None
+
+
+def newline_problem(intent: str) -> str:
+    """The sentence for an intent that is no single line."""
+    return f"the intent {intent!r} has a line break; expected a name on one line"
+
+
+def find_questions(raw: dict[str, Any]) -> tuple[tuple[str, ...], str | None]:
+    """(questions, None), or ((), what is wrong with them)."""
+    if LIST_KEY in raw and raw[LIST_KEY] not in (None, ""):
+        value = raw[LIST_KEY]
+        if isinstance(value, str):
+            try:
+                value = ast.literal_eval(value.strip())
+            except (ValueError, SyntaxError):
+                value = None
+        if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+            shown = str(raw[LIST_KEY])[:40]
+            return (), f"'input' is {shown!r}, expected a list of questions such as \"['怎么了？', '出什么事了']\""
+    else:
+        text = first_text(raw, QUESTION_KEYS)
+        if text is None:
+            found = ", ".join(map(repr, list(raw)[:6])) or "none"
+            return (), f"no question (keys found: {found}); expected a text under 'question' or a list under 'input'"
+        value = [text]
+    questions = tuple(item.strip() for item in value)
+    if not questions or not all(questions):
+        return (), "an empty question; expected text"
+    return questions, None
+
+
+def first_text(raw: dict[str, Any], keys: tuple[str, ...]) -> str | None:
+    """The stripped text under the first of these keys that is there."""
+    for key in keys:
+        if isinstance(raw.get(key), str):
+            return raw[key].strip()
+    return None

@@ -1,0 +1,340 @@
+"""Batched inference that computes what prompts share once: choosing among candidate answers, and greedy generation.
+
+Prompts that begin alike are grouped; the beginning goes through the model once and its keys and values are kept in one
+copy for all rows (`Prefix`). Attention over them and a row's own keys is exact. A model whose attention cannot be
+replaced gets whole prompts, left padded: the plain way, which `reuse_prefix=False` also takes.
+"""
+
+import heapq
+import inspect
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from llmops.checkpoints import fixed_attention
+
+NAME = "cached_prefix"
+MIN_SHARED = 16  # a shorter common beginning is not worth a pass of its own
+
+
+@dataclass
+class Prefix:
+    """Keys and values of a prompt beginning: per layer two tensors [key/value heads, length, d]."""
+
+    length: int
+    layers: list[tuple[torch.Tensor, torch.Tensor]]
+
+
+def attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    prefix: Prefix | None = None,
+    own_mask: torch.Tensor | None = None,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attention of rows over one shared prefix and each row's own keys.
+
+    Shapes: query [B, heads, T, d], key and value [B, kv_heads, S, d] of the rows' own tokens, own_mask bool [B, T, S].
+    Returns [B, T, heads, d]. Without a prefix it is transformers' SDPA.
+    """
+    if prefix is None or own_mask is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+    shared_key, shared_value = prefix.layers[module.layer_idx]
+    batch, heads, length, d = query.shape
+    kv_heads, rows = shared_key.shape[0], heads // shared_key.shape[0] * length
+    scale = d**-0.5 if scaling is None else scaling
+    grouped = query.reshape(batch, kv_heads, rows, d) * scale
+    flat = grouped.transpose(0, 1).reshape(kv_heads, batch * rows, d)
+    shared = (flat @ shared_key.transpose(1, 2)).view(kv_heads, batch, rows, -1).transpose(0, 1)
+    own = grouped @ key.transpose(2, 3)
+    mask = own_mask[:, None, None].expand(-1, 1, rows // length, -1, -1).reshape(batch, 1, rows, -1)
+    own = own.masked_fill(~mask, float("-inf"))
+    weights = torch.cat([shared, own], dim=-1).softmax(dim=-1, dtype=torch.float32).to(query.dtype)
+    weights_shared, weights_own = weights.split([prefix.length, own.shape[-1]], dim=-1)
+    flat = weights_shared.transpose(0, 1).reshape(kv_heads, batch * rows, prefix.length)
+    out = (flat @ shared_value).view(kv_heads, batch, rows, d).transpose(0, 1) + weights_own @ value
+    return out.reshape(batch, heads, length, d).transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register(NAME, attention)
+AttentionMaskInterface.register(NAME, sdpa_mask)
+
+
+class Tree:
+    """Candidate answers as a prefix tree over their tokens; each leaf is one candidate.
+
+    Raises ValueError when a candidate is the beginning of another: candidates end with an end token.
+    """
+
+    def __init__(self, candidates: Sequence[Sequence[int]]) -> None:
+        self.candidates = [tuple(ids) for ids in candidates]
+        self.children: dict[tuple[int, ...], list[int]] = {}
+        for ids in dict.fromkeys(self.candidates):
+            for i, token in enumerate(ids):
+                known = self.children.setdefault(ids[:i], [])
+                if token not in known:
+                    known.append(token)
+        self.index = {ids: i for i, ids in enumerate(self.candidates)}
+        if any(ids in self.children for ids in self.candidates):
+            raise ValueError("a candidate is the beginning of another one; end each with an end token")
+
+    def down(self, path: tuple[int, ...]) -> tuple[int, ...]:
+        """Follow tokens that have no alternative: to the next choice, or to a leaf."""
+        while len(self.children.get(path, ())) == 1:
+            path = (*path, self.children[path][0])
+        return path
+
+
+@dataclass
+class Choice:
+    """The best candidates of one prompt as (index, probability), most probable first."""
+
+    ranked: list[tuple[int, float]]
+
+
+@dataclass
+class Search:
+    """Best-first search through one prompt's tree: exact, because probabilities only fall on the way down."""
+
+    tree: Tree
+    wanted: int
+    heap: list[tuple[float, tuple[int, ...]]] = field(default_factory=list)
+    found: list[tuple[int, float]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.wanted = min(self.wanted, len(self.tree.index))
+        self.heap = [(0.0, self.tree.down(()))]
+        self.settle()
+
+    def settle(self) -> None:
+        """Take complete candidates off the top; what is then on top is the next choice to look at."""
+        while self.heap and len(self.found) < self.wanted and self.heap[0][1] in self.tree.index:
+            cost, path = heapq.heappop(self.heap)
+            self.found.append((self.tree.index[path], math.exp(-cost)))
+
+    @property
+    def next_path(self) -> tuple[int, ...] | None:
+        """The tokens after which the model is asked next; None when all wanted candidates are found."""
+        return self.heap[0][1] if len(self.found) < self.wanted and self.heap else None
+
+    def advance(self, logits: torch.Tensor) -> None:
+        """Continue with the model's logits [vocabulary] after `next_path`, renormalised over the allowed tokens."""
+        cost, path = heapq.heappop(self.heap)
+        tokens = self.tree.children[path]
+        for token, logp in zip(tokens, logits[tokens].float().log_softmax(-1).tolist(), strict=True):
+            heapq.heappush(self.heap, (cost - logp, self.tree.down((*path, token))))
+        self.settle()
+
+
+@dataclass
+class Generated:
+    """A greedy answer without its end token, and the probability of its tokens together."""
+
+    ids: list[int]
+    probability: float
+
+
+@dataclass
+class State:
+    """A batch after its prompts: the logits that predict the next token, and what is needed to go on.
+
+    `logits` [B, V]; `prompts` the ids after the prefix; `cache` per layer two tensors [B, kv_heads, S, d], empty when
+    the model goes the plain way; `valid` bool [B, S] the columns that are tokens.
+    """
+
+    logits: torch.Tensor
+    prompts: list[Sequence[int]]
+    prefix: Prefix | None
+    cache: DynamicCache | None
+    valid: torch.Tensor
+
+
+class Generator:
+    """A model ready to answer. Results do not depend on `batch_size`, the number of prompts per pass."""
+
+    def __init__(self, model: torch.nn.Module, pad_id: int, batch_size: int = 32, reuse_prefix: bool = True) -> None:
+        self.model = model.eval()
+        self.pad_id = pad_id
+        self.batch_size = batch_size
+        base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        self.plain_because = fixed_attention(base) if reuse_prefix else "that was asked for"
+        if self.plain_because is None:
+            base.set_attn_implementation(NAME)
+        self.one_logit = "logits_to_keep" in inspect.signature(base.forward).parameters
+        self.device = next(model.parameters()).device
+
+    @torch.inference_mode()
+    def choose(
+        self, prompts: Sequence[Sequence[int]], trees: Sequence[Tree], best: int = 2
+    ) -> Iterator[tuple[int, Choice]]:
+        """The `best` candidates of each prompt's tree, as (index of the prompt, choice) in the order of computation.
+
+        Constrained decoding: at each step the model's distribution is renormalised over the tokens that continue a
+        candidate, so the probabilities of all candidates add up to 1.
+        """
+        roots = [tree.down(()) for tree in trees]
+        whole = [[*prompt, *root] for prompt, root in zip(prompts, roots, strict=True)]
+        for rows, prefix in self._batches(whole):
+            searches = [Search(trees[i], best) for i in rows]
+            state = self._read([whole[i] for i in rows], prefix)
+            asked = [k for k, search in enumerate(searches) if search.next_path is not None]
+            logits = state.logits[asked]
+            while asked:
+                for k, row_logits in zip(asked, logits.float().cpu(), strict=True):
+                    searches[k].advance(row_logits)
+                asked = [k for k, search in enumerate(searches) if search.next_path is not None]
+                if asked:
+                    paths = [(searches[k].next_path or ())[len(roots[rows[k]]) :] for k in asked]
+                    logits = self._ask(state, asked, paths)
+            yield from ((i, Choice(search.found)) for i, search in zip(rows, searches, strict=True))
+
+    @torch.inference_mode()
+    def generate(
+        self, prompts: Sequence[Sequence[int]], max_new_tokens: int, stop_ids: Sequence[int]
+    ) -> Iterator[tuple[int, Generated]]:
+        """The greedy answer to each prompt up to one of `stop_ids` or `max_new_tokens`, as (index, answer)."""
+        for rows, prefix in self._batches(prompts):
+            answers = self._greedy([prompts[i] for i in rows], prefix, max_new_tokens, set(stop_ids))
+            yield from zip(rows, answers, strict=True)
+
+    def _greedy(
+        self, prompts: list[Sequence[int]], prefix: Prefix | None, max_new_tokens: int, stop_ids: set[int]
+    ) -> list[Generated]:
+        state = self._read(prompts, prefix)
+        logits, alive = state.logits, list(range(len(prompts)))
+        answers: list[list[int]] = [[] for _ in prompts]
+        costs = [0.0] * len(prompts)
+        while True:
+            top = logits.float().log_softmax(-1).max(-1)
+            going = []
+            for k, (i, logp, token) in enumerate(zip(alive, top.values.tolist(), top.indices.tolist(), strict=True)):
+                costs[i] -= logp
+                if token not in stop_ids:
+                    answers[i].append(token)
+                    if len(answers[i]) < max_new_tokens:
+                        going.append(k)
+            if not going:
+                break
+            alive = [alive[k] for k in going]
+            if state.cache is None:
+                logits = self._ask(state, alive, [tuple(answers[i]) for i in alive])
+            else:
+                if len(going) < len(state.valid):
+                    state = self._select(state, going)
+                logits = self._step(state, [answers[i][-1:] for i in alive])
+        return [Generated(ids, math.exp(-cost)) for ids, cost in zip(answers, costs, strict=True)]
+
+    def _batches(self, prompts: Sequence[Sequence[int]]) -> Iterator[tuple[list[int], Prefix | None]]:
+        """Batches of rows, rows of one prefix together, longest first, so that memory runs out at once or never."""
+        for rows, shared in group_by_prefix(prompts) if self.plain_because is None else [(range(len(prompts)), 0)]:
+            prefix = self._prefix(prompts[rows[0]][:shared]) if shared else None
+            ordered = sorted(rows, key=lambda i: -len(prompts[i]))
+            for start in range(0, len(ordered), self.batch_size):
+                yield ordered[start : start + self.batch_size], prefix
+
+    def _prefix(self, ids: Sequence[int]) -> Prefix:
+        cache = DynamicCache()
+        self._forward(torch.tensor([ids], device=self.device), past_key_values=cache, use_cache=True)
+        return Prefix(len(ids), [(layer.keys[0], layer.values[0]) for layer in cache.layers])
+
+    def _read(self, prompts: list[Sequence[int]], prefix: Prefix | None) -> State:
+        """Put whole prompts through the model, except what their prefix holds already."""
+        own = [prompt[prefix.length :] for prompt in prompts] if prefix else prompts
+        if self.plain_because is None:
+            empty = torch.zeros(len(own), 0, dtype=torch.bool, device=self.device)
+            state = State(torch.empty(0), own, prefix, DynamicCache(), empty)
+            state.logits = self._step(state, own)
+            return state
+        return State(self._plain(own), own, None, None, torch.empty(0))
+
+    def _ask(self, state: State, rows: list[int], paths: Sequence[tuple[int, ...]]) -> torch.Tensor:
+        """Logits [rows, V] after these rows' prompts and paths; the state stays as it was."""
+        if state.cache is None:
+            return self._plain([[*state.prompts[k], *path] for k, path in zip(rows, paths, strict=True)])
+        return self._step(self._select(state, rows), list(paths))
+
+    def _select(self, state: State, rows: list[int]) -> State:
+        """The state of some rows, with a cache of their own."""
+        index = torch.tensor(rows, device=self.device)
+        cache = DynamicCache()
+        for number, layer in enumerate(state.cache.layers if state.cache else []):
+            cache.update(layer.keys[index], layer.values[index], number)
+        return State(state.logits, [state.prompts[k] for k in rows], state.prefix, cache, state.valid[index])
+
+    def _step(self, state: State, new: Sequence[Sequence[int]]) -> torch.Tensor:
+        """Append tokens to every row of a state with a cache; the logits after them [B, V]."""
+        ids, own = self._left_padded(new)
+        before = state.valid.sum(1, keepdim=True) + (state.prefix.length if state.prefix else 0)
+        positions = (before + own.cumsum(1) - 1).clamp(min=0)
+        state.valid = torch.cat([state.valid, own], dim=1)
+        extra: dict[str, Any] = {"attention_mask": state.valid.long()}
+        if state.prefix:
+            width, total = own.shape[1], state.valid.shape[1]
+            order = torch.arange(total, device=self.device)
+            causal = order[None, :] <= order[total - width :, None]
+            mask = causal[None] & state.valid[:, None, :]
+            extra = {"prefix": state.prefix, "own_mask": mask}
+        return self._forward(ids, position_ids=positions, past_key_values=state.cache, use_cache=True, **extra)
+
+    def _plain(self, prompts: Sequence[Sequence[int]]) -> torch.Tensor:
+        ids, valid = self._left_padded(prompts)
+        return self._forward(ids, attention_mask=valid.long(), use_cache=False)
+
+    def _left_padded(self, rows: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+        """(ids int64 [B, T], which of them are tokens, bool [B, T])."""
+        width = max(map(len, rows))
+        ids = torch.tensor([[self.pad_id] * (width - len(row)) + list(row) for row in rows])
+        valid = torch.tensor([[False] * (width - len(row)) + [True] * len(row) for row in rows])
+        return ids.to(self.device), valid.to(self.device)
+
+    def _forward(self, ids: torch.Tensor, **inputs: Any) -> torch.Tensor:
+        """Logits after the last column [B, V]."""
+        if self.one_logit:
+            inputs["logits_to_keep"] = 1
+        return self.model(input_ids=ids, **inputs).logits[:, -1]
+
+
+def group_by_prefix(prompts: Sequence[Sequence[int]]) -> Iterator[tuple[Sequence[int], int]]:
+    """(rows, length of the beginning they share); rows that share too little with others come last, with 0.
+
+    A group ends where the next prompt (in lexicographic order) shares less than half of what the group shares.
+    """
+    order = sorted(range(len(prompts)), key=lambda i: list(prompts[i]))
+    alone: list[int] = []
+    group: list[int] = []
+    shared = 0
+    for i in order:
+        common = common_length(prompts[group[-1]], prompts[i]) if group else 0
+        if len(group) == 1 and common >= MIN_SHARED:
+            shared = common
+        elif len(group) > 1 and common >= max(MIN_SHARED, shared / 2):
+            shared = min(shared, common)
+        elif group:
+            if len(group) > 1:
+                yield group, shared
+            else:
+                alone += group
+            group = []
+        group.append(i)
+    if len(group) > 1:
+        yield group, shared
+    else:
+        alone += group
+    if alone:
+        yield alone, 0
+
+
+def common_length(a: Sequence[int], b: Sequence[int]) -> int:
+    """Length of the common beginning of two token sequences, one token less than the shorter one at most."""
+    limit = min(len(a), len(b)) - 1
+    return next((i for i in range(limit) if a[i] != b[i]), limit)
