@@ -1,15 +1,16 @@
 """Rendering: learned tokens are exactly the answers and their end tokens; formats equal the published ones."""
 
-from itertools import pairwise
+import json
+from itertools import chain, pairwise
 from pathlib import Path
-from typing import ClassVar
 
 import numpy as np
 import pytest
-from transformers import AutoTokenizer
+import sentencepiece
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from llmops import tiny
-from llmops.chat_formats import FAMILIES, ChatFormat, Rendered, choose_family
+from llmops.chat_formats import FAMILIES, OWN, TEMPLATES, ChatFormat, Rendered, choose_family, read_families
 from llmops.console import UserError
 
 MULTI = [
@@ -98,71 +99,171 @@ def test_qwen_default_system(checkpoints: dict[str, Path]) -> None:
     )
 
 
-class PieceTokenizer:
-    """Special tokens by the ids of the real vocabularies, text one id per character: shows pieces and their order."""
+class SentencePieceTokenizer:
+    """A sentencepiece model trained on the spot, with the vendors' special tokens at the vendors' ids, outside of it.
+
+    As in the vendors' tokenizers of ChatGLM2 and 3, special tokens typed as text are encoded as text.
+    """
 
     is_fast = False
     eos_token_id = 2
     chat_template = None
-    specials: ClassVar[dict[str, int]] = {
-        "[gMASK]": 64790, "sop": 64792, "<|system|>": 64794, "<|user|>": 64795, "<|assistant|>": 64796,
-        "<sop>": 130004, "<eop>": 130005,
-    }  # fmt: skip
+
+    def __init__(self, model: Path, specials: dict[str, int]) -> None:
+        self.text = sentencepiece.SentencePieceProcessor(model_file=str(model))
+        self.specials = specials
 
     def get_command(self, token: str) -> int:
         return self.specials[token]
 
     def __call__(self, text: str, add_special_tokens: bool) -> dict[str, list[int]]:
         assert not add_special_tokens
-        return {"input_ids": [1_000_000 + ord(character) for character in text]}
+        return {"input_ids": self.text.encode(text)}
 
-    def show(self, sample: Rendered) -> tuple[str, str]:
-        names = {v: k for k, v in self.specials.items()} | {2: "</s>", 195: "<195>", 196: "<196>"}
-        texts = [chr(i - 1_000_000) if i >= 1_000_000 else names[i] for i in sample.ids]
-        return "".join(texts), "".join(t for t, flag in zip(texts, sample.learned, strict=True) if flag)
+
+# ids of the published vocabularies, as in the vendors' tokenizer and generation configurations
+VENDOR_IDS = {
+    "glm": {"[gMASK]": 130001, "<sop>": 130004, "<eop>": 130005},
+    "glm2": {"[gMASK]": 64790, "sop": 64792},
+    "glm3": {
+        "[gMASK]": 64790, "sop": 64792, "<|system|>": 64794, "<|user|>": 64795, "<|assistant|>": 64796,
+    },
+    "baichuan2_13b": {},
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def sentencepiece_model(tmp_path_factory: pytest.TempPathFactory, conversations: list) -> Path:
+    """A BPE model with byte fallback and a dummy prefix, like those of ChatGLM and Baichuan."""
+    folder = tmp_path_factory.mktemp("sentencepiece")
+    text = folder / "text.txt"
+    text.write_text("\n".join(m["content"] for c in conversations for m in c), encoding="utf-8")
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(text), model_prefix=str(folder / "spm"), vocab_size=2200, model_type="bpe", byte_fallback=True,
+        character_coverage=1.0, minloglevel=2, user_defined_symbols=["\n"],
+    )  # fmt: skip
+    return folder / "spm.model"
 
 
 TURNS = [
-    {"role": "user", "content": "q1"},
-    {"role": "assistant", "content": "a1"},
-    {"role": "user", "content": "q2"},
-    {"role": "assistant", "content": "a2"},
+    {"role": "user", "content": "怎么续借？"},
+    {"role": "assistant", "content": "点“续借”即可。"},
+    {"role": "user", "content": "逾期呢"},
+    {"role": "assistant", "content": "每天0.1元\n上限10元"},
 ]
+Q1, A1, Q2, A2 = (m["content"] for m in TURNS)
+# expected layouts, written out from the vendors' published code: an int is a token id, a text is encoded on its own;
+# what is learned stands in a tuple
+EXACT = {
+    "glm2": [[64790, 64792, f"[Round 1]\n\n问：{Q1}\n\n答：", (A1, 2),
+              f"\n\n[Round 2]\n\n问：{Q2}\n\n答：", (A2, 2)]],
+    "glm3": [[64790, 64792, 64795, "\n", Q1, 64796, ("\n", A1, 64795), "\n", Q2, 64796, ("\n", A2, 2)]],
+    "baichuan2_13b": [[195, Q1, 196, (A1, 2), 195, Q2, 196, (A2, 2)]],
+    "glm": [[Q1, 130001, 130004, (A1, 130005)],
+            [f"[Round 0]\n问：{Q1}\n答：{A1}\n[Round 1]\n问：{Q2}\n答：", 130001, 130004, (A2, 130005)]],
+}  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    ("family", "text", "learned"),
-    [
-        ("glm2", "[gMASK]sop[Round 1]\n\n问：q1\n\n答：a1</s>\n\n[Round 2]\n\n问：q2\n\n答：a2</s>", "a1</s>a2</s>"),
-        ("glm3", "[gMASK]sop<|user|>\nq1<|assistant|>\na1<|user|>\nq2<|assistant|>\na2</s>", "\na1<|user|>\na2</s>"),
-        ("baichuan2_13b", "<195>q1<196>a1</s><195>q2<196>a2</s>", "a1</s>a2</s>"),
-    ],
-)
-def test_formats_laid_out_by_id(family: str, text: str, learned: str) -> None:
-    tokenizer = PieceTokenizer()
-    (sample,) = ChatFormat(tokenizer, FAMILIES[family]).conversation(TURNS)
-    assert tokenizer.show(sample) == (text, learned)
-    prompt = ChatFormat(tokenizer, FAMILIES[family]).prompt(TURNS[:3])
-    assert sample.ids[: len(prompt)] == prompt
+@pytest.mark.parametrize("mode", EXACT)
+def test_token_exact_by_id(mode: str, sentencepiece_model: Path) -> None:
+    """Every id, and where the learned tokens begin and end, over two turns; the prompt is what precedes an answer."""
+    tokenizer = SentencePieceTokenizer(sentencepiece_model, VENDOR_IDS[mode])
+    chat = ChatFormat(tokenizer, FAMILIES[mode])
+    samples = chat.conversation(TURNS)
+    assert len(samples) == len(EXACT[mode])
+    for sample, layout in zip(samples, EXACT[mode], strict=True):
+        ids: list[int] = []
+        learned: list[bool] = []
+        for part in layout:
+            for piece in part if isinstance(part, tuple) else (part,):
+                encoded = [piece] if isinstance(piece, int) else tokenizer.text.encode(piece)
+                ids += encoded
+                learned += [isinstance(part, tuple)] * len(encoded)
+        assert sample.ids == ids
+        assert sample.learned == learned
+    prompt = chat.prompt(TURNS[:3])
+    assert samples[-1].ids[: len(prompt)] == prompt
+    assert samples[-1].learned[len(prompt)]
+    assert not samples[-1].learned[len(prompt) - 1]
 
 
-def test_chatglm_6b_is_one_sample_per_answer() -> None:
-    tokenizer = PieceTokenizer()
-    samples = ChatFormat(tokenizer, FAMILIES["glm"]).conversation(TURNS)
-    assert [tokenizer.show(sample) for sample in samples] == [
-        ("q1[gMASK]<sop>a1<eop>", "a1<eop>"),
-        ("[Round 0]\n问：q1\n答：a1\n[Round 1]\n问：q2\n答：[gMASK]<sop>a2<eop>", "a2<eop>"),
-    ]
+def test_a_system_text_by_id(sentencepiece_model: Path) -> None:
+    system = {"role": "system", "content": "请简短回答。"}
+    expected = {
+        "glm3": [64790, 64792, 64794, "\n", "请简短回答。", 64795, "\n", Q1, 64796],
+        "baichuan2_13b": ["请简短回答。", 195, Q1, 196],
+    }
+    for mode, layout in expected.items():
+        tokenizer = SentencePieceTokenizer(sentencepiece_model, VENDOR_IDS[mode])
+        encoded = [[part] if isinstance(part, int) else tokenizer.text.encode(part) for part in layout]
+        assert ChatFormat(tokenizer, FAMILIES[mode]).prompt([system, TURNS[0]]) == list(chain(*encoded))
+
+
+def bpe_tokenizer(folder: Path, tokens: dict[str, str]) -> PreTrainedTokenizerFast:
+    """The tiny byte-level tokenizer with the special tokens of a family as single tokens."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_special_tokens(tokens)
+    return tokenizer
+
+
+def test_token_exact_as_text(checkpoints: dict[str, Path]) -> None:
+    """Qwen1.5 and Llama-2: special tokens are single ids, the learned tokens are answer and end token."""
+    qwen = bpe_tokenizer(checkpoints["qwen2"], {"eos_token": "<|im_end|>"})
+    start, end = qwen.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"])
+    encode = lambda text: qwen(text, add_special_tokens=False)["input_ids"]  # noqa: E731
+    (sample,) = ChatFormat(qwen, FAMILIES["qwen1.5"]).conversation(TURNS)
+    parts = [[start], encode("system\nYou are a helpful assistant."), [end], encode("\n")]
+    flags = [False] * 4
+    for message in TURNS:
+        answer = message["role"] == "assistant"
+        role = encode(f"{message['role']}\n")
+        parts += [[start], role, encode(message["content"]), [end], encode("\n")]
+        flags += [False, False, answer, answer, False]
+    assert sample.ids == list(chain(*parts))
+    assert sample.learned == [flag for part, flag in zip(parts, flags, strict=True) for _ in part]
+
+    llama = bpe_tokenizer(checkpoints["llama"], {"bos_token": "<s>", "eos_token": "</s>"})
+    bos, eos = llama.convert_tokens_to_ids(["<s>", "</s>"])
+    (sample,) = ChatFormat(llama, FAMILIES["llama2"]).conversation(TURNS)
+    assert [i for i in sample.ids if i in (bos, eos)] == [bos, eos, bos, eos]
+    assert [flag for i, flag in zip(sample.ids, sample.learned, strict=True) if i in (bos, eos)] == [False, True] * 2
+    assert llama.decode(sample.ids) == f"<s>[INST] {Q1} [/INST] {A1} </s><s>[INST] {Q2} [/INST] {A2} </s>"
+    assert learned_runs(llama, sample) == [f" {A1} </s>", f" {A2} </s>"]
 
 
 def test_choice_of_family() -> None:
-    assert choose_family("auto", {"model_type": "llama"}, True) is None
-    assert choose_family("auto", {"model_type": "llama"}, False) is FAMILIES["llama2"]
-    assert choose_family("auto", {"model_type": "baichuan"}, False) is FAMILIES["baichuan2_13b"]
-    assert choose_family("auto", {"model_type": "chatglm", "position_encoding_2d": True}, False) is FAMILIES["glm"]
-    with pytest.raises(UserError, match="is for model_type chatglm"):
-        choose_family("glm3", {"model_type": "llama"}, True)
+    chatglm = {"model_type": "chatglm", "multi_query_attention": True}
+    assert choose_family("auto", {"model_type": "llama"}, "", True) is OWN
+    assert choose_family("auto", {"model_type": "llama"}, "", False) is FAMILIES["llama2"]
+    assert choose_family("auto", {"model_type": "baichuan"}, "", False) is FAMILIES["baichuan2_13b"]
+    assert choose_family("auto", {"model_type": "chatglm", "position_encoding_2d": True}, "", False) is FAMILIES["glm"]
+    assert choose_family("auto", chatglm, "class ChatGLMTokenizer", False) is FAMILIES["glm2"]
+    assert choose_family("auto", chatglm, 'role_special_tokens = ["<|user|>"]', False) is FAMILIES["glm3"]
+    with pytest.raises(UserError, match="is for model_type chatglm, the checkpoint is 'llama'"):
+        choose_family("glm3", {"model_type": "llama"}, "", True)
+    with pytest.raises(UserError, match=r"glm3 is for tokenizers with <\|user\|>, which this checkpoint's lacks"):
+        choose_family("glm3", chatglm, "class ChatGLMTokenizer", False)
+    with pytest.raises(UserError, match=r"position_encoding_2d in config\.json, which this one lacks"):
+        choose_family("glm", chatglm, "", False)
     with pytest.raises(UserError, match=r"put a chat_template\.jinja"):
-        choose_family("auto", {"model_type": "gpt2"}, False)
-    with pytest.raises(UserError, match="unknown mode"):
-        choose_family("vicuna", {}, False)
+        choose_family("auto", {"model_type": "gpt2"}, "", False)
+    with pytest.raises(UserError, match="unknown mode 'vicuna'"):
+        choose_family("vicuna", {}, "", False)
+
+
+def test_a_model_is_added_with_one_file(tmp_path: Path) -> None:
+    for path in TEMPLATES.glob("*.json"):
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    new = {"model_types": ["falcon"], "chat_template": "{{ messages[0].content }}", "faq": {"none": "其他"}}
+    (tmp_path / "falcon.json").write_text(json.dumps(new), encoding="utf-8")
+    family = read_families(tmp_path)["falcon"]
+    assert family.faq["none"] == "其他"
+    assert family.faq["prompt"] == FAMILIES["auto"].faq["prompt"]  # what a file leaves out is auto's
+    for text, phrase in (
+        ("{", "falcon.json is not JSON"),
+        ('{"lora": []}', "unknown key lora"),
+        ('{"layout": "x"}', "unknown layout 'x'"),
+    ):
+        (tmp_path / "falcon.json").write_text(text)
+        with pytest.raises(UserError, match=phrase):
+            read_families(tmp_path)
