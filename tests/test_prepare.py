@@ -1,0 +1,279 @@
+"""FAQ data in every shape users have, and every way in which it can be bad, named by line."""
+
+import json
+import re
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import ROOT, environment
+
+from faq import prepare
+from faq.catalog import load_catalog
+from llmops.faq_records import read_faq
+
+INTENTS = {
+    "退款": ["怎么退款", "我要退款", "退款多久到", "钱退到哪里"],
+    "物流": ["快递到哪了", "查一下物流", "什么时候送到", "物流不动了"],
+    "发票": ["怎么开发票", "发票抬头写错", "要电子发票", "发票没收到"],
+    "密码": ["忘记密码", "怎么改密码", "密码错误", "密码锁了"],
+}
+
+
+def write(path: Path, text: str) -> Path:
+    """A file with this text."""
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def lines(rows: list[Any]) -> str:
+    """JSON lines."""
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+def single_rows() -> list[dict[str, str]]:
+    """One record per question."""
+    return [
+        {"instruction": "判断意图", "question": q, "intent": intent, "output": f"{intent}的答复"}
+        for intent, questions in INTENTS.items()
+        for q in questions
+    ]
+
+
+def run(data: Path, output: Path, *flags: str) -> subprocess.CompletedProcess[str]:
+    """faq/prepare.sh as a user runs it."""
+    command = ["bash", str(ROOT / "faq" / "prepare.sh"), "--data_file", str(data), "--output_dir", str(output), *flags]
+    return subprocess.run(command, env=environment(), capture_output=True, text=True, check=False)
+
+
+def shapes() -> dict[str, tuple[str, str]]:
+    """File name and text of the same questions in every shape."""
+    rows = single_rows()
+    listed = [
+        {"intruction": "判断意图", "input": str(questions), "intent": intent, "output": f"{intent}的答复"}
+        for intent, questions in INTENTS.items()
+    ]
+    table = "question,intent,output\n" + "".join(f'"{r["question"]}",{r["intent"]},{r["output"]}\n' for r in rows)
+    return {
+        "lines": ("a.jsonl", lines(rows)),
+        "array": ("a.json", json.dumps(rows, ensure_ascii=False, indent=2)),
+        "listed": ("a.jsonl", lines(listed)),
+        "listed array": ("a.json", json.dumps(listed, ensure_ascii=False)),
+        "csv": ("a.csv", table),
+        "csv of spreadsheets": ("a.csv", "\ufeff" + table.replace("\n", "\r\n")),
+    }
+
+
+@pytest.mark.parametrize("shape", shapes())
+def test_every_shape_gives_the_same(tmp_path: Path, shape: str) -> None:
+    name, text = shapes()[shape]
+    path = tmp_path / name
+    path.write_bytes(text.encode())
+    done = run(path, tmp_path / "out", "--test_ratio", "0.25", "--out_of_scope_ratio", "0")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == {"train": 12, "test": 4, "intents": 4, "output_dir": str(tmp_path / "out")}
+    assert ("csv" if "csv" in shape else "JSON array" if "array" in shape else "JSON lines") in done.stderr
+    catalog = load_catalog(tmp_path / "out" / "intents.json")
+    assert catalog.intents == {intent: f"{intent}的答复" for intent in INTENTS}
+    rows = [json.loads(line) for line in (tmp_path / "out" / "test.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert sorted(row["intent"] for row in rows) == sorted(INTENTS)  # stratified: one of each
+    for row in rows:
+        assert row["question"] in INTENTS[row["intent"]]
+        assert row["messages"] == [
+            *catalog.prompt(row["question"]),
+            {"role": "assistant", "content": row["intent"]},
+        ]
+
+
+def test_the_prompt_has_the_question_last(tmp_path: Path) -> None:
+    """So that all rows share their prompt's beginning: instruction, then every candidate, then the question."""
+    run(write(tmp_path / "a.jsonl", lines(single_rows())), tmp_path / "out", "--out_of_scope_ratio", "0")
+    rows = [json.loads(line) for line in (tmp_path / "out" / "train.jsonl").read_text(encoding="utf-8").splitlines()]
+    heads = {row["messages"][0]["content"].removesuffix(row["question"]) for row in rows}
+    assert len(heads) == 1
+    (head,) = heads
+    assert [head.index(intent) for intent in INTENTS] == sorted(head.index(intent) for intent in INTENTS)
+    assert "不符合" in head
+
+
+def test_messages_pass_through(tmp_path: Path) -> None:
+    made = [
+        {"messages": [{"role": "user", "content": f"意图？{q}"}, {"role": "assistant", "content": intent}]}
+        for intent, questions in INTENTS.items()
+        for q in questions
+    ]
+    done = run(write(tmp_path / "a.jsonl", lines(made)), tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    rows = (tmp_path / "out" / "train.jsonl").read_text(encoding="utf-8").splitlines()
+    assert all({"messages": json.loads(row)["messages"]} in made for row in rows)
+    assert load_catalog(tmp_path / "out" / "intents.json").wording is None
+
+
+def test_split_is_seeded(tmp_path: Path) -> None:
+    data = write(tmp_path / "a.jsonl", lines(single_rows()))
+    texts = []
+    for seed in ("1", "1", "2"):
+        assert run(data, tmp_path / "out", "--seed", seed).returncode == 0
+        texts.append((tmp_path / "out" / "test.jsonl").read_text(encoding="utf-8"))
+    assert texts[0] == texts[1] != texts[2]
+
+
+def test_out_of_scope_rows(tmp_path: Path) -> None:
+    """A variant's questions are those whose intent it leaves out; variants are few; real 不符合 rows stay."""
+    rows = [*single_rows(), *({"question": f"闲聊{i}", "intent": "不符合"} for i in range(4))]
+    flags = ("--out_of_scope_ratio", "0.5", "--variants", "2", "--test_ratio", "0.25")
+    done = run(write(tmp_path / "a.jsonl", lines(rows)), tmp_path / "out", *flags)
+    assert done.returncode == 0, done.stderr
+    catalog = load_catalog(tmp_path / "out" / "intents.json")
+    assert "不符合" not in catalog.intents
+    assert len(catalog.left_out) == 1  # four intents are too few for two variants
+    made = [json.loads(line) for line in (tmp_path / "out" / "train.jsonl").read_text(encoding="utf-8").splitlines()]
+    variants = [row for row in made if "variant" in row]
+    assert variants
+    truth = {q: intent for intent, questions in INTENTS.items() for q in questions}
+    for row in variants:
+        assert row["intent"] == row["messages"][-1]["content"] == "不符合"
+        assert truth[row["question"]] in catalog.left_out[row["variant"]]
+        assert f"\n{truth[row['question']]}\n" not in row["messages"][0]["content"]
+    assert sum(row["intent"] == "不符合" and "variant" not in row for row in made) == 3
+
+
+def test_repeats_and_other_replies_are_told_by_line(tmp_path: Path) -> None:
+    rows = [*single_rows(), single_rows()[0], single_rows()[1] | {"question": "新问题", "output": "另一个答复"}]
+    done = run(write(tmp_path / "a.jsonl", lines(rows)), tmp_path / "out")
+    assert done.returncode == 0
+    assert "1 repeated questions are kept once; lines 17" in done.stderr
+    assert "another reply than their intent's first one, which is used: lines 18" in done.stderr
+
+
+BAD = [
+    ({"question": "问"}, "a.jsonl:17: no intent (keys found: 'question')"),
+    ({"question": "问", "intent": " "}, "a.jsonl:17: the intent is empty"),
+    ({"question": "问", "intent": "退\n款"}, r"a.jsonl:17: the intent '退\n款' has a line break"),
+    ({"question": " ", "intent": "退款"}, "a.jsonl:17: an empty question"),
+    ({"intent": "退款"}, "a.jsonl:17: no question (keys found: 'intent')"),
+    ({"input": "怎么了", "intent": "退款"}, "a.jsonl:17: 'input' is '怎么了', expected a list of questions"),
+    ({"input": "['a', 1]", "intent": "退款"}, "a.jsonl:17: 'input' is"),
+    (["x"], "a.jsonl:17: found a JSON list"),
+    (
+        {"question": "怎么退款", "intent": "物流"},
+        "a.jsonl:17: '怎么退款' has the intent '物流' here and '退款' in line 1",
+    ),
+    ({"messages": []}, "a.jsonl:17: 'messages' is empty"),
+]
+
+
+@pytest.mark.parametrize(("row", "phrase"), BAD)
+def test_bad_records_are_named(tmp_path: Path, row: Any, phrase: str) -> None:
+    data = write(tmp_path / "a.jsonl", lines([*single_rows(), row]))
+    done = run(data, tmp_path / "out")
+    assert done.returncode == 2
+    assert phrase in done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stdout == ""
+    assert not (tmp_path / "out").exists()
+    assert run(data, tmp_path / "out", "--skip_bad_lines", "true").returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "phrase"),
+    [
+        ("a.jsonl", '{"question": "a", "intent": "b"}\n{broken\n', "a.jsonl:2: broken JSON"),
+        ("a.json", '[{"question": "a", "intent": "b"},\n {broken]', "a.json:2: broken JSON"),
+        ("a.json", '[{"question": "a", "intent": "b"}', "a.json:1: broken JSON"),
+        ("a.csv", "question,intent\na,b\nonly one\n", "a.csv:3: found fewer columns than the header's 2"),
+        ("a.csv", 'question,intent\n"a\nb",c\nx,y,z\n', "a.csv:4: found more columns than the header's 2"),
+        ("a.jsonl", "", "no usable record"),
+        ("a.jsonl", '{"question": "a", "intent": "b"}\n', "has 1 intent beside '不符合'"),
+        ("a.jsonl", lines([{"question": "a", "intent": "b"}, {"question": "c", "intent": "d"}]), "0 rows left for the"),
+    ],
+)
+def test_bad_files(tmp_path: Path, name: str, text: str, phrase: str) -> None:
+    done = run(write(tmp_path / name, text), tmp_path / "out")
+    assert done.returncode == 2
+    assert phrase in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_other_encodings_are_named(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_bytes("question,intent\n怎么退款,退款\n".encode("gb18030"))
+    done = run(path, tmp_path / "out")
+    assert done.returncode == 2
+    assert "a.csv:2: not UTF-8" in done.stderr
+
+
+def test_test_intents_must_be_known(tmp_path: Path) -> None:
+    data = write(tmp_path / "a.jsonl", lines(single_rows()))
+    tested = write(
+        tmp_path / "b.jsonl", lines([{"question": "怎么退", "intent": "退款"}, {"question": "x", "intent": "新"}])
+    )
+    done = run(data, tmp_path / "out", "--test_data_file", str(tested))
+    assert done.returncode == 2
+    assert "b.jsonl:2: '新'" in done.stderr
+    done = run(data, tmp_path / "out", "--test_data_file", str(tested), "--skip_bad_lines", "true")
+    assert json.loads(done.stdout)["test"] == 1
+
+
+@pytest.mark.parametrize(
+    ("flags", "phrase"),
+    [
+        (["--mode", "vicuna"], "invalid choice: 'vicuna'"),
+        (["--test_ratio", "1"], "--test_ratio is 1.0"),
+        (["--test_ratio", "0"], "there is no --test_data_file and --test_ratio is 0"),
+        (["--model_name_or_path", "/no/model"], "the model folder /no/model has no config.json"),
+    ],
+)
+def test_wrong_settings(tmp_path: Path, flags: list[str], phrase: str) -> None:
+    done = run(write(tmp_path / "a.jsonl", lines(single_rows())), tmp_path / "out", *flags)
+    assert done.returncode == 2
+    assert phrase in done.stderr
+
+
+def test_nothing_of_others_is_overwritten(tmp_path: Path) -> None:
+    data = write(tmp_path / "train.jsonl", lines(single_rows()))
+    before = data.read_bytes()
+    assert "would be overwritten by its own result" in run(data, tmp_path).stderr
+    other = write(tmp_path / "a.jsonl", lines(single_rows()))
+    done = run(other, tmp_path)
+    assert done.returncode == 2
+    assert re.search(r"holds train\.jsonl that this command did not write", done.stderr)
+    assert data.read_bytes() == before
+    assert run(other, tmp_path, "--overwrite", "true").returncode == 0
+    assert run(other, tmp_path).returncode == 0  # its own files it may replace
+
+
+def test_the_model_decides_mode_and_length(tmp_path: Path, checkpoints: dict[str, Path]) -> None:
+    data = write(tmp_path / "a.jsonl", lines(single_rows()))
+    model = str(checkpoints["llama"])
+    done = run(data, tmp_path / "out", "--model_name_or_path", model, "--mode", "glm3")
+    assert done.returncode == 2
+    assert "--mode glm3 is for model_type chatglm, the checkpoint is 'llama'" in done.stderr
+    done = run(data, tmp_path / "out", "--model_name_or_path", model, "--max_seq_len", "40")
+    assert done.returncode == 2
+    assert re.search(r"a\.jsonl:\d+: this question's prompt with its 4 candidate intents has \d+ tokens", done.stderr)
+    done = run(data, tmp_path / "out", "--model_name_or_path", model)
+    assert done.returncode == 0
+    assert "chat format: the checkpoint's own chat template" in done.stderr
+
+
+def test_python_and_shell_have_the_same_settings() -> None:
+    text = (ROOT / "faq" / "prepare.sh").read_text(encoding="utf-8")
+    variables = dict(re.findall(r'^([A-Z_]+)="\$\{\1:-(.*)\}" ', text, re.MULTILINE))
+    options = {a.dest: a.default for a in prepare.build_parser()._actions if a.dest != "help"}
+    assert {name.lower() for name in variables} - {"mount_path"} == set(options)
+    for name, default in options.items():
+        shown = variables[name.upper()]
+        assert shown in ("", str(default), str(default).lower()), name
+
+
+def test_records_know_where_they_stand(tmp_path: Path) -> None:
+    """Line from 1, index from 0, over blank lines, quoted line breaks and indentation."""
+    rows = single_rows()[:2]
+    spread = write(tmp_path / "a.json", "[\n" + ",\n\n".join(json.dumps(r, indent=1) for r in rows) + "\n]")
+    assert [(r.line, r.index) for r in read_faq(spread).records] == [(2, 0), (9, 1)]
+    table = write(tmp_path / "a.csv", 'question,intent\n"a\nb",c\n\nd,e\n')
+    assert [(r.line, r.index) for r in read_faq(table).records] == [(2, 0), (5, 1)]
+    spaced = write(tmp_path / "a.jsonl", "\n" + lines(rows[:1]) + "\n" + lines(rows[1:]))
+    assert [(r.line, r.index) for r in read_faq(spaced).records] == [(2, 0), (4, 1)]
