@@ -25,6 +25,7 @@ from llmops.faq_records import INTENTS_NAME, FaqFile, FaqRecord, read_faq
 from llmops.records import Message
 
 LINES_SHOWN = 10
+LENGTHS_TRIED = 20  # of the longest questions: training checks every row
 OUTPUTS = ("train.jsonl", "test.jsonl", INTENTS_NAME)
 
 
@@ -57,6 +58,11 @@ class Example:
     question: str
     intent: str
     messages: tuple[Message, ...] = ()
+
+    @property
+    def asked(self) -> str:
+        """What tells this example from others: its question, or its whole prompt if that was made elsewhere."""
+        return json.dumps(self.messages[:-1], ensure_ascii=False) if self.messages else self.question
 
     @property
     def place(self) -> str:
@@ -114,8 +120,7 @@ def check(config: Config) -> None:
         if not (model / "config.json").is_file():
             problems.append(f"the model folder {model} has no config.json; expected a Hugging Face checkpoint folder")
         else:
-            family = checkpoints.choose_family(model, config.mode)  # a mode that does not fit is an error of its own
-            log(f"--mode {config.mode}: {family.about}")
+            checkpoints.choose_family(model, config.mode)  # a mode that does not fit is an error of its own
     if problems:
         raise UserError("; ".join(problems))
 
@@ -143,7 +148,7 @@ def without_conflicts(examples: Sequence[Example], skip_bad: bool, repeats_stay:
     first: dict[str, Example] = {}
     repeats, conflicts = [], []
     for example in examples:
-        known = first.setdefault(example.question, example)
+        known = first.setdefault(example.asked, example)
         if known is example:
             continue
         if known.intent == example.intent:
@@ -162,8 +167,8 @@ def without_conflicts(examples: Sequence[Example], skip_bad: bool, repeats_stay:
     if repeats:
         kept = "stay" if repeats_stay else "are kept once"
         log(f"{examples[0].path}: {len(repeats)} repeated questions {kept}; lines {listed(repeats)}")
-    unclear = {example.question for _, example in conflicts}
-    return [e for e in (examples if repeats_stay else first.values()) if e.question not in unclear]
+    unclear = {example.asked for _, example in conflicts}
+    return [e for e in (examples if repeats_stay else first.values()) if e.asked not in unclear]
 
 
 def split(examples: Sequence[Example], ratio: float, seed: int) -> tuple[list[Example], list[Example]]:
@@ -174,8 +179,8 @@ def split(examples: Sequence[Example], ratio: float, seed: int) -> tuple[list[Ex
     held: set[str] = set()
     for intent, group in groups.items():
         count = min(max(1, round(ratio * len(group))), len(group) - 1)
-        held.update(e.question for e in Random(f"{seed} {intent}").sample(group, count))
-    return [e for e in examples if e.question not in held], [e for e in examples if e.question in held]
+        held.update(e.asked for e in Random(f"{seed} {intent}").sample(group, count))
+    return [e for e in examples if e.asked not in held], [e for e in examples if e.asked in held]
 
 
 def collect_intents(records: Sequence[FaqRecord], none: str) -> tuple[dict[str, str], str]:
@@ -205,14 +210,14 @@ def make_variants(intents: Sequence[str], config: Config) -> list[list[str]]:
     return [shuffled[k * size : (k + 1) * size] for k in range(count)]
 
 
-def make_rows(examples: Sequence[Example], catalog: Catalog, config: Config) -> list[dict[str, Any]]:
-    """One row per example, then the rows of questions whose intent a variant leaves out."""
+def make_rows(examples: Sequence[Example], catalog: Catalog, ratio: float, seed: int) -> list[dict[str, Any]]:
+    """One row per example, then `ratio` as many rows of questions whose intent a variant leaves out."""
     rows = [make_row(example, example.intent, catalog, None) for example in examples]
     variant_of = {intent: k for k, absent in enumerate(catalog.left_out) for intent in absent}
-    if variant_of and config.out_of_scope_ratio:
+    if variant_of and ratio:
         movable = [e for e in examples if e.intent in variant_of]
-        count = min(len(movable), round(config.out_of_scope_ratio * len(examples)))
-        chosen = Random(config.seed + 1).sample(movable, count)
+        count = min(len(movable), round(ratio * len(examples)))
+        chosen = Random(seed + 1).sample(movable, count)
         rows += [make_row(e, catalog.none, catalog, variant_of[e.intent]) for e in chosen]
     return rows
 
@@ -238,9 +243,12 @@ def check_length(config: Config, examples: Sequence[Example], catalog: Catalog) 
     limit, whose = config.max_seq_len, f"--max_seq_len {config.max_seq_len}"
     if length and length < limit:
         limit, whose = length, f"the model's length of {length}"
-    longest = max(examples, key=lambda example: len(example.question))
-    row = make_row(longest, longest.intent, catalog, None)
-    tokens = len(chat.conversation(row["messages"])[-1].ids)
+    longest, tokens = examples[0], 0
+    for example in sorted(examples, key=lambda example: -len(example.question))[:LENGTHS_TRIED]:
+        messages = make_row(example, example.intent, catalog, None)["messages"]
+        length = len(chat.conversation(messages)[-1].ids)
+        if length > tokens:
+            longest, tokens = example, length
     if tokens > limit:
         raise UserError(
             f"{longest.place}: this question's prompt with its {len(catalog.intents)} candidate intents has {tokens} "
@@ -276,9 +284,9 @@ def run(config: Config) -> dict[str, Any]:
         report_skipped(tested)
         test = without_conflicts(examples_of(tested), config.skip_bad_lines, repeats_stay=True)
         test = check_known(test, intents, none, config.skip_bad_lines)
-        asked = {example.question for example in test}
-        both = [e for e in examples if e.question in asked]
-        examples = [e for e in examples if e.question not in asked]
+        asked = {example.asked for example in test}
+        both = [e for e in examples if e.asked in asked]
+        examples = [e for e in examples if e.asked not in asked]
         if both:
             places = listed([str(e.line) for e in both])
             log(f"{data.path}: {len(both)} questions are test questions, too, and left out of training; lines {places}")
@@ -291,7 +299,12 @@ def run(config: Config) -> dict[str, Any]:
     catalog = Catalog(config.mode, wording, intents, left_out, none_reply)
     if config.model_name_or_path:
         check_length(config, [*examples, *test], catalog)
-    rows = {"train.jsonl": make_rows(examples, catalog, config), "test.jsonl": make_rows(test, catalog, config)}
+    ratio = config.out_of_scope_ratio
+    rows = {
+        "train.jsonl": make_rows(examples, catalog, ratio, config.seed),
+        # a given test file is not changed
+        "test.jsonl": make_rows(test, catalog, 0 if config.test_data_file else ratio, config.seed),
+    }
     # 4. all files, or none
     write_outputs(Path(config.output_dir), rows, catalog)
     counts = {name.partition(".")[0]: len(found) for name, found in rows.items()}

@@ -14,7 +14,9 @@ MOUNT_PATH="${MOUNT_PATH:-$HERE/mnt}"            # folder with the base model, d
 DATA_FILE="${DATA_FILE:-}"                       # questions with intents: JSON lines, a JSON array, or csv
 TEST_DATA_FILE="${TEST_DATA_FILE:-}"             # questions to test with; empty: a part of DATA_FILE
 MODEL_NAME_OR_PATH="${MODEL_NAME_OR_PATH:-}"     # base model; empty: MOUNT_PATH/Llama-2-13b-chat-hf
-MODE="${MODE:-auto}"                             # auto glm glm2 glm3 baichuan2_13b qwen1.5: a file of faq/templates
+OUTPUT_PATH="${OUTPUT_PATH:-}"                   # empty: MOUNT_PATH/output_path
+MODE="${MODE:-auto}"                             # auto glm glm2 glm3 baichuan2_13b qwen1.5 llama2: faq/templates
+MAX_SEQ_LEN="${MAX_SEQ_LEN:-2048}"               # longest prompt and answer in tokens
 TEST_RATIO="${TEST_RATIO:-0.1}"                  # share of each intent's questions that is held out
 OUT_OF_SCOPE_RATIO="${OUT_OF_SCOPE_RATIO:-0.1}"  # questions added whose intent is left out of the list
 TRUST_REMOTE_CODE="${TRUST_REMOTE_CODE:-false}"  # run Python code that the checkpoint's folder ships
@@ -25,22 +27,24 @@ source "$HERE/llmops/environment.sh"
 REST=()
 read_settings "${BASH_SOURCE[0]}" "$@"
 : "${MODEL_NAME_OR_PATH:=$MOUNT_PATH/Llama-2-13b-chat-hf}"
-output=$MOUNT_PATH/output_path
+: "${OUTPUT_PATH:=$MOUNT_PATH/output_path}"
 
 log "1. prepare"
 bash "$HERE/faq/prepare.sh" --data_file "$DATA_FILE" --test_data_file "$TEST_DATA_FILE" --mount_path "$MOUNT_PATH" \
     --model_name_or_path "$MODEL_NAME_OR_PATH" --mode "$MODE" --test_ratio "$TEST_RATIO" \
+    --output_dir "$MOUNT_PATH/datasets" --max_seq_len "$MAX_SEQ_LEN" \
     --out_of_scope_ratio "$OUT_OF_SCOPE_RATIO" --trust_remote_code "$TRUST_REMOTE_CODE" >&2
 log "2. train"
 forward bash "$HERE/chat_main.sh" --scenario faq --mount_path "$MOUNT_PATH" --model_name_or_path "$MODEL_NAME_OR_PATH" \
-    --mode "$MODE" --cuda_visible_devices "$CUDA_VISIBLE_DEVICES" --trust_remote_code "$TRUST_REMOTE_CODE" \
+    --mode "$MODE" --output_path "$OUTPUT_PATH" --max_seq_len "$MAX_SEQ_LEN" \
+    --train_file "$MOUNT_PATH/datasets/train.jsonl" --test_file "$MOUNT_PATH/datasets/test.jsonl" --cuda_visible_devices "$CUDA_VISIBLE_DEVICES" --trust_remote_code "$TRUST_REMOTE_CODE" \
     ${REST[@]+"${REST[@]}"} >&2
 log "3. predict"
 for constrain in true false; do
     [ "$constrain" = true ] && name=predictions.jsonl || name=predictions_unconstrained.jsonl
-    forward bash "$HERE/faq/predict.sh" --mount_path "$MOUNT_PATH" --input_file "$MOUNT_PATH/datasets/test.jsonl" \
-        --output_file "$output/$name" --constrain "$constrain" --mode "$MODE" \
+    forward bash "$HERE/faq/predict.sh" --model_name_or_path "$OUTPUT_PATH" --intents_file "" --input_file "$MOUNT_PATH/datasets/test.jsonl" \
+        --output_file "$OUTPUT_PATH/$name" --constrain "$constrain" --mode "$MODE" \
         --cuda_visible_devices "$CUDA_VISIBLE_DEVICES" --trust_remote_code "$TRUST_REMOTE_CODE"
 done
 log "4. score"
-exec bash "$HERE/faq/score.sh" --mount_path "$MOUNT_PATH" --unconstrained "$output/predictions_unconstrained.jsonl"
+exec bash "$HERE/faq/score.sh" --predictions "$OUTPUT_PATH/predictions.jsonl" --unconstrained "$OUTPUT_PATH/predictions_unconstrained.jsonl"

@@ -19,9 +19,10 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from faq.catalog import wording_of
+from faq.catalog import load_catalog, wording_of
 from llmops import pictures
 from llmops.console import Parser, UserError, log, run_main
+from llmops.faq_records import INTENTS_NAME
 
 TOP_PAIRS = 10
 
@@ -31,7 +32,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = Parser(prog="score.py", description="Score intent predictions.", allow_abbrev=False)
     parser.add_argument("predictions", nargs="+", help="output files of faq/predict.sh")
     parser.add_argument("--picture", default="", help="PNG of the confusions; empty: beside the first file")
-    parser.add_argument("--none", default=wording_of("auto").none, help="the answer that means: no intent fits")
+    parser.add_argument("--intents_file", default="", help=f"{INTENTS_NAME}; empty: beside the first file")
     return parser
 
 
@@ -129,7 +130,10 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     """Score every file, draw the first one's confusions; what is printed."""
     files = [Path(name) for name in arguments.predictions]
     read = [read_predictions(path) for path in files]
-    results = [{"file": str(path)} | score(rows, arguments.none) for path, rows in zip(files, read, strict=True)]
+    intents = Path(arguments.intents_file or files[0].with_name(INTENTS_NAME))
+    given = arguments.intents_file or intents.is_file()
+    none = load_catalog(intents).none if given else wording_of("auto").none
+    results = [{"file": str(path)} | score(rows, none) for path, rows in zip(files, read, strict=True)]
     picture = Path(arguments.picture) if arguments.picture else files[0].with_suffix(".png")
     if results[0]["most_confused"]:
         draw(read[0], results[0], picture)

@@ -12,6 +12,7 @@ HERE=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
 MOUNT_PATH="${MOUNT_PATH:-$HERE/mnt}" # folder with output_path/
 PREDICTIONS="${PREDICTIONS:-}"        # output of predict.sh; empty: MOUNT_PATH/output_path/predictions.jsonl
 UNCONSTRAINED="${UNCONSTRAINED:-}"    # the same with --constrain false, to compare
+INTENTS_FILE="${INTENTS_FILE:-}"      # intents.json of prepare.sh; empty: beside PREDICTIONS
 PICTURE="${PICTURE:-}"                # PNG of the confusions; empty: beside PREDICTIONS
 # --- end of settings ---------------------------------------------------------------------------------------------------
 

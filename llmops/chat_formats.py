@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from llmops.console import UserError
+from llmops.console import EXIT_USER_ERROR, UserError, log
 from llmops.records import Message
 
 
@@ -172,7 +172,11 @@ LAYOUTS: dict[str, Layout] = {
     "baichuan2": baichuan2_layout,
 }
 TEMPLATES = Path(__file__).resolve().parent.parent / "faq" / "templates"
-FAMILIES = read_families(TEMPLATES)
+try:
+    FAMILIES = read_families(TEMPLATES)
+except UserError as error:  # a user's own file: every command reads it before it can parse its arguments
+    log(f"error: {error}")
+    raise SystemExit(EXIT_USER_ERROR) from error
 OWN = FAMILIES["auto"]  # the checkpoint's own chat template
 MODES_TEXT = ", ".join(FAMILIES)
 

@@ -9,7 +9,7 @@ import pytest
 from conftest import ROOT, chat_main
 
 from llmops.console import UserError
-from train.config import Config, find_problems, parse
+from train.config import FAQ_DEFAULTS, Config, find_problems, parse
 
 SCRIPT = (ROOT / "chat_main.sh").read_text(encoding="utf-8")
 VARIABLES = dict(re.findall(r'^([A-Z_]+)="\$\{\1:-(.*)\}" ', SCRIPT, re.MULTILINE))
@@ -23,6 +23,12 @@ def test_chat_main_has_every_setting_with_the_same_default() -> None:
             continue
         text = VARIABLES[item.name.upper()]
         value = item.default
+        if item.name in FAQ_DEFAULTS:  # left to the scenario; the comment says what that gives
+            assert text == ""
+            comment = re.search(rf"^{item.name.upper()}=.*; empty: (\S+), faq (\S+)$", SCRIPT, re.MULTILINE)
+            assert comment, item.name
+            assert [float(number) for number in comment.groups()] == [value, FAQ_DEFAULTS[item.name]]
+            continue
         assert text == str(value).lower() if isinstance(value, (bool, str)) else float(text) == value, item.name
 
 
@@ -61,6 +67,8 @@ def test_all_problems_at_once(tmp_path: Path) -> None:
         (["--test_file", "/no/such/test.jsonl"], "the test data /no/such/test.jsonl does not exist"),
         (["--ds_file", "/no/such.json"], "DeepSpeed file /no/such.json does not exist"),
         (["--max_steps", "0"], "nothing to train"),
+        (["--mode", "vicuna"], "invalid choice: 'vicuna'"),
+        (["--mode", "glm3"], "--mode glm3 is for model_type chatglm, the checkpoint is 'llama'"),
     ],
 )
 def test_wrong_settings_are_one_sentence(
@@ -84,7 +92,6 @@ def test_wrong_settings_are_one_sentence(
         (["--trian_type", "all"], 2, "unknown argument --trian_type"),
         (["stray"], 2, "unknown argument stray"),
         (["--train_type"], 2, "--train_type needs a value"),
-        (["--scenario", "faq"], 2, "not part of this version yet"),
         (["--scenario", "chat"], 2, "expected general or faq"),
         (["--model_name_or_path", "/no/model"], 2, "the model folder /no/model does not exist"),
         (["--train_file", "/no/data.jsonl"], 2, "the training data /no/data.jsonl does not exist"),
@@ -112,3 +119,17 @@ def test_bad_data_is_told_before_anything_is_loaded(small_data: Path, checkpoint
     assert done.returncode == 2
     assert f"{train}:25: broken JSON" in done.stderr
     assert not (small_data / "output_path").exists()
+
+
+def test_the_faq_scenario_has_its_own_defaults(small_data: Path, checkpoints: dict[str, Path]) -> None:
+    given = [
+        "--model_name_or_path", str(checkpoints["llama"]), "--output_path", str(small_data / "out"),
+        "--train_file", str(small_data / "datasets" / "train.jsonl"),
+    ]  # fmt: skip
+    general, _ = parse(given)
+    faq, _ = parse([*given, "--scenario", "faq"])
+    flagged, _ = parse([*given, "--scenario", "faq", "--lora_dim", "64"])
+    for name, value in FAQ_DEFAULTS.items():
+        assert getattr(faq, name) == value != getattr(general, name)
+    assert faq.peak_learning_rate == 2 * general.peak_learning_rate
+    assert (flagged.lora_dim, flagged.max_seq_len) == (64, FAQ_DEFAULTS["max_seq_len"])

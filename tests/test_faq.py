@@ -1,0 +1,160 @@
+"""The FAQ scenario as a user runs it: the demo from nothing to scores, then every command of faq/README.md on it."""
+
+import json
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import ROOT, chat_main, environment, write_jsonl
+
+from faq.catalog import load_catalog
+
+
+def faq(name: str, *arguments: str, timeout: float = 300) -> subprocess.CompletedProcess[str]:
+    """Run one of faq/*.sh to its end."""
+    return subprocess.run(
+        ["bash", str(ROOT / "faq" / name), *arguments], env=environment(), stdin=subprocess.DEVNULL,
+        capture_output=True, text=True, timeout=timeout, check=False,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a finished demo, after `SCENARIO=faq bash chat_main.sh --demo`."""
+    mount = tmp_path_factory.mktemp("mnt")
+    done = chat_main("--demo", "--mount_path", str(mount), SCENARIO="faq", timeout=900)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "accuracy" in done.stderr
+    return mount / "demo" / "faq"
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """A jsonl file."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def test_the_demo_classifies_held_out_questions(demo: Path) -> None:
+    constrained, free = json.loads((demo / "scores.json").read_text(encoding="utf-8"))["results"]
+    assert constrained["questions"] > 80
+    assert constrained["accuracy"] >= 0.6
+    assert constrained["outside_the_candidates"] == 0
+    assert constrained["constrained"]
+    assert not free["constrained"]
+    catalog = load_catalog(demo / "output_path" / "intents.json")
+    rows = read_lines(demo / "output_path" / "predictions.jsonl")
+    asked = read_lines(demo / "datasets" / "test.jsonl")
+    assert [row["question"] for row in rows] == [row["question"] for row in asked]
+    for row, source in zip(rows, asked, strict=True):
+        assert row["intent"] in catalog.answers(source.get("variant"))  # never outside the candidates
+        assert row["reply"] == catalog.reply(row["intent"])
+        assert 0 < row["runner_up"]["probability"] <= row["probability"] <= 1
+        assert row["runner_up"]["intent"] != row["intent"]
+    held_out = {row["question"] for row in asked}
+    learned = {row["question"] for row in read_lines(demo / "datasets" / "train.jsonl")}
+    assert not held_out & learned
+    for picture in ("predictions.png", "training_loss.png"):
+        assert (demo / "output_path" / picture).is_file()
+
+
+def test_one_question_and_the_plain_way(demo: Path) -> None:
+    model = str(demo / "output_path")
+    question = "我要申请退款"
+    answers = []
+    for reuse in ("true", "false"):
+        done = faq("predict.sh", "--model_name_or_path", model, "--question", question, "--reuse_prefix", reuse)
+        assert done.returncode == 0, done.stderr
+        answers.append(json.loads(done.stdout))
+    assert answers[0]["intent"] == answers[1]["intent"]
+    assert answers[0]["probability"] == pytest.approx(answers[1]["probability"], abs=1e-4)
+    assert "reference" not in answers[0]
+
+
+def test_a_file_of_questions(demo: Path, tmp_path: Path) -> None:
+    """Raw questions, with and without intents, as csv; the same answers at another batch size."""
+    table = tmp_path / "questions.csv"
+    table.write_text(
+        "question,intent\n怎么申请退款,\n帮我看看物流到哪了,查询物流进度\n讲个笑话,不符合\n", encoding="utf-8"
+    )
+    texts = []
+    for size in ("1", "64"):
+        done = faq("predict.sh", "--mount_path", str(demo), "--input_file", str(table), "--batch_size", size)
+        assert done.returncode == 0, done.stderr
+        texts.append([(row["question"], row["intent"]) for row in map(json.loads, done.stdout.splitlines())])
+    assert texts[0] == texts[1]
+    assert len(texts[0]) == 3
+
+
+def test_train_lora_merge_predict(demo: Path, tmp_path: Path) -> None:
+    """A LoRA on the demo's model, merged: adapter and merged model answer alike."""
+    settings = (
+        "--scenario", "faq", "--mount_path", str(demo), "--output_path", str(tmp_path / "lora"),
+        "--model_name_or_path", str(demo / "output_path"), "--merge_lora", "true", "--max_steps", "2",
+        "--tensorboard", "false", "--max_seq_len", "1024",
+    )  # fmt: skip
+    done = chat_main(*settings)
+    assert done.returncode == 0, done.stderr[-3000:]
+    saved = json.loads((tmp_path / "lora" / "finetune_config.json").read_text())
+    assert (saved["lora_dim"], saved["per_device_train_batch_size"], saved["warmup_ratio"]) == (8, 16, 0.1)
+    answers = []
+    for model in (tmp_path / "lora", tmp_path / "lora" / "merged"):
+        done = faq("predict.sh", "--model_name_or_path", str(model), "--question", "发票怎么开")
+        assert done.returncode == 0, done.stderr
+        answers.append(json.loads(done.stdout))
+    assert answers[0]["intent"] == answers[1]["intent"]
+    assert answers[0]["probability"] == pytest.approx(answers[1]["probability"], abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "phrase"),
+    [
+        (["--model_name_or_path", "/no/model", "--question", "x"], "/no/model holds no model"),
+        ([], "give either --input_file or --question"),
+        (["--question", "x", "--mode", "glm3"], "--mode glm3 is for model_type chatglm, the checkpoint is 'llama'"),
+        (["--question", "x", "--mode", "vicuna"], "invalid choice: 'vicuna'"),
+        (["--question", "x", "--intents_file", "/no/intents.json"], "/no/intents.json does not exist"),
+        (["--question", "长" * 6000], "more than the model's 4096"),
+        (["--input_file", "/no/file.jsonl"], "the data file /no/file.jsonl does not exist"),
+    ],
+)
+def test_wrong_predictions_are_one_sentence(demo: Path, arguments: list[str], phrase: str) -> None:
+    done = faq("predict.sh", "--mount_path", str(demo), *arguments)
+    assert done.returncode == 2
+    assert phrase in done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stdout == ""
+
+
+def test_training_refuses_what_it_would_have_to_cut(demo: Path, tmp_path: Path) -> None:
+    """A question without its whole candidate list means something else: no row of the faq scenario is cut."""
+    common = ("--scenario", "faq", "--mount_path", str(demo), "--output_path", str(tmp_path / "out"))
+    done = chat_main(*common, "--model_name_or_path", str(demo / "tiny-chat-model"), "--max_seq_len", "100")
+    assert done.returncode == 2
+    assert "train.jsonl:1: the prompt with its answer has" in done.stderr
+    assert "the limit is 100" in done.stderr
+
+
+def test_training_tells_where_raw_data_goes(demo: Path, tmp_path: Path) -> None:
+    raw = tmp_path / "train.jsonl"
+    raw.write_text('{"question": "怎么退款", "intent": "退款"}\n', encoding="utf-8")
+    done = chat_main(
+        "--scenario", "faq", "--train_file", str(raw), "--model_name_or_path", str(demo / "tiny-chat-model"),
+        "--output_path", str(tmp_path / "out"),
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert "become such lines by faq/prepare.sh" in done.stderr
+
+
+def test_variants_of_another_file_are_named(demo: Path, tmp_path: Path) -> None:
+    row = {"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "申请退款"}], "variant": 7}
+    path = write_jsonl(tmp_path / "test.jsonl", [])
+    path.write_text(json.dumps(row, ensure_ascii=False) + "\n", encoding="utf-8")
+    done = faq("predict.sh", "--mount_path", str(demo), "--input_file", str(path))
+    assert done.returncode == 2
+    assert "test.jsonl:1: variant 7 is not in the intents file" in done.stderr
+
+
+def test_run_all_needs_data() -> None:
+    done = faq("run_all.sh")
+    assert done.returncode == 2
+    assert "--data_file is missing" in done.stderr
