@@ -1,6 +1,7 @@
 """The same fine-tuning work by ours, LLaMA-Factory and TRL, each in its own process; prints a table and JSON lines.
 
-(a) conversations of alpaca_zh; (b) banking77 questions whose prompts begin with the same list of 77 labels.
+(a) conversations of alpaca_zh; (b) banking77 questions, prepared and trained as the FAQ scenario does: their prompts
+begin with the same list of 77 labels.
 LoRA rank 8 on all linear layers, fp32, AdamW, batch 8, rows in the file's order, a Llama of about 40M weights.
 """
 
@@ -9,6 +10,7 @@ import csv
 import json
 import subprocess
 import sys
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -18,37 +20,44 @@ sys.path.insert(0, str(HERE.parent))
 from llmops import tiny
 from llmops.console import log
 
-Case = tuple[str, list[str]]
+COUNTS = {"train": 2, "test": 1}  # questions of each of the 77 labels in (b)
+FAQ = ["--scenario", "faq"]
+INSTRUCTION = "Which intent does the customer's question have? Answer with one of these:"
 
 
 def make_inputs(work: Path, data: Path) -> tuple[Path, Path, Path]:
-    """The model folder and the two data files."""
-    model, alpaca, banking = work / "llama-40m", work / "alpaca.jsonl", work / "banking.jsonl"
+    """The model folder and the two data files; the second one is made by the FAQ scenario's own faq/prepare.sh."""
+    model, alpaca, banking = work / "llama-40m", work / "alpaca.jsonl", work / "banking" / "train.jsonl"
     if not banking.exists():
         work.mkdir(parents=True, exist_ok=True)
         lines = (data / "alpaca_zh" / "train.jsonl").read_text(encoding="utf-8").splitlines()
         alpaca.write_text("\n".join(lines[:256]) + "\n", encoding="utf-8")
-        with open(data / "banking77" / "train.csv", encoding="utf-8", newline="") as stream:
-            rows = list(csv.DictReader(stream))
-        labels = sorted({row["category"] for row in rows})
-        head = (
-            "Which intent does the customer's question have? Answer with one of: " + ", ".join(labels) + "\nQuestion: "
-        )
-        chosen = rows[:: len(rows) // 128][:128]
-        with open(banking, "w", encoding="utf-8") as stream:
-            for row in chosen:
-                messages = [
-                    {"role": "user", "content": head + row["text"].strip()},
-                    {"role": "assistant", "content": row["category"]},
-                ]
-                stream.write(json.dumps({"messages": messages}) + "\n")
-        texts = (
-            [m["content"] for line in lines for m in json.loads(line)["messages"]]
-            + [row["text"] for row in rows]
-            + labels
-        )
+        chosen = {name: first_of_each(data / "banking77" / f"{name}.csv", count) for name, count in COUNTS.items()}
+        for name, rows in chosen.items():
+            with open(work / f"banking_{name}.csv", "w", encoding="utf-8", newline="") as stream:
+                writer = csv.DictWriter(stream, rows[0].keys())
+                writer.writeheader()
+                writer.writerows(rows)
+        prepare = [
+            "bash", str(HERE.parent / "faq" / "prepare.sh"), "--output_dir", str(banking.parent),
+            "--data_file", str(work / "banking_train.csv"), "--test_data_file", str(work / "banking_test.csv"),
+            "--out_of_scope_ratio", "0", "--instruction", INSTRUCTION,
+        ]  # fmt: skip
+        subprocess.run(prepare, check=True)
+        everything = [line for path in (alpaca, banking) for line in path.read_text(encoding="utf-8").splitlines()]
+        texts = [m["content"] for line in everything for m in json.loads(line)["messages"]]
         tiny.write_checkpoint(model, texts, "llama", 16000, hidden=512, layers=8, heads=8)
     return model, alpaca, banking
+
+
+def first_of_each(path: Path, count: int) -> list[dict[str, str]]:
+    """`count` questions of every label, the labels taking turns."""
+    found: dict[str, list[dict[str, str]]] = defaultdict(list)
+    with open(path, encoding="utf-8", newline="") as stream:
+        for row in csv.DictReader(stream):
+            if len(found[row["category"]]) < count:
+                found[row["category"]].append(row)
+    return [rows[i] for i in range(count) for rows in found.values()]
 
 
 def run(python: Path, driver: Path, flags: list[str]) -> dict[str, Any]:
@@ -67,7 +76,7 @@ def main() -> int:
         parser.add_argument(f"--{name}", type=Path, required=True)
     parser.add_argument("--rounds", type=int, default=2, help="runs of each setting; the fastest counts")
     parser.add_argument("--steps_a", type=int, default=32, help="steps of 8 conversations in (a); 32 is all of them")
-    parser.add_argument("--steps_b", type=int, default=4, help="steps of 8 questions in (b) for the peers; 16 is all")
+    parser.add_argument("--steps_b", type=int, default=4, help="steps of 8 questions in (b) for the peers; 20 is all")
     parser.add_argument("--parts", default="ab")
     args = parser.parse_args()
     model, alpaca, banking = make_inputs(args.work, args.data)
@@ -95,9 +104,9 @@ def main() -> int:
         flags = ["--model", str(model), "--data", str(banking)]
         few = ["--max_steps", str(args.steps_b)]
         cases = [
-            ("ours", ours, ["--packing", "on"]),
-            ("ours, batch 32", ours, ["--packing", "on", "--batch_size", "32"]),
-            ("ours, batch 128", ours, ["--packing", "on", "--batch_size", "128"]),
+            ("ours", ours, ["--packing", "on", *FAQ]),
+            ("ours, batch 32", ours, ["--packing", "on", "--batch_size", "32", *FAQ]),
+            ("ours, batch 128", ours, ["--packing", "on", "--batch_size", "128", *FAQ]),
             *((f"{name}, micro-batch {m}", tool, ["--packing", "off", "--micro_batch_size", m, *few])
               for name, tool in (("LLaMA-Factory", factory), ("TRL", trl)) for m in ("8", "1")),
         ]  # fmt: skip

@@ -26,6 +26,7 @@ from peer_common import (
 def main() -> None:
     """Train once and print the report as the last line of stdout."""
     parser = build_parser(__doc__ or "")
+    parser.add_argument("--scenario", default="general", choices=("general", "faq"))
     args = parser.parse_args()
     prepare_environment(args.threads)
     os.environ["DS_ACCELERATOR"] = "cpu"
@@ -44,7 +45,8 @@ def main() -> None:
 
         torch.set_num_threads(args.threads)
         config = Config(
-            model_name_or_path=args.model, train_file=args.data, test_file=args.data, output_path=folder,
+            scenario=args.scenario, model_name_or_path=args.model, output_path=folder,
+            train_file=args.data, test_file=args.data,
             lora_module_name=",".join(LORA_TARGETS), lora_dim=LORA_RANK, lora_alpha=LORA_ALPHA, lora_dropout=0.0,
             per_device_train_batch_size=micro, gradient_accumulation_steps=accumulation, max_seq_len=args.max_length,
             learning_rate=LEARNING_RATE, num_train_epochs=1, max_steps=args.max_steps or -1,
