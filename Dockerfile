@@ -10,12 +10,12 @@ LABEL org.opencontainers.image.title="llmops-deepspeed-backend" \
 
 SHELL ["/bin/bash", "-o", "pipefail", "-c"]
 
-# python3-dev and the compiler: DeepSpeed's and Triton's operators; libaio: offload to NVMe.
+# python3-dev and the compiler: DeepSpeed's and Triton's operators; libaio: offload to NVMe; the font: Chinese in pictures.
 # Versions follow the base image, which is pinned.
 # hadolint ignore=DL3008
 RUN apt-get update \
     && DEBIAN_FRONTEND=noninteractive apt-get install --yes --no-install-recommends \
-        build-essential ca-certificates libaio-dev python3 python3-dev python3-pip python3-venv \
+        build-essential ca-certificates fonts-wqy-microhei libaio-dev python3 python3-dev python3-pip python3-venv \
     && rm -rf /var/lib/apt/lists/*
 
 # Packages before the source: editing the source does not install them again.

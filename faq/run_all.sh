@@ -37,7 +37,7 @@ bash "$HERE/faq/prepare.sh" --data_file "$DATA_FILE" --test_data_file "$TEST_DAT
 log "2. train"
 forward bash "$HERE/chat_main.sh" --scenario faq --mount_path "$MOUNT_PATH" --model_name_or_path "$MODEL_NAME_OR_PATH" \
     --mode "$MODE" --output_path "$OUTPUT_PATH" --max_seq_len "$MAX_SEQ_LEN" \
-    --train_file "$MOUNT_PATH/datasets/train.jsonl" --test_file "$MOUNT_PATH/datasets/test.jsonl" --cuda_visible_devices "$CUDA_VISIBLE_DEVICES" --trust_remote_code "$TRUST_REMOTE_CODE" \
+    --cuda_visible_devices "$CUDA_VISIBLE_DEVICES" --trust_remote_code "$TRUST_REMOTE_CODE" \
     ${REST[@]+"${REST[@]}"} >&2
 log "3. predict"
 for constrain in true false; do

@@ -27,7 +27,7 @@ read_settings() {
             continue
             ;;
         --)
-            [ -n "${REST+set}" ] || die "unknown argument --; bash ${script##*/} --help lists every setting"
+            declare -p REST &>/dev/null || die "unknown argument --; bash ${script##*/} --help lists every setting"
             REST=("${@:2}")
             break
             ;;
