@@ -73,7 +73,7 @@ def cure(cls: type, patches: tuple[Patch, ...]) -> tuple[str, ...]:
     return getattr(cls, CURED)
 
 
-# --- looking at a class ------------------------------------------------------------------------------------------------
+# --- looking at a class ----------------------------------------------------------------------------------------------
 
 
 def parameters_of(function: Callable[..., Any]) -> list[str]:
@@ -134,7 +134,7 @@ def around_forward(cls: type, around: Callable[[Any, dict[str, Any], Callable[..
     cls.forward = forward  # type: ignore[attr-defined]
 
 
-# --- tokenizers --------------------------------------------------------------------------------------------------------
+# --- tokenizers ------------------------------------------------------------------------------------------------------
 
 
 def special_tokens_before_vocabulary(cls: Any) -> bool:
@@ -254,7 +254,7 @@ TOKENIZER_PATCHES: tuple[Patch, ...] = (
 )
 
 
-# --- configurations ----------------------------------------------------------------------------------------------------
+# --- configurations --------------------------------------------------------------------------------------------------
 
 
 def names_of_today_missing(cls: Any) -> bool:
@@ -306,7 +306,7 @@ CONFIG_PATCHES: tuple[Patch, ...] = (
 )
 
 
-# --- models: building, loading, saving ---------------------------------------------------------------------------------
+# --- models: building, loading, saving -------------------------------------------------------------------------------
 
 
 def weights_built_twice(cls: type) -> bool:
@@ -358,7 +358,8 @@ def half_precision_hard_coded(cls: type) -> bool:
 
     def recast(model: Any) -> None:
         wanted = torch.get_default_dtype()  # from_pretrained sets it to the one asked for
-        if any(p.is_floating_point() and p.dtype != wanted for p in model.parameters()):
+        tensors = [*model.parameters(), *model.buffers()]  # ZeRO 3 casts the weights by itself, but no buffer
+        if any(t.is_floating_point() and t.dtype != wanted for t in tensors):
             model.to(wanted)
 
     after_init(cls, recast)
@@ -383,7 +384,7 @@ def output_layer_not_found(cls: type) -> bool:
 
 
 def head_no_longer_tied(cls: type) -> bool:
-    """A file without lm_head loads as NaN: transformers 4 tied it to the embedding unless told otherwise, 5 does not."""
+    """A file without lm_head loads as NaN: transformers 4 tied it to the embedding by default, 5 does not."""
     if not own_definition(cls, "get_output_embeddings") or own_definition(cls, "_tied_weights_keys"):
         return False
 
@@ -506,7 +507,7 @@ def loss_not_divided(cls: type) -> bool:
     return True
 
 
-# --- models: gradient checkpointing ------------------------------------------------------------------------------------
+# --- models: gradient checkpointing ----------------------------------------------------------------------------------
 
 
 def nothing_is_recomputed(cls: type) -> bool:
@@ -563,7 +564,7 @@ def recompute_when_asked(kind: Any) -> None:
     kind.gradient_checkpointing = False
 
 
-# --- models: generation ------------------------------------------------------------------------------------------------
+# --- models: generation ----------------------------------------------------------------------------------------------
 
 
 class TupleCache(tuple):
