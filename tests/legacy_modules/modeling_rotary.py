@@ -154,8 +154,8 @@ class OldForCausalLM(OldPreTrainedModel):
         }  # fmt: skip
 
     def forward(
-        self, input_ids=None, position_ids=None, attention_mask=None, past_key_values=None, labels=None,
-        use_cache=None, return_dict=None,
+        self, input_ids=None, position_ids=None, attention_mask=None, past_key_values=None, inputs_embeds=None,
+        labels=None, use_cache=None, output_attentions=None, output_hidden_states=None, return_dict=None,
     ):  # fmt: skip
         output = self.transformer(input_ids, position_ids, attention_mask, past_key_values, use_cache)
         logits = self.transformer.output_layer(output.last_hidden_state).transpose(0, 1)
