@@ -529,10 +529,10 @@ def nothing_is_recomputed(cls: type) -> bool:
     owner = own_definition(cls, "_set_gradient_checkpointing")
     blocked = own_definition(cls, "gradient_checkpointing_enable")
     old = owner is not None and "value" in parameters_of(owner.__dict__["_set_gradient_checkpointing"])
-    if not old and blocked is None:
-        return False
     names = set(getattr(cls, "_no_split_modules", None) or ())
     kinds = tuple(c for c in own_classes(cls) if c.__name__ in names)
+    if not kinds or (not old and blocked is None):
+        return False
     for kind in kinds:
         recompute_when_asked(kind)
 
@@ -619,7 +619,7 @@ def cache_is_a_tuple(cls: type) -> bool:
     when there is a cache and no position_ids, and a first step that is not told from the next.
     """
     reorder = getattr(cls, "_reorder_cache", None)
-    if reorder is None or getattr(cls, "_supports_cache_class", False):
+    if reorder is None or any("Cache" in vars(m) or "DynamicCache" in vars(m) for m in own_modules(cls)):
         return False
     accepted = set(parameters_of(cls.forward))  # type: ignore[attr-defined]
     two_positions = has_two_positions(cls)
