@@ -43,7 +43,8 @@ def measure(folder: Path, tokens: int, dtype: str, patched: bool) -> dict[str, o
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     kept = sum(buffer.nbytes for buffer in model.buffers())
     return {
-        "patched": patched, "dtype": dtype, "tokens": tokens, "weights_mib": sum(p.nbytes for p in model.parameters()) // MIB,
+        "patched": patched, "dtype": dtype, "tokens": tokens,
+        "weights_mib": sum(p.nbytes for p in model.parameters()) // MIB,
         "forward_adds_mib": (peak - before) // MIB, "buffers_kept_mib": kept // MIB,
     }  # fmt: skip
 

@@ -497,7 +497,9 @@ def auto_map_values(config: dict[str, Any]) -> Iterator[str]:
 # --- generation -----------------------------------------------------------------------------------------------------
 
 
-def answers(subject: Subject, ids: torch.Tensor, mask: torch.Tensor | None = None, **options: Any) -> list[list[int]]:
+def answers(
+    subject: Subject, ids: torch.Tensor, mask: torch.Tensor | None = None, model: Any = None, **options: Any
+) -> list[list[int]]:
     """New tokens of each row."""
     torch.manual_seed(1)
     settings = {
@@ -511,7 +513,7 @@ def answers(subject: Subject, ids: torch.Tensor, mask: torch.Tensor | None = Non
     settings |= {"pad_token_id": subject.tokenizer.pad_token_id} | options
     mask = torch.ones_like(ids) if mask is None else mask
     with torch.no_grad():
-        found = subject.model.generate(input_ids=ids, attention_mask=mask, **settings)
+        found = (model or subject.model).generate(input_ids=ids, attention_mask=mask, **settings)
     return found[:, ids.shape[1] :].tolist()
 
 
@@ -634,6 +636,9 @@ def merged(subject: Subject) -> str:
         moved = difference(adapted(input_ids=subject.tensor(subject.prompts[0])).logits,
                            subject.model(input_ids=subject.tensor(subject.prompts[0])).logits)  # fmt: skip
     assert moved > 10 * worst, f"the adapter changes nothing ({moved:.1e})"
+    ids, mask = subject.batch(left=True)
+    both = [answers(subject, ids, mask, model) for model in (adapted, whole)]
+    assert both[0] == both[1] or subject.dtype != torch.float32, f"{both[0]} with the adapter, {both[1]} merged"
     return f"{within(worst, subject.bound, 'logits')} (the adapter moved them by {moved:.1e})"
 
 
