@@ -35,6 +35,7 @@ DEMO = ROOT / "train" / "demo_data"
 TEXTS = ("hello", "你好，世界！ABC and more words", "How many days are in a week? 7, 七天。", "一二三 四五六")
 QUESTIONS = ("你好", "What is the capital of France, and of Spain?", "请介绍一下你自己，用一句话。")
 SMALL = 1_000_000_000  # weights; up to here every weight is trained as well, above only adapters
+UNEQUAL = (4, 11, 7)  # new tokens of the processes that generate together
 # what a broken checkpoint raises: its row fails, the other rows go on
 EXPECTED = (AssertionError, AttributeError, IndexError, KeyError, NotImplementedError, OSError, RuntimeError, TypeError,
             UserError, ValueError)  # fmt: skip
@@ -694,6 +695,51 @@ def start_and_stop(subject: Subject, output: Path, *arguments: str) -> int:
     return max(start(subject, output, *arguments), default=0)
 
 
+def zero3_generation(subject: Subject) -> str:
+    """Under ZeRO 3 every process answers its own prompts, of unequal lengths, as one process does alone."""
+    given, file = subject.work / "prompts.json", subject.work / "zero3"
+    given.write_text(json.dumps(subject.prompts), encoding="utf-8")
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(subject.processes), "--standalone",
+        __file__, str(subject.folder), "--zero3_generation", str(given), str(file), "--dtype", str(subject.dtype)[6:],
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, f"{done.stderr.strip()[-300:]}"
+    for rank in range(subject.processes):
+        found = json.loads(Path(f"{file}.{rank}").read_text(encoding="utf-8"))
+        prompt = subject.prompts[rank % len(subject.prompts)]
+        expected = answers(subject, subject.tensor(prompt), max_new_tokens=UNEQUAL[rank % len(UNEQUAL)])[0]
+        assert found == expected or subject.dtype != torch.float32, f"process {rank}: {found}, alone {expected}"
+    return f"{subject.processes} processes, {', '.join(map(str, UNEQUAL[: subject.processes]))} new tokens"
+
+
+def write_zero3_answers(folder: Path, given: Path, file: Path, dtype: torch.dtype) -> None:
+    """One process of the row above."""
+    import deepspeed
+    from transformers.integrations import HfDeepSpeedConfig
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed()
+    rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    settings = {
+        "zero_optimization": {"stage": 3}, "train_micro_batch_size_per_gpu": 1, "train_batch_size": world,
+        "bf16": {"enabled": dtype == torch.bfloat16}, "fp16": {"enabled": dtype == torch.float16},
+    }  # fmt: skip
+    kept = HfDeepSpeedConfig(settings)  # from_pretrained looks at it as long as it lives
+    model = checkpoints.load_model(folder, dtype, trust_remote_code=True)
+    engine = deepspeed.initialize(model=model, config=kept.config)[0]
+    engine.module.eval()
+    prompts = json.loads(given.read_text(encoding="utf-8"))
+    ids = torch.tensor([prompts[rank % len(prompts)]], device=engine.device)
+    settings = {"max_new_tokens": UNEQUAL[rank % len(UNEQUAL)], "do_sample": False, "repetition_penalty": 1.0}
+    with torch.no_grad():
+        found = engine.module.generate(
+            input_ids=ids, attention_mask=torch.ones_like(ids), synced_gpus=True, pad_token_id=0, **settings
+        )
+    Path(f"{file}.{rank}").write_text(json.dumps(found[0, ids.shape[1] :].tolist()), encoding="utf-8")
+    torch.distributed.destroy_process_group()
+
+
 TOKENIZER_ROWS: dict[str, Callable[[Subject], str]] = {
     "tokenizer ids equal the vocabulary's": special_ids,
     "encode and decode round trip": round_trip,
@@ -714,10 +760,12 @@ MODEL_ROWS: dict[str, Callable[[Subject], str]] = {
     "cached generation equals uncached": cached_generation,
     "batch generation equals single": batch_generation,
 }
+
 TRAINING_ROWS: dict[str, Callable[[Subject], str]] = {
     "LoRA training, ZeRO 2": lora_zero2,
     "merge equals adapter": merged,
     "LoRA training, ZeRO 3": lora_zero3,
+    "generation under ZeRO 3": zero3_generation,
 }
 SMALL_ROWS: dict[str, Callable[[Subject], str]] = {
     "full training, ZeRO 2": full_zero2,
@@ -774,6 +822,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--no_training", action="store_true", help="leave out the runs of chat_main.sh")
     parser.add_argument("--reference", nargs=2, type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--zero3_generation", nargs=2, type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
     try:
         if not (options.folder / "config.json").is_file():
@@ -782,6 +831,9 @@ def main(argv: list[str] | None = None) -> int:
         dtype = choose_dtype(options.dtype, checkpoints.read_config(folder))
         if options.reference:
             write_reference(folder, *options.reference, dtype)
+            return 0
+        if options.zero3_generation:
+            write_zero3_answers(folder, *options.zero3_generation, dtype)
             return 0
         import transformers
 

@@ -76,29 +76,33 @@ def recompute_when_asked(kind: Any) -> None:
 
 
 class TupleCache(tuple):
-    """Keys and values of old models, one pair per layer, with what the model needs to know to go on from them.
+    """Keys and values of old models, one pair per layer, and last what is needed to go on from them.
 
-    `length`: tokens seen, padding included. `hidden`: bool [rows, length], padding. `anchor` and `block`, int64
-    [rows]: ChatGLM-6B's two positions of the next token.
+    The last element is (hidden,): bool [rows, tokens seen], true for padding. ChatGLM-6B adds the two positions of the
+    next token, int64 [rows]. It stands among the tensors, not in attributes, because DeepSpeed builds a new tuple of
+    every output.
     """
 
-    length: int
-    hidden: torch.Tensor
-    anchor: torch.Tensor | None = None
-    block: torch.Tensor | None = None
     is_compileable = False
+
+    @property
+    def pairs(self) -> tuple[Any, ...]:
+        """Keys and values alone, as the model made them."""
+        return tuple(self[:-1])
+
+    @property
+    def hidden(self) -> torch.Tensor:
+        """Which columns are padding."""
+        return self[-1][0]
+
+    @property
+    def next_positions(self) -> tuple[torch.Tensor, ...]:
+        """ChatGLM-6B's positions of the next token; empty for other models."""
+        return tuple(self[-1][1:])
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Tokens seen, padding included."""
-        return self.length
-
-    def rows(self, index: torch.Tensor, pairs: tuple[Any, ...]) -> "TupleCache":
-        """The cache of the chosen rows, of which `pairs` are the keys and values."""
-        chosen = TupleCache(pairs)
-        chosen.length, chosen.hidden = self.length, self.hidden[index]
-        chosen.anchor = None if self.anchor is None else self.anchor[index]
-        chosen.block = None if self.block is None else self.block[index]
-        return chosen
+        return self.hidden.shape[1]
 
 
 def generate_is_gone(cls: type) -> bool:
@@ -135,7 +139,7 @@ def cache_is_a_tuple(cls: type) -> bool:
         **kwargs: Any,
     ) -> dict[str, Any]:
         length = input_ids.shape[1]
-        seen = past_key_values.length if past_key_values else 0
+        seen = past_key_values.get_seq_length() if past_key_values else 0
         # under ZeRO 3 a process that has finished goes on in step with the others: its cache outgrows its tokens
         tokens = input_ids[:, min(seen, length - 1) :]
         total = seen + tokens.shape[1]
@@ -150,7 +154,7 @@ def cache_is_a_tuple(cls: type) -> bool:
         return {name: value for name, value in inputs.items() if name in accepted}
 
     def _reorder_cache(past: TupleCache, beam_idx: torch.Tensor) -> TupleCache:
-        return past.rows(beam_idx, reorder(past, beam_idx))
+        return TupleCache([*reorder(past.pairs, beam_idx), tuple(state[beam_idx] for state in past[-1])])
 
     def keep_tuples(self: Any, inputs: dict[str, Any], forward: Callable[..., Any]) -> Any:
         past = inputs.get("past_key_values")
@@ -165,15 +169,14 @@ def cache_is_a_tuple(cls: type) -> bool:
         ids, mask = inputs.get("input_ids"), inputs.get("attention_mask")
         if ids is None or (past is not None and not isinstance(past, TupleCache)):
             return forward(**inputs)
-        seen = past.length if past else 0
         hidden = hidden_columns(ids, mask, past)
+        if past is not None:
+            inputs["past_key_values"] = past.pairs
         if "position_ids" in accepted and not two_positions and inputs.get("position_ids") is None:
-            inputs["position_ids"] = ((~hidden).cumsum(-1) - 1).clamp(min=0)[:, seen:]
+            inputs["position_ids"] = ((~hidden).cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
         output = forward(**inputs)
         if getattr(output, "past_key_values", None) is not None:
-            cache = TupleCache(output.past_key_values)
-            cache.length, cache.hidden = seen + ids.shape[1], hidden
-            output.past_key_values = cache
+            output.past_key_values = TupleCache([*output.past_key_values, (hidden,)])
         return output
 
     cls._prepare_cache_for_generation = _prepare_cache_for_generation  # type: ignore[attr-defined]

@@ -27,7 +27,7 @@ def masks_only_in_four_dimensions(cls: type) -> bool:
             return forward(**inputs)
         hidden = hidden_columns(ids, mask, past or None)
         if past:
-            anchor, block = past.anchor, past.block
+            anchor, block = past.next_positions
             made, blocked = go_on_from(anchor, block, hidden, ids.shape[1])
         else:
             made, blocked, anchor, block = read_prompt(ids, hidden, self.config)
@@ -36,7 +36,8 @@ def masks_only_in_four_dimensions(cls: type) -> bool:
         output = forward(**inputs)
         cache = getattr(output, "past_key_values", None)
         if isinstance(cache, TupleCache):
-            cache.anchor, cache.block = anchor, block + (ids.shape[1] if past else 0)
+            after = block + (ids.shape[1] if past else 0)
+            output.past_key_values = TupleCache([*cache.pairs, (cache.hidden, anchor, after)])
         return output
 
     @functools.wraps(GenerationMixin.generate)
