@@ -151,7 +151,9 @@ def cache_is_a_tuple(cls: type) -> bool:
             "use_cache": use_cache,
             "logits_to_keep": logits_to_keep,
         }
-        return {name: value for name, value in inputs.items() if name in accepted}
+        # generate may keep its bookkeeping on another device than the model
+        moved = {name: value.to(self.device) if torch.is_tensor(value) else value for name, value in inputs.items()}
+        return {name: value for name, value in moved.items() if name in accepted}
 
     def _reorder_cache(past: TupleCache, beam_idx: torch.Tensor) -> TupleCache:
         return TupleCache([*reorder(past.pairs, beam_idx), tuple(state[beam_idx] for state in past[-1])])
