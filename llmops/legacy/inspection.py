@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from transformers import PreTrainedModel
+from transformers.utils import TRANSFORMERS_DYNAMIC_MODULE_NAME
 
 
 def parameters_of(function: Callable[..., Any]) -> list[str]:
@@ -22,7 +23,7 @@ def names_used(function: Any) -> set[str]:
 
 def is_own(cls: type) -> bool:
     """Whether a class comes from the checkpoint's files and not from a library."""
-    return not cls.__module__.startswith(("transformers.", "torch.", "builtins"))
+    return cls.__module__.startswith(TRANSFORMERS_DYNAMIC_MODULE_NAME)
 
 
 def own_modules(cls: type) -> list[Any]:
