@@ -54,7 +54,10 @@ def make_checkpoint(code: Path, output: Path, seed: int = 0) -> None:
         files = glm2(roles="<|assistant|>" in (code / "tokenization_chatglm.py").read_text(encoding="utf-8"))
     vocabulary_name, pieces, config, tokenizer, generation, shapes = files
     write_sentencepiece(output / vocabulary_name, pieces)
-    for name, content in (("config", config), ("tokenizer_config", tokenizer), ("generation_config", generation)):
+    contents = {"config": config, "tokenizer_config": tokenizer, "generation_config": generation}
+    for name, content in contents.items():
+        if not content:
+            continue
         (output / f"{name}.json").write_text(json.dumps(content, indent=2), encoding="utf-8")
     write_weights(output, shapes, seed)
 
@@ -150,8 +153,7 @@ def glm1() -> tuple[Any, ...]:
         shapes |= with_bias(f"{layer}.mlp.dense_h_to_4h", INNER, HIDDEN)
         shapes |= with_bias(f"{layer}.mlp.dense_4h_to_h", HIDDEN, INNER)
         shapes[f"{layer}.attention.rotary_emb.inv_freq"] = (HIDDEN // HEADS // 4, 0)
-    generation = {"bos_token_id": 130_004, "eos_token_id": 130_005, "pad_token_id": 3}
-    return "ice_text.model", pieces, config, tokenizer, generation, shapes
+    return "ice_text.model", pieces, config, tokenizer, {}, shapes
 
 
 def with_bias(name: str, out: int, inner: int) -> dict[str, tuple[int, ...]]:
@@ -192,8 +194,7 @@ def glm2(roles: bool) -> tuple[Any, ...]:
         shapes[f"{layer}.self_attention.dense.weight"] = (HIDDEN, HIDDEN)
         shapes[f"{layer}.mlp.dense_h_to_4h.weight"] = (2 * INNER, HIDDEN)
         shapes[f"{layer}.mlp.dense_4h_to_h.weight"] = (HIDDEN, INNER)
-    generation = {"eos_token_id": 2, "pad_token_id": 0}
-    return "tokenizer.model", filled(head, 64_789), config, tokenizer, generation, shapes
+    return "tokenizer.model", filled(head, 64_789), config, tokenizer, {}, shapes
 
 
 def baichuan2() -> tuple[Any, ...]:
