@@ -50,8 +50,9 @@ def check_trust(folder: Path, trust_remote_code: bool) -> None:
     """Code that a checkpoint ships runs only when the user says so."""
     if "auto_map" in read_config(folder) and not trust_remote_code:
         raise UserError(
-            f"{folder} ships its own Python code, which would run with your rights; "
-            "read it and pass --trust_remote_code true if you trust it"
+            f"{folder} ships its own Python code (the .py files beside the weights), and its model and tokenizer exist "
+            "nowhere else; such code runs with your rights and can read, change and send whatever you can: read it, "
+            "and pass --trust_remote_code true if you trust it"
         )
 
 
@@ -60,6 +61,10 @@ def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> "PreTrained
     from transformers import AutoTokenizer
 
     check_trust(folder, trust_remote_code)
+    if trust_remote_code:
+        from llmops import legacy
+
+        legacy.prepare_tokenizer(folder)
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             str(folder), trust_remote_code=trust_remote_code, local_files_only=True
@@ -111,11 +116,9 @@ def load_model(
     folder: Path, dtype: "torch.dtype", trust_remote_code: bool = False, attention: str | None = None
 ) -> "PreTrainedModel":
     """The causal language model of a checkpoint folder. `.bin` weights load with weights_only; nothing is fetched."""
-    from transformers import AutoModelForCausalLM
-
-    check_trust(folder, trust_remote_code)
+    auto_class = causal_class(folder, trust_remote_code)
     try:
-        return AutoModelForCausalLM.from_pretrained(
+        return auto_class.from_pretrained(
             str(folder),
             dtype=dtype,
             trust_remote_code=trust_remote_code,
@@ -142,6 +145,19 @@ def fixed_attention(model: "torch.nn.Module") -> str | None:
     if getattr(config, "attn_logit_softcapping", None):
         return "it caps its attention scores"
     return None
+
+
+def causal_class(folder: Path, trust_remote_code: bool = False) -> Any:
+    """The Auto class for the causal model of a folder; what the folder's own classes lack is put right before."""
+    from transformers import AutoModelForCausalLM
+
+    check_trust(folder, trust_remote_code)
+    if not trust_remote_code:
+        return AutoModelForCausalLM
+    from llmops import legacy
+
+    legacy.prepare_model(folder)
+    return legacy.auto_model_class(folder)
 
 
 def linear_layers(model: "torch.nn.Module") -> list[str]:
@@ -181,7 +197,9 @@ def load_trained(folder: Path, dtype: "torch.dtype", trust_remote_code: bool = F
     return PeftModel.from_pretrained(load_model(base_folder(folder), dtype, trust_remote_code), str(folder))
 
 
-def merge_adapter(folder: Path, target: Path, dtype: "torch.dtype", prompts: Sequence[list[int]]) -> float:
+def merge_adapter(
+    folder: Path, target: Path, dtype: "torch.dtype", prompts: Sequence[list[int]], trust_remote_code: bool = False
+) -> float:
     """Merge the adapter in `folder` into its base model, save it as `target`, check that the saved model answers alike.
 
     Returns the largest difference of logits over `prompts`, relative to the largest logit. The folder appears when it
@@ -191,15 +209,15 @@ def merge_adapter(folder: Path, target: Path, dtype: "torch.dtype", prompts: Seq
 
     import torch
 
-    model = load_trained(folder, dtype).eval()
+    model = load_trained(folder, dtype, trust_remote_code).eval()
     with torch.no_grad():
         before = [model(torch.tensor([ids])).logits[0, -1].float() for ids in prompts]
     staging = target.with_name(target.name + ".part")
     if staging.exists():
         shutil.rmtree(staging)
     model.merge_and_unload().save_pretrained(staging)
-    load_tokenizer(folder).save_pretrained(staging)
-    merged = load_model(staging, dtype).eval()
+    load_tokenizer(folder, trust_remote_code).save_pretrained(staging)
+    merged = load_model(staging, dtype, trust_remote_code).eval()
     worst = 0.0
     with torch.no_grad():
         for ids, expected in zip(prompts, before, strict=True):

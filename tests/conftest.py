@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+MODULES_CACHE = tempfile.TemporaryDirectory(prefix="llmops-modules.")  # code of test checkpoints is not kept
+os.environ["HF_MODULES_CACHE"] = MODULES_CACHE.name
 
 from llmops import tiny
 

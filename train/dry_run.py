@@ -41,15 +41,15 @@ def model_shape(config: Config) -> Shape:
     """Count the weights of the model on the meta device, with LoRA where it is trained with LoRA."""
     import torch
     from accelerate import init_empty_weights
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     folder = Path(config.model_name_or_path)
-    checkpoints.check_trust(folder, config.trust_remote_code)
+    auto_class = checkpoints.causal_class(folder, config.trust_remote_code)
     settings = AutoConfig.from_pretrained(
         str(folder), trust_remote_code=config.trust_remote_code, local_files_only=True
     )
     with init_empty_weights():
-        model = AutoModelForCausalLM.from_config(settings, trust_remote_code=config.trust_remote_code)
+        model = auto_class.from_config(settings, trust_remote_code=config.trust_remote_code)
     weights = trained = sum(p.numel() for p in model.parameters())
     if config.train_type == "lora":
         layers = checkpoints.choose_lora_layers(

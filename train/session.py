@@ -340,7 +340,8 @@ def merge(config: Config) -> None:
     _, chat = checkpoints.load_chat_format(output, config.mode, config.trust_remote_code)
     questions = ("你好，请介绍一下你自己。", "1 + 1 = ?", "What is the capital of France?")
     prompts = [chat.prompt([{"role": "user", "content": text}]) for text in questions]
-    worst = checkpoints.merge_adapter(output, output / "merged", checkpoints.choose_dtype(config.dtype), prompts)
+    dtype = checkpoints.choose_dtype(config.dtype)
+    worst = checkpoints.merge_adapter(output, output / "merged", dtype, prompts, config.trust_remote_code)
     log(
         f"merged model written to {output / 'merged'}; "
         f"its logits differ from base + adapter by at most {worst:.1e} (relative)"

@@ -1,0 +1,119 @@
+"""Patches of the tokenizers' symptoms."""
+
+import functools
+import inspect
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from llmops.legacy.inspection import names_used, own_definition, parameters_of
+
+
+def special_tokens_before_vocabulary(cls: Any) -> bool:
+    """The tokenizer does not load, or its special tokens get wrong ids.
+
+    transformers 5 registers special tokens inside the base class's `__init__`; old classes read their vocabulary
+    only after it. What cannot be registered yet is registered when the object is complete.
+    """
+    add = cls._add_tokens
+
+    @functools.wraps(add)
+    def _add_tokens(self: Any, new_tokens: Any, special_tokens: bool = False) -> int:
+        if self.__dict__.get("_llmops_building") and not has_vocabulary(self):
+            return 0
+        return add(self, new_tokens, special_tokens=special_tokens)
+
+    build = cls.__init__
+
+    @functools.wraps(build)
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:  # noqa: N807
+        self._llmops_building = True
+        build(self, *args, **kwargs)
+        self._llmops_building = False
+        known = self._added_tokens_encoder
+        add(self, [token for token in self.all_special_tokens if token not in known], special_tokens=True)
+
+    if not reads_vocabulary_late(cls):
+        return False
+    cls._add_tokens, cls.__init__ = _add_tokens, __init__
+    return True
+
+
+def reads_vocabulary_late(cls: Any) -> bool:
+    """Whether a class's `__init__` calls the base class before it sets what its `vocab_size` reads."""
+    if not isinstance(getattr(cls, "vocab_size", None), property):
+        return False
+    lines = inspect.getsource(inspect.unwrap(cls.__init__))
+    base = re.search(r"super\(.*?\)\.__init__\(", lines)
+    places = [lines.find(f"self.{name} =") for name in names_used(cls.vocab_size.fget)]
+    return base is not None and any(place > base.start() for place in places)
+
+
+def has_vocabulary(tokenizer: Any) -> bool:
+    """Whether the object is so far built that it can tell its vocabulary's size."""
+    try:
+        return type(tokenizer).vocab_size.fget(tokenizer) >= 0
+    except AttributeError:
+        return False
+
+
+def padding_side_not_accepted(cls: Any) -> bool:
+    """`_pad() got an unexpected keyword argument 'padding_side'`: these classes pad on the left and nowhere else."""
+    pad = cls._pad
+    if "padding_side" in parameters_of(pad):
+        return False
+
+    @functools.wraps(pad)
+    def _pad(self: Any, *args: Any, padding_side: str | None = None, **kwargs: Any) -> Any:
+        return pad(self, *args, **kwargs)
+
+    cls._pad = _pad
+    return True
+
+
+def ids_without_a_name(cls: Any) -> bool:
+    """A token added later gets an id that is taken, because `get_vocab` calls several ids by the same empty name.
+
+    The special tokens' ids get the names of the tokens, the other nameless ids a name that no text contains.
+    """
+    if own_definition(cls, "get_vocab") is None or own_definition(cls, "get_command") is None:
+        return False
+    get = cls.get_vocab
+
+    @functools.wraps(get)
+    def get_vocab(self: Any) -> dict[str, int]:
+        vocabulary = get(self)
+        if len(vocabulary) < self.vocab_size or "" in vocabulary:
+            vocabulary.pop("", None)
+            taken = set(vocabulary.values())
+            for name in ("unk", "eos", "bos", "pad"):
+                token, index = getattr(self, f"{name}_token"), getattr(self, f"{name}_token_id")
+                if token and index is not None and index not in taken:
+                    vocabulary[str(token)] = index
+                    taken.add(index)
+            vocabulary.update({f"<|unnamed_{i}|>": i for i in range(self.vocab_size) if i not in taken})
+        return vocabulary
+
+    cls.get_vocab = get_vocab
+    return True
+
+
+def saved_without_bos_setting(cls: Any) -> bool:
+    """A saved and reloaded tokenizer puts a bos before every text: save_pretrained leaves out add_bos_token."""
+    names = {"add_bos_token", "add_eos_token"} & set(parameters_of(cls.__init__))
+    if not names:
+        return False
+    save = cls.save_pretrained
+
+    @functools.wraps(save)
+    def save_pretrained(self: Any, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
+        files = save(self, save_directory, *args, **kwargs)
+        path = Path(save_directory) / "tokenizer_config.json"
+        settings = json.loads(path.read_text(encoding="utf-8"))
+        settings.update({name: getattr(self, name) for name in sorted(names)})
+        path.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        return files
+
+    cls.save_pretrained = save_pretrained
+    return True
