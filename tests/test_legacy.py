@@ -195,6 +195,13 @@ def test_an_added_token_gets_a_free_id(make: Make) -> None:
     assert index == size
 
 
+def test_an_id_beyond_the_vocabulary_is_no_text(make: Make) -> None:
+    with pytest.raises(IndexError):
+        checkpoints.load_tokenizer(make("alibi", without="ids_beyond_the_vocabulary"), True).decode([200, 299])
+    tokenizer = checkpoints.load_tokenizer(make("alibi"), True)
+    assert tokenizer.decode([200, 299]) == tokenizer.decode([200])
+
+
 def test_a_saved_tokenizer_keeps_add_bos_token(make: Make, tmp_path: Path) -> None:
     for without, starts_with_bos in (("saved_without_bos_setting", True), ("", False)):
         tokenizer = checkpoints.load_tokenizer(make("alibi", without=without), True)

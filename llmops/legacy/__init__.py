@@ -38,6 +38,7 @@ from llmops.legacy.running import (
     nothing_is_recomputed,
 )
 from llmops.legacy.tokenizers import (
+    ids_beyond_the_vocabulary,
     ids_without_a_name,
     padding_side_not_accepted,
     saved_without_bos_setting,
@@ -54,6 +55,7 @@ TOKENIZER_PATCHES: tuple[Patch, ...] = (
     special_tokens_before_vocabulary,
     padding_side_not_accepted,
     ids_without_a_name,
+    ids_beyond_the_vocabulary,
     saved_without_bos_setting,
 )
 CONFIG_PATCHES: tuple[Patch, ...] = (

@@ -117,3 +117,20 @@ def saved_without_bos_setting(cls: Any) -> bool:
 
     cls.save_pretrained = save_pretrained
     return True
+
+
+def ids_beyond_the_vocabulary(cls: Any) -> bool:
+    """`piece id is out of range` while decoding: the model has more rows than the vocabulary has tokens.
+
+    A model that was trained little can answer with such an id; it stands for no text.
+    """
+    if own_definition(cls, "_convert_id_to_token") is None:
+        return False
+    convert = cls._convert_id_to_token
+
+    @functools.wraps(convert)
+    def _convert_id_to_token(self: Any, index: int) -> str:
+        return convert(self, index) if index < self.vocab_size else ""
+
+    cls._convert_id_to_token = _convert_id_to_token
+    return True
