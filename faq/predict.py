@@ -157,7 +157,7 @@ def predict(
         return
     limit = config.max_new_tokens or chat.family.generation["max_new_tokens"]
     check_length(prompts, queries, limit, model)
-    stop_ids = {ids[-1] for found in tokens.values() for ids in found} | {chat.tokenizer.eos_token_id}
+    stop_ids = {ids[-1] for found in tokens.values() for ids in found} | set(chat.stop_ids())
     for i, answer in generator.generate(prompts, limit, sorted(stop_ids)):
         text = chat.tokenizer.decode(answer.ids, skip_special_tokens=True).strip()
         known = text in catalog.answers(queries[i].variant)

@@ -41,7 +41,8 @@ class Family:
     One file of TEMPLATES, named after the `--mode`. `chat_template` is a Jinja template, or `layout` names the function
     below that turns messages into pieces; with neither, the checkpoint's own template is used. `model_types` are the
     config.json model_type values that fit; `config_has` keys of config.json, `tokenizer_has` and `tokenizer_lacks`
-    texts in the checkpoint's tokenizer files narrow them. `one_sample_per_answer`: the prompt is not causal.
+    texts in the checkpoint's tokenizer files narrow them. `one_sample_per_answer`: the prompt is not causal. `stop`:
+    tokens that end an answer, beside the end token.
     `faq` and `generation` are laid over those of `auto`.
     """
 
@@ -53,6 +54,7 @@ class Family:
     tokenizer_lacks: str = ""
     chat_template: str = ""
     layout: str = ""
+    stop: tuple[str, ...] = ()
     one_sample_per_answer: bool = False
     lora_layers: tuple[str, ...] = ()
     faq: dict[str, str] = field(default_factory=dict)
@@ -199,6 +201,10 @@ class ChatFormat:
         if self.layout:
             return self._encode_pieces(self.layout(messages, True)).ids
         return self._encode(self._text(messages, generate=True))
+
+    def stop_ids(self) -> list[int]:
+        """Tokens at which the assistant has finished: the end token and the family's own."""
+        return sorted({self.tokenizer.eos_token_id, *map(self._special_id, self.family.stop)})
 
     def conversation(self, messages: Sequence[Message]) -> list[Rendered]:
         """The conversation with its learned tokens: every answer and its end token.

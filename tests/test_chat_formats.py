@@ -127,6 +127,7 @@ VENDOR_IDS = {
     "glm2": {"[gMASK]": 64790, "sop": 64792},
     "glm3": {
         "[gMASK]": 64790, "sop": 64792, "<|system|>": 64794, "<|user|>": 64795, "<|assistant|>": 64796,
+        "<|observation|>": 64797,
     },
     "baichuan2_13b": {},
 }  # fmt: skip
@@ -185,6 +186,14 @@ def test_token_exact_by_id(mode: str, sentencepiece_model: Path) -> None:
     assert samples[-1].ids[: len(prompt)] == prompt
     assert samples[-1].learned[len(prompt)]
     assert not samples[-1].learned[len(prompt) - 1]
+
+
+def test_where_answers_stop(sentencepiece_model: Path) -> None:
+    """ChatGLM3 also ends an answer with the token of the next speaker."""
+    expected = {"glm2": [2], "glm3": [2, 64795, 64797]}
+    for mode, ids in expected.items():
+        tokenizer = SentencePieceTokenizer(sentencepiece_model, VENDOR_IDS[mode])
+        assert ChatFormat(tokenizer, FAMILIES[mode]).stop_ids() == ids
 
 
 def test_a_system_text_by_id(sentencepiece_model: Path) -> None:

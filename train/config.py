@@ -215,7 +215,7 @@ def path_problems(config: Config) -> list[str]:
     elif not (model / "config.json").is_file():
         problems.append(f"the model folder {model} has no config.json; expected a Hugging Face checkpoint folder")
     else:
-        problems += mode_problem(config, model)
+        problems += family_problem(config, model)
     if not Path(config.train_file).is_file():
         problems.append(f"the training data {config.train_file} does not exist; put it there or pass --train_file")
     if config.test_path and not config.test_path.is_file():
@@ -231,9 +231,10 @@ def path_problems(config: Config) -> list[str]:
     return problems + writable_problem(Path(config.output_path))
 
 
-def mode_problem(config: Config, model: Path) -> list[str]:
-    """A `--mode` that does not fit the checkpoint, as its config.json and its tokenizer's files show it."""
+def family_problem(config: Config, model: Path) -> list[str]:
+    """A `--mode` that does not fit, or code of the checkpoint's own that is not trusted: its files show both."""
     try:
+        checkpoints.check_trust(model, config.trust_remote_code)
         checkpoints.choose_family(model, config.mode)
     except UserError as error:
         return [str(error)]
