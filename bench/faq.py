@@ -22,6 +22,7 @@ from llmops import checkpoints, tiny
 from llmops.console import log
 from llmops.generation import Generator, Tree
 
+WORDS = r" ?\w+| ?[^\w\s]+|\s+"  # underscores belong to words
 PEER_BATCH_SIZES = (4, 16, 64)
 
 
@@ -32,13 +33,13 @@ def command(*parts: str) -> str:
 
 
 def make_base(folder: Path, datasets: Path) -> None:
-    """An untrained Llama of about 10M weights, with a tokenizer that knows the training data."""
+    """An untrained Llama of about 10M weights; its tokenizer is trained on the questions, an intent is one token."""
     rows = [json.loads(line) for line in (datasets / "train.jsonl").read_text(encoding="utf-8").splitlines()]
     intents = list(load_catalog(datasets / INTENTS_NAME).intents)
     texts = [row["question"] for row in rows] + intents * 20 + [rows[0]["messages"][0]["content"]] * 50
     tiny.write_checkpoint(
-        folder, texts, "llama", vocab_size=4000, hidden=448, layers=3, heads=7, num_key_value_heads=7,
-        tie_word_embeddings=True, initializer_range=0.04,
+        folder, texts, "llama", vocab_size=5000, hidden=448, layers=3, heads=7, num_key_value_heads=7,
+        tie_word_embeddings=True, initializer_range=0.04, attention_dropout=0.1, words=WORDS, lowercase=True,
     )  # fmt: skip
 
 
@@ -109,7 +110,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--data", type=Path, required=True, help="folder with train.csv and test.csv")
-    parser.add_argument("--epochs", default="6")
+    parser.add_argument("--epochs", default="8")
     parser.add_argument("--speed_questions", type=int, default=512)
     args = parser.parse_args()
     faq, datasets, output = HERE.parent / "faq", args.work / "datasets", args.work / "output_path"
@@ -124,7 +125,7 @@ def main() -> int:
     command(
         str(HERE.parent / "chat_main.sh"), "--scenario", "faq", "--mount_path", str(args.work), "--train_type", "all",
         "--model_name_or_path", str(base), "--per_device_train_batch_size", "64", "--learning_rate", "1e-3",
-        "--num_train_epochs", args.epochs, "--weight_decay", "0.1", "--gradient_checkpointing", "false",
+        "--num_train_epochs", args.epochs, "--weight_decay", "0.3", "--gradient_checkpointing", "false",
         "--tensorboard", "false",
     )  # fmt: skip
     minutes = (time.monotonic() - started) / 60

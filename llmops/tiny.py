@@ -19,13 +19,22 @@ SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 ARCHITECTURES = ("llama", "qwen2")
 
 
-def train_tokenizer(texts: Iterable[str], vocab_size: int) -> "PreTrainedTokenizerFast":
-    """A byte-level BPE with at most `vocab_size` tokens that ends answers with `<|im_end|>`."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+def train_tokenizer(
+    texts: Iterable[str], vocab_size: int, words: str = "", lowercase: bool = False
+) -> "PreTrainedTokenizerFast":
+    """A byte-level BPE with at most `vocab_size` tokens that ends answers with `<|im_end|>`.
+
+    `words`: a regular expression for what may become one token; "" is GPT-2's, which splits at underscores.
+    """
+    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    if lowercase:
+        tokenizer.normalizer = normalizers.Lowercase()
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=not words)
+    split = [pre_tokenizers.Split(Regex(words), "isolated")] if words else []
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*split, byte_level])
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
@@ -61,10 +70,11 @@ def make_model(
 
 def write_checkpoint(
     folder: Path, texts: Iterable[str], architecture: str = "llama", vocab_size: int = 2000, hidden: int = 16,
-    layers: int = 2, heads: int = 2, seed: int = 0, **extra: Any,
+    layers: int = 2, heads: int = 2, seed: int = 0, words: str = "", lowercase: bool = False,
+    **extra: Any,
 ) -> Path:  # fmt: skip
     """Train a tokenizer on `texts`, make a model for it and save both as a checkpoint folder."""
-    tokenizer = train_tokenizer(texts, vocab_size)
+    tokenizer = train_tokenizer(texts, vocab_size, words, lowercase)
     model = make_model(architecture, len(tokenizer), hidden, layers, heads, tokenizer.eos_token_id, seed, **extra)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
