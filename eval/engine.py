@@ -123,7 +123,16 @@ class Renderer:
         """The tokens up to where the answer begins."""
         if self.chat:
             return self.chat.prompt(sample.messages)
-        return self.tokenizer(self._plain_text(sample))["input_ids"]
+        return self.tokenizer(self.plain_text(sample))["input_ids"]
+
+    def plain_text(self, sample: Sample) -> str:
+        """The conversation as text without role tokens, up to where the answer begins."""
+        parts = []
+        for message in sample.messages:
+            parts.append(message["content"] + ("\n\n" if message["role"] == "assistant" else ""))
+            if message["role"] == "system":
+                parts.append("\n\n")
+        return "".join(parts)
 
     def choices(self, sample: Sample, prompt: Sequence[int]) -> list[list[int]]:
         """The tokens of each choice after the prompt, without an end token."""
@@ -133,7 +142,7 @@ class Renderer:
             return [self._chat_answer(choice)[:-1] for choice in sample.choices]
         found = []
         for choice in sample.choices:
-            whole = self.tokenizer(self._plain_text(sample) + choice)["input_ids"]
+            whole = self.tokenizer(self.plain_text(sample) + choice)["input_ids"]
             if whole[-1:] == [self.tokenizer.eos_token_id]:
                 whole = whole[:-1]
             joined = whole[: len(prompt)] == list(prompt) and len(whole) > len(prompt)
@@ -148,14 +157,6 @@ class Renderer:
         """A generated text. In plain text an answer ends with its line, because nothing else ends it."""
         text = self.tokenizer.decode(ids, skip_special_tokens=True).strip()
         return text if self.chat else text.split("\n", 1)[0].rstrip()
-
-    def _plain_text(self, sample: Sample) -> str:
-        parts = []
-        for message in sample.messages:
-            parts.append(message["content"] + ("\n\n" if message["role"] == "assistant" else ""))
-            if message["role"] == "system":
-                parts.append("\n\n")
-        return "".join(parts)
 
     def _bare(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]

@@ -83,7 +83,7 @@ DIMENSION = Dimension(
     dataset="CMRC2018",
     files=(
         "cmrc2018/cmrc2018_dev.json", "cmrc2018*/dev.json", "cmrc2018*/*dev*.json", "cmrc2018*/*/*dev*.json",
-        "*cmrc2018*dev*.json",
+        "*cmrc2018*dev*.json", "cmrc2018*/*trial*.json",
     ),
     get="CMRC2018: cmrc2018_dev.json (native or SQuAD style) in a folder cmrc2018",
     read=read,
