@@ -108,7 +108,7 @@ def main() -> None:
         "--data", type=Path, required=True, help="folder with cmrc2018/; else the shipped samples serve"
     )
     parser.add_argument("--peer_python", required=True, help="Python of an environment with lm-eval")
-    parser.add_argument("--peer_batch_sizes", default="1,8")
+    parser.add_argument("--peer_batch_sizes", default="1,8,16")
     parser.add_argument("--limit", type=int, default=80, help="samples per task at most")
     given = parser.parse_args()
     given.work.mkdir(parents=True, exist_ok=True)

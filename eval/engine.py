@@ -34,7 +34,7 @@ class Settings:
     model: str
     adapter: str = ""
     max_seq_len: int = 512
-    batch_size: int = 8
+    batch_size: int = 16
     gpu_id: int = 0
     mode: str = "auto"
     dtype: str = "auto"

@@ -2,8 +2,10 @@
 
 Prompts that begin alike are grouped; the beginning goes through the model once and its keys and values are kept in one
 copy for all rows (`Prefix`). Groups that begin alike share that too: few-shot examples, then a passage, then its
-questions. Attention over them and a row's own keys is exact. A model whose attention cannot be
-replaced gets whole prompts, left padded: the plain way, which `reuse_prefix=False` also takes.
+questions; a batch holds rows of several groups. Attention over a prefix and a row's own keys is exact.
+
+A model whose attention cannot be replaced gets whole prompts, left padded: the plain way, which `reuse_prefix=False`
+also takes.
 """
 
 import heapq
@@ -44,39 +46,53 @@ class Prefix:
         return Prefix(self.ids[:length], [(key[:, :length], value[:, :length]) for key, value in self.layers])
 
 
+Segment = tuple[int, int, Prefix]  # rows from, rows up to, the prefix they share
+
+
 def attention(
     module: torch.nn.Module,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
-    prefix: Prefix | None = None,
+    segments: Sequence[Segment] | None = None,
     own_mask: torch.Tensor | None = None,
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Attention of rows over one shared prefix and each row's own keys.
+    """Attention of rows over the prefix of their segment and each row's own keys.
 
     Shapes: query [B, heads, T, d], key and value [B, kv_heads, S, d] of the rows' own tokens, own_mask bool [B, T, S].
-    Returns [B, T, heads, d]. Without a prefix it is transformers' SDPA.
+    Returns [B, T, heads, d]. Without segments it is transformers' SDPA.
     """
-    if prefix is None or own_mask is None:
+    if segments is None or own_mask is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
-    shared_key, shared_value = prefix.layers[module.layer_idx]
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    parts = [
+        attend(query[a:b] * scale, key[a:b], value[a:b], own_mask[a:b], *prefix.layers[module.layer_idx])
+        for a, b, prefix in segments
+    ]
+    return parts[0] if len(parts) == 1 else torch.cat(parts), None
+
+
+def attend(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, own_mask: torch.Tensor, shared_key: torch.Tensor,
+    shared_value: torch.Tensor,
+) -> torch.Tensor:  # fmt: skip
+    """The rows of one segment; the query is scaled, shared keys and values are [kv_heads, P, d]. As `attention`."""
     batch, heads, length, d = query.shape
     kv_heads, rows = shared_key.shape[0], heads // shared_key.shape[0] * length
-    scale = d**-0.5 if scaling is None else scaling
-    grouped = query.reshape(batch, kv_heads, rows, d) * scale
+    grouped = query.reshape(batch, kv_heads, rows, d)
     flat = grouped.transpose(0, 1).reshape(kv_heads, batch * rows, d)
     shared = (flat @ shared_key.transpose(1, 2)).view(kv_heads, batch, rows, -1).transpose(0, 1)
     own = grouped @ key.transpose(2, 3)
     mask = own_mask[:, None, None].expand(-1, 1, rows // length, -1, -1).reshape(batch, 1, rows, -1)
     own = own.masked_fill(~mask, float("-inf"))
     weights = torch.cat([shared, own], dim=-1).softmax(dim=-1, dtype=torch.float32).to(query.dtype)
-    weights_shared, weights_own = weights.split([prefix.length, own.shape[-1]], dim=-1)
-    flat = weights_shared.transpose(0, 1).reshape(kv_heads, batch * rows, prefix.length)
+    weights_shared, weights_own = weights.split([shared.shape[-1], own.shape[-1]], dim=-1)
+    flat = weights_shared.transpose(0, 1).reshape(kv_heads, batch * rows, -1)
     out = (flat @ shared_value).view(kv_heads, batch, rows, d).transpose(0, 1) + weights_own @ value
-    return out.reshape(batch, heads, length, d).transpose(1, 2).contiguous(), None
+    return out.reshape(batch, heads, length, d).transpose(1, 2).contiguous()
 
 
 AttentionInterface.register(NAME, attention)
@@ -161,13 +177,13 @@ class Generated:
 class State:
     """A batch after its prompts: the logits that predict the next token, and what is needed to go on.
 
-    `logits` [B, V]; `prompts` the ids after the prefix; `cache` per layer two tensors [B, kv_heads, S, d], empty when
-    the model goes the plain way; `valid` bool [B, S] the columns that are tokens.
+    `logits` [B, V]; `prompts` the ids after the prefix; `prefixes` one per row, or none at all; `cache` per layer two
+    tensors [B, kv_heads, S, d], None when the model goes the plain way; `valid` bool [B, S] which columns are tokens.
     """
 
     logits: torch.Tensor
     prompts: list[Sequence[int]]
-    prefix: Prefix | None
+    prefixes: list[Prefix]
     cache: DynamicCache | None
     valid: torch.Tensor
 
@@ -200,9 +216,9 @@ class Generator:
         roots = [tree.down(()) for tree in trees]
         whole = [[*prompt, *root] for prompt, root in zip(prompts, roots, strict=True)]
 
-        def search(rows: list[int], prefix: Prefix | None) -> list[Choice]:
+        def search(rows: list[int], prefixes: list[Prefix]) -> list[Choice]:
             searches = [Search(trees[i], best) for i in rows]
-            state = self._read([whole[i] for i in rows], prefix)
+            state = self._read([whole[i] for i in rows], prefixes)
             asked = [k for k, search in enumerate(searches) if search.next_path is not None]
             logits = state.logits[asked]
             while asked:
@@ -225,8 +241,8 @@ class Generator:
         only. Logarithms are taken in float32 and summed in double precision. No candidate may be empty.
         """
 
-        def score(rows: list[int], prefix: Prefix | None) -> list[list[float]]:
-            state = self._read([contexts[i] for i in rows], prefix)
+        def score(rows: list[int], prefixes: list[Prefix]) -> list[list[float]]:
+            state = self._read([contexts[i] for i in rows], prefixes)
             first = state.logits.float().log_softmax(-1)
             found = [[first[k, ids[0]].item() for ids in candidates[i]] for k, i in enumerate(rows)]
             longer = [(k, c) for k, i in enumerate(rows) for c, ids in enumerate(candidates[i]) if len(ids) > 1]
@@ -252,23 +268,23 @@ class Generator:
         """
         limits = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else max_new_tokens
 
-        def answer(rows: list[int], prefix: Prefix | None) -> list[Generated]:
-            return self._greedy([prompts[i] for i in rows], prefix, [limits[i] for i in rows], set(stop_ids))
+        def answer(rows: list[int], prefixes: list[Prefix]) -> list[Generated]:
+            return self._greedy([prompts[i] for i in rows], prefixes, [limits[i] for i in rows], set(stop_ids))
 
         return self._run(prompts, answer)
 
     @torch.inference_mode()
     def _run(
-        self, prompts: Sequence[Sequence[int]], work: Callable[[list[int], Prefix | None], list[T]]
+        self, prompts: Sequence[Sequence[int]], work: Callable[[list[int], list[Prefix]], list[T]]
     ) -> Iterator[tuple[int, T]]:
         """`work` for every batch; a batch that does not fit into the GPU's memory is done again in halves."""
-        for rows, prefix in self._batches(prompts):
-            waiting = [rows]
+        for batch in self._batches(prompts):
+            waiting = [batch]
             while waiting:
-                part = waiting.pop(0)
+                part, prefixes = waiting.pop(0)
                 results = None
                 try:
-                    results = work(part, prefix)
+                    results = work(part, prefixes)
                 except torch.OutOfMemoryError as error:
                     if len(part) == 1:
                         raise TrainingStopped(
@@ -281,14 +297,14 @@ class Generator:
                 half = len(part) // 2  # after the except block, where the error no longer holds the tensors
                 self.batch_size = min(self.batch_size, max(1, half))
                 log(f"out of memory with {len(part)} prompts at once; going on with {self.batch_size}")
-                waiting[:0] = [part[:half], part[half:]]
+                waiting[:0] = [(part[:half], prefixes[:half]), (part[half:], prefixes[half:])]
                 if self.device.type == "cuda":
                     torch.cuda.empty_cache()
 
     def _greedy(
-        self, prompts: list[Sequence[int]], prefix: Prefix | None, limits: list[int], stop_ids: set[int]
+        self, prompts: list[Sequence[int]], prefixes: list[Prefix], limits: list[int], stop_ids: set[int]
     ) -> list[Generated]:
-        state = self._read(prompts, prefix)
+        state = self._read(prompts, prefixes)
         logits, alive = state.logits, list(range(len(prompts)))
         answers: list[list[int]] = [[] for _ in prompts]
         costs = [0.0] * len(prompts)
@@ -312,18 +328,33 @@ class Generator:
                 logits = self._step(state, [answers[i][-1:] for i in alive])
         return [Generated(ids, math.exp(-cost)) for ids, cost in zip(answers, costs, strict=True)]
 
-    def _batches(self, prompts: Sequence[Sequence[int]]) -> Iterator[tuple[list[int], Prefix | None]]:
-        """Batches of rows, rows of one prefix together, longest first, so that memory runs out at once or never."""
+    def _batches(self, prompts: Sequence[Sequence[int]]) -> Iterator[tuple[list[int], list[Prefix]]]:
+        """Batches of rows, each with its prefix (or all without), longest first within a group.
+
+        Rows without a prefix come longest first altogether, so that memory runs out at once or never. A row whose
+        length would make most of a batch padding begins a new one.
+        """
         if not prompts:
             return
+        rows: list[int] = []
+        prefixes: list[Prefix] = []
         last: Prefix | None = None
-        for rows, shared in group_by_prefix(prompts) if self.plain_because is None else [(range(len(prompts)), 0)]:
-            prefix = last = self._prefix(prompts[rows[0]][:shared], last) if shared else None
-            ordered = sorted(rows, key=lambda i: -len(prompts[i]))
-            while ordered:
-                size = self.batch_size
-                yield ordered[:size], prefix
-                ordered = ordered[size:]
+        shared_of: dict[int, int] = {}
+        for group, shared in group_by_prefix(prompts) if self.plain_because is None else [(range(len(prompts)), 0)]:
+            if not shared and rows:  # they come last, and without prefixes
+                yield rows, prefixes
+                rows, prefixes = [], []
+            last = self._prefix(prompts[group[0]][:shared], last) if shared else None
+            for i in sorted(group, key=lambda i: -len(prompts[i])):
+                own = [len(prompts[k]) - shared_of[k] for k in rows]
+                shared_of[i] = shared
+                if rows and (len(rows) >= self.batch_size or wasteful([*own, len(prompts[i]) - shared])):
+                    yield rows, prefixes
+                    rows, prefixes = [], []
+                rows.append(i)
+                prefixes += [last] if last else []
+        if rows:
+            yield rows, prefixes
 
     def _prefix(self, ids: Sequence[int], last: Prefix | None) -> Prefix:
         """The prefix of these tokens; what it shares with the last one is taken from there."""
@@ -333,7 +364,7 @@ class Generator:
         known = last.cut(common) if last and common and common >= MIN_SHARED else None
         if known and known.length == len(ids):
             return known
-        state = self._read([ids], known)
+        state = self._read([ids], [known] if known else [])
         own = [(layer.keys[0], layer.values[0]) for layer in state.cache.layers] if state.cache else []
         if known:
             own = [
@@ -342,15 +373,15 @@ class Generator:
             ]
         return Prefix(list(ids), own)
 
-    def _read(self, prompts: list[Sequence[int]], prefix: Prefix | None) -> State:
-        """Put whole prompts through the model, except what their prefix holds already."""
-        own = [prompt[prefix.length :] for prompt in prompts] if prefix else prompts
+    def _read(self, prompts: list[Sequence[int]], prefixes: list[Prefix]) -> State:
+        """Put whole prompts through the model, except what their prefixes hold already."""
+        own = [prompt[p.length :] for prompt, p in zip(prompts, prefixes, strict=True)] if prefixes else prompts
         if self.plain_because is None:
             empty = torch.zeros(len(own), 0, dtype=torch.bool, device=self.device)
-            state = State(torch.empty(0), own, prefix, DynamicCache(), empty)
+            state = State(torch.empty(0), own, prefixes, DynamicCache(), empty)
             state.logits = self._step(state, own)
             return state
-        return State(self._plain(own), own, None, None, torch.empty(0))
+        return State(self._plain(own), own, [], None, torch.empty(0))
 
     def _ask(self, state: State, rows: list[int], paths: Sequence[tuple[int, ...]], keep: int = 0) -> torch.Tensor:
         """Logits [rows, V] after these rows' prompts and paths; the state stays as it was.
@@ -367,21 +398,24 @@ class Generator:
         cache = DynamicCache()
         for number, layer in enumerate(state.cache.layers if state.cache else []):
             cache.update(layer.keys[index], layer.values[index], number)
-        return State(state.logits, [state.prompts[k] for k in rows], state.prefix, cache, state.valid[index])
+        prefixes = [state.prefixes[k] for k in rows] if state.prefixes else []
+        return State(state.logits, [state.prompts[k] for k in rows], prefixes, cache, state.valid[index])
 
     def _step(self, state: State, new: Sequence[Sequence[int]], keep: int = 0) -> torch.Tensor:
         """Append tokens to every row of a state with a cache; the logits after them, as `_ask`."""
         ids, own = self._left_padded(new)
-        before = state.valid.sum(1, keepdim=True) + (state.prefix.length if state.prefix else 0)
+        before = state.valid.sum(1, keepdim=True)
+        if state.prefixes:
+            before = before + torch.tensor([[prefix.length] for prefix in state.prefixes], device=self.device)
         positions = (before + own.cumsum(1) - 1).clamp(min=0)
         state.valid = torch.cat([state.valid, own], dim=1)
         extra: dict[str, Any] = {"attention_mask": state.valid.long()}
-        if state.prefix:
+        if state.prefixes:
             width, total = own.shape[1], state.valid.shape[1]
             order = torch.arange(total, device=self.device)
             causal = order[None, :] <= order[total - width :, None]
             mask = causal[None] & state.valid[:, None, :]
-            extra = {"prefix": state.prefix, "own_mask": mask}
+            extra = {"segments": segments_of(state.prefixes), "own_mask": mask}
         return self._forward(ids, keep, position_ids=positions, past_key_values=state.cache, use_cache=True, **extra)
 
     def _plain(self, prompts: Sequence[Sequence[int]], keep: int = 0) -> torch.Tensor:
@@ -401,6 +435,23 @@ class Generator:
             inputs["logits_to_keep"] = keep or 1
         logits = self.model(input_ids=ids, **inputs).logits
         return logits[:, -keep:] if keep else logits[:, -1]
+
+
+def wasteful(lengths: Sequence[int]) -> bool:
+    """Whether rows of these lengths, padded to the longest, are mostly padding."""
+    padding = max(lengths) * len(lengths) - sum(lengths)
+    return padding > max(MIN_SHARED * len(lengths), sum(lengths) / 2)
+
+
+def segments_of(prefixes: Sequence[Prefix]) -> list[Segment]:
+    """Runs of rows that have the same prefix."""
+    found: list[Segment] = []
+    for row, prefix in enumerate(prefixes):
+        if found and found[-1][2] is prefix:
+            found[-1] = (found[-1][0], row + 1, prefix)
+        else:
+            found.append((row, row + 1, prefix))
+    return found
 
 
 def group_by_prefix(prompts: Sequence[Sequence[int]]) -> Iterator[tuple[Sequence[int], int]]:
