@@ -76,6 +76,8 @@ class Processes:
         if self.count == 1:
             yield
             return
+        if "MASTER_ADDR" not in os.environ:
+            raise UserError("WORLD_SIZE is set but not MASTER_ADDR; start several processes with torchrun")
         import torch.distributed as dist
 
         dist.init_process_group("gloo", timeout=LONGEST_WAIT)

@@ -85,10 +85,12 @@ def draw_radar(models: Sequence[tuple[str, Mapping[str, float]]], dimensions: Se
                 axes.annotate(f"{score:.2f}", (angle, score), textcoords="offset points", xytext=(6, 6), fontsize=9)
     axes.set_theta_offset(math.pi / 2)
     axes.set_theta_direction(-1)
-    axes.set_xticks(angles, labels, fontsize=9)
+    axes.set_xticks(angles, [""] * len(angles))
+    for angle, label in zip(angles, labels, strict=True):
+        side = "center" if abs(math.sin(angle)) < 0.1 else "left" if math.sin(angle) > 0 else "right"
+        axes.text(angle, 1.08, label, ha=side, va="center", fontsize=9)
     axes.set_ylim(0, 1)
     axes.set_yticks([0.2, 0.4, 0.6, 0.8, 1.0])
     axes.tick_params(axis="y", labelsize=7, labelcolor="#777777")
-    axes.tick_params(axis="x", pad=14)
-    axes.legend(loc="upper left", bbox_to_anchor=(1.05, 1.0), fontsize=8, frameon=False)
+    figure.legend(loc="upper right", fontsize=8, frameon=False)
     pictures.save(figure, path)

@@ -287,10 +287,7 @@ class Generator:
                     results = work(part, prefixes)
                 except torch.OutOfMemoryError as error:
                     if len(part) == 1:
-                        raise TrainingStopped(
-                            f"the device's memory does not suffice for one prompt of {len(prompts[part[0]])} tokens; "
-                            "allow fewer tokens, or use a smaller model or a larger GPU"
-                        ) from error
+                        raise too_long(prompts[part[0]]) from error
                 if results is not None:
                     yield from zip(part, results, strict=True)
                     continue
@@ -364,7 +361,10 @@ class Generator:
         known = last.cut(common) if last and common and common >= MIN_SHARED else None
         if known and known.length == len(ids):
             return known
-        state = self._read([ids], [known] if known else [])
+        try:
+            state = self._read([ids], [known] if known else [])
+        except torch.OutOfMemoryError as error:
+            raise too_long(ids) from error
         own = [(layer.keys[0], layer.values[0]) for layer in state.cache.layers] if state.cache else []
         if known:
             own = [
@@ -435,6 +435,14 @@ class Generator:
             inputs["logits_to_keep"] = keep or 1
         logits = self.model(input_ids=ids, **inputs).logits
         return logits[:, -keep:] if keep else logits[:, -1]
+
+
+def too_long(ids: Sequence[int]) -> TrainingStopped:
+    """The error of a prompt that does not even fit by itself."""
+    return TrainingStopped(
+        f"the device's memory does not suffice for one prompt of {len(ids)} tokens; "
+        "allow fewer tokens, or use a smaller model or a larger GPU"
+    )
 
 
 def wasteful(lengths: Sequence[int]) -> bool:

@@ -251,6 +251,39 @@ def test_it_measures_what_it_says(capfd: pytest.CaptureFixture[str], scholar: Pa
     assert errors.count("answers are in") == 3
 
 
+def test_adapters(capfd: pytest.CaptureFixture[str], checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    """An adapter's folder as the model and the adapter put on its base answer alike, and not like the base."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+
+    from llmops.checkpoints import load_model
+
+    adapted = get_peft_model(load_model(checkpoints["llama"], torch.float32), LoraConfig(target_modules=["down_proj"]))
+    torch.manual_seed(1)
+    for name, weight in adapted.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight, std=5.0)
+    adapted.save_pretrained(tmp_path / "adapter")
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        if (checkpoints["llama"] / name).is_file():
+            (tmp_path / "adapter" / name).write_bytes((checkpoints["llama"] / name).read_bytes())
+    options = {"data_dir": str(command.SAMPLES), "gpu_id": -1, "limit": 6}
+    rows = []
+    for i, (model, more) in enumerate([
+        (tmp_path / "adapter", {}),
+        (checkpoints["llama"], {"adapter": str(tmp_path / "adapter")}),
+        (checkpoints["llama"], {}),
+    ]):  # fmt: skip
+        given = options | more | {"output_path": str(tmp_path / f"{i}")}
+        code, _, errors = call(capfd, model, ["inference_ability"], given)
+        assert code == 0, errors
+        samples = lines_of(tmp_path / f"{i}" / "samples" / "inference_ability.jsonl")
+        rows.append([row["loglikelihoods"] for row in samples])
+    for one, other in zip(rows[0], rows[1], strict=True):
+        assert one == pytest.approx(other, abs=1e-4)
+    assert rows[0] != rows[2]
+
+
 def test_what_a_reader_must_know_is_in_diagnosis(
     capfd: pytest.CaptureFixture[str], checkpoints: dict[str, Path]
 ) -> None:
