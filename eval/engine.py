@@ -10,13 +10,13 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from eval.processes import Processes
+from eval.rendering import Renderer
 from eval.samples import Answer, Sample
 from llmops import checkpoints
-from llmops.chat_formats import ChatFormat
 from llmops.console import UserError, has_gpu, log, progress
 
 if TYPE_CHECKING:
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 
 
 WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "config.json", "adapter_config.json", "tokenizer*", "chat_template*")
-LONGEST_WAIT = timedelta(days=7)  # processes wait for the slowest one
 
 
 @dataclass(frozen=True)
@@ -53,132 +52,6 @@ class Request:
     max_new_tokens: int
     cut: bool
     key: str
-
-
-class Processes:
-    """The processes that share the samples (RANK and WORLD_SIZE, as torchrun sets them); one by itself otherwise."""
-
-    def __init__(self) -> None:
-        try:
-            self.rank, self.count = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-            self.local_rank = int(os.environ.get("LOCAL_RANK", str(self.rank)))
-        except ValueError as error:
-            raise UserError(f"RANK, LOCAL_RANK and WORLD_SIZE must be whole numbers ({error})") from error
-
-    @property
-    def first(self) -> bool:
-        """Whether this one reports."""
-        return self.rank == 0
-
-    @contextmanager
-    def connected(self) -> Iterator[None]:
-        """Within this context they can exchange answers; over gloo, because only texts travel."""
-        if self.count == 1:
-            yield
-            return
-        if "MASTER_ADDR" not in os.environ:
-            raise UserError("WORLD_SIZE is set but not MASTER_ADDR; start several processes with torchrun")
-        import torch.distributed as dist
-
-        dist.init_process_group("gloo", timeout=LONGEST_WAIT)
-        try:
-            yield
-        finally:
-            dist.destroy_process_group()
-
-    def share(self, items: Sequence[int]) -> Sequence[int]:
-        """This process's part: neighbours stay together, because they share prompt beginnings."""
-        size = -(-len(items) // self.count)
-        return items[self.rank * size : (self.rank + 1) * size]
-
-    def gather(self, mine: dict[int, Any]) -> dict[int, Any]:
-        """What all processes have, by index."""
-        if self.count == 1:
-            return mine
-        import torch.distributed as dist
-
-        everyone: list[Any] = [None] * self.count
-        dist.all_gather_object(everyone, mine)
-        return {index: value for part in everyone for index, value in part.items()}
-
-
-class Renderer:
-    """Prompts and answers as tokens: by the model's chat format, as in training, or as plain text."""
-
-    def __init__(self, folder: Path, settings: Settings) -> None:
-        self.chat: ChatFormat | None = None
-        if settings.chat_template:
-            try:
-                self.tokenizer, self.chat = checkpoints.load_chat_format(
-                    folder, settings.mode, settings.trust_remote_code
-                )
-            except UserError as error:
-                if "chat template" not in str(error):
-                    raise
-                raise UserError(f"{error}; or turn chat_template off to ask in plain text") from error
-        else:
-            self.tokenizer = checkpoints.load_tokenizer(folder, settings.trust_remote_code)
-        self.known: dict[str, list[int]] = {}
-        self.stop_ids = sorted(self._stop_ids())
-
-    def prompt(self, sample: Sample) -> list[int]:
-        """The tokens up to where the answer begins."""
-        if self.chat:
-            return self.chat.prompt(sample.messages)
-        return self.tokenizer(self.plain_text(sample))["input_ids"]
-
-    def plain_text(self, sample: Sample) -> str:
-        """The conversation as text without role tokens, up to where the answer begins."""
-        parts = []
-        for message in sample.messages:
-            parts.append(message["content"] + ("\n\n" if message["role"] == "assistant" else ""))
-            if message["role"] == "system":
-                parts.append("\n\n")
-        return "".join(parts)
-
-    def choices(self, sample: Sample, prompt: Sequence[int]) -> list[list[int]]:
-        """The tokens of each choice after the prompt, without an end token."""
-        if not sample.choices:
-            return []
-        if self.chat:
-            return [self._chat_answer(choice)[:-1] for choice in sample.choices]
-        found = []
-        for choice in sample.choices:
-            whole = self.tokenizer(self.plain_text(sample) + choice)["input_ids"]
-            if whole[-1:] == [self.tokenizer.eos_token_id]:
-                whole = whole[:-1]
-            joined = whole[: len(prompt)] == list(prompt) and len(whole) > len(prompt)
-            found.append(whole[len(prompt) :] if joined else self._bare(choice))
-        return found
-
-    def answer_length(self, text: str) -> int:
-        """How many tokens a text is, with an end token."""
-        return len(self._bare(text)) + 1
-
-    def decode(self, ids: Sequence[int]) -> str:
-        """A generated text. In plain text an answer ends with its line, because nothing else ends it."""
-        text = self.tokenizer.decode(ids, skip_special_tokens=True).strip()
-        return text if self.chat else text.split("\n", 1)[0].rstrip()
-
-    def _bare(self, text: str) -> list[int]:
-        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
-
-    def _chat_answer(self, answer: str) -> list[int]:
-        """The learned tokens of an answer: it and its end token."""
-        if answer not in self.known:
-            assert self.chat
-            question = [{"role": "user", "content": "?"}]
-            rendered = self.chat.conversation([*question, {"role": "assistant", "content": answer}])[-1]
-            self.known[answer] = [i for i, learned in zip(rendered.ids, rendered.learned, strict=True) if learned]
-        return self.known[answer]
-
-    def _stop_ids(self) -> set[int]:
-        found = {self.tokenizer.eos_token_id}
-        if self.chat:
-            found.add(self._chat_answer("。")[-1])
-        else:
-            found |= {ids[0] for ids in map(self._bare, ("\n", "\n\n")) if len(ids) == 1}
-        return found - {None}
 
 
 def check(settings: Settings) -> Path:
@@ -248,7 +121,9 @@ class Engine:
         self.processes = processes
         device = choose_device(settings.gpu_id, processes)
         self.dtype = checkpoints.choose_dtype(settings.dtype if device.type == "cuda" else cpu_dtype(settings.dtype))
-        self.renderer = Renderer(folder if not settings.adapter else Path(settings.model), settings)
+        self.renderer = Renderer(
+            Path(settings.model), settings.mode, settings.chat_template, settings.trust_remote_code
+        )
         model = load(settings, self.dtype)
         model.to(device)
         pad = self.renderer.tokenizer.pad_token_id or 0
