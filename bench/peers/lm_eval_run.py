@@ -34,13 +34,14 @@ def main(model: str, tasks: str, out: str, size: str, *names: str) -> None:
     manager = TaskManager(include_path=tasks, include_defaults=False)
     found = {}
     for name in names:
-        started = time.perf_counter()
+        started, worked = time.perf_counter(), time.process_time()
         result = lm_eval.simple_evaluate(
             model=loaded, tasks=[name], task_manager=manager, bootstrap_iters=0, log_samples=True, verbosity="ERROR"
         )
-        seconds = time.perf_counter() - started
+        seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - worked
         samples = sorted(result["samples"][name], key=lambda sample: sample["doc_id"])
-        found[name] = {"seconds": seconds, "answers": [answer_of(sample) for sample in samples]}
+        answers = [answer_of(sample) for sample in samples]
+        found[name] = {"seconds": seconds, "cpu_seconds": cpu_seconds, "answers": answers}
     Path(out).write_text(json.dumps(found, ensure_ascii=False), encoding="utf-8")
 
 
