@@ -26,6 +26,7 @@ from llmops.console import TrainingStopped, log
 
 T = TypeVar("T")
 NAME = "cached_prefix"
+WORTH_A_BATCH = 512  # tokens of padding that cost less than a batch more
 MIN_SHARED = 16  # a shorter common beginning is not worth a pass of its own
 
 
@@ -448,7 +449,7 @@ def too_long(ids: Sequence[int]) -> TrainingStopped:
 def wasteful(lengths: Sequence[int]) -> bool:
     """Whether rows of these lengths, padded to the longest, are mostly padding."""
     padding = max(lengths) * len(lengths) - sum(lengths)
-    return padding > max(MIN_SHARED * len(lengths), sum(lengths) / 2)
+    return padding > max(WORTH_A_BATCH, sum(lengths) / 2)
 
 
 def segments_of(prefixes: Sequence[Prefix]) -> list[Segment]:

@@ -163,7 +163,7 @@ def test_nested_prefixes_are_computed_once() -> None:
     def tokens(n: int) -> list[int]:
         return [draw.randrange(3, VOCABULARY) for _ in range(n)]
 
-    examples, passages = tokens(100), [[k, *tokens(150)] for k in (10, 20, 30)]
+    examples, passages = tokens(100), [[k, *tokens(700)] for k in (10, 20, 30)]
     asked = [4, 1, 3]
     prompts = [
         [*examples, *passage, 40 + q, *tokens(4)] for passage, n in zip(passages, asked, strict=True) for q in range(n)
@@ -173,7 +173,7 @@ def test_nested_prefixes_are_computed_once() -> None:
     model = make_model("llama")
     counting = Counting(model)
     found = dict(Generator(model, 0, 8).loglikelihoods(prompts, [[[5], [6]]] * len(prompts)))
-    assert counting.tokens == 100 + 3 * 151 + 5 * sum(asked)
+    assert counting.tokens == 100 + 3 * 701 + 5 * sum(asked)
     for i, row in plain.items():
         assert found[i] == pytest.approx(row, abs=1e-4)
 
