@@ -105,3 +105,51 @@ def read_log(output: Path) -> list[dict[str, Any]]:
 def train_losses(output: Path) -> dict[int, float]:
     """Training loss by step."""
     return {line["step"]: line["loss"] for line in read_log(output) if "loss" in line}
+
+
+@pytest.fixture(scope="session")
+def taught_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Eight questions with answers of different lengths, Chinese and English."""
+    pairs = {
+        "图书馆几点开门": "早上八点", "Where is the station?": "Behind the old town hall.", "一年有几个月": "12",
+        "水的化学式": "H2O", "谁写了静夜思": "唐代诗人李白", "苹果用英文怎么说": "apple",
+        "最大的海洋": "太平洋", "借书要带什么": "请带上身份证和借书证。",
+    }  # fmt: skip
+    conversations = [[{"role": "user", "content": q}, {"role": "assistant", "content": a}] for q, a in pairs.items()]
+    return write_jsonl(tmp_path_factory.mktemp("taught_data") / "taught.jsonl", conversations)
+
+
+@pytest.fixture(scope="session")
+def taught(tmp_path_factory: pytest.TempPathFactory, taught_data: Path) -> Path:
+    """A tiny model that was taught the answers of `taught_data`."""
+    return teach(tmp_path_factory.mktemp("taught"), read_messages(taught_data), steps=60)
+
+
+def teach(folder: Path, conversations: Sequence[Messages], steps: int, hidden: int = 64, vocabulary: int = 600) -> Path:
+    """Train a tiny Llama from scratch to give the last answer of every conversation; the checkpoint folder."""
+    import torch
+
+    from llmops import checkpoints
+
+    texts = [message["content"] for messages in conversations for message in messages]
+    tiny.write_checkpoint(folder, texts, vocab_size=vocabulary, hidden=hidden, layers=2, heads=4)
+    _, chat = checkpoints.load_chat_format(folder)
+    model = checkpoints.load_model(folder, torch.float32)
+    rendered = [chat.conversation(messages)[-1] for messages in conversations]
+    width = max(len(sample.ids) for sample in rendered)
+    ids = torch.tensor([sample.ids + [0] * (width - len(sample.ids)) for sample in rendered])
+    learned = torch.tensor([sample.learned + [False] * (width - len(sample.ids)) for sample in rendered])
+    labels = torch.where(learned, ids, -100)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3, weight_decay=0)
+    draw = torch.Generator().manual_seed(0)
+    for step in range(steps):
+        for group in optimizer.param_groups:
+            group["lr"] = 5e-3 * min(1, (step + 1) / 10) * (1 - step / steps)
+        rows = torch.randperm(len(ids), generator=draw)[:16]
+        loss = model(input_ids=ids[rows], labels=labels[rows]).loss
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+    model.save_pretrained(folder)
+    return folder

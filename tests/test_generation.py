@@ -9,6 +9,7 @@ import torch
 from transformers import PreTrainedModel
 
 from llmops import tiny
+from llmops.console import TrainingStopped
 from llmops.generation import Generator, Tree, common_length, group_by_prefix
 
 VOCABULARY, END = 300, 2
@@ -110,3 +111,85 @@ def test_groups_cover_every_prompt_once() -> None:
             assert shared < len(prompts[i])  # a row keeps a token of its own
     assert list(group_by_prefix([[1, 2, 3]])) == [([0], 0)]
     assert common_length([1, 2, 3], [1, 2, 3]) == 2
+
+
+def make_choices(count: int) -> list[list[list[int]]]:
+    """Candidates per prompt: single tokens, the same and other lengths, one the beginning of another."""
+    kinds = [[[5], [6], [7], [8]], [[5, 9, 11], [5, 9], [4]], [[30, 31, 32, 33], [40, 41]]]
+    return [kinds[i % len(kinds)] for i in range(count)]
+
+
+@pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
+def test_loglikelihoods_are_exact(architecture: str) -> None:
+    """Batches of 1, 3 and 8, with and without prefix reuse, equal one plain pass per candidate within 1e-4."""
+    prompts = make_prompts()
+    choices = make_choices(len(prompts))
+    reference = make_model(architecture).eval()
+    exact = []
+    for prompt, candidates in zip(prompts, choices, strict=True):
+        row = []
+        for ids in candidates:
+            with torch.no_grad():
+                logp = reference(torch.tensor([[*prompt, *ids]])).logits[0].double().log_softmax(-1)
+            row.append(sum(logp[len(prompt) + k - 1, token].item() for k, token in enumerate(ids)))
+        exact.append(row)
+    model = make_model(architecture)
+    for size, reuse in [(1, False), (3, False), (8, False), (1, True), (3, True), (8, True)]:
+        found = dict(Generator(model, 0, size, reuse).loglikelihoods(prompts, choices))
+        assert len(found) == len(prompts)
+        for i, row in enumerate(exact):
+            assert found[i] == pytest.approx(row, abs=1e-4)
+
+
+class Counting(torch.nn.Module):
+    """Counts the tokens that go through a model, and runs out of memory when a batch has too many rows."""
+
+    def __init__(self, model: PreTrainedModel, rows: int = 10**9) -> None:
+        super().__init__()
+        self.tokens, self.rows = 0, rows
+        model.register_forward_pre_hook(self.count, with_kwargs=True)
+
+    def count(self, module: torch.nn.Module, args: tuple[object, ...], kwargs: dict[str, torch.Tensor]) -> None:
+        """Before each pass."""
+        self.tokens += kwargs["input_ids"].numel()
+        if len(kwargs["input_ids"]) > self.rows:
+            raise torch.OutOfMemoryError("no memory left")
+
+
+def test_nested_prefixes_are_computed_once() -> None:
+    """Examples shared by all, two passages of several questions and one with a single question: each once."""
+    draw = random.Random(4)
+
+    def tokens(n: int) -> list[int]:
+        return [draw.randrange(3, VOCABULARY) for _ in range(n)]
+
+    examples, passages = tokens(100), [[k, *tokens(700)] for k in (10, 20, 30)]
+    asked = [4, 1, 3]
+    prompts = [
+        [*examples, *passage, 40 + q, *tokens(4)] for passage, n in zip(passages, asked, strict=True) for q in range(n)
+    ]
+    model = make_model("llama")
+    plain = dict(Generator(model, 0, 8, False).loglikelihoods(prompts, [[[5], [6]]] * len(prompts)))
+    model = make_model("llama")
+    counting = Counting(model)
+    found = dict(Generator(model, 0, 8).loglikelihoods(prompts, [[[5], [6]]] * len(prompts)))
+    assert counting.tokens == 100 + 3 * 701 + 5 * sum(asked)
+    for i, row in plain.items():
+        assert found[i] == pytest.approx(row, abs=1e-4)
+
+
+def test_out_of_memory_halves_the_batch(capsys: pytest.CaptureFixture[str]) -> None:
+    prompts = make_prompts()
+    expected = {i: answer.ids for i, answer in Generator(make_model("llama"), 0, 8).generate(prompts, 6, [END])}
+    model = make_model("llama")
+    Counting(model, rows=3)
+    generator = Generator(model, 0, 8)
+    answers = list(generator.generate(prompts, 6, [END]))
+    assert generator.batch_size == 2
+    assert "out of memory with 8 prompts at once; going on with 4" in capsys.readouterr().err
+    assert sorted(i for i, _ in answers) == list(range(len(prompts)))
+    assert {i: answer.ids for i, answer in answers} == expected
+    model = make_model("llama")
+    Counting(model, rows=0)
+    with pytest.raises(TrainingStopped, match="does not suffice for one prompt of"):
+        list(Generator(model, 0, 8, False).generate(prompts, 6, [END]))

@@ -1,0 +1,94 @@
+"""reading_comprehension: CMRC2018, short answers from a passage. Source: Cui et al. 2019."""
+
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from eval import metrics
+from eval.dimensions.base import Dimension, Scores, clean, mean, read_json, text_of
+from eval.samples import Loaded, Sample
+from llmops.console import UserError
+
+BEFORE = "阅读短文，用短文中的原话简短地回答问题，只写答案。\n短文："
+
+
+def read(path: Path) -> Loaded:
+    """The native format (a list of passages) and the SQuAD style; a number as an answer is read as its text."""
+    found = read_json(path)
+    native = isinstance(found, list)
+    if not native and not (isinstance(found, dict) and isinstance(found.get("data"), list)):
+        raise UserError(f"{path}: expected CMRC2018's list of passages or an object with 'data' (SQuAD style)")
+    rows = read_native(found, path) if native else read_squad(found["data"], path)
+    samples = [
+        Sample(BEFORE, answers, passage, f"\n问题：{question}\n答案：")
+        for passage, question, answers in rows
+        if answers
+    ]
+    return Loaded(samples)
+
+
+def read_native(passages: list[Any], path: Path) -> Iterator[tuple[str, str, tuple[str, ...]]]:
+    """(passage, question, answers) of `{context_text, qas: [{query_text, answers}]}`."""
+    for number, passage in enumerate(passages, 1):
+        where = f"{path}, passage {number}"
+        for question in list_of(passage, "qas", where):
+            answers = [text_of({"answer": answer}, "answer", where) for answer in list_of(question, "answers", where)]
+            yield (
+                text_of(passage, "context_text", where),
+                text_of(question, "query_text", where),
+                tuple(dict.fromkeys(answers)),
+            )
+
+
+def read_squad(articles: list[Any], path: Path) -> Iterator[tuple[str, str, tuple[str, ...]]]:
+    """(passage, question, answers) of `{paragraphs: [{context, qas: [{question, answers: [{text}]}]}]}`."""
+    for number, article in enumerate(articles, 1):
+        where = f"{path}, article {number}"
+        for paragraph in list_of(article, "paragraphs", where):
+            for question in list_of(paragraph, "qas", where):
+                answers = [text_of(answer, "text", where) for answer in list_of(question, "answers", where)]
+                yield (
+                    text_of(paragraph, "context", where),
+                    text_of(question, "question", where),
+                    tuple(dict.fromkeys(answers)),
+                )
+
+
+def list_of(record: Any, key: str, where: str) -> list[Any]:
+    """A list in an object. Raises UserError when it is not there."""
+    if not isinstance(record, dict) or not isinstance(record.get(key), list):
+        raise UserError(f"{where}: expected an object with the list {key!r}")
+    return record[key]
+
+
+def score(prediction: str, sample: Sample) -> Scores:
+    """BLEU against the best reference; the official F1 and EM beside it."""
+    text = clean(prediction)
+    return {
+        "BLEU": metrics.best_bleu(text, sample.references),
+        "F1": metrics.cmrc_f1(text, sample.references),
+        "EM": metrics.cmrc_em(text, sample.references),
+    }
+
+
+def baselines(samples: Sequence[Sample], seed: int) -> Scores:
+    """BLEU of the passage's first sentence."""
+    firsts = (re.split("(?<=[。！？])", sample.passage, maxsplit=1)[0] for sample in samples)
+    return {"first sentence": mean([score(text, sample)["BLEU"] for text, sample in zip(firsts, samples, strict=True)])}
+
+
+DIMENSION = Dimension(
+    name="reading_comprehension",
+    dataset="CMRC2018",
+    files=(
+        "cmrc2018/cmrc2018_dev.json", "cmrc2018*/dev.json", "cmrc2018*/*dev*.json", "cmrc2018*/*/*dev*.json",
+        "*cmrc2018*dev*.json", "cmrc2018*/*trial*.json",
+    ),
+    get="CMRC2018: cmrc2018_dev.json (native or SQuAD style) in a folder cmrc2018",
+    read=read,
+    metric="BLEU",
+    score=score,
+    baselines=baselines,
+    max_new_tokens=64,
+)  # fmt: skip

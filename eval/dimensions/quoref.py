@@ -1,0 +1,65 @@
+"""command_compliance: write a question for a passage, as the task says.
+
+Source: BIG-bench (Srivastava et al. 2022), natural_instructions, subtask001_quoref_question_generation.
+"""
+
+import random
+from collections.abc import Sequence
+from pathlib import Path
+
+from eval import metrics
+from eval.dimensions.base import Dimension, Scores, clean, mean, read_json, text_of
+from eval.samples import Loaded, Sample
+from llmops.console import UserError
+
+INSTRUCTION = (
+    "Write a question about the passage that asks which person, place or thing a mention in it refers to. "
+    "Write only the question."
+)
+
+
+def read(path: Path) -> Loaded:
+    """json `{..., "task_prefix", "examples": [{"input": "Passage: ...", "target": ["...", ...]}]}`."""
+    found = read_json(path)
+    if not isinstance(found, dict) or not isinstance(found.get("examples"), list):
+        raise UserError(f"{path}: expected BIG-bench's object with the list 'examples'")
+    prefix = str(found.get("task_prefix") or "").strip() or INSTRUCTION
+    samples = []
+    for number, example in enumerate(found["examples"], 1):
+        where = f"{path}, example {number}"
+        if not isinstance(example, dict):
+            raise UserError(f"{where}: found a JSON {type(example).__name__}, expected an object")
+        targets = example.get("target")
+        listed = targets if isinstance(targets, list) else [targets]
+        references = tuple(dict.fromkeys(text_of({"target": t}, "target", where).strip() for t in listed))
+        if not references or "" in references:
+            raise UserError(f"{where}: 'target' has no text; expected a question or a list of them")
+        passage = text_of(example, "input", where).strip()
+        samples.append(Sample(f"{prefix}\n\n", references, passage, "\nQuestion:"))
+    return Loaded(samples)
+
+
+def score(prediction: str, sample: Sample) -> Scores:
+    """BLEU with all targets as references: there is more than one good question."""
+    return {"BLEU": metrics.bleu(clean(prediction), sample.references)}
+
+
+def baselines(samples: Sequence[Sample], seed: int) -> Scores:
+    """BLEU of another passage's question."""
+    others = [sample.references[0] for sample in samples]
+    random.Random(seed).shuffle(others)
+    return {"a random question": mean([score(q, sample)["BLEU"] for q, sample in zip(others, samples, strict=True)])}
+
+
+TASK = "subtask001_quoref_question_generation"
+DIMENSION = Dimension(
+    name="command_compliance",
+    dataset=f"BIG-bench {TASK}",
+    files=(f"bigbench/{TASK}/task.json", f"**/{TASK}/task.json", f"**/*{TASK}*.json"),
+    get=f"BIG-bench's natural_instructions task {TASK}: its task.json in a folder bigbench/{TASK}",
+    read=read,
+    metric="BLEU",
+    score=score,
+    baselines=baselines,
+    max_new_tokens=48,
+)

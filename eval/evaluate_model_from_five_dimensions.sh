@@ -1,0 +1,34 @@
+#!/usr/bin/env bash
+# A chat model in five dimensions: inference, reading, Chinese, following instructions, knowledge of many subjects.
+#
+#   bash eval/evaluate_model_from_five_dimensions.sh --model_name_or_path mnt/output_path
+#   bash eval/evaluate_model_from_five_dimensions.sh --dimensions '["inference_ability"]' \
+#       --additional_parameters '{"max_seq_len": 1024, "num_fewshot": 5}'
+#
+# Prints {"evaluation_results": {...}, "diagnosis": {...}}. A setting can be edited here, set in the environment or given
+# as a flag. The benchmarks' own files go into MOUNT_PATH/datasets/eval (eval/README.md); without them small samples serve.
+set -euo pipefail
+HERE=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
+
+# --- settings ----------------------------------------------------------------------------------------------------------
+MOUNT_PATH="${MOUNT_PATH:-$HERE/mnt}"              # folder with output_path/ and datasets/eval/
+MODEL_NAME_OR_PATH="${MODEL_NAME_OR_PATH:-}"       # whole model, merged model or adapter; empty: MOUNT_PATH/output_path
+DIMENSIONS="${DIMENSIONS:-}"                       # JSON list; empty: all five
+ADDITIONAL_PARAMETERS="${ADDITIONAL_PARAMETERS:-}" # JSON object with max_seq_len and so on; the .py's --help has them all
+OUTPUT_PATH="${OUTPUT_PATH:-}"                     # for eval_results.json, answers, chart; empty: MOUNT_PATH/eval_output
+NUM_PROCESSES="${NUM_PROCESSES:-1}"                # processes that share the samples, one GPU each
+# --- end of settings ---------------------------------------------------------------------------------------------------
+
+# shellcheck source=llmops/environment.sh
+source "$HERE/llmops/environment.sh"
+read_settings "${BASH_SOURCE[0]}" "$@"
+: "${MODEL_NAME_OR_PATH:=$MOUNT_PATH/output_path}"
+: "${OUTPUT_PATH:=$MOUNT_PATH/eval_output/five_dimensions}"
+export MOUNT_PATH
+PYTHON=$(ensure_python "$HERE" "$HERE/requirements.txt") || exit 2
+offline_libraries
+has_gpu || tune_cpu
+run=("$PYTHON")
+if [ "$NUM_PROCESSES" != 1 ]; then run=("$PYTHON" -m torch.distributed.run --standalone --nproc-per-node "$NUM_PROCESSES"); fi
+exec "${run[@]}" "$HERE/eval/evaluate_model_from_five_dimensions.py" --output_path "$OUTPUT_PATH" \
+    "$MODEL_NAME_OR_PATH" "$DIMENSIONS" "$ADDITIONAL_PARAMETERS"

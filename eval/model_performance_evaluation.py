@@ -1,0 +1,229 @@
+"""How well does a model answer a data set of conversations: exact match, F1, BLEU, ROUGE.
+
+python eval/model_performance_evaluation.py --help        every setting
+Every assistant turn of the data is a reference for the turns before it. Prints one JSON object on stdout:
+{"code": 0, "msg": "Success", "data": {"evaluation_results": {"Rouge": 0.88}}}. When something is wrong the code is not
+0, msg says what, and the exit code is the same: 2 for what the user can mend, 1 for everything else.
+"""
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from eval.engine import Engine, Processes, Settings, check
+from eval.metrics import METRICS
+from eval.samples import Sample, draw, rows_of, summarise
+from llmops.chat_formats import FAMILIES
+from llmops.console import (
+    EXIT_USER_ERROR,
+    Parser,
+    TrainingStopped,
+    UserError,
+    log,
+    run_main,
+    stdout_to_stderr,
+    to_bool,
+)  # fmt: skip
+from llmops.records import problems_error, read_conversations
+
+NAME = "model_performance"
+
+
+@dataclass(frozen=True)
+class Config:
+    """What to evaluate and how."""
+
+    dataset_path: str
+    metrics: tuple[str, ...]
+    max_new_tokens: int
+    limit: int
+    seed: int
+    settings: Settings
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Every setting with its default."""
+    parser = Parser(
+        prog="model_performance_evaluation.py", description="Score a model on a data set.", allow_abbrev=False
+    )
+    add = parser.add_argument
+    add("--model_name_or_path", default="mnt/output_path", help="whole model, merged model or adapter folder")
+    add("--adapter", default="", help="an adapter's folder, put on the model")
+    add(
+        "--dataset_path", default="mnt/datasets/test.jsonl", help="jsonl of conversations ('messages'), as for training"
+    )
+    add("--evaluation_metrics", action="append", default=[],
+        help=f'some of {", ".join(METRICS)}: "Acc,Rouge", repeated, or a JSON list; default: Rouge')  # fmt: skip
+    add("--max_seq_len", type=int, default=512, help="prompt and answer together; longer prompts are cut and counted")
+    add("--max_new_tokens", type=int, default=0, help="longest answer; 0: twice the sample's longest reference")
+    add("--per_device_batch_size", type=int, default=10, help="prompts per pass; halved when memory runs out")
+    add("--gpu_id", type=int, default=0, help="number of the GPU; -1: CPU; without any GPU 0 is the CPU too")
+    add("--output_path", default="", help="folder for eval_results.json and the answers; empty: nothing is written")
+    add("--limit", type=int, default=0, help="evaluate so many samples, drawn with the seed; 0: all")
+    add("--seed", type=int, default=0, help="of the draw and the bootstrap")
+    add("--mode", default="auto", choices=list(FAMILIES), help="chat format; auto: the checkpoint's own")
+    add("--chat_template", type=to_bool, default=True, metavar="true|false", help="false: ask in plain text")
+    add("--reuse_prefix", type=to_bool, default=True, metavar="true|false",
+        help="compute what prompts share once; false: each prompt anew")  # fmt: skip
+    add("--dtype", default="auto", choices=["auto", "bf16", "fp16", "fp32"], help="auto: bf16 where the GPU has it")
+    add("--trust_remote_code", type=to_bool, default=False, metavar="true|false",
+        help="run Python code that the checkpoint's folder ships")  # fmt: skip
+    return parser
+
+
+def parse(argv: Sequence[str] | None) -> Config:
+    """The configuration that command line arguments describe."""
+    given = build_parser().parse_args(argv)
+    for name in ("limit", "max_new_tokens"):
+        if getattr(given, name) < 0:
+            raise UserError(f"--{name} is {getattr(given, name)}; expected 0 or more")
+    settings = Settings(
+        model=given.model_name_or_path, adapter=given.adapter, max_seq_len=given.max_seq_len,
+        batch_size=given.per_device_batch_size, gpu_id=given.gpu_id, mode=given.mode, dtype=given.dtype,
+        chat_template=given.chat_template, reuse_prefix=given.reuse_prefix,
+        trust_remote_code=given.trust_remote_code, output_path=given.output_path,
+    )  # fmt: skip
+    return Config(
+        given.dataset_path, read_metrics(given.evaluation_metrics), given.max_new_tokens, given.limit, given.seed,
+        settings,
+    )  # fmt: skip
+
+
+def read_metrics(texts: Sequence[str]) -> tuple[str, ...]:
+    """The metrics asked for, each once, in the order asked: `Acc,Rouge`, several texts, or a JSON list."""
+    names: list[str] = []
+    for text in texts or ["Rouge"]:
+        if text.lstrip().startswith("["):
+            try:
+                listed = json.loads(text)
+            except json.JSONDecodeError as error:
+                raise UserError(f"--evaluation_metrics {text!r} is no JSON list ({error})") from error
+        else:
+            listed = text.split(",")
+        names += [name.strip() if isinstance(name, str) else repr(name) for name in listed]
+    known = {name.lower(): name for name in METRICS}
+    unknown = [name for name in names if name.lower() not in known]
+    if unknown or not names:
+        found = ", ".join(map(repr, unknown)) or "nothing"
+        raise UserError(f"--evaluation_metrics: found {found}, expected some of {', '.join(METRICS)}")
+    return tuple(dict.fromkeys(known[name.lower()] for name in names))
+
+
+def read_samples(path: Path) -> list[Sample]:
+    """One sample per assistant turn. Raises UserError for a file that is not there, empty, or has a bad line."""
+    if not path.is_file():
+        raise UserError(f"the data set {path} does not exist; expected a jsonl file of conversations")
+    samples: list[Sample] = []
+    problems = []
+    rows = 0
+    for _, messages, problem in read_conversations(path):
+        rows += 1
+        if problem:
+            problems.append(problem)
+        for i, message in enumerate(messages or []):
+            if message["role"] == "assistant":
+                before = tuple((messages or [])[: i - 1])
+                question = (messages or [])[i - 1]["content"]
+                samples.append(Sample("", (message["content"],), passage=question, history=before))
+    if problems:
+        text = str(problems_error(path, problems, rows))
+        raise UserError(text.replace(" or pass --skip_bad_lines true to drop and count them", ""))
+    if not samples:
+        raise UserError(f"{path} has no assistant turn to compare with; expected conversations with 'messages'")
+    return samples
+
+
+def run(config: Config, processes: Processes) -> dict[str, float]:
+    """Answer every prompt, score the answers, write the reports; score by metric."""
+    started = time.monotonic()
+    # 1. everything that can be wrong without the model
+    check(config.settings)
+    samples = draw(read_samples(Path(config.dataset_path)), config.limit, config.seed)
+    # 2. the answers
+    engine = Engine(config.settings, processes)
+    longest = [max(map(engine.renderer.answer_length, sample.references)) for sample in samples]
+    limits = [config.max_new_tokens or 2 * length for length in longest]
+    answers = engine.answer(NAME, samples, limits)
+    if not processes.first:
+        return {}
+    # 3. the scores
+    scores = [
+        {name: value for metric in config.metrics
+         for name, value in METRICS[metric](answer.text, sample.references).items()}
+        for sample, answer in zip(samples, answers, strict=True)
+    ]  # fmt: skip
+    figures = summarise(scores, config.seed)
+    results = {metric: round(figures[metric]["mean"], 4) for metric in config.metrics}
+    cut, empty = sum(a.cut for a in answers), sum(not a.text for a in answers)
+    if cut:
+        log(f"{cut} of {len(samples)} prompts were longer than max_seq_len allows and were cut")
+    if empty:
+        log(f"{empty} of {len(samples)} answers are empty")
+    # 4. the reports
+    seconds = time.monotonic() - started
+    log(f"{len(samples)} answers in {seconds:.1f} s; " + ", ".join(f"{k} {v:.4f}" for k, v in results.items()))
+    engine.finish(NAME, rows_of(samples, answers, scores))
+    if config.settings.output_path:
+        from eval.report import write_results
+
+        more = {
+            "dataset_path": config.dataset_path, "limit": config.limit, "seed": config.seed,
+            "evaluation_results": results, "metrics": figures,
+            "baselines": {"echo of the question": echo_baseline(samples, config.metrics)},
+            "counts": {"samples": len(samples), "prompts_cut": cut, "empty_answers": empty},
+        }  # fmt: skip
+        write_results(engine, "model_performance_evaluation", seconds, more)
+    return results
+
+
+def echo_baseline(samples: Sequence[Sample], metrics: Sequence[str]) -> dict[str, float]:
+    """What a program would score that says the question again: a model must do better."""
+    scores = [[METRICS[metric](sample.passage, sample.references)[metric] for metric in metrics] for sample in samples]
+    return {metric: round(sum(row[k] for row in scores) / len(scores), 4) for k, metric in enumerate(metrics)}
+
+
+def answer_json(code: int, message: str, results: dict[str, float]) -> dict[str, Any]:
+    """The documented shape."""
+    return {"code": code, "msg": message, "data": {"evaluation_results": results}}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Parse, run, print."""
+    speaks = True
+
+    def say(code: int, message: str, results: dict[str, float]) -> None:
+        if speaks:
+            print(json.dumps(answer_json(code, message, results), ensure_ascii=False), flush=True)
+
+    def body() -> int:
+        nonlocal speaks
+        try:
+            processes = Processes()
+            speaks = processes.first
+            config = parse(argv)
+            with stdout_to_stderr(), processes.connected():
+                results = run(config, processes)
+        except UserError as error:
+            say(EXIT_USER_ERROR, str(error), {})
+            raise
+        except TrainingStopped as error:
+            say(1, str(error), {})
+            raise
+        except Exception as error:  # the documented JSON has a form for failures; the traceback follows on stderr
+            say(1, f"{type(error).__name__}: {error}", {})
+            raise
+        say(0, "Success", results)
+        return 0
+
+    return run_main(body)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,45 @@
+#!/usr/bin/env bash
+# How well a model answers a data set of conversations: Acc, F1, BLEU, Rouge.
+#
+#   bash eval/model_performance_evaluation.sh --model_name_or_path mnt/output_path --dataset_path mnt/datasets/test.jsonl
+#   bash eval/model_performance_evaluation.sh --evaluation_metrics Acc,F1,BLEU,Rouge --limit 200
+#
+# Prints {"code": 0, "msg": "Success", "data": {"evaluation_results": {...}}}. A setting can be edited here, set in the
+# environment or given as a flag. With several GPUs: NUM_PROCESSES=4 bash eval/model_performance_evaluation.sh
+set -euo pipefail
+HERE=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
+
+# --- settings ----------------------------------------------------------------------------------------------------------
+MOUNT_PATH="${MOUNT_PATH:-$HERE/mnt}"                # folder with output_path/ and datasets/
+MODEL_NAME_OR_PATH="${MODEL_NAME_OR_PATH:-}"         # whole model, merged model or adapter; empty: MOUNT_PATH/output_path
+ADAPTER="${ADAPTER:-}"                               # an adapter's folder, put on the model
+DATASET_PATH="${DATASET_PATH:-}"                     # jsonl of conversations; empty: MOUNT_PATH/datasets/test.jsonl
+EVALUATION_METRICS="${EVALUATION_METRICS:-Rouge}"    # some of Acc, F1, BLEU, Rouge: "Acc,Rouge" or a JSON list
+MAX_SEQ_LEN="${MAX_SEQ_LEN:-512}"                    # prompt and answer together; longer prompts are cut and counted
+MAX_NEW_TOKENS="${MAX_NEW_TOKENS:-0}"                # longest answer; 0: twice the sample's longest reference
+PER_DEVICE_BATCH_SIZE="${PER_DEVICE_BATCH_SIZE:-10}" # prompts per pass; halved when memory runs out
+GPU_ID="${GPU_ID:-0}"                                # number of the GPU; -1: CPU; without any GPU 0 is the CPU too
+NUM_PROCESSES="${NUM_PROCESSES:-1}"                  # processes that share the samples, one GPU each
+OUTPUT_PATH="${OUTPUT_PATH:-}"                       # for eval_results.json and the answers; empty: MOUNT_PATH/eval_output
+LIMIT="${LIMIT:-0}"                                  # evaluate so many samples; 0: all
+SEED="${SEED:-0}"                                    # of the draw and the bootstrap
+MODE="${MODE:-auto}"                                 # chat format; auto: the checkpoint's own
+CHAT_TEMPLATE="${CHAT_TEMPLATE:-true}"               # false: ask in plain text
+REUSE_PREFIX="${REUSE_PREFIX:-true}"                 # compute what prompts share once
+DTYPE="${DTYPE:-auto}"                               # auto (bf16 where the GPU has it), bf16, fp16, fp32
+TRUST_REMOTE_CODE="${TRUST_REMOTE_CODE:-false}"      # run Python code that the checkpoint's folder ships
+# --- end of settings ---------------------------------------------------------------------------------------------------
+
+# shellcheck source=llmops/environment.sh
+source "$HERE/llmops/environment.sh"
+read_settings "${BASH_SOURCE[0]}" "$@"
+: "${MODEL_NAME_OR_PATH:=$MOUNT_PATH/output_path}"
+: "${DATASET_PATH:=$MOUNT_PATH/datasets/test.jsonl}"
+: "${OUTPUT_PATH:=$MOUNT_PATH/eval_output/model_performance}"
+mapfile -d '' -t settings < <(setting_flags MOUNT_PATH NUM_PROCESSES)
+PYTHON=$(ensure_python "$HERE" "$HERE/requirements.txt") || exit 2
+offline_libraries
+has_gpu || tune_cpu
+run=("$PYTHON")
+if [ "$NUM_PROCESSES" != 1 ]; then run=("$PYTHON" -m torch.distributed.run --standalone --nproc-per-node "$NUM_PROCESSES"); fi
+exec "${run[@]}" "$HERE/eval/model_performance_evaluation.py" "${settings[@]}"

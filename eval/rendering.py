@@ -1,0 +1,86 @@
+"""Prompts and answers as tokens: by the model's chat format, as in training, or as plain text."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from eval.samples import Sample
+from llmops import checkpoints
+from llmops.chat_formats import ChatFormat
+from llmops.console import UserError
+
+
+class Renderer:
+    """Prompts and answers as tokens: by the model's chat format, as in training, or as plain text."""
+
+    def __init__(self, folder: Path, mode: str, chat_template: bool, trust_remote_code: bool) -> None:
+        self.chat: ChatFormat | None = None
+        if chat_template:
+            try:
+                self.tokenizer, self.chat = checkpoints.load_chat_format(folder, mode, trust_remote_code)
+            except UserError as error:
+                if "chat template" not in str(error):
+                    raise
+                raise UserError(f"{error}; or turn chat_template off to ask in plain text") from error
+        else:
+            self.tokenizer = checkpoints.load_tokenizer(folder, trust_remote_code)
+        self.known: dict[str, list[int]] = {}
+        self.stop_ids = sorted(self._stop_ids())
+
+    def prompt(self, sample: Sample) -> list[int]:
+        """The tokens up to where the answer begins."""
+        if self.chat:
+            return self.chat.prompt(sample.messages)
+        return self.tokenizer(self.plain_text(sample))["input_ids"]
+
+    def plain_text(self, sample: Sample) -> str:
+        """The conversation as text without role tokens, up to where the answer begins."""
+        parts = []
+        for message in sample.messages:
+            parts.append(message["content"] + ("\n\n" if message["role"] == "assistant" else ""))
+            if message["role"] == "system":
+                parts.append("\n\n")
+        return "".join(parts)
+
+    def choices(self, sample: Sample, prompt: Sequence[int]) -> list[list[int]]:
+        """The tokens of each choice after the prompt, without an end token."""
+        if not sample.choices:
+            return []
+        if self.chat:
+            return [self._chat_answer(choice)[:-1] for choice in sample.choices]
+        found = []
+        for choice in sample.choices:
+            whole = self.tokenizer(self.plain_text(sample) + choice)["input_ids"]
+            if whole[-1:] == [self.tokenizer.eos_token_id]:
+                whole = whole[:-1]
+            joined = whole[: len(prompt)] == list(prompt) and len(whole) > len(prompt)
+            found.append(whole[len(prompt) :] if joined else self._bare(choice))
+        return found
+
+    def answer_length(self, text: str) -> int:
+        """How many tokens a text is, with an end token."""
+        return len(self._bare(text)) + 1
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """A generated text. In plain text an answer ends with its line, because nothing else ends it."""
+        text = self.tokenizer.decode(ids, skip_special_tokens=True).strip()
+        return text if self.chat else text.split("\n", 1)[0].rstrip()
+
+    def _bare(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    def _chat_answer(self, answer: str) -> list[int]:
+        """The learned tokens of an answer: it and its end token."""
+        if answer not in self.known:
+            assert self.chat
+            question = [{"role": "user", "content": "?"}]
+            rendered = self.chat.conversation([*question, {"role": "assistant", "content": answer}])[-1]
+            self.known[answer] = [i for i, learned in zip(rendered.ids, rendered.learned, strict=True) if learned]
+        return self.known[answer]
+
+    def _stop_ids(self) -> set[int]:
+        found = {self.tokenizer.eos_token_id}
+        if self.chat:
+            found.add(self._chat_answer("。")[-1])
+        else:
+            found |= {ids[0] for ids in map(self._bare, ("\n", "\n\n")) if len(ids) == 1}
+        return found - {None}

@@ -1,0 +1,96 @@
+"""eval_results.json and the radar chart of the five dimensions."""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from eval.engine import Engine, write_complete
+from llmops import pictures
+from llmops.console import UserError, log
+
+RESULTS_NAME = "eval_results.json"
+RADAR_NAME = "five_dimensions.png"
+COLORS = ("#2a6fbb", "#d9762b", "#2e7d5b", "#8f4aa8", "#b8413c", "#6b6b6b")
+
+
+def write_results(engine: Engine, command: str, seconds: float, more: Mapping[str, Any]) -> None:
+    """Write eval_results.json into output_path: how it was run, then the figures."""
+    settings = engine.settings
+    packages = {name: version(name) for name in ("torch", "transformers", "nltk", "rouge-score")}
+    head = {
+        "command": command,
+        "model": settings.model,
+        "settings": asdict(settings) | {"dtype": str(engine.dtype).removeprefix("torch.")},
+        "chat_format": engine.renderer.chat.name if engine.renderer.chat else "plain text",
+        "device": str(engine.generator.device),
+        "processes": engine.processes.count,
+        "batch_size_used": engine.generator.batch_size,
+        "prefix_reuse": engine.generator.plain_because or "on",
+        "seconds": round(seconds, 2),
+        "versions": packages,
+    }
+    path = Path(settings.output_path) / RESULTS_NAME
+    write_complete(path, json.dumps(head | dict(more), ensure_ascii=False, indent=2) + "\n")
+    log(f"results in {path}")
+
+
+def read_scores(path: Path) -> tuple[str, dict[str, float]]:
+    """(name of the model, score by dimension) of an eval_results.json or the folder that holds it."""
+    path = path / RESULTS_NAME if path.is_dir() else path
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        scores = {name: float(score) for name, score in found["evaluation_results"].items()}
+        return Path(found["model"]).name, scores
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"compare_with: {path} is no {RESULTS_NAME} of the five dimensions ({type(error).__name__})"
+        ) from error
+
+
+def draw_radar(models: Sequence[tuple[str, Mapping[str, float]]], dimensions: Sequence[str], path: Path) -> None:
+    """One polygon per model over the dimensions, from 0 in the middle to 1; with one or two dimensions, bars.
+
+    A dimension that a model was not asked has no point in its polygon.
+    """
+    names = pictures.prepare_labels([name for name, _ in models])
+    import matplotlib.pyplot as plt
+
+    labels = [dimension.replace("_", "\n") for dimension in dimensions]
+    if len(dimensions) < 3:
+        figure, axes = plt.subplots(figsize=(6, 4.5), dpi=120, layout="constrained")
+        width = 0.8 / len(models)
+        for k, (name, (_, scores)) in enumerate(zip(names, models, strict=True)):
+            places = [i + (k - (len(models) - 1) / 2) * width for i in range(len(dimensions))]
+            heights = [scores.get(dimension, 0) for dimension in dimensions]
+            axes.bar(places, heights, width, label=name, color=COLORS[k % len(COLORS)])
+        axes.set_xticks(range(len(dimensions)), labels)
+        axes.set_ylim(0, 1)
+        axes.legend(fontsize=8)
+        pictures.save(figure, path)
+        return
+    figure, axes = plt.subplots(figsize=(7.5, 6), dpi=120, layout="constrained", subplot_kw={"projection": "polar"})
+    angles = [2 * math.pi * i / len(dimensions) for i in range(len(dimensions))]
+    for k, (name, (_, scores)) in enumerate(zip(names, models, strict=True)):
+        known = [(angle, scores[d]) for angle, d in zip(angles, dimensions, strict=True) if d in scores]
+        closed = [*known, known[0]] if known else []
+        color = COLORS[k % len(COLORS)]
+        axes.plot([a for a, _ in closed], [s for _, s in closed], color=color, marker="o", markersize=4, label=name)
+        axes.fill([a for a, _ in closed], [s for _, s in closed], color=color, alpha=0.12)
+        if len(models) == 1:
+            for angle, score in known:
+                axes.annotate(f"{score:.2f}", (angle, score), textcoords="offset points", xytext=(6, 6), fontsize=9)
+    axes.set_theta_offset(math.pi / 2)
+    axes.set_theta_direction(-1)
+    axes.set_xticks(angles, [""] * len(angles))
+    for angle, label in zip(angles, labels, strict=True):
+        side = "center" if abs(math.sin(angle)) < 0.1 else "left" if math.sin(angle) > 0 else "right"
+        axes.text(angle, 1.08, label, ha=side, va="center", fontsize=9)
+    axes.set_ylim(0, 1)
+    axes.set_yticks([0.2, 0.4, 0.6, 0.8, 1.0])
+    axes.tick_params(axis="y", labelsize=7, labelcolor="#777777")
+    figure.legend(loc="upper right", fontsize=8, frameon=False)
+    pictures.save(figure, path)

@@ -1,0 +1,154 @@
+"""What is asked and how good the answers are: the records that data sets, the engine and the reports share."""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from eval import metrics
+from llmops.records import Message
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One prompt with its references.
+
+    The last user turn is `before` + `passage` + `after`; when a prompt is too long, first the earliest turns of
+    `history` (its system message stays) and then the end of the passage are cut. With `choices` the answer is the most
+    likely one of them, otherwise it is generated.
+    """
+
+    before: str
+    references: tuple[str, ...]
+    passage: str = ""
+    after: str = ""
+    history: tuple[Message, ...] = ()
+    choices: tuple[str, ...] = ()
+    group: str = ""
+
+    @property
+    def messages(self) -> list[Message]:
+        """The conversation up to where the assistant answers."""
+        return [*self.history, {"role": "user", "content": self.before + self.passage + self.after}]
+
+    def shortened(self, characters: int) -> "Sample":
+        """With the first so many characters of the passage."""
+        return replace(self, passage=self.passage[:characters])
+
+    def without_first_turns(self) -> "Sample | None":
+        """Without the earliest question and answer before the question; None when there is none."""
+        system = self.history[:1] if self.history and self.history[0]["role"] == "system" else ()
+        turns = self.history[len(system) :]
+        return replace(self, history=(*system, *turns[2:])) if turns else None
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a model said to a sample: the text, or the choice with the log-likelihood of every choice.
+
+    `key` names model, prompt, choices and limit: the same key, the same answer.
+    """
+
+    key: str
+    text: str
+    prompt: str
+    prompt_tokens: int
+    cut: bool
+    loglikelihoods: tuple[float, ...] = ()
+
+
+@dataclass
+class Loaded:
+    """A data set as it was read: what is evaluated, examples by group for few-shot prompts, what a reader must know."""
+
+    samples: list[Sample]
+    examples: dict[str, list[Sample]] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+
+def add_examples(loaded: Loaded, count: int, seed: int) -> Loaded:
+    """Put `count` solved examples before every sample, the same ones within a group, drawn with `seed`.
+
+    A group without examples of its own gives some of its samples, which are then not evaluated.
+    """
+    import random
+
+    if not count:
+        return loaded
+    by_group: dict[str, list[Sample]] = {}
+    for sample in loaded.samples:
+        by_group.setdefault(sample.group, []).append(sample)
+    chosen: dict[str, list[Sample]] = {}
+    for group, members in by_group.items():
+        pool = loaded.examples.get(group) or members[: max(0, len(members) - 1)]
+        chosen[group] = random.Random(f"{seed} {group}").sample(pool, min(count, len(pool)))
+    history = {
+        group: tuple(
+            message
+            for example in examples
+            for message in (*example.messages, {"role": "assistant", "content": example.references[0]})
+        )
+        for group, examples in chosen.items()
+    }
+    used = {id(example) for examples in chosen.values() for example in examples}
+    samples = [replace(s, history=history[s.group]) for s in loaded.samples if id(s) not in used]
+    notes = list(loaded.notes)
+    taken = len(loaded.samples) - len(samples)
+    if taken:
+        notes.append(f"{taken} samples serve as few-shot examples and are not evaluated")
+    fewest = min(map(len, chosen.values()), default=count)
+    if fewest < count:
+        notes.append(f"some prompts have {fewest} examples instead of the {count} asked for: the data has no more")
+    return Loaded(samples, {}, notes)
+
+
+def draw(samples: Sequence[Sample], limit: int, seed: int) -> list[Sample]:
+    """`limit` samples drawn with `seed`, in the order of the data; all of them for 0."""
+    import random
+
+    if not limit or limit >= len(samples):
+        return list(samples)
+    return [samples[i] for i in sorted(random.Random(seed).sample(range(len(samples)), limit))]
+
+
+def accuracy_baselines(samples: Sequence[Sample]) -> dict[str, float]:
+    """Accuracy without a model: always the most frequent answer, and a choice at random."""
+    counts = Counter(sample.references[0] for sample in samples)
+    return {
+        "majority": counts.most_common(1)[0][1] / len(samples),
+        "random": sum(1 / len(sample.choices) for sample in samples) / len(samples),
+    }
+
+
+def spread(samples: Sequence[Sample], answers: Sequence[Answer]) -> dict[str, Any]:
+    """How often each choice was right and how often it was taken: a model may take the same one every time."""
+    return {
+        "references": dict(sorted(Counter(sample.references[0] for sample in samples).items())),
+        "predictions": dict(sorted(Counter(answer.text for answer in answers).items())),
+    }
+
+
+def summarise(scores: Sequence[dict[str, float]], seed: int = 0) -> dict[str, dict[str, Any]]:
+    """Mean, standard error, interval and count of every metric."""
+    return {name: metrics.summary([row[name] for row in scores], seed) for name in scores[0]}
+
+
+def rows_of(
+    samples: Sequence[Sample], answers: Sequence[Answer], scores: Sequence[dict[str, float]]
+) -> list[dict[str, Any]]:
+    """The lines of the per-sample file."""
+    return [
+        {
+            "index": i,
+            "key": answer.key,
+            "group": sample.group,
+            "prompt": answer.prompt,
+            "prompt_cut": answer.cut,
+            "prediction": answer.text,
+            "references": list(sample.references),
+            "scores": {name: round(value, 6) for name, value in score.items()},
+            "choices": list(sample.choices),
+            "loglikelihoods": list(answer.loglikelihoods),
+        }
+        for i, (sample, answer, score) in enumerate(zip(samples, answers, scores, strict=True))
+    ]
