@@ -19,8 +19,9 @@ sys.path.insert(0, str(HERE.parent))
 from faq.catalog import INTENTS_NAME, load_catalog
 from faq.predict import candidate_tokens
 from llmops import checkpoints, tiny
+from llmops.choice_search import Tree
 from llmops.console import log
-from llmops.generation import Generator, Tree
+from llmops.generation import Generator
 
 WORDS = r" ?\w+| ?[^\w\s]+|\s+"  # underscores belong to words
 PEER_BATCH_SIZES = (4, 16, 64)

@@ -28,12 +28,15 @@ WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "config.json", "adapter_config.json
 
 @dataclass(frozen=True)
 class Settings:
-    """How to run a model. `gpu_id` -1 is the CPU; without any GPU 0 is too. `batch_size` prompts go through at once."""
+    """How to run a model. `gpu_id` -1 is the CPU; without any GPU 0 is too. `batch_size` prompts go through at once.
+
+    0 are as many as memory holds.
+    """
 
     model: str
     adapter: str = ""
     max_seq_len: int = 512
-    batch_size: int = 16
+    batch_size: int = 0
     gpu_id: int = 0
     mode: str = "auto"
     dtype: str = "auto"
@@ -64,9 +67,10 @@ def check(settings: Settings) -> Path:
         folder = Path(settings.adapter)
         if not checkpoints.is_adapter(folder):
             raise UserError(f"{folder} holds no adapter; expected a folder with adapter_config.json")
-    for name in ("max_seq_len", "batch_size"):
-        if getattr(settings, name) < 1:
-            raise UserError(f"{name} is {getattr(settings, name)}; expected a whole number from 1")
+    if settings.max_seq_len < 1:
+        raise UserError(f"max_seq_len is {settings.max_seq_len}; expected a whole number from 1")
+    if settings.batch_size < 0:
+        raise UserError(f"batch_size is {settings.batch_size}; expected a whole number, 0 for what memory holds")
     if settings.gpu_id < -1:
         raise UserError(f"gpu_id is {settings.gpu_id}; expected a GPU's number, or -1 for the CPU")
     if settings.gpu_id > 0 and not has_gpu():
@@ -126,11 +130,13 @@ class Engine:
         )
         model = load(settings, self.dtype)
         model.to(device)
-        pad = self.renderer.tokenizer.pad_token_id or 0
-        self.generator = Generator(model, pad, settings.batch_size, settings.reuse_prefix)
         base = Path(settings.model)
         length = checkpoints.model_length(checkpoints.read_config(base))
         self.length = min(settings.max_seq_len, length or settings.max_seq_len)
+        pad = self.renderer.tokenizer.pad_token_id or 0
+        self.generator = Generator(model, pad, settings.batch_size, settings.reuse_prefix)
+        if not settings.batch_size:
+            self.generator.fit(self.length)
         self.fingerprint = fingerprint([folder, base, checkpoints.base_folder(base)], str(self.dtype))
         if processes.first:
             name = self.renderer.chat.name if self.renderer.chat else "plain text"

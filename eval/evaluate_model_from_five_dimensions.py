@@ -37,7 +37,7 @@ class Options:
     """additional_parameters: every key with its default. "" and 0 mean "choose for me"."""
 
     max_seq_len: int = 512
-    batch_size: int = 16
+    batch_size: int = 0
     num_fewshot: int = 0
     limit: int = 0
     seed: int = 0
@@ -55,7 +55,7 @@ class Options:
 
 HELP = """additional_parameters (JSON object), with their defaults:
   max_seq_len 512        tokens of prompt and answer together; longer prompts are cut, and diagnosis says so
-  batch_size 16          prompts per pass; halved when memory runs out; scores do not depend on it
+  batch_size 0           prompts at once, 0: what memory holds; halved when it runs out; scores do not depend on it
   num_fewshot 0          solved examples before each question
   limit 0                evaluate so many samples per dimension, drawn with the seed; 0: all
   seed 0                 of the draw, the examples and the bootstrap

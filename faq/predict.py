@@ -141,7 +141,7 @@ def predict(
     config: Config, catalog: Catalog, queries: Sequence[Query], chat: ChatFormat, generator: "Generator"
 ) -> Iterator[tuple[int, dict[str, Any]]]:
     """(index, prediction without its question) for every query."""
-    from llmops.generation import Tree
+    from llmops.choice_search import Tree
 
     prompts = [chat.prompt(query.prompt) for query in queries]
     variants = {query.variant: query.prompt for query in queries}

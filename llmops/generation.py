@@ -8,162 +8,27 @@ A model whose attention cannot be replaced gets whole prompts, left padded: the 
 also takes.
 """
 
-import heapq
 import inspect
-import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
+import psutil
 import torch
-from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
+from transformers.cache_utils import Cache
 
+from llmops import shared_prefix
 from llmops.checkpoints import fixed_attention
+from llmops.choice_search import Choice, Search, Tree
 from llmops.console import TrainingStopped, log
+from llmops.shared_prefix import MIN_SHARED, NOTHING, Prefix, empty_cache, group_by_prefix, segments_of
 
 T = TypeVar("T")
-NAME = "cached_prefix"
-WORTH_A_BATCH = 512  # tokens of padding that cost less than a batch more
-MIN_SHARED = 16  # a shorter common beginning is not worth a pass of its own
-
-
-@dataclass
-class Prefix:
-    """Keys and values of a prompt beginning `ids`: per layer two tensors [key/value heads, length, d]."""
-
-    ids: list[int]
-    layers: list[tuple[torch.Tensor, torch.Tensor]]
-
-    @property
-    def length(self) -> int:
-        """How many tokens it has."""
-        return len(self.ids)
-
-    def cut(self, length: int) -> "Prefix":
-        """Its first tokens: what comes later never reaches back."""
-        return Prefix(self.ids[:length], [(key[:, :length], value[:, :length]) for key, value in self.layers])
-
-
-Segment = tuple[int, int, Prefix]  # rows from, rows up to, the prefix they share
-
-
-def attention(
-    module: torch.nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    segments: Sequence[Segment] | None = None,
-    own_mask: torch.Tensor | None = None,
-    scaling: float | None = None,
-    **kwargs: Any,
-) -> tuple[torch.Tensor, None]:
-    """Attention of rows over the prefix of their segment and each row's own keys.
-
-    Shapes: query [B, heads, T, d], key and value [B, kv_heads, S, d] of the rows' own tokens, own_mask bool [B, T, S].
-    Returns [B, T, heads, d]. Without segments it is transformers' SDPA.
-    """
-    if segments is None or own_mask is None:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    parts = [
-        attend(query[a:b] * scale, key[a:b], value[a:b], own_mask[a:b], *prefix.layers[module.layer_idx])
-        for a, b, prefix in segments
-    ]
-    return parts[0] if len(parts) == 1 else torch.cat(parts), None
-
-
-def attend(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, own_mask: torch.Tensor, shared_key: torch.Tensor,
-    shared_value: torch.Tensor,
-) -> torch.Tensor:  # fmt: skip
-    """The rows of one segment; the query is scaled, shared keys and values are [kv_heads, P, d]. As `attention`."""
-    batch, heads, length, d = query.shape
-    kv_heads, rows = shared_key.shape[0], heads // shared_key.shape[0] * length
-    grouped = query.reshape(batch, kv_heads, rows, d)
-    flat = grouped.transpose(0, 1).reshape(kv_heads, batch * rows, d)
-    shared = (flat @ shared_key.transpose(1, 2)).view(kv_heads, batch, rows, -1).transpose(0, 1)
-    own = grouped @ key.transpose(2, 3)
-    mask = own_mask[:, None, None].expand(-1, 1, rows // length, -1, -1).reshape(batch, 1, rows, -1)
-    own = own.masked_fill(~mask, float("-inf"))
-    weights = torch.cat([shared, own], dim=-1).softmax(dim=-1, dtype=torch.float32).to(query.dtype)
-    weights_shared, weights_own = weights.split([shared.shape[-1], own.shape[-1]], dim=-1)
-    flat = weights_shared.transpose(0, 1).reshape(kv_heads, batch * rows, -1)
-    out = (flat @ shared_value).view(kv_heads, batch, rows, d).transpose(0, 1) + weights_own @ value
-    return out.reshape(batch, heads, length, d).transpose(1, 2).contiguous()
-
-
-AttentionInterface.register(NAME, attention)
-AttentionMaskInterface.register(NAME, sdpa_mask)
-
-
-class Tree:
-    """Candidate answers as a prefix tree over their tokens; each leaf is one candidate.
-
-    Raises ValueError when a candidate is the beginning of another: candidates end with an end token.
-    """
-
-    def __init__(self, candidates: Sequence[Sequence[int]]) -> None:
-        self.candidates = [tuple(ids) for ids in candidates]
-        self.children: dict[tuple[int, ...], list[int]] = {}
-        for ids in dict.fromkeys(self.candidates):
-            for i, token in enumerate(ids):
-                known = self.children.setdefault(ids[:i], [])
-                if token not in known:
-                    known.append(token)
-        self.index = {ids: i for i, ids in enumerate(self.candidates)}
-        if any(ids in self.children for ids in self.candidates):
-            raise ValueError("a candidate is the beginning of another one; end each with an end token")
-
-    def down(self, path: tuple[int, ...]) -> tuple[int, ...]:
-        """Follow tokens that have no alternative: to the next choice, or to a leaf."""
-        while len(self.children.get(path, ())) == 1:
-            path = (*path, self.children[path][0])
-        return path
-
-
-@dataclass
-class Choice:
-    """The best candidates of one prompt as (index, probability), most probable first."""
-
-    ranked: list[tuple[int, float]]
-
-
-@dataclass
-class Search:
-    """Best-first search through one prompt's tree: exact, because probabilities only fall on the way down."""
-
-    tree: Tree
-    wanted: int
-    heap: list[tuple[float, tuple[int, ...]]] = field(default_factory=list)
-    found: list[tuple[int, float]] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        self.wanted = min(self.wanted, len(self.tree.index))
-        self.heap = [(0.0, self.tree.down(()))]
-        self.settle()
-
-    def settle(self) -> None:
-        """Take complete candidates off the top; what is then on top is the next choice to look at."""
-        while self.heap and len(self.found) < self.wanted and self.heap[0][1] in self.tree.index:
-            cost, path = heapq.heappop(self.heap)
-            self.found.append((self.tree.index[path], math.exp(-cost)))
-
-    @property
-    def next_path(self) -> tuple[int, ...] | None:
-        """The tokens after which the model is asked next; None when all wanted candidates are found."""
-        return self.heap[0][1] if len(self.found) < self.wanted and self.heap else None
-
-    def advance(self, logits: torch.Tensor) -> None:
-        """Continue with the model's logits [vocabulary] after `next_path`, renormalised over the allowed tokens."""
-        cost, path = heapq.heappop(self.heap)
-        tokens = self.tree.children[path]
-        for token, logp in zip(tokens, logits[tokens].float().log_softmax(-1).tolist(), strict=True):
-            heapq.heappush(self.heap, (cost - logp, self.tree.down((*path, token))))
-        self.settle()
+WORTH_A_PASS = 512  # tokens of padding that cost less than a pass more
+MOST_TOKENS = 8192  # tokens in one pass: more are no faster, only need more memory
+MOST_ROWS = 128  # prompts at once where memory does not set the limit
+MOST_PLAIN_ROWS = 16  # prompts at once when each goes through anew for every token
 
 
 @dataclass
@@ -178,14 +43,14 @@ class Generated:
 class State:
     """A batch after its prompts: the logits that predict the next token, and what is needed to go on.
 
-    `logits` [B, V]; `prompts` the ids after the prefix; `prefixes` one per row, or none at all; `cache` per layer two
-    tensors [B, kv_heads, S, d], None when the model goes the plain way; `valid` bool [B, S] which columns are tokens.
+    `logits` [B, V]; `prompts` the ids after the prefix; `prefixes` one per row; `cache` per layer two tensors
+    [B, kv_heads, S, d], None when the model goes the plain way; `valid` bool [B, S] which columns are tokens.
     """
 
     logits: torch.Tensor
     prompts: list[Sequence[int]]
     prefixes: list[Prefix]
-    cache: DynamicCache | None
+    cache: Cache | None
     valid: torch.Tensor
 
 
@@ -202,9 +67,27 @@ class Generator:
         base = model.get_base_model() if hasattr(model, "get_base_model") else model
         self.plain_because = fixed_attention(base) if reuse_prefix else "that was asked for"
         if self.plain_because is None:
-            base.set_attn_implementation(NAME)
+            base.set_attn_implementation(shared_prefix.NAME)
         self.one_logit = "logits_to_keep" in inspect.signature(base.forward).parameters
         self.device = next(model.parameters()).device
+
+    def fit(self, length: int) -> None:
+        """Answer as many prompts of `length` tokens at once as half of the free memory holds, at most MOST_ROWS.
+
+        A prompt takes 2 x layers x key/value heads x head width per token; the plain way keeps nothing.
+        """
+        if self.plain_because is not None:
+            self.batch_size = MOST_PLAIN_ROWS
+            return
+        config = self.model.config.get_text_config(decoder=True)
+        heads = config.num_attention_heads
+        width = getattr(config, "head_dim", None) or config.hidden_size // heads
+        kv_heads = getattr(config, "num_key_value_heads", None) or heads
+        element = next(self.model.parameters()).element_size()
+        row = 2 * config.num_hidden_layers * kv_heads * width * element * length
+        on_gpu = self.device.type == "cuda"
+        free = torch.cuda.mem_get_info(self.device)[0] if on_gpu else psutil.virtual_memory().available
+        self.batch_size = max(1, min(MOST_ROWS, free // 2 // row))
 
     def choose(
         self, prompts: Sequence[Sequence[int]], trees: Sequence[Tree], best: int = 2
@@ -327,47 +210,37 @@ class Generator:
         return [Generated(ids, math.exp(-cost)) for ids, cost in zip(answers, costs, strict=True)]
 
     def _batches(self, prompts: Sequence[Sequence[int]]) -> Iterator[tuple[list[int], list[Prefix]]]:
-        """Batches of rows, each with its prefix (or all without), longest first within a group.
+        """Batches of rows, each with its prefix, neighbours with the same one, longest first within a group.
 
-        Rows without a prefix come longest first altogether, so that memory runs out at once or never. A row whose
-        length would make most of a batch padding begins a new one.
+        Rows that share nothing come last, so the first of them is the longest that goes through whole.
         """
-        if not prompts:
-            return
         rows: list[int] = []
         prefixes: list[Prefix] = []
-        last: Prefix | None = None
-        shared_of: dict[int, int] = {}
+        last = NOTHING
         for group, shared in group_by_prefix(prompts) if self.plain_because is None else [(range(len(prompts)), 0)]:
-            if not shared and rows:  # they come last, and without prefixes
-                yield rows, prefixes
-                rows, prefixes = [], []
-            last = self._prefix(prompts[group[0]][:shared], last) if shared else None
+            last = self._prefix(prompts[group[0]][:shared], last) if shared else NOTHING
             for i in sorted(group, key=lambda i: -len(prompts[i])):
-                own = [len(prompts[k]) - shared_of[k] for k in rows]
-                shared_of[i] = shared
-                if rows and (len(rows) >= self.batch_size or wasteful([*own, len(prompts[i]) - shared])):
+                rows.append(i)
+                prefixes.append(last)
+                if len(rows) >= self.batch_size:
                     yield rows, prefixes
                     rows, prefixes = [], []
-                rows.append(i)
-                prefixes += [last] if last else []
         if rows:
             yield rows, prefixes
 
-    def _prefix(self, ids: Sequence[int], last: Prefix | None) -> Prefix:
+    def _prefix(self, ids: Sequence[int], last: Prefix) -> Prefix:
         """The prefix of these tokens; what it shares with the last one is taken from there."""
-        common = next((i for i, (a, b) in enumerate(zip(ids, last.ids, strict=False)) if a != b), None) if last else 0
-        if last and common is None:
-            common = min(len(ids), last.length)
-        known = last.cut(common) if last and common and common >= MIN_SHARED else None
-        if known and known.length == len(ids):
+        both = zip(ids, last.ids, strict=False)
+        common = next((i for i, (a, b) in enumerate(both) if a != b), min(len(ids), last.length))
+        known = last.cut(common) if common >= MIN_SHARED else NOTHING
+        if known.length == len(ids):
             return known
         try:
-            state = self._read([ids], [known] if known else [])
+            state = self._read([ids], [known])
         except torch.OutOfMemoryError as error:
             raise too_long(ids) from error
         own = [(layer.keys[0], layer.values[0]) for layer in state.cache.layers] if state.cache else []
-        if known:
+        if known.length:
             own = [
                 (torch.cat([key, more_key], dim=1), torch.cat([value, more_value], dim=1))
                 for (key, value), (more_key, more_value) in zip(known.layers, own, strict=True)
@@ -375,14 +248,35 @@ class Generator:
         return Prefix(list(ids), own)
 
     def _read(self, prompts: list[Sequence[int]], prefixes: list[Prefix]) -> State:
-        """Put whole prompts through the model, except what their prefixes hold already."""
-        own = [prompt[p.length :] for prompt, p in zip(prompts, prefixes, strict=True)] if prefixes else prompts
-        if self.plain_because is None:
-            empty = torch.zeros(len(own), 0, dtype=torch.bool, device=self.device)
-            state = State(torch.empty(0), own, prefixes, DynamicCache(), empty)
-            state.logits = self._step(state, own)
-            return state
-        return State(self._plain(own), own, [], None, torch.empty(0))
+        """Put whole prompts through the model, except what their prefixes hold already.
+
+        Rows of about one length go through together; their keys and values are put side by side afterwards.
+        """
+        if self.plain_because is not None:
+            return State(self._plain(prompts), prompts, prefixes, None, torch.empty(0))
+        own = [prompt[prefix.length :] for prompt, prefix in zip(prompts, prefixes, strict=True)]
+        parts, states = [], []
+        for sharing in (True, False):
+            candidates = [k for k, prefix in enumerate(prefixes) if bool(prefix.length) == sharing]
+            parts += [[candidates[k] for k in part] for part in similar_lengths([len(own[k]) for k in candidates])]
+        for rows in parts:
+            empty = torch.zeros(len(rows), 0, dtype=torch.bool, device=self.device)
+            state = State(torch.empty(0), [own[k] for k in rows], [prefixes[k] for k in rows], empty_cache(), empty)
+            state.logits = self._step(state, state.prompts)
+            states.append(state)
+        return states[0] if len(parts) == 1 else self._join(states, parts)
+
+    def _join(self, states: list[State], parts: list[list[int]]) -> State:
+        """One state of several; `parts[i]` are the rows that those of `states[i]` become."""
+        order = [row for rows in parts for row in rows]
+        prompts = in_order([prompt for state in states for prompt in state.prompts], order)
+        prefixes = in_order([prefix for state in states for prefix in state.prefixes], order)
+        cache = empty_cache()
+        for number, layers in enumerate(zip(*(state.cache.layers for state in states if state.cache), strict=True)):
+            keys, values = [layer.keys for layer in layers], [layer.values for layer in layers]
+            cache.update(side_by_side(keys, order, 2), side_by_side(values, order, 2), number)
+        logits = side_by_side([state.logits for state in states], order)
+        return State(logits, prompts, prefixes, cache, side_by_side([state.valid for state in states], order, 1))
 
     def _ask(self, state: State, rows: list[int], paths: Sequence[tuple[int, ...]], keep: int = 0) -> torch.Tensor:
         """Logits [rows, V] after these rows' prompts and paths; the state stays as it was.
@@ -396,32 +290,32 @@ class Generator:
     def _select(self, state: State, rows: list[int]) -> State:
         """The state of some rows, with a cache of their own."""
         index = torch.tensor(rows, device=self.device)
-        cache = DynamicCache()
+        cache = empty_cache()
         for number, layer in enumerate(state.cache.layers if state.cache else []):
             cache.update(layer.keys[index], layer.values[index], number)
-        prefixes = [state.prefixes[k] for k in rows] if state.prefixes else []
-        return State(state.logits, [state.prompts[k] for k in rows], prefixes, cache, state.valid[index])
+        prompts, prefixes = [state.prompts[k] for k in rows], [state.prefixes[k] for k in rows]
+        return State(state.logits, prompts, prefixes, cache, state.valid[index])
 
     def _step(self, state: State, new: Sequence[Sequence[int]], keep: int = 0) -> torch.Tensor:
         """Append tokens to every row of a state with a cache; the logits after them, as `_ask`."""
         ids, own = self._left_padded(new)
-        before = state.valid.sum(1, keepdim=True)
-        if state.prefixes:
-            before = before + torch.tensor([[prefix.length] for prefix in state.prefixes], device=self.device)
-        positions = (before + own.cumsum(1) - 1).clamp(min=0)
+        ahead = torch.tensor([[prefix.length] for prefix in state.prefixes], device=self.device)
+        positions = (ahead + state.valid.sum(1, keepdim=True) + own.cumsum(1) - 1).clamp(min=0)
         state.valid = torch.cat([state.valid, own], dim=1)
         extra: dict[str, Any] = {"attention_mask": state.valid.long()}
-        if state.prefixes:
-            width, total = own.shape[1], state.valid.shape[1]
-            order = torch.arange(total, device=self.device)
-            causal = order[None, :] <= order[total - width :, None]
+        if any(prefix.length for prefix in state.prefixes):
+            order = torch.arange(state.valid.shape[1], device=self.device)
+            causal = order[None, :] <= order[-ids.shape[1] :, None]
             mask = causal[None] & state.valid[:, None, :]
             extra = {"segments": segments_of(state.prefixes), "own_mask": mask}
         return self._forward(ids, keep, position_ids=positions, past_key_values=state.cache, use_cache=True, **extra)
 
     def _plain(self, prompts: Sequence[Sequence[int]], keep: int = 0) -> torch.Tensor:
-        ids, valid = self._left_padded(prompts)
-        return self._forward(ids, keep, attention_mask=valid.long(), use_cache=False)
+        parts, logits = similar_lengths(list(map(len, prompts))), []
+        for rows in parts:
+            ids, valid = self._left_padded([prompts[k] for k in rows])
+            logits.append(self._forward(ids, keep, attention_mask=valid.long(), use_cache=False))
+        return side_by_side(logits, [row for rows in parts for row in rows], 1 if keep else None)
 
     def _left_padded(self, rows: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
         """(ids int64 [B, T], which of them are tokens, bool [B, T])."""
@@ -446,58 +340,31 @@ def too_long(ids: Sequence[int]) -> TrainingStopped:
     )
 
 
-def wasteful(lengths: Sequence[int]) -> bool:
-    """Whether rows of these lengths, padded to the longest, are mostly padding."""
-    padding = max(lengths) * len(lengths) - sum(lengths)
-    return padding > max(WORTH_A_BATCH, sum(lengths) / 2)
+def similar_lengths(lengths: Sequence[int]) -> list[list[int]]:
+    """Rows parted, in their order, so that no part is mostly padding or has more than MOST_TOKENS."""
+    parts: list[list[int]] = []
+    longest = total = 0
+    for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
+        count = len(parts[-1]) + 1 if parts else 1
+        padding = longest * count - total - lengths[row]
+        if not parts or padding > max(WORTH_A_PASS, (total + lengths[row]) / 2) or longest * count > MOST_TOKENS:
+            parts.append([])
+            longest, total = lengths[row], 0
+        parts[-1].append(row)
+        total += lengths[row]
+    return [sorted(part) for part in parts]
 
 
-def segments_of(prefixes: Sequence[Prefix]) -> list[Segment]:
-    """Runs of rows that have the same prefix."""
-    found: list[Segment] = []
-    for row, prefix in enumerate(prefixes):
-        if found and found[-1][2] is prefix:
-            found[-1] = (found[-1][0], row + 1, prefix)
-        else:
-            found.append((row, row + 1, prefix))
-    return found
+def in_order(items: Sequence[T], order: Sequence[int]) -> list[T]:
+    """Item i at place `order[i]`."""
+    return [item for _, item in sorted(zip(order, items, strict=False), key=lambda pair: pair[0])]
 
 
-def group_by_prefix(prompts: Sequence[Sequence[int]]) -> Iterator[tuple[Sequence[int], int]]:
-    """Groups of rows as (rows, length of the beginning they share); rows that share too little come last, with 0.
-
-    Groups come in lexicographic order, so that neighbours share as much as possible: the few-shot examples of all,
-    then each passage. Among rows that share a beginning, those that share at least as much again, and at least
-    MIN_SHARED tokens, are a group of their own: a smaller batch has to pay for itself.
-    """
-    order = sorted(range(len(prompts)), key=lambda i: list(prompts[i]))
-    common = [common_length(prompts[a], prompts[b]) for a, b in itertools.pairwise(order)]
-    alone: list[int] = []
-    # runs of order[low:high] that share `shared` tokens, still to be taken apart; the last one is next
-    runs = [(0, len(order), 0)]
-    while runs:
-        low, high, shared = runs.pop()
-        enough = max(MIN_SHARED, 2 * shared)
-        rest, inside, i = [], [], low
-        while i < high:
-            end = i + 1
-            while end < high and common[end - 1] >= enough:
-                end += 1
-            if end - i > 1:
-                inside.append((i, end, min(common[i : end - 1])))
-            else:
-                rest.append(order[i])
-            i = end
-        if shared and rest and (len(rest) > 1 or inside):
-            yield rest, shared
-        else:
-            alone += rest
-        runs += reversed(inside)
-    if alone:
-        yield alone, 0
-
-
-def common_length(a: Sequence[int], b: Sequence[int]) -> int:
-    """Length of the common beginning of two token sequences, one token less than the shorter one at most."""
-    limit = min(len(a), len(b)) - 1
-    return next((i for i in range(limit) if a[i] != b[i]), limit)
+def side_by_side(pieces: list[torch.Tensor], order: list[int], columns: int | None = None) -> torch.Tensor:
+    """The rows of all pieces as one tensor, row i at place `order[i]`; dimension `columns` is padded on the left."""
+    if columns is not None:
+        width = max(piece.shape[columns] for piece in pieces)
+        ahead = [0, 0] * (pieces[0].dim() - 1 - columns)
+        pieces = [torch.nn.functional.pad(piece, [*ahead, width - piece.shape[columns], 0]) for piece in pieces]
+    whole = torch.cat(pieces)
+    return whole if order == sorted(order) else whole[torch.tensor(order, device=whole.device).argsort()]

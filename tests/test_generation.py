@@ -4,13 +4,16 @@ import math
 import random
 from collections.abc import Sequence
 
+import psutil
 import pytest
 import torch
 from transformers import PreTrainedModel
 
 from llmops import tiny
+from llmops.choice_search import Tree
 from llmops.console import TrainingStopped
-from llmops.generation import Generator, Tree, common_length, group_by_prefix
+from llmops.generation import Generator
+from llmops.shared_prefix import common_length, group_by_prefix
 
 VOCABULARY, END = 300, 2
 
@@ -139,6 +142,24 @@ def test_loglikelihoods_are_exact(architecture: str) -> None:
         assert len(found) == len(prompts)
         for i, row in enumerate(exact):
             assert found[i] == pytest.approx(row, abs=1e-4)
+
+
+def test_rows_follow_from_memory() -> None:
+    """2 x layers x key/value heads x head width x 4 bytes a token, counted by hand; half of what is free."""
+    model = make_model("llama")
+    config = model.config
+    token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * 4
+    generator = Generator(model, 0, 0)
+    generator.fit(512)
+    assert generator.batch_size == 128
+    free = psutil.virtual_memory().available
+    generator.fit(free // token // 20)
+    assert 8 <= generator.batch_size <= 12
+    generator.fit(2 * free // token)
+    assert generator.batch_size == 1
+    plain = Generator(make_model("llama"), 0, 0, reuse_prefix=False)
+    plain.fit(512)
+    assert plain.batch_size == 16
 
 
 class Counting(torch.nn.Module):
