@@ -113,8 +113,8 @@ class Engine:
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
         if not has_gpu():
             os.environ.setdefault("DS_ACCELERATOR", "cpu")
-            # threads that wait by spinning stall each other when another job wants the same cores
-            os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+            if "OMP_WAIT_POLICY" not in os.environ:  # as tune_cpu in llmops/environment.sh, which says why
+                os.environ.setdefault("GOMP_SPINCOUNT", "1000")
         import transformers
 
         from llmops.generation import Generator

@@ -93,8 +93,9 @@ tune_cpu() {
     export DS_ACCELERATOR=cpu
     # glibc gives large blocks back to the kernel at once and gets them zeroed again; keeping them is about 20% faster
     export MALLOC_MMAP_THRESHOLD_=${MALLOC_MMAP_THRESHOLD_:-4294967296} MALLOC_TRIM_THRESHOLD_=${MALLOC_TRIM_THRESHOLD_:-8589934592}
-    # threads that wait by spinning stall each other by a factor of ten and more when another job wants the same cores
-    export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-PASSIVE}"
+    # threads that wait spin for some microseconds, then sleep: by default they spin for milliseconds, and jobs that want
+    # the same cores stall each other by a factor of ten and more; without spinning small operations take twice as long
+    [ -n "${OMP_WAIT_POLICY:-}" ] || export GOMP_SPINCOUNT="${GOMP_SPINCOUNT:-1000}"
     export MALLOC_TOP_PAD_=${MALLOC_TOP_PAD_:-268435456}
 }
 
