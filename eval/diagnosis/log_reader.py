@@ -1,0 +1,305 @@
+"""From the bytes of a training log to loss curves, in bounded memory and in one pass.
+
+What is counted once: lines that several processes repeat, and lines of processes other than the first that spoke.
+Where the step falls back, the run was resumed or begun anew: what follows replaces what was told for these steps
+before. Values that are not finite are counted and left out of the curves.
+"""
+
+import codecs
+import re
+from collections import deque
+from collections.abc import Sequence
+from itertools import groupby
+from math import isfinite
+from operator import le, lt
+
+from eval.diagnosis.curves import Curve, Place, Series, series
+from eval.diagnosis.log_lines import LARGEST_PLACE, PLACES, Reading, Shape, parse_line, shape_of
+
+BLOCK = 1 << 20
+LOSSES = ("loss", "eval_loss", "retention_loss")
+CURVES = (*LOSSES, "lr")
+REMEMBERED = 512  # readings among which a repeated one is recognised
+SPLIT_RECORD = re.compile(rb"\{[ \t]*\n")  # JSON that is written over several lines
+RECORD = re.compile(rb"\{[^{}]*\}")
+COLORS = re.compile(rb"\x1b\[[0-9;?]*[A-Za-z]")
+
+
+class TrainingRun:
+    """The curves of a run, fed reading by reading or by whole columns."""
+
+    def __init__(self) -> None:
+        self.curves = {name: Curve() for name in CURVES}
+        self.readings = 0
+        self.restarts = 0
+        self.repeated = 0
+        self.nonfinite = dict.fromkeys(LOSSES, 0)
+        self.broken = dict.fromkeys(LOSSES, 0)  # values that are not finite since the last finite one
+        self.first_nonfinite: Place | None = None
+        self.stepless = 0  # lines with a step and no loss
+        self._rank: int | None = None
+        self._step: float | None = None
+        self._epoch: float | None = None
+        self._heading: float | None = None
+        self._carried: tuple[float, set[str]] | None = None  # the step of a line without a loss, and who used it
+        self._offset = 0.0  # where steps count within an epoch
+        self._raw_step: float | None = None
+        self._recent: deque[tuple[str, float | None, float | None, float]] = deque(maxlen=REMEMBERED)
+        self._known: set[tuple[str, float | None, float | None, float]] = set()
+
+    def add(self, reading: Reading) -> None:
+        """Take in one reading."""
+        if reading.heading:
+            self._heading = reading.epoch
+            return
+        if not reading.has_loss:
+            if reading.step is not None:
+                self.stepless += 1
+                self._carried = (reading.step, set())
+            return
+        if reading.rank is not None:
+            self._rank = reading.rank if self._rank is None else self._rank
+            if reading.rank != self._rank:
+                self.repeated += 1
+                return
+        told = {name: value for name in LOSSES if (value := getattr(reading, name)) is not None}
+        epoch = reading.epoch if reading.epoch is not None or reading.step is not None else self._heading
+        keys = [(name, reading.step, epoch, value) for name, value in told.items()]
+        if (reading.step is not None or epoch is not None) and all(key in self._known for key in keys):
+            self.repeated += 1
+            return
+        self._remember(keys)
+        if reading.step is None and "eval_loss" in told and self._step is not None:
+            told.pop("loss", None)  # a summary of an epoch whose steps were told before
+        step = self._place_step(reading.step, epoch, told)
+        self._detect_restart(step if reading.step is not None else None, epoch, told)
+        self._append(Place(self.readings, step, epoch), told, reading.lr)
+
+    def _remember(self, keys: Sequence[tuple[str, float | None, float | None, float]]) -> None:
+        for key in keys:
+            if len(self._recent) == REMEMBERED:
+                self._known.discard(self._recent[0])
+            self._recent.append(key)
+            self._known.add(key)
+
+    def _place_step(self, step: float | None, epoch: float | None, told: dict[str, float]) -> float | None:
+        """The step counted from the start of the run; of a line without one, the step that a line before it told."""
+        if step is None:
+            if "loss" not in told and self._step is not None:
+                return self._step  # an evaluation of the newest step
+            if self._carried is None or self._carried[1] & told.keys():
+                return None
+            self._carried[1].update(told)
+            return self._carried[0]
+        falls = self._raw_step is not None and step <= self._raw_step
+        rises = epoch is not None and self._epoch is not None and epoch >= self._epoch + 1
+        if falls and rises and self._raw_step is not None and step < self._raw_step:
+            self._offset += self._raw_step  # steps count within the epoch
+        elif falls and self._offset and epoch is not None and self._epoch is not None and epoch < self._epoch:
+            self._offset = 0.0 if epoch <= 1 else self._offset
+        self._raw_step = step
+        return step + self._offset
+
+    def _detect_restart(self, step: float | None, epoch: float | None, told: dict[str, float]) -> None:
+        """Drop what is told again: everything from this step on, or this very curve's value of the same step."""
+        if step is not None:
+            if self._step is not None and step < self._step:
+                self._restart(step, epoch)
+            else:
+                for name in told:
+                    self.curves[name].cut(step, None)
+            self._step = step
+        elif epoch is not None and self._epoch is not None and epoch < self._epoch - 1e-6:
+            self._restart(None, epoch)
+            self._step = self._raw_step = self._carried = None
+        if epoch is not None:
+            self._epoch = epoch
+
+    def _restart(self, step: float | None, epoch: float | None) -> None:
+        gone = [self.curves[name].cut(step, epoch) for name in CURVES]
+        self.restarts += any(gone)
+
+    def _append(self, place: Place, told: dict[str, float], lr: float | None) -> None:
+        for name, value in told.items():
+            if isfinite(value):
+                self.curves[name].extend([place], [value])
+                self.broken[name] = 0
+            else:
+                self.nonfinite[name] += 1
+                self.broken[name] += 1
+                self.first_nonfinite = self.first_nonfinite or place
+        if lr is not None and isfinite(lr):
+            self.curves["lr"].extend([place], [lr])
+        self.readings += 1
+
+    def add_columns(self, roles: Sequence[str], rows: Sequence[Sequence[bytes]]) -> bool:
+        """Take in many readings of one shape at once; False (and nothing taken) when they are not plainly in order."""
+        try:
+            columns = {
+                role: list(map(float, column)) for role, column in zip(roles, zip(*rows, strict=True), strict=True)
+            }
+        except ValueError:
+            return False
+        steps, epochs = columns.pop("step", None), columns.pop("epoch", None)
+        if not all(all(map(isfinite, column)) for column in (*columns.values(), steps or (), epochs or ())):
+            return False
+        if steps:
+            ordered = all(map(lt, steps, steps[1:])) and (self._step is None or steps[0] > self._step)
+            ordered = ordered and not self._offset and (not epochs or all(map(le, epochs, epochs[1:])))
+        else:
+            ordered = bool(epochs) and all(map(le, epochs, epochs[1:])) and self._carried is None
+            ordered = ordered and (self._epoch is None or epochs[0] >= self._epoch)
+        if not ordered:
+            return False
+        count, start = len(rows), self.readings
+        places = list(map(Place, range(start, start + count), steps or [None] * count, epochs or [None] * count))
+        for role, values in columns.items():
+            self.curves[role].extend(places, values)
+            if role in self.broken:
+                self.broken[role] = 0
+                recent = zip(places[-REMEMBERED:], values[-REMEMBERED:], strict=True)
+                self._remember([(role, place.step, place.epoch, value) for place, value in recent])
+        self._step = self._raw_step = steps[-1] if steps else self._step
+        self._epoch = epochs[-1] if epochs else self._epoch
+        self.readings += count
+        return True
+
+    def axis(self) -> str:
+        """What all points have: `step`, else `epoch`, else only their `order`."""
+        for name in ("step", "epoch"):
+            cells = (cell for curve in LOSSES for cell in self.curves[curve].all_cells())
+            if all(getattr(cell.place, name) is not None for cell in cells):
+                return name
+        return "order"
+
+
+def series_of(run: TrainingRun, name: str, axis: str) -> Series:
+    """A curve along an axis; the learning rates along their order, they are only ever looked up by it."""
+    return series(run.curves[name], "order" if name == "lr" else axis)
+
+
+class LogReader:
+    """Takes the bytes of a log in pieces of any size; `run` is what they tell so far."""
+
+    def __init__(self) -> None:
+        self.run = TrainingRun()
+        self.lines = 0
+        self._rest = b""
+        self._decoder: codecs.IncrementalDecoder | None = None
+        self._started = False
+        self._shape: Shape | None = None
+
+    def feed(self, data: bytes) -> None:
+        """Take in more bytes; an unfinished line waits for its end."""
+        if not self._started and data:
+            self._started = True
+            encoding = wide_encoding(data)
+            self._decoder = codecs.getincrementaldecoder(encoding)("replace") if encoding else None
+        if self._decoder:
+            data = self._decoder.decode(data).encode("utf-8", "replace")
+        for start in range(0, len(data), BLOCK):
+            self._take(self._rest + data[start : start + BLOCK])
+
+    def finish(self) -> None:
+        """The log ends here: read its last line, but no value that may have been cut at the very end."""
+        rest, self._rest = self._rest, b""
+        if rest.strip():
+            whole = re.sub(rb"[-+.\w]+$", b"", rest)
+            self._read_block(join_records(tidy(whole)))
+
+    def _take(self, data: bytes) -> None:
+        data = tidy(data)
+        end = data.rfind(b"\n") + 1
+        if SPLIT_RECORD.search(data) or end == 0:
+            closed = data.rfind(b"}") + 1
+            opened = data.rfind(b"{")
+            if opened >= closed:  # a record that goes on
+                end = min(end, opened) if end else opened
+            elif not end:
+                end = closed  # one long line of many records
+        if len(data) - end > BLOCK:
+            end = len(data)  # no log has such lines; what is in it is read as it stands
+        self._rest = data[end:]
+        if end:
+            self._read_block(join_records(data[:end]))
+
+    def _read_block(self, block: bytes) -> None:
+        """Read whole lines: most of them by the one expression that fits most, in columns; the others one by one."""
+        self.lines += block.count(b"\n")
+        if self._shape is None:
+            self._shape = learn_shape(block)
+        if self._shape is None:
+            for line in block.split(b"\n"):
+                self._read_line(line)
+            return
+        roles = self._shape.roles
+        rows = [row for row, _ in groupby(self._shape.expression.findall(block))]
+        others = [i for i, row in enumerate(rows) if row[-1]]
+        start = 0
+        for i in [*others, len(rows)]:
+            if start < i and not self.run.add_columns(roles, [row[:-1] for row in rows[start:i]]):
+                for row in rows[start:i]:
+                    self.run.add(reading_of(roles, row))
+            if i < len(rows):
+                self._read_line(rows[i][-1])
+            start = i + 1
+        if len(others) > len(rows) // 2:
+            self._shape = None  # learn another one with the next block
+
+    def _read_line(self, line: bytes) -> None:
+        reading = parse_line(line)
+        if reading:
+            self.run.add(reading)
+
+
+def reading_of(roles: Sequence[str], row: Sequence[bytes]) -> Reading:
+    """The reading of a row of a shape's groups; what is no number (null, None) is not told."""
+    told = {}
+    for role, text in zip(roles, row, strict=False):
+        try:
+            value = float(text)
+        except ValueError:
+            continue
+        if role not in PLACES or abs(value) < LARGEST_PLACE:
+            told[role] = value
+    return Reading(**told)
+
+
+def learn_shape(block: bytes) -> Shape | None:
+    """The shape of some line in the first part of a block that at least half of that part's lines have."""
+    part = block[: 1 << 14]
+    lines = [line for line in part.split(b"\n")[:-1] if line.strip()]
+    for line in lines[1:12]:
+        shape = shape_of(line)
+        if shape and 2 * sum(1 for row in shape.expression.findall(part) if not row[-1]) > len(lines):
+            return shape
+    return None
+
+
+def tidy(data: bytes) -> bytes:
+    """Line ends as newlines, no colours of a terminal."""
+    if b"\r" in data:
+        data = data.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
+    return COLORS.sub(b"", data) if b"\x1b" in data else data
+
+
+def join_records(block: bytes) -> bytes:
+    """One line for each record: joined where it is written over several, parted where several share a line."""
+    if SPLIT_RECORD.search(block):
+        block = RECORD.sub(lambda match: match[0].replace(b"\n", b" "), block)
+    if b'{"' in block and b"}," in block:
+        block = re.sub(rb"\},\s*\{", b"}\n{", block).replace(b"[{", b"[\n{")
+    return block
+
+
+def wide_encoding(data: bytes) -> str | None:
+    """The encoding of a log whose characters take two or four bytes; None for UTF-8, GBK and the like."""
+    marks = ((codecs.BOM_UTF32_LE, "utf-32"), (codecs.BOM_UTF32_BE, "utf-32"), (codecs.BOM_UTF16_LE, "utf-16"),
+             (codecs.BOM_UTF16_BE, "utf-16"))  # fmt: skip
+    for mark, name in marks:
+        if data.startswith(mark):
+            return name
+    head = data[:2000]
+    if head[1::2].count(0) > len(head) // 4:
+        return "utf-16-le"
+    return "utf-16-be" if head[::2].count(0) > len(head) // 4 else None
