@@ -230,9 +230,9 @@ def judge_underfitting(
     if not found:
         count = f"{len(train)} training and {len(evaluation)} evaluation losses"
         return Finding(risk, LOW, "not judged", missing=f"{count}, at least {limits.min_points} of one are needed")
-    most = max(found, key=lambda descent: descent.gain)
-    steady = found[-1]  # the evaluation where there is one: the same data every time
     turned = overfitting.level != LOW
+    steady = found[-1]  # the evaluation where there is one: the same data every time
+    most = max(found, key=lambda descent: descent.gain) if turned else steady
     numbers = {"start": steady.start, "middle": steady.middle, "end": steady.end, "gain": most.gain,
                "late_share": steady.late}  # fmt: skip
     little = f"the {most.name} loss fell by {most.gain:.1%} only, {most.start:.4g} to {most.end:.4g}"

@@ -43,15 +43,16 @@ class Curve:
         """Append finite values."""
         self.places += places
         self.values += values
-        size, values = self.per_cell, self.values
-        if len(values) < size:
-            return
-        full = len(values) // size * size
-        self.cells += [self._cell(i, i + size) for i in range(0, full, size)]
-        del self.places[:full], self.values[:full]
-        while len(self.cells) > 2 * CELLS:
-            self.cells = [merge(*self.cells[i : i + 2]) for i in range(0, len(self.cells), 2)]
-            self.per_cell *= 2
+        done = 0
+        while len(self.values) - done >= self.per_cell:
+            size = self.per_cell
+            count = min((len(self.values) - done) // size, 2 * CELLS - len(self.cells))
+            self.cells += [self._cell(i, i + size) for i in range(done, done + count * size, size)]
+            done += count * size
+            if len(self.cells) >= 2 * CELLS:
+                self.cells = [merge(*self.cells[i : i + 2]) for i in range(0, len(self.cells), 2)]
+                self.per_cell *= 2
+        del self.places[:done], self.values[:done]
 
     def _cell(self, start: int, stop: int) -> Cell:
         chunk = self.values[start:stop]
