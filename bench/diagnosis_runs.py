@@ -76,8 +76,8 @@ def specs(count: int) -> list[Spec]:
             open_questions, test = draw.choice((0, 300, 500, 700)), draw.randint(12, 40)
             if kind == "overfit":
                 batch, open_questions = draw.choice((8, 12, 16)), draw.choice((0, 30, 60, 100))
-                topics, phrasings, steps = draw.randint(6, 20), draw.randint(2, 5), draw.randint(150, 360)
-                skills = draw.choice((0, 60, 200))
+                topics, phrasings, steps = draw.randint(6, 20), draw.randint(1, 4), draw.randint(320, 480)
+                skills, rate = draw.choice((0, 60, 200)), rate * draw.uniform(1.2, 2)
             elif kind == "low_rate":
                 rate /= draw.choice((20, 40, 80, 120, 200))
                 steps = draw.randint(80, 300)

@@ -213,7 +213,8 @@ def test_memory_is_bounded_and_the_extremes_exact() -> None:
     curve = Curve()
     for start in range(0, len(values), 1000):
         chunk = values[start : start + 1000]
-        curve.extend([Place(start + i, start + i, None) for i in range(len(chunk))], chunk)
+        places = range(start, start + len(chunk))
+        curve.extend(places, places, [None] * len(chunk), chunk)
     cells = curve.all_cells()
     assert CELLS <= len(cells) <= 2 * CELLS + 1
     assert sum(cell.count for cell in cells) == len(values)

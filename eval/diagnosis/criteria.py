@@ -39,7 +39,7 @@ class Thresholds:
     patience: int = limit(2, "evaluations without a better one for a rise to count as lasting")
     min_delta: float = limit(0.005, "an evaluation is better when it is lower by this share")
     pq: float = limit(2.0, "a rise to gl_high that is not lasting yet is Medium when GL / progress reaches this")
-    gap: float = limit(1.0, "a rise counts when the gap to the training loss grew to this times the gap at the best")
+    gap: float = limit(0.5, "a rise counts when this share of it is a wider gap to the training loss")
     gain_high: float = limit(0.05, "underfitting High when training took away less than this share of the loss")
     gain_medium: float = limit(0.10, "underfitting Medium below this share")
     late_high: float = limit(
@@ -129,22 +129,22 @@ def judge_overfitting(curves: Mapping[str, Series], limits: Thresholds) -> Findi
     numbers = {"generalisation_loss": gl, "lasting_gl": lasting_gl, "rise_of_eval_loss": recently - evaluation.best,
                "best_eval_loss": evaluation.best, "best_at": evaluation.best_x, "last_eval_loss": evaluation.last,
                "evaluations_since_better": since}  # fmt: skip
-    pq, widened = math.inf, math.inf
+    pq, gap_share = math.inf, 1.0
     if train.x:
         then, now = recent(train, evaluation.best_x), recent(train, math.inf)
         step = progress(train)
         pq = gl / step if step > 0 else math.inf
-        gaps = evaluation.best - then, evaluation.last - now
-        widened = gaps[1] / gaps[0] if gaps[0] > 0 else math.inf if gaps[1] > 0 else 0.0
-        numbers |= {"training_loss_at_best": then, "training_loss": now, "gap_at_best": gaps[0], "gap": gaps[1],
-                    "gap_growth": widened, "progress_quotient": pq}  # fmt: skip
+        rise = evaluation.last - evaluation.best
+        gap_share = 1 - max(0.0, now - then) / rise if rise > 0 else 1.0
+        numbers |= {"training_loss_at_best": then, "training_loss": now, "gap_at_best": evaluation.best - then,
+                    "gap": evaluation.last - now, "gap_share": gap_share, "progress_quotient": pq}  # fmt: skip
     lasting = since >= limits.patience and lasting_gl >= limits.gl_medium
     best = f"{evaluation.best:.4g} at {evaluation.best_x:g}"
     turned = f"evaluation loss {evaluation.last:.4g} is {gl:.1f}% over its best, {best}"
     if gl < limits.gl_medium or recently - evaluation.best < limits.gl_floor:
         return Finding(risk, LOW, turned, numbers)
-    if widened < limits.gap:
-        return Finding(risk, LOW, f"{turned}, but the training loss rose as much: no overfitting", numbers)
+    if gap_share < limits.gap:
+        return Finding(risk, LOW, f"{turned}, but the training loss rose as well: no overfitting", numbers)
     if lasting:
         reason = f"{turned}; {since} evaluations without a better one"
         return Finding(risk, HIGH if lasting_gl >= limits.gl_high else MEDIUM, reason, numbers)

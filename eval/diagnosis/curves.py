@@ -33,15 +33,27 @@ class Curve:
     def __init__(self) -> None:
         self.cells: list[Cell] = []
         self.per_cell = 1
-        self.places: list[Place] = []  # not yet in a cell
+        # not yet in a cell: parallel columns
+        self.orders: list[int] = []
+        self.steps: list[float | None] = []
+        self.epochs: list[float | None] = []
         self.values: list[float] = []
 
     def __len__(self) -> int:
         return len(self.cells) + bool(self.values)
 
-    def extend(self, places: Sequence[Place], values: Sequence[float]) -> None:
-        """Append finite values."""
-        self.places += places
+    def add(self, place: Place, value: float) -> None:
+        """Append one finite value."""
+        self.extend((place.order,), (place.step,), (place.epoch,), (value,))
+
+    def extend(
+        self, orders: Sequence[int], steps: Sequence[float | None], epochs: Sequence[float | None],
+        values: Sequence[float],
+    ) -> None:  # fmt: skip
+        """Append finite values with their places."""
+        self.orders += orders
+        self.steps += steps
+        self.epochs += epochs
         self.values += values
         done = 0
         while len(self.values) - done >= self.per_cell:
@@ -52,14 +64,21 @@ class Curve:
             if len(self.cells) >= 2 * CELLS:
                 self.cells = [merge(*self.cells[i : i + 2]) for i in range(0, len(self.cells), 2)]
                 self.per_cell *= 2
-        del self.places[:done], self.values[:done]
+        for column in (self.orders, self.steps, self.epochs, self.values):
+            del column[:done]
+
+    def _place(self, i: int) -> Place:
+        return Place(self.orders[i], self.steps[i], self.epochs[i])
 
     def _cell(self, start: int, stop: int) -> Cell:
+        if stop - start == 1:
+            place, value = self._place(start), self.values[start]
+            return Cell(place, place, value, value, place, value, 1)
         chunk = self.values[start:stop]
         low = min(chunk)
-        lowest = self.places[start + chunk.index(low)]
+        lowest = self._place(start + chunk.index(low))
         return Cell(
-            self.places[start], self.places[stop - 1], sum(chunk) / len(chunk), low, lowest, chunk[-1], len(chunk)
+            self._place(start), self._place(stop - 1), sum(chunk) / len(chunk), low, lowest, chunk[-1], len(chunk)
         )
 
     def all_cells(self) -> list[Cell]:
@@ -72,9 +91,9 @@ class Curve:
         A cell of several points that begins before it stays whole.
         """
         gone = 0
-        while self.values and reached(self.places[-1], step, epoch):
-            self.places.pop()
-            self.values.pop()
+        while self.values and reached(self._place(-1), step, epoch):
+            for column in (self.orders, self.steps, self.epochs, self.values):
+                column.pop()
             gone += 1
         while not self.values and self.cells and reached(self.cells[-1].first, step, epoch):
             gone += self.cells.pop().count

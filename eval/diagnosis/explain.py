@@ -19,7 +19,7 @@ ROWS = {
         ("training_loss", "training loss at the end", ()),
         ("gap_at_best", "evaluation loss - training loss at the best", ()),
         ("gap", "evaluation loss - training loss at the end", ()),
-        ("gap_growth", "growth of this gap, factor", ("gap",)),
+        ("gap_share", "share of the rise that widened this gap", ("gap",)),
         ("progress_quotient", "GL / training progress (PQ)", ("pq",)),
     ),
     "underfitting": (

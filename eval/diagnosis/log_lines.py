@@ -112,7 +112,7 @@ class Shape(NamedTuple):
 
 def shape_of(line: bytes) -> Shape | None:
     """The shape of a line with a loss and a step or an epoch; None for a line that must be read on its own."""
-    if KERAS.match(line) or SUMMARY in line or not line.isascii():
+    if KERAS.match(line) or SUMMARY in line or b"}," in line or not line.isascii():
         return None
     found = find_pairs(line)
     if "loss" not in found or not ({"step", "epoch"} & found.keys()):
@@ -124,15 +124,13 @@ def shape_of(line: bytes) -> Shape | None:
             continue
         role, end = wanted.get(scalar.start(), (None, scalar.end()))
         parts.append(literal(line[position : scalar.start()]))
-        if role == "rank":
-            parts.append(re.escape(scalar[0]))  # lines of other ranks have another shape
-        elif role:
+        if role:
             parts.append(b"(" + ANY_SCALAR + b")")
             roles.append(role)
         else:
             parts.append(ANY_SCALAR)
         position = end
-    if len(roles) != len(wanted) - ("rank" in found):
+    if len(roles) != len(wanted):
         return None
     parts.append(literal(line[position:]))
     return Shape(re.compile(rb"^(?:" + b"".join(parts) + rb"|(.+))$", re.MULTILINE), tuple(roles))

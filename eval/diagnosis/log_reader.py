@@ -22,6 +22,7 @@ CURVES = (*LOSSES, "lr")
 REMEMBERED = 512  # readings among which a repeated one is recognised
 SPLIT_RECORD = re.compile(rb"\{[ \t]*\n")  # JSON that is written over several lines
 RECORD = re.compile(rb"\{[^{}]*\}")
+PARTED = re.compile(rb"(?<=\}),\s*(?=\{)|(?<=\[)(?=\{)")  # several records on a line
 COLORS = re.compile(rb"\x1b\[[0-9;?]*[A-Za-z]")
 
 
@@ -57,11 +58,9 @@ class TrainingRun:
                 self.stepless += 1
                 self._carried = (reading.step, set())
             return
-        if reading.rank is not None:
-            self._rank = reading.rank if self._rank is None else self._rank
-            if reading.rank != self._rank:
-                self.repeated += 1
-                return
+        if reading.rank is not None and reading.rank != self.choose_rank(reading.rank):
+            self.repeated += 1
+            return
         told = {name: value for name in LOSSES if (value := getattr(reading, name)) is not None}
         epoch = reading.epoch if reading.epoch is not None or reading.step is not None else self._heading
         keys = [(name, reading.step, epoch, value) for name, value in told.items()]
@@ -74,6 +73,11 @@ class TrainingRun:
         step = self._place_step(reading.step, epoch, told)
         self._detect_restart(step if reading.step is not None else None, epoch, told)
         self._append(Place(self.readings, step, epoch), told, reading.lr)
+
+    def choose_rank(self, rank: int | None) -> int | None:
+        """The process whose lines count: the first one that spoke."""
+        self._rank = rank if self._rank is None else self._rank
+        return self._rank
 
     def _remember(self, keys: Sequence[tuple[str, float | None, float | None, float]]) -> None:
         for key in keys:
@@ -122,24 +126,25 @@ class TrainingRun:
     def _append(self, place: Place, told: dict[str, float], lr: float | None) -> None:
         for name, value in told.items():
             if isfinite(value):
-                self.curves[name].extend([place], [value])
+                self.curves[name].add(place, value)
                 self.broken[name] = 0
             else:
                 self.nonfinite[name] += 1
                 self.broken[name] += 1
                 self.first_nonfinite = self.first_nonfinite or place
         if lr is not None and isfinite(lr):
-            self.curves["lr"].extend([place], [lr])
+            self.curves["lr"].add(place, lr)
         self.readings += 1
 
     def add_columns(self, roles: Sequence[str], rows: Sequence[Sequence[bytes]]) -> bool:
         """Take in many readings of one shape at once; False (and nothing taken) when they are not plainly in order."""
         try:
             columns = {
-                role: list(map(float, column)) for role, column in zip(roles, zip(*rows, strict=True), strict=True)
+                role: list(map(float, column)) for role, column in zip(roles, zip(*rows, strict=True), strict=False)
             }
         except ValueError:
             return False
+        columns.pop("rank", None)
         steps, epochs = columns.pop("step", None), columns.pop("epoch", None)
         if not all(all(map(isfinite, column)) for column in (*columns.values(), steps or (), epochs or ())):
             return False
@@ -152,13 +157,13 @@ class TrainingRun:
         if not ordered:
             return False
         count, start = len(rows), self.readings
-        places = list(map(Place, range(start, start + count), steps or [None] * count, epochs or [None] * count))
+        places = (steps or [None] * count, epochs or [None] * count)
         for role, values in columns.items():
-            self.curves[role].extend(places, values)
+            self.curves[role].extend(range(start, start + count), *places, values)
             if role in self.broken:
                 self.broken[role] = 0
-                recent = zip(places[-REMEMBERED:], values[-REMEMBERED:], strict=True)
-                self._remember([(role, place.step, place.epoch, value) for place, value in recent])
+                recent = zip(*(column[-REMEMBERED:] for column in (*places, values)), strict=True)
+                self._remember([(role, *key) for key in recent])
         self._step = self._raw_step = steps[-1] if steps else self._step
         self._epoch = epochs[-1] if epochs else self._epoch
         self.readings += count
@@ -234,10 +239,12 @@ class LogReader:
             return
         roles = self._shape.roles
         rows = [row for row, _ in groupby(self._shape.expression.findall(block))]
+        if "rank" in roles:
+            rows = self._of_one_rank(rows, roles.index("rank"))
         others = [i for i, row in enumerate(rows) if row[-1]]
         start = 0
         for i in [*others, len(rows)]:
-            if start < i and not self.run.add_columns(roles, [row[:-1] for row in rows[start:i]]):
+            if start < i and not self.run.add_columns(roles, rows[start:i]):
                 for row in rows[start:i]:
                     self.run.add(reading_of(roles, row))
             if i < len(rows):
@@ -246,10 +253,19 @@ class LogReader:
         if len(others) > len(rows) // 2:
             self._shape = None  # learn another one with the next block
 
+    def _of_one_rank(self, rows: list[tuple[bytes, ...]], column: int) -> list[tuple[bytes, ...]]:
+        """The rows of the process that spoke first, and those of other shapes."""
+        first = next((int(row[column]) for row in rows if row[column].isdigit()), None)
+        own = b"%d" % (self.run.choose_rank(first) or 0)
+        kept = [row for row in rows if row[-1] or row[column] == own]
+        self.run.repeated += len(rows) - len(kept)
+        return kept
+
     def _read_line(self, line: bytes) -> None:
-        reading = parse_line(line)
-        if reading:
-            self.run.add(reading)
+        for part in PARTED.split(line) if b"}," in line else (line,):
+            reading = parse_line(part)
+            if reading:
+                self.run.add(reading)
 
 
 def reading_of(roles: Sequence[str], row: Sequence[bytes]) -> Reading:
@@ -284,12 +300,8 @@ def tidy(data: bytes) -> bytes:
 
 
 def join_records(block: bytes) -> bytes:
-    """One line for each record: joined where it is written over several, parted where several share a line."""
-    if SPLIT_RECORD.search(block):
-        block = RECORD.sub(lambda match: match[0].replace(b"\n", b" "), block)
-    if b'{"' in block and b"}," in block:
-        block = re.sub(rb"\},\s*\{", b"}\n{", block).replace(b"[{", b"[\n{")
-    return block
+    """Records that are written over several lines on one line each."""
+    return RECORD.sub(lambda match: match[0].replace(b"\n", b" "), block) if SPLIT_RECORD.search(block) else block
 
 
 def wide_encoding(data: bytes) -> str | None:
