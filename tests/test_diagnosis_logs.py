@@ -150,7 +150,7 @@ def test_a_cut_last_line_tells_nothing_wrong() -> None:
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be", "utf-32", "gb18030"])
-@pytest.mark.parametrize("piece", [1 << 20, 4097])
+@pytest.mark.parametrize("piece", [1 << 20, 4097, 1])
 def test_encodings(encoding: str, piece: int) -> None:
     text = "".join(f"第{i}步，训练损失见右 {{'step': {i}, 'loss': {100 - i}.5}}\r\n" for i in range(1, 100))
     assert points(read_bytes(text.encode(encoding), piece)) == [(i, 100.5 - i) for i in range(1, 100)]
@@ -222,6 +222,10 @@ def test_memory_is_bounded_and_the_extremes_exact() -> None:
     lowest = min(cells, key=lambda cell: cell.low)
     assert (lowest.low, lowest.low_place.step) == (1.0, 61_803)
     assert (cells[-1].last, cells[-1].place.step) == (values[-1], 99_999)
+
+
+def test_a_hole_at_the_start() -> None:
+    assert points(read_bytes(bytes(3 << 20) + ours(1, 2.5).encode() + ours(2, 1.5).encode())) == [(1, 2.5), (2, 1.5)]
 
 
 def test_noise_of_gigabytes_is_not_kept() -> None:

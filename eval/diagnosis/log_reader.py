@@ -192,14 +192,19 @@ class LogReader:
         self._rest = b""
         self._decoder: codecs.IncrementalDecoder | None = None
         self._started = False
+        self._head = b""
         self._shape: Shape | None = None
 
     def feed(self, data: bytes) -> None:
         """Take in more bytes; an unfinished line waits for its end."""
-        if not self._started and data:
+        if not self._started:
+            data = self._head = self._head + data
+            if len(data) < 4:
+                return  # too little to see the encoding
             self._started = True
             encoding = wide_encoding(data)
             self._decoder = codecs.getincrementaldecoder(encoding)("replace") if encoding else None
+            self._head = b""
         if self._decoder:
             data = self._decoder.decode(data).encode("utf-8", "replace")
         for start in range(0, len(data), BLOCK):
@@ -293,7 +298,9 @@ def learn_shape(block: bytes) -> Shape | None:
 
 
 def tidy(data: bytes) -> bytes:
-    """Line ends as newlines, no colours of a terminal."""
+    """Line ends as newlines, no colours of a terminal, no zeros (the hole in a log that was emptied while open)."""
+    if b"\x00" in data:
+        data = data.replace(b"\x00", b"")
     if b"\r" in data:
         data = data.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
     return COLORS.sub(b"", data) if b"\x1b" in data else data
@@ -312,6 +319,7 @@ def wide_encoding(data: bytes) -> str | None:
         if data.startswith(mark):
             return name
     head = data[:2000]
-    if head[1::2].count(0) > len(head) // 4:
-        return "utf-16-le"
-    return "utf-16-be" if head[::2].count(0) > len(head) // 4 else None
+    even, odd = head[::2].count(0), head[1::2].count(0)
+    if max(even, odd) < max(1, len(head) // 4) or min(even, odd) > len(head) // 20:  # all zero: a hole in the file
+        return None
+    return "utf-16-le" if odd > even else "utf-16-be"
