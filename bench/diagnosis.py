@@ -26,7 +26,7 @@ sys.path[:0] = [str(HERE.parent), str(HERE)]
 from diagnosis_runs import KINDS, make_run, specs
 
 from eval.diagnosis.criteria import HIGH, LOW, RISKS, Thresholds, judge
-from eval.diagnosis.log_reader import TrainingRun
+from eval.diagnosis.training_run import TrainingRun
 from eval.diagnosis_monitoring import read
 from llmops.console import log, stdout_to_stderr
 

@@ -19,7 +19,8 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from eval.diagnosis.criteria import HIGH, LOW, MEDIUM, RISKS, Diagnosis, Thresholds, judge
-from eval.diagnosis.log_reader import LOSSES, LogReader, TrainingRun
+from eval.diagnosis.log_reader import LogReader
+from eval.diagnosis.training_run import LOSSES, TrainingRun
 from llmops.console import EXIT_USER_ERROR, Parser, UserError, log, run_main, to_bool
 
 PIECE = 1 << 20

@@ -17,7 +17,7 @@ from conftest import ROOT, environment
 from eval import diagnosis_monitoring
 from eval.diagnosis.criteria import Diagnosis, Thresholds, judge
 from eval.diagnosis.log_lines import Reading
-from eval.diagnosis.log_reader import TrainingRun
+from eval.diagnosis.training_run import TrainingRun
 
 SCRIPT = ROOT / "eval" / "diagnosis_monitoring.py"
 LOGS = ROOT / "tests" / "logs"

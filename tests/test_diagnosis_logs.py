@@ -9,7 +9,8 @@ import pytest
 from conftest import ROOT
 
 from eval.diagnosis.curves import CELLS, Curve, Place
-from eval.diagnosis.log_reader import LogReader, TrainingRun, series_of
+from eval.diagnosis.log_reader import LogReader
+from eval.diagnosis.training_run import TrainingRun, series_of
 
 LOGS = ROOT / "tests" / "logs"
 Points = list[tuple[float, float]]

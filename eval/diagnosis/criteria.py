@@ -18,7 +18,7 @@ from statistics import median
 from typing import Any
 
 from eval.diagnosis.curves import Series
-from eval.diagnosis.log_reader import TrainingRun, series_of
+from eval.diagnosis.training_run import TrainingRun, series_of
 
 HIGH, MEDIUM, LOW = "High", "Medium", "Low"
 RISKS = ("overfitting", "underfitting", "catastrophic_forgetting")

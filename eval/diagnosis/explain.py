@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 
 from eval.diagnosis.criteria import Diagnosis, Finding, Thresholds
-from eval.diagnosis.log_reader import LOSSES, TrainingRun
+from eval.diagnosis.training_run import LOSSES, TrainingRun
 
 # by risk: measured number, its words, the thresholds it is held against
 ROWS = {

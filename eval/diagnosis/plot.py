@@ -4,7 +4,7 @@ import textwrap
 from pathlib import Path
 
 from eval.diagnosis.criteria import HIGH, LOW, MEDIUM, Diagnosis
-from eval.diagnosis.log_reader import TrainingRun
+from eval.diagnosis.training_run import TrainingRun
 from llmops import pictures
 
 COLORS = {HIGH: "#c0392b", MEDIUM: "#c77c11", LOW: "#2e7d5b"}
