@@ -3,8 +3,8 @@
 The trainings are those of bench/diagnosis_runs.py. A run's label is its true behaviour on conversations that its log
 never saw, by these rules; what lies between them is unclear and left out for that risk:
     overfitting   the held-out loss ends 5% (and 0.02 nats) over its best: yes; under 2% (or 0.01 nats): no
-    underfitting  of what healthy runs of the same base gain on other phrasings of taught topics, it got under 70%: yes;
-                  over 85%: no
+    underfitting  on other phrasings of the taught topics it gained under half of what the best healthy run of the same
+                  base gained: yes; over three quarters: no
     forgetting    of the skills' tokens that the base knew, it lost over 10%: yes; under 5%: no
 Runs whose behaviour is not what they were made for are listed. Thresholds are chosen on the runs with an even number
 and reported on those with an odd one. A risk counts as found when it is not Low, and beside it when it is High.
@@ -17,7 +17,6 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
@@ -36,7 +35,7 @@ CHOICES: dict[str, Sequence[float]] = {
     "gl_medium": (0.5, 1, 2, 3, 4, 5, 6, 8, 10, 15, 20),
     "gl_floor": (0.0, 0.01, 0.02, 0.03, 0.05, 0.1),
     "late_medium": (0.1, 0.15, 0.18, 0.2, 0.22, 0.25, 0.28, 0.3, 0.35),
-    "gain_medium": (0.02, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4),
+    "gain_enough": (0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0),
     "retention_medium": (0.02, 0.05, 0.08, 0.1, 0.12, 0.15, 0.18, 0.2, 0.22, 0.25, 0.3, 0.35, 0.4, 0.5),
 }
 RISK_OF = {"gl": RISKS[0], "late": RISKS[1], "gain": RISKS[1], "retention": RISKS[2]}
@@ -65,7 +64,7 @@ def load(folders: Sequence[Path]) -> list[Judged]:
         truth = [json.loads(line) for line in (folder / "truth.jsonl").read_text(encoding="utf-8").splitlines()]
         rows.append((spec, truth, read(str(folder / "log.txt")).run))
     reachable = {
-        base: median(min(t["taught_loss"] for t in truth) for spec, truth, _ in rows
+        base: min(min(t["taught_loss"] for t in truth) for spec, truth, _ in rows
                      if spec["kind"] == "healthy" and spec["base"] == base)
         for base in {spec["base"] for spec, _, _ in rows}
     }  # fmt: skip
@@ -80,7 +79,7 @@ def load(folders: Sequence[Path]) -> list[Judged]:
         share = (first["taught_loss"] - min(t["taught_loss"] for t in truth)) / (
             first["taught_loss"] - reachable[spec["base"]]
         )
-        underfitted = between(-share, -0.85, -0.7)
+        underfitted = between(-share, -0.75, -0.5)
         forgotten = between(1 - last["skill_known"] / first["skill_known"], 0.05, 0.10)
         labels = dict(zip(RISKS, (overfitted, underfitted, forgotten), strict=True))
         found.append(Judged(spec["name"], spec["kind"], run, labels))

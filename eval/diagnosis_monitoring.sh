@@ -28,6 +28,7 @@ PQ="${PQ:-}"                              # generalisation loss / training progr
 GAP="${GAP:-}"                            # share of a rise that must be a wider gap to the training loss
 GAIN_HIGH="${GAIN_HIGH:-}"                # share of the loss that training took away
 GAIN_MEDIUM="${GAIN_MEDIUM:-}"            # the same, for Medium
+GAIN_ENOUGH="${GAIN_ENOUGH:-}"            # a loss that lost this share is no underfitting, even if still falling
 LATE_HIGH="${LATE_HIGH:-}"                # share of the fall that came in the second half of the learning
 LATE_MEDIUM="${LATE_MEDIUM:-}"            # the same, for Medium
 HIGH_LOSS="${HIGH_LOSS:-}"                # all losses that end over this are too high, nats per token

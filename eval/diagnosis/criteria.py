@@ -14,7 +14,7 @@ Jin & Ren 2406.14026). Without it sudden lasting rises of the loss can only hint
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from statistics import median
+from statistics import median, stdev
 from typing import Any
 
 from eval.diagnosis.curves import Series
@@ -42,13 +42,16 @@ class Thresholds:
     gap: float = limit(0.5, "a rise counts when this share of it is a wider gap to the training loss")
     gain_high: float = limit(0.05, "underfitting High when training took away less than this share of the loss")
     gain_medium: float = limit(0.10, "underfitting Medium below this share")
+    gain_enough: float = limit(
+        0.6, "a loss that lost this share of its start is no underfitting, even if still falling"
+    )
     late_high: float = limit(
         0.35, "underfitting High when this share of the fall came in the second half of the learning"
     )
     late_medium: float = limit(0.25, "underfitting Medium from this share on")
     high_loss: float = limit(4.0, "underfitting Medium when every loss ended over this, nats per token (perplexity 55)")
     retention_high: float = limit(0.4, "forgetting High when retention_loss rose by this over its first value, nats")
-    retention_medium: float = limit(0.15, "forgetting Medium from this rise on")
+    retention_medium: float = limit(0.2, "forgetting Medium from this rise on")
     retention_factor: float = limit(1.1, "a rise to less than the first value times this is never forgetting")
     spike: float = limit(1.5, "without retention_loss: a sudden lasting rise of the loss by this factor is Medium")
     min_evaluations: int = limit(3, "evaluations needed to judge overfitting")
@@ -88,10 +91,14 @@ def judge(run: TrainingRun, thresholds: Thresholds) -> Diagnosis:
     return Diagnosis({finding.risk: finding for finding in findings}, curves, axis)
 
 
-def recent(train: Series, x: float, share: float = 0.1) -> float:
-    """Mean training loss over the last tenth of the points up to x (at least 3 where there are so many)."""
+def recent(train: Series, x: float, share: float = 0.1) -> tuple[float, float]:
+    """Mean training loss over the last tenth of the points up to x (at least 3 where there are so many), and its
+    standard error.
+    """
     stop = max(1, sum(1 for value in train.x if value <= x))
-    return weighted(train, max(0, stop - max(3, round(share * stop))), stop)
+    start = max(0, stop - max(3, round(share * stop)))
+    spread = stdev(train.y[start:stop]) if stop - start > 1 else 0.0
+    return weighted(train, start, stop), spread / math.sqrt(stop - start)
 
 
 def weighted(curve: Series, start: int, stop: int) -> float:
@@ -131,11 +138,12 @@ def judge_overfitting(curves: Mapping[str, Series], limits: Thresholds) -> Findi
                "evaluations_since_better": since}  # fmt: skip
     pq, gap_share = math.inf, 1.0
     if train.x:
-        then, now = recent(train, evaluation.best_x), recent(train, math.inf)
+        (then, doubt_then), (now, doubt_now) = recent(train, evaluation.best_x), recent(train, math.inf)
         step = progress(train)
         pq = gl / step if step > 0 else math.inf
         rise = evaluation.last - evaluation.best
-        gap_share = 1 - max(0.0, now - then) / rise if rise > 0 else 1.0
+        shared = max(0.0, now - then - 2 * math.hypot(doubt_then, doubt_now))  # what rose in training beyond its noise
+        gap_share = 1 - shared / rise if rise > 0 else 1.0
         numbers |= {"training_loss_at_best": then, "training_loss": now, "gap_at_best": evaluation.best - then,
                     "gap": evaluation.last - now, "gap_share": gap_share, "progress_quotient": pq}  # fmt: skip
     lasting = since >= limits.patience and lasting_gl >= limits.gl_medium
@@ -240,11 +248,12 @@ def judge_underfitting(
     falling = f"{steady.late:.0%} of {fall} came in the second half of the learning"
     if most.gain < limits.gain_high:
         return Finding(risk, HIGH, little, numbers)
-    if steady.late >= limits.late_high and not turned and steady.name == "evaluation":
+    unfinished = not turned and most.gain < limits.gain_enough
+    if steady.late >= limits.late_high and unfinished and steady.name == "evaluation":
         return Finding(risk, HIGH, f"{falling}: it was still falling steeply at the end", numbers)
     if most.gain < limits.gain_medium:
         return Finding(risk, MEDIUM, little, numbers)
-    if steady.late >= limits.late_medium and not turned:
+    if steady.late >= limits.late_medium and unfinished:
         alone = (
             ""
             if steady.name == "evaluation"

@@ -26,7 +26,7 @@ ROWS = {
         ("start", "loss at the start", ()),
         ("middle", "loss when half of the learning was spent", ()),
         ("end", "loss at the end", ("high_loss",)),
-        ("gain", "share of the loss taken away", ("gain_medium", "gain_high")),
+        ("gain", "share of the loss taken away", ("gain_high", "gain_medium", "gain_enough")),
         ("late_share", "share of the fall in the second half", ("late_medium", "late_high")),
         ("values_not_finite", "values that are NaN or inf", ()),
     ),
