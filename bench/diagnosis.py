@@ -7,7 +7,8 @@ never saw, by these rules; what lies between them is unclear and left out for th
                   base gained: yes; over three quarters: no
     forgetting    of the skills' tokens that the base knew, it lost over 10%: yes; under 5%: no
 Runs whose behaviour is not what they were made for are listed. Thresholds are chosen on the runs with an even number
-and reported on those with an odd one. A risk counts as found when it is not Low, and beside it when it is High.
+under 12 and reported on those with an odd one, and on those from 12 on, which were trained when the rules and the
+thresholds of the product were fixed. A risk counts as found when it is not Low, and beside it when it is High.
 """
 
 import argparse
@@ -29,6 +30,7 @@ from eval.diagnosis.training_run import TrainingRun
 from eval.diagnosis_monitoring import read
 from llmops.console import log, stdout_to_stderr
 
+LATER = 12  # runs from this number on were trained when rules and thresholds were fixed
 MADE_FOR = {"overfit": RISKS[0], "low_rate": RISKS[1], "few_steps": RISKS[1], "forgetting": RISKS[2]}
 # one threshold after the other, from the risk that others lean on; a Medium and what it may be
 CHOICES: dict[str, Sequence[float]] = {
@@ -156,15 +158,21 @@ def report(runs: Sequence[Judged]) -> None:
         print(f"| {kind} | {len(rows)} | {' | '.join(map(str, counts))} | {unclear} |")
     other = [row.name for row in runs if row.kind in MADE_FOR and row.truth[MADE_FOR[row.kind]] is not True]
     print(f"\nmade for a state that they are not clearly in, labelled by behaviour: {', '.join(other) or 'none'}")
-    chosen = [row for row in runs if int(row.name[-2:]) % 2 == 0]
-    held = [row for row in runs if int(row.name[-2:]) % 2 == 1]
-    limits, ties = choose(chosen)
+    numbered = [(int(row.name[-2:]), row) for row in runs]
+    groups = {
+        "even runs, thresholds were chosen on these": [row for i, row in numbered if i < LATER and i % 2 == 0],
+        "odd runs": [row for i, row in numbered if i < LATER and i % 2 == 1],
+        "later runs": [row for i, row in numbered if i >= LATER],
+    }
+    limits, ties = choose(next(iter(groups.values())))
     print("\nthresholds on the even runs: value chosen (values as good); in the product:")
     for name, values in ties.items():
         print(f"  {name} {getattr(limits, name):g} ({values[0]:g} to {values[-1]:g}); {getattr(Thresholds(), name):g}")
-    for title, rows in (("even runs, thresholds were chosen on these", chosen), ("odd runs", held)):
-        table(rows, f"{title}: the product", judged_levels(rows, Thresholds()))
-        table(rows, f"{title}: the naive rule", naive_levels(rows))
+    for title, rows in groups.items():
+        if rows:
+            table(rows, f"{title}: the product", judged_levels(rows, Thresholds()))
+            table(rows, f"{title}: the thresholds as chosen", judged_levels(rows, limits))
+            table(rows, f"{title}: the naive rule", naive_levels(rows))
     for row, levels in zip(runs, judged_levels(runs, Thresholds()), strict=True):
         wrong = [f"{risk} is {truth}, said {levels[risk]}" for risk, truth in row.truth.items()
                  if truth is not None and truth != (levels[risk] != LOW)]  # fmt: skip
@@ -177,7 +185,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument(
-        "--runs", type=int, default=12, help="runs of each kind, at least 8 for a figure worth reporting"
+        "--runs", type=int, default=16, help="runs of each kind, at least 8 for a figure worth reporting"
     )
     parser.add_argument(
         "--minutes", type=float, default=0, help="stop training after so many and go on next time; 0: never"

@@ -244,7 +244,7 @@ def judge_underfitting(
     numbers = {"start": steady.start, "middle": steady.middle, "end": steady.end, "gain": most.gain,
                "late_share": steady.late}  # fmt: skip
     little = f"the {most.name} loss fell by {most.gain:.1%} only, {most.start:.4g} to {most.end:.4g}"
-    fall = f"the {steady.name} loss's fall ({steady.start:.4g} to {steady.end:.4g})"
+    fall = f"the {steady.name} loss's fall"
     falling = f"{steady.late:.0%} of {fall} came in the second half of the learning"
     if most.gain < limits.gain_high:
         return Finding(risk, HIGH, little, numbers)
@@ -263,7 +263,8 @@ def judge_underfitting(
     if min(descent.end for descent in found) >= limits.high_loss:
         reason = f"the losses ended flat at {most.end:.4g} and more: a perplexity of {math.exp(min(most.end, 700)):.0f}"
         return Finding(risk, MEDIUM, reason, numbers)
-    return Finding(risk, LOW, falling, numbers)
+    lost = f"the {most.name} loss lost {most.gain:.0%} of its start ({most.start:.4g} to {most.end:.4g})"
+    return Finding(risk, LOW, lost if turned else f"{lost}; {falling}", numbers)
 
 
 def judge_forgetting(curves: Mapping[str, Series], run: TrainingRun, limits: Thresholds) -> Finding:

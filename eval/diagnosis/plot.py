@@ -44,7 +44,7 @@ def draw(diagnosis: Diagnosis, run: TrainingRun, path: Path) -> None:
     for risk, finding in diagnosis.findings.items():
         words.text(0.0, height, f"{risk.replace('_', ' ')}: {finding.level}", color=COLORS[finding.level],
                    va="top", fontsize=10, weight="bold", transform=words.transAxes)  # fmt: skip
-        reason = textwrap.fill(finding.missing or finding.reason, 82)
+        reason = textwrap.fill(finding.missing if finding.level == LOW and finding.missing else finding.reason, 82)
         words.text(0.34, height, reason, va="top", fontsize=9, transform=words.transAxes)
         height -= 0.36
     pictures.save(figure, path)
