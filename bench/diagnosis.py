@@ -163,6 +163,9 @@ def report(runs: Sequence[Judged]) -> None:
         "even runs, thresholds were chosen on these": [row for i, row in numbered if i < LATER and i % 2 == 0],
         "odd runs": [row for i, row in numbered if i < LATER and i % 2 == 1],
         "later runs": [row for i, row in numbered if i >= LATER],
+        "odd and later runs, thresholds were not chosen on these": [
+            row for i, row in numbered if i >= LATER or i % 2 == 1
+        ],
     }
     limits, ties = choose(next(iter(groups.values())))
     print("\nthresholds on the even runs: value chosen (values as good); in the product:")
