@@ -24,6 +24,7 @@ from eval.diagnosis.training_run import LOSSES, TrainingRun
 from llmops.console import EXIT_USER_ERROR, Parser, UserError, log, run_main, to_bool
 
 PIECE = 1 << 20
+SWITCHES = ("--explain", "--watch")
 LOG_NAMES = ("log.txt", "trainer_state.json", "trainer_log.jsonl", "logging.jsonl")
 RECOMMENDATIONS = {
     ("overfitting", HIGH): "建议停止训练，降低学习率，增大dropout，增大数据量，降低训练周期数，并重新训练。",
@@ -61,7 +62,7 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("log_path", nargs="?", default="mnt/output_path/log.txt",
         help="a training log, a folder that holds one, or - for stdin (default: %(default)s)")  # fmt: skip
-    switch: dict[str, Any] = {"type": to_bool, "nargs": "?", "const": True, "default": False, "metavar": "true|false"}
+    switch: dict[str, Any] = {"type": to_bool, "default": False, "metavar": "true|false"}
     add("--explain", **switch, help="tell on stderr what was seen: the numbers against the thresholds")
     add("--plot", default="", metavar="FILE.png", help="draw the curves with the findings marked")
     add("--watch", **switch, help="follow a running training; a new JSON line whenever a risk changes")
@@ -77,9 +78,18 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def spell_out(argv: Sequence[str]) -> list[str]:
+    """Switches that stand alone get their value, so that what follows them is not taken for it."""
+    following = [*argv[1:], ""]
+    return [
+        f"{argument}=true" if argument in SWITCHES and after.lower() not in ("true", "false") else argument
+        for argument, after in zip(argv, following, strict=True)
+    ]
+
+
 def parse(argv: Sequence[str] | None) -> Config:
     """The configuration that command line arguments describe; all problems at once."""
-    given = vars(build_parser().parse_args(argv))
+    given = vars(build_parser().parse_args(spell_out(sys.argv[1:] if argv is None else argv)))
     limits = {item.name: given.pop(item.name) for item in fields(Thresholds)}
     problems = [f"--{name} is {value}, expected 0 or more" for name, value in limits.items() if not value >= 0]
     problems += [

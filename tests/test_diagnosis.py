@@ -144,6 +144,8 @@ def test_explain_tells_the_numbers(tmp_path: Path, capfd: pytest.CaptureFixture[
     ):
         assert text in err
     assert "at step" in err
+    assert call(capfd, "--explain", str(log))[2] == err  # the switch may stand before the path
+    assert call(capfd, str(log), "--explain", "false")[2] == ""
 
 
 def test_picture(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
