@@ -1,0 +1,71 @@
+"""What was seen in a log, for people."""
+
+from collections.abc import Mapping
+
+from eval.diagnosis.criteria import Diagnosis, Finding, Thresholds
+from eval.diagnosis.training_run import LOSSES, TrainingRun
+
+# by risk: measured number, its words, the thresholds it is held against
+ROWS = {
+    "overfitting": (
+        ("generalisation_loss", "generalisation loss (GL), percent", ("gl_medium", "gl_high")),
+        ("lasting_gl", "the same, of the lowest of the last evaluations", ("gl_medium", "gl_high")),
+        ("rise_of_eval_loss", "the same in nats per token", ("gl_floor",)),
+        ("evaluations_since_better", "evaluations without a better one", ("patience",)),
+        ("best_eval_loss", "best evaluation loss", ()),
+        ("best_at", "  at {axis}", ()),
+        ("last_eval_loss", "last evaluation loss", ()),
+        ("training_loss_at_best", "training loss at that place", ()),
+        ("training_loss", "training loss at the end", ()),
+        ("gap_at_best", "evaluation loss - training loss at the best", ()),
+        ("gap", "evaluation loss - training loss at the end", ()),
+        ("gap_share", "share of the rise that widened this gap", ("gap",)),
+        ("progress_quotient", "GL / training progress (PQ)", ("pq",)),
+    ),
+    "underfitting": (
+        ("start", "loss at the start", ()),
+        ("middle", "loss when half of the learning was spent", ()),
+        ("end", "loss at the end", ("high_loss",)),
+        ("gain", "share of the loss taken away", ("gain_high", "gain_medium", "gain_enough")),
+        ("late_share", "share of the fall in the second half", ("late_medium", "late_high")),
+        ("values_not_finite", "values that are NaN or inf", ()),
+    ),
+    "catastrophic_forgetting": (
+        ("first_retention_loss", "first retention loss", ()),
+        ("last_retention_loss", "last retention loss", ()),
+        ("rise", "last - first, nats per token", ("retention_medium", "retention_high")),
+        ("factor", "last / first", ("retention_factor",)),
+        ("lasting_rise", "largest sudden lasting rise of the loss, factor", ("spike",)),
+    ),
+}
+
+
+def explain(diagnosis: Diagnosis, run: TrainingRun, thresholds: Thresholds) -> str:
+    """Several lines: what was read, then per risk the level, its reason and the numbers against the thresholds."""
+    lines = [read_summary(diagnosis, run)]
+    for risk, finding in diagnosis.findings.items():
+        lines += ["", f"{risk}: {finding.level} ({finding.reason})", *rows(risk, finding, diagnosis.axis, thresholds)]
+    return "\n".join(lines)
+
+
+def read_summary(diagnosis: Diagnosis, run: TrainingRun) -> str:
+    """What was read, in one line."""
+    points = {name: sum(diagnosis.curves[name].counts) for name in LOSSES}
+    words = {"loss": "training", "eval_loss": "evaluation", "retention_loss": "retention"}
+    text = ", ".join(f"{points[name]:,} {words[name]} losses" for name in LOSSES)
+    counted: Mapping[str, int] = {
+        "not finite": sum(run.nonfinite.values()), "repeated and counted once": run.repeated, "restarts": run.restarts,
+    }  # fmt: skip
+    text += "".join(f", {count:,} {what}" for what, count in counted.items() if count)
+    return f"read {text}; along the {diagnosis.axis}"
+
+
+def rows(risk: str, finding: Finding, axis: str, thresholds: Thresholds) -> list[str]:
+    """The measured numbers that a finding has, a line each."""
+    lines = []
+    for name, words, limits in ROWS[risk]:
+        if name in finding.numbers:
+            against = ", ".join(f"{limit} {getattr(thresholds, limit):g}" for limit in limits)
+            shown = f"  {words.format(axis=axis):<48}{finding.numbers[name]:>12.5g}"
+            lines.append(shown + (f"   ({against})" if against else ""))
+    return lines

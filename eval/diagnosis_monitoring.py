@@ -1,0 +1,246 @@
+"""What a training log tells: overfitting, underfitting, catastrophic forgetting, each High, Medium or Low.
+
+python eval/diagnosis_monitoring.py mnt/output_path/log.txt            judge a log, of this project or of others
+python eval/diagnosis_monitoring.py mnt/output_path --explain          a folder; what was seen, on stderr
+python eval/diagnosis_monitoring.py mnt/output_path/log.txt --watch    follow a running training
+Prints one JSON object: {"code": 0, "msg": "Monitoring Report", "data": {"current_risks": {...}, "recommendations":
+{...}}}. When something is wrong the code is not 0, msg says what, and the exit code is the same: 1 for a log without a
+readable loss (and for faults of ours), 2 for what the user can mend.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from eval.diagnosis.criteria import HIGH, LOW, MEDIUM, RISKS, Diagnosis, Thresholds, judge
+from eval.diagnosis.log_reader import LogReader
+from eval.diagnosis.training_run import LOSSES, TrainingRun
+from llmops.console import EXIT_USER_ERROR, Parser, UserError, log, run_main, to_bool
+
+PIECE = 1 << 20
+SWITCHES = ("--explain", "--watch")
+LOG_NAMES = ("log.txt", "trainer_state.json", "trainer_log.jsonl", "logging.jsonl")
+RECOMMENDATIONS = {
+    ("overfitting", HIGH): "建议停止训练，降低学习率，增大dropout，增大数据量，降低训练周期数，并重新训练。",
+    ("overfitting", MEDIUM): "建议继续观察评估损失，若仍不下降则提前停止训练，并使用评估损失最低的检查点。",
+    ("underfitting", HIGH): "建议增大训练周期数，提高学习率，增大模型容量或LoRA秩，检查数据质量，并重新训练。",
+    ("underfitting", MEDIUM): "建议适当增加训练周期数或提高学习率，并继续观察训练损失。",
+    ("catastrophic_forgetting", HIGH): "建议回退到上个版本并调整参数。",
+    ("catastrophic_forgetting", MEDIUM): "建议降低学习率，在训练数据中混入通用数据，并继续观察保留集损失。",
+}
+
+
+class NoLossError(Exception):
+    """The log was read and holds no loss: one sentence, exit code 1."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """What to read and what to tell."""
+
+    log_path: str
+    explain: bool
+    plot: str
+    watch: bool
+    watch_interval: float
+    watch_until_idle: float
+    thresholds: Thresholds
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Every setting with its default."""
+    parser = Parser(
+        prog="diagnosis_monitoring.py", allow_abbrev=False,
+        description="Judge the risks of a training from its log: overfitting, underfitting, catastrophic forgetting.",
+    )  # fmt: skip
+    add = parser.add_argument
+    add("log_path", nargs="?", default="mnt/output_path/log.txt",
+        help="a training log, a folder that holds one, or - for stdin (default: %(default)s)")  # fmt: skip
+    switch: dict[str, Any] = {"type": to_bool, "default": False, "metavar": "true|false"}
+    add("--explain", **switch, help="tell on stderr what was seen: the numbers against the thresholds")
+    add("--plot", default="", metavar="FILE.png", help="draw the curves with the findings marked")
+    add("--watch", **switch, help="follow a running training; a new JSON line whenever a risk changes")
+    add("--watch_interval", type=float, default=1.0, help="seconds between two looks (default: %(default)s)")
+    add("--watch_until_idle", type=float, default=0.0,
+        help="end when the log has not grown for so many seconds; 0: never (default: %(default)s)")  # fmt: skip
+    limits = parser.add_argument_group("thresholds")
+    for item in fields(Thresholds):
+        limits.add_argument(
+            f"--{item.name}", type=type(item.default), default=item.default,
+            help=f"{item.metadata['help']} (default: {item.default})".replace("%", "%%"),
+        )  # fmt: skip
+    return parser
+
+
+def spell_out(argv: Sequence[str]) -> list[str]:
+    """Switches that stand alone get their value, so that what follows them is not taken for it."""
+    following = [*argv[1:], ""]
+    return [
+        f"{argument}=true" if argument in SWITCHES and after.lower() not in ("true", "false") else argument
+        for argument, after in zip(argv, following, strict=True)
+    ]
+
+
+def parse(argv: Sequence[str] | None) -> Config:
+    """The configuration that command line arguments describe; all problems at once."""
+    given = vars(build_parser().parse_args(spell_out(sys.argv[1:] if argv is None else argv)))
+    limits = {item.name: given.pop(item.name) for item in fields(Thresholds)}
+    problems = [f"--{name} is {value}, expected 0 or more" for name, value in limits.items() if not value >= 0]
+    problems += [
+        f"--{risk}_medium is {limits[f'{risk}_medium']}, which is {side} --{risk}_high ({limits[f'{risk}_high']})"
+        for risk, side, wrong in (
+            ("gl", "over", limits["gl_medium"] > limits["gl_high"]),
+            ("late", "over", limits["late_medium"] > limits["late_high"]),
+            ("retention", "over", limits["retention_medium"] > limits["retention_high"]),
+            ("gain", "under", limits["gain_medium"] < limits["gain_high"]),
+        )
+        if wrong
+    ]
+    for name in ("min_evaluations", "min_points"):
+        if 0 <= limits[name] < 2:
+            problems.append(f"--{name} is {limits[name]}, expected 2 or more")
+    if not given["watch_interval"] > 0:
+        problems.append(f"--watch_interval is {given['watch_interval']}, expected more than 0")
+    if not given["watch_until_idle"] >= 0:
+        problems.append(f"--watch_until_idle is {given['watch_until_idle']}, expected 0 or more")
+    if given["watch"] and given["log_path"] == "-":
+        problems.append("--watch follows a file, found - (stdin); pass the log's path")
+    if given["plot"] and not Path(given["plot"]).absolute().parent.is_dir():
+        problems.append(f"--plot: the folder of {given['plot']} does not exist; make it or choose another")
+    if problems:
+        raise UserError("; ".join(problems))
+    return Config(**given, thresholds=Thresholds(**limits))
+
+
+def find_log(path: Path) -> Path:
+    """The log itself: `path`, or in a folder (or its newest checkpoint) the first that is there of LOG_NAMES."""
+    if path.is_dir():
+        checkpoints = sorted(path.glob("checkpoint-*"), key=lambda p: p.stat().st_mtime, reverse=True)
+        for folder in (path, *checkpoints):
+            for name in LOG_NAMES:
+                if (folder / name).is_file():
+                    log(f"reading {folder / name}")
+                    return folder / name
+        raise UserError(f"the folder {path} holds none of {', '.join(LOG_NAMES)}; pass the log's own path")
+    if not path.exists():
+        raise UserError(f"the log {path} does not exist; pass the log.txt of a training, or the folder that holds it")
+    return path
+
+
+def read(path: str) -> LogReader:
+    """Read a log from its beginning to its end."""
+    reader = LogReader()
+    try:
+        with open(sys.stdin.fileno() if path == "-" else find_log(Path(path)), "rb", closefd=path != "-") as stream:
+            while piece := stream.read(PIECE):
+                reader.feed(piece)
+    except OSError as error:
+        raise UserError(f"the log {path} cannot be read ({error.strerror}); check the path and its rights") from error
+    reader.finish()
+    return reader
+
+
+def check_losses(path: str, run: TrainingRun) -> None:
+    """Raises NoLossError when there is nothing to judge."""
+    if any(len(run.curves[name]) or run.nonfinite[name] for name in LOSSES):
+        return
+    if run.stepless:
+        raise NoLossError(
+            f"{path} tells {run.stepless} steps but no loss (DeepSpeed's own lines hold only learning rates); pass the "
+            "log that prints the loss, or let the training print it"
+        )
+    raise NoLossError(
+        f'{path} has no readable loss; expected lines such as {{"step": 10, "loss": 2.3}}, step: 10, loss: 2.3 or '
+        "a trainer_state.json"
+    )
+
+
+def answer_json(diagnosis: Diagnosis) -> dict[str, Any]:
+    """The documented shape."""
+    levels = {risk: diagnosis.findings[risk].level for risk in RISKS}
+    advice = {risk: "-" if level == LOW else RECOMMENDATIONS[risk, level] for risk, level in levels.items()}
+    return {"code": 0, "msg": "Monitoring Report", "data": {"current_risks": levels, "recommendations": advice}}
+
+
+def failure_json(code: int, message: str) -> dict[str, Any]:
+    """The same shape when something is wrong."""
+    return {"code": code, "msg": message, "data": {"current_risks": {}, "recommendations": {}}}
+
+
+def say(answer: dict[str, Any]) -> None:
+    """One JSON object on one line of stdout."""
+    print(json.dumps(answer, ensure_ascii=False), flush=True)
+
+
+def tell(config: Config, reader: LogReader) -> Diagnosis:
+    """Judge what was read; what is for people goes to stderr and into the picture."""
+    diagnosis = judge(reader.run, config.thresholds)
+    for finding in diagnosis.findings.values():
+        if finding.missing:
+            log(f"evidence: {finding.risk}: {finding.missing}; it is {finding.level}")
+    if config.explain:
+        from eval.diagnosis.explain import explain
+
+        log(explain(diagnosis, reader.run, config.thresholds))
+    if config.plot:
+        from eval.diagnosis.plot import draw
+
+        draw(diagnosis, reader.run, Path(config.plot))
+    return diagnosis
+
+
+def run(config: Config) -> dict[str, Any]:
+    """Read a log and judge it; what is printed."""
+    reader = read(config.log_path)
+    check_losses(config.log_path, reader.run)
+    return answer_json(tell(config, reader))
+
+
+def watch(config: Config) -> None:
+    """Follow a log; say a line at first and whenever a risk changes. Ends by a signal, or when the log is idle."""
+    from eval.diagnosis.watch import follow
+
+    said = None
+    reader = None
+    for reader in follow(Path(config.log_path), find_log, config.watch_interval, config.watch_until_idle):
+        if not any(len(reader.run.curves[name]) or reader.run.nonfinite[name] for name in LOSSES):
+            continue
+        answer = answer_json(judge(reader.run, config.thresholds))
+        if answer != said:
+            tell(config, reader)
+            say(answer)
+            said = answer
+    if said is None:
+        check_losses(config.log_path, reader.run if reader else TrainingRun())
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Parse, run, print."""
+
+    def body() -> int:
+        try:
+            config = parse(argv)
+            if config.watch:
+                watch(config)
+            else:
+                say(run(config))
+        except UserError as error:
+            say(failure_json(EXIT_USER_ERROR, str(error)))
+            raise
+        except NoLossError as error:
+            say(failure_json(1, str(error)))
+            log(f"error: {error}")
+            return 1
+        return 0
+
+    return run_main(body)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
