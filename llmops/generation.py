@@ -27,6 +27,7 @@ from llmops.shared_prefix import MIN_SHARED, NOTHING, Prefix, empty_cache, group
 T = TypeVar("T")
 WORTH_A_PASS = 512  # tokens of padding that cost less than a pass more
 MOST_TOKENS = 8192  # tokens in one pass: more are no faster, only need more memory
+FEW_ALONE = 8  # rows that share nothing, but may go with others that do
 MOST_ROWS = 128  # prompts at once where memory does not set the limit
 MOST_PLAIN_ROWS = 16  # prompts at once when each goes through anew for every token
 
@@ -212,12 +213,15 @@ class Generator:
     def _batches(self, prompts: Sequence[Sequence[int]]) -> Iterator[tuple[list[int], list[Prefix]]]:
         """Batches of rows, each with its prefix, neighbours with the same one, longest first within a group.
 
-        Rows that share nothing come last, so the first of them is the longest that goes through whole.
+        Rows that share nothing come last, in batches of their own unless they are few.
         """
         rows: list[int] = []
         prefixes: list[Prefix] = []
         last = NOTHING
         for group, shared in group_by_prefix(prompts) if self.plain_because is None else [(range(len(prompts)), 0)]:
+            if not shared and rows and len(group) > FEW_ALONE:
+                yield rows, prefixes
+                rows, prefixes = [], []
             last = self._prefix(prompts[group[0]][:shared], last) if shared else NOTHING
             for i in sorted(group, key=lambda i: -len(prompts[i])):
                 rows.append(i)
@@ -264,6 +268,8 @@ class Generator:
             state = State(torch.empty(0), [own[k] for k in rows], [prefixes[k] for k in rows], empty_cache(), empty)
             state.logits = self._step(state, state.prompts)
             states.append(state)
+        if any(prefix.length for prefix in prefixes):  # whole prompts beside short ends of others
+            states = [state if state.prefixes[0].length else own_prefixes(state) for state in states]
         return states[0] if len(parts) == 1 else self._join(states, parts)
 
     def _join(self, states: list[State], parts: list[list[int]]) -> State:
@@ -338,6 +344,18 @@ def too_long(ids: Sequence[int]) -> TrainingStopped:
         f"the device's memory does not suffice for one prompt of {len(ids)} tokens; "
         "allow fewer tokens, or use a smaller model or a larger GPU"
     )
+
+
+def own_prefixes(state: State) -> State:
+    """The same state, with what each row has in its cache as a prefix of its own."""
+    layers = state.cache.layers if state.cache else []
+    found, cache = [], empty_cache()
+    for k, prompt in enumerate(state.prompts):
+        own = [(layer.keys[k, :, -len(prompt) :], layer.values[k, :, -len(prompt) :]) for layer in layers]
+        found.append(Prefix(list(prompt), own))
+    for number, layer in enumerate(layers):
+        cache.update(layer.keys[:, :, :0], layer.values[:, :, :0], number)
+    return State(state.logits, [() for _ in found], found, cache, state.valid[:, :0])
 
 
 def similar_lengths(lengths: Sequence[int]) -> list[list[int]]:

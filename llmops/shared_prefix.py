@@ -107,7 +107,7 @@ class GrowingLayer(DynamicLayer):
             self.room = (appended(self.room[0], before, key_states), appended(self.room[1], before, value_states))
         else:
             self.lazy_initialization(key_states, value_states)
-            self.room = (key_states, value_states)
+            self.room = (key_states.contiguous(), value_states.contiguous())
         self.keys, self.values = (tensor[:, :, : before + key_states.shape[2]] for tensor in self.room)
         return self.keys, self.values
 
