@@ -60,7 +60,7 @@ def find(
     if total > max_pairs:
         raise UserError(
             f"{total} pairs of questions with different intents reach the threshold (texts that occur many times), "
-            f"more than --max_pairs {max_pairs}; remove repeated questions, or raise --similarity_threshold or --max_pairs"
+            f"more than --max_pairs {max_pairs}; remove repeated questions or raise --max_pairs"
         )
     node, a, b = cross(q.first[left], q.count[left], q.first[right], q.count[right])
     cosine = cosine[which][node]

@@ -35,7 +35,7 @@ def draw(found: Findings, path: Path) -> None:
             if group.merge:
                 merged.append((j, i))
     names = [found.questions.intents[intent] for intent in chosen]
-    labels = [name if len(name) <= LABEL_LENGTH else name[: LABEL_LENGTH - 1] + "…" for name in names]
+    labels = [name if len(name) <= LABEL_LENGTH else name[: LABEL_LENGTH - 2] + ".." for name in names]
     paint(counts, merged, pictures.prepare_labels(labels), len(weight), path)
 
 

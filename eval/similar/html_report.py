@@ -69,9 +69,7 @@ def write_report(
         if sum(shares) < len(found.a):
             file.write(f'<p class="relabel">共 {len(found.a)} 对，本页显示每组最相似的若干对，合计 {sum(shares)} 对；'
                        "完整结果在命令打印的 JSON 中。</p>\n")  # fmt: skip
-            log(
-                f"the page shows {sum(shares)} of {len(found.a)} pairs, the most similar of each group; the JSON has all"
-            )
+            log(f"the page shows {sum(shares)} of {len(found.a)} pairs, the most similar of each group")
         file.write('<div id="groups">\n')
         for number, (group, share) in enumerate(zip(groups, shares, strict=True)):
             if share:
