@@ -204,8 +204,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def body() -> int:
         try:
+            config = parse(argv)
             with stdout_to_stderr():
-                found = run(parse(argv))
+                found = run(config)
         except UserError as error:
             failure(EXIT_USER_ERROR, str(error))
             raise

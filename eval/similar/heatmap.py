@@ -1,6 +1,5 @@
 """Heat map of the intents that are confused most."""
 
-from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,11 +19,8 @@ def draw(found: Findings, path: Path) -> None:
     import numpy as np
 
     groups = gather(found)
-    weight: Counter[int] = Counter()
-    for group in groups:
-        for intent in group.intents:
-            weight[intent] += len(group.rows)
-    chosen = [intent for intent, _ in weight.most_common(SHOWN)]
+    confused = list(dict.fromkeys(intent for group in groups for intent in group.intents))
+    chosen = confused[:SHOWN]  # of the groups with the most pairs; what is confused stands side by side
     place = {intent: i for i, intent in enumerate(chosen)}
     counts = np.zeros((len(chosen), len(chosen)), int)
     merged = []
@@ -36,7 +32,7 @@ def draw(found: Findings, path: Path) -> None:
                 merged.append((j, i))
     names = [found.questions.intents[intent] for intent in chosen]
     labels = [name if len(name) <= LABEL_LENGTH else name[: LABEL_LENGTH - 2] + ".." for name in names]
-    paint(counts, merged, pictures.prepare_labels(labels), len(weight), path)
+    paint(counts, merged, pictures.prepare_labels(labels), len(confused), path)
 
 
 def paint(counts: "np.ndarray", merged: list[tuple[int, int]], labels: list[str], all_intents: int, path: Path) -> None:

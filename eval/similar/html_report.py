@@ -30,6 +30,7 @@ table{border-collapse:collapse;width:100%;table-layout:fixed}th,td{text-align:le
 border-top:1px solid var(--line);overflow-wrap:anywhere}th{font-size:13px;color:var(--quiet)}
 th button{all:unset;cursor:pointer}
 th button:focus-visible{outline:2px solid var(--mark)}th.n,td.n{width:84px}td small{display:block;color:var(--quiet)}
+th[aria-sort=descending] button::after{content:" ↓"}th[aria-sort=ascending] button::after{content:" ↑"}
 [hidden]{display:none}
 """
 
