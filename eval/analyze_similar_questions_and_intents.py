@@ -178,6 +178,13 @@ def run(config: Config) -> "Findings":
     log(f"{len(found.a)} pairs reach {config.similarity_threshold} and differ in their intents ({seconds:.1f} s):")
     log(f"  {len(found.a) - merge} with different intents (mismatched_intents), {merge} with similar_intents")
     # 4. for people
+    present(found, config)
+    log(f"done in {time.monotonic() - started:.1f} s")
+    return found
+
+
+def present(found: "Findings", config: Config) -> None:
+    """Write the page and the picture that were asked for."""
     if config.report:
         from eval.similar.html_report import write_report
 
@@ -189,8 +196,19 @@ def run(config: Config) -> "Findings":
 
         draw(found, config.plot)
         log(f"heat map in {config.plot}")
-    log(f"done in {time.monotonic() - started:.1f} s")
-    return found
+
+
+def say(found: "Findings") -> int:
+    """Print the documented JSON; the exit code: 1 when its reader (head, say) closed the pipe before the end."""
+    from eval.similar.findings import json_parts
+
+    try:
+        sys.stdout.writelines(json_parts(found))
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains again at its end
+        return 1
+    return 0
 
 
 def failure(code: int, message: str) -> None:
@@ -216,11 +234,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         except Exception as error:  # the documented JSON has a form for failures; the traceback follows on stderr
             failure(1, f"{type(error).__name__}: {error}")
             raise
-        from eval.similar.findings import json_parts
-
-        sys.stdout.writelines(json_parts(found))
-        sys.stdout.flush()
-        return 0
+        return say(found)
 
     return run_main(body)
 

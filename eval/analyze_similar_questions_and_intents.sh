@@ -30,6 +30,7 @@ source "$HERE/llmops/environment.sh"
 read_settings "${BASH_SOURCE[0]}" "$@"
 : "${DATA_FILE_PATH:=$HERE/eval/eval_datasets/faq_similar/combine_data.json}"
 : "${MODEL_PATH:=builtin:ngram}"
+# shellcheck disable=SC2119 # no setting is left out
 mapfile -d '' -t settings < <(setting_flags)
 PYTHON=$(ensure_python "$HERE" "$HERE/requirements.txt") || exit 2
 offline_libraries
