@@ -26,7 +26,7 @@ import numpy as np
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
-from eval.similar.search import blocks, choose_product, similar_pairs
+from eval.similar.search import COLUMNS, ROWS, blocks, choose_product, similar_pairs
 from llmops.console import log
 
 THRESHOLD = 0.91
@@ -143,7 +143,14 @@ def million(count: int, dimension: int) -> dict[str, Any]:
     planted = {(int(min(a, b)), int(max(a, b))) for a, b in zip(left, right, strict=True)}
     every = list(blocks(count))
     sample = every[:: max(1, len(every) // 200)]
-    plain, _ = timed(lambda: [vectors[rows] @ vectors[columns].T for rows, columns in sample])
+    space = np.empty(ROWS * COLUMNS, np.float32)
+
+    def multiply() -> None:
+        for rows, columns in sample:
+            shape = rows.stop - rows.start, columns.stop - columns.start
+            np.matmul(vectors[rows], vectors[columns].T, out=space[: shape[0] * shape[1]].reshape(shape))
+
+    plain = min(timed(multiply)[0] for _ in range(3))
     area = sum((r.stop - r.start) * (c.stop - c.start) for r, c in sample)
     whole = sum((r.stop - r.start) * (c.stop - c.start) for r, c in every)
     return {

@@ -25,7 +25,8 @@ SAVE_EVERY = 20_000  # texts: what a run that is killed loses at most
 
 def default_cache() -> Path:
     """Where vectors are kept unless --cache_dir says otherwise."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llmops" / "embeddings"
+    home = Path(os.environ.get("HOME") or tempfile.gettempdir())  # a container's user may have none
+    return Path(os.environ.get("XDG_CACHE_HOME") or home / ".cache") / "llmops" / "embeddings"
 
 
 def keys_of(texts: Sequence[str]) -> "np.ndarray":
