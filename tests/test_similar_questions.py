@@ -253,7 +253,7 @@ def test_vectors_are_those_of_one_text_at_a_time(tmp_path: Path, pooling: str, d
 def test_vectors_are_sentence_transformers(tmp_path: Path) -> None:
     library = pytest.importorskip("sentence_transformers", reason="sentence-transformers is not installed")
     for pooling, dense in [(name, "") for name in POOLINGS] + [("mean", "Tanh"), ("", "")]:
-        folder = write_embedding_model(tmp_path / f"{pooling}{dense}", pooling, dense)
+        folder = write_embedding_model(tmp_path / f"model{pooling}{dense}", pooling, dense)
         wanted = library.SentenceTransformer(str(folder), device="cpu").encode(TEXTS, normalize_embeddings=True)
         found = encoder.Encoder(read_folder(folder), "cpu", "fp32", False).encode(TEXTS)
         assert np.abs(found - wanted).max() < 1e-5, pooling

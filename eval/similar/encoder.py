@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
 
-TOKENS_PER_BATCH = {"cpu": 1024, "cuda": 32768}
+TOKENS_PER_BATCH = {"cpu": 2048, "cuda": 32768}
 PLAIN_ATTENTION_UP_TO = 64  # tokens
 UNLIMITED = 10**6  # tokenizers without a limit give a number like 10**30
 
