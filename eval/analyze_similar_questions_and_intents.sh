@@ -1,0 +1,38 @@
+#!/usr/bin/env bash
+# Which questions of FAQ data are alike and have different intents: mislabelled, or two names for one intent.
+#
+#   bash eval/analyze_similar_questions_and_intents.sh          our small sample, by wording, on any machine
+#   bash eval/analyze_similar_questions_and_intents.sh --data_file_path mnt/datasets/combine_data.json \
+#       --model_path mnt/sbert-base-chinese-nli --report mnt/similar.html --plot mnt/similar.png
+#
+# Prints {"code": 0, "msg": "Success", "data": {"mismatched_intents": [...], "similar_intents": [...]}}. A setting can be
+# edited here, set in the environment or given as a flag.
+set -euo pipefail
+HERE=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
+
+# --- settings ----------------------------------------------------------------------------------------------------------
+DATA_FILE_PATH="${DATA_FILE_PATH:-}"                               # JSON array, JSON lines or csv; empty: our sample
+MODEL_PATH="${MODEL_PATH:-}"                                       # embedding model's folder; empty: builtin:ngram (wording only)
+SIMILARITY_THRESHOLD="${SIMILARITY_THRESHOLD:-0.91}"               # questions this similar are compared by intent
+INTENT_SIMILARITY_THRESHOLD="${INTENT_SIMILARITY_THRESHOLD:-0.86}" # intents this similar probably mean the same
+REPORT="${REPORT:-}"                                               # FILE.html, a page for people; empty: none
+PLOT="${PLOT:-}"                                                   # FILE.png, heat map of confused intents; empty: none
+CACHE_DIR="${CACHE_DIR:-}"                                         # for computed vectors; empty: ~/.cache/llmops/embeddings
+GPU_ID="${GPU_ID:-0}"                                              # number of the GPU; -1: CPU; without any GPU 0 is too
+DTYPE="${DTYPE:-fp32}"                                             # of the model's weights: fp32, bf16, fp16
+MAX_PAIRS="${MAX_PAIRS:-10000000}"                                 # more pairs than this are an error
+SKIP_BAD_LINES="${SKIP_BAD_LINES:-false}"                          # drop and count bad lines instead of stopping
+TRUST_REMOTE_CODE="${TRUST_REMOTE_CODE:-false}"                    # run Python code that the model's folder ships
+# --- end of settings ---------------------------------------------------------------------------------------------------
+
+# shellcheck source=llmops/environment.sh
+source "$HERE/llmops/environment.sh"
+read_settings "${BASH_SOURCE[0]}" "$@"
+: "${DATA_FILE_PATH:=$HERE/eval/eval_datasets/faq_similar/combine_data.json}"
+: "${MODEL_PATH:=builtin:ngram}"
+# shellcheck disable=SC2119 # no setting is left out
+mapfile -d '' -t settings < <(setting_flags)
+PYTHON=$(ensure_python "$HERE" "$HERE/requirements.txt") || exit 2
+offline_libraries
+has_gpu || tune_cpu
+exec "$PYTHON" "$HERE/eval/analyze_similar_questions_and_intents.py" "${settings[@]}"

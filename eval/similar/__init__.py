@@ -1,0 +1,1 @@
+"""Similar questions with different intents: reading, embedding, exact search, findings, report, heat map."""

