@@ -21,9 +21,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from eval.similar import ngrams
 from llmops.console import (
-    EXIT_USER_ERROR,
+    FailureJson,
     Parser,
-    TrainingStopped,
     UserError,
     has_gpu,
     log,
@@ -221,19 +220,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Parse, run, print."""
 
     def body() -> int:
-        try:
+        with FailureJson(failure):
             config = parse(argv)
             with stdout_to_stderr():
                 found = run(config)
-        except UserError as error:
-            failure(EXIT_USER_ERROR, str(error))
-            raise
-        except TrainingStopped as error:
-            failure(1, str(error))
-            raise
-        except Exception as error:  # the documented JSON has a form for failures; the traceback follows on stderr
-            failure(1, f"{type(error).__name__}: {error}")
-            raise
         return say(found)
 
     return run_main(body)

@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from eval.diagnosis.criteria import HIGH, LOW, MEDIUM, RISKS, Diagnosis, Thresholds, judge
 from eval.diagnosis.log_reader import LogReader
 from eval.diagnosis.training_run import LOSSES, TrainingRun
-from llmops.console import EXIT_USER_ERROR, Parser, UserError, log, run_main, to_bool
+from llmops.console import FailureJson, Parser, UserError, log, run_main, to_bool
 
 PIECE = 1 << 20
 SWITCHES = ("--explain", "--watch")
@@ -36,8 +36,10 @@ RECOMMENDATIONS = {
 }
 
 
-class NoLossError(Exception):
+class NoLossError(UserError):
     """The log was read and holds no loss: one sentence, exit code 1."""
+
+    code = 1
 
 
 @dataclass(frozen=True)
@@ -168,9 +170,9 @@ def answer_json(diagnosis: Diagnosis) -> dict[str, Any]:
     return {"code": 0, "msg": "Monitoring Report", "data": {"current_risks": levels, "recommendations": advice}}
 
 
-def failure_json(code: int, message: str) -> dict[str, Any]:
+def say_failure(code: int, message: str) -> None:
     """The same shape when something is wrong."""
-    return {"code": code, "msg": message, "data": {"current_risks": {}, "recommendations": {}}}
+    say({"code": code, "msg": message, "data": {"current_risks": {}, "recommendations": {}}})
 
 
 def say(answer: dict[str, Any]) -> None:
@@ -224,19 +226,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Parse, run, print."""
 
     def body() -> int:
-        try:
+        with FailureJson(say_failure):
             config = parse(argv)
             if config.watch:
                 watch(config)
             else:
                 say(run(config))
-        except UserError as error:
-            say(failure_json(EXIT_USER_ERROR, str(error)))
-            raise
-        except NoLossError as error:
-            say(failure_json(1, str(error)))
-            log(f"error: {error}")
-            return 1
         return 0
 
     return run_main(body)

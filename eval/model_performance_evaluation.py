@@ -22,9 +22,8 @@ from eval.metrics import METRICS
 from eval.samples import Sample, draw, rows_of, summarise
 from llmops.chat_formats import FAMILIES
 from llmops.console import (
-    EXIT_USER_ERROR,
+    FailureJson,
     Parser,
-    TrainingStopped,
     UserError,
     log,
     run_main,
@@ -198,27 +197,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Parse, run, print."""
     speaks = True
 
-    def say(code: int, message: str, results: dict[str, float]) -> None:
+    def say(code: int, message: str, results: dict[str, float] | None = None) -> None:
         if speaks:
-            print(json.dumps(answer_json(code, message, results), ensure_ascii=False), flush=True)
+            print(json.dumps(answer_json(code, message, results or {}), ensure_ascii=False), flush=True)
 
     def body() -> int:
         nonlocal speaks
-        try:
+        with FailureJson(say):
             processes = Processes()
             speaks = processes.first
             config = parse(argv)
             with stdout_to_stderr(), processes.connected():
                 results = run(config, processes)
-        except UserError as error:
-            say(EXIT_USER_ERROR, str(error), {})
-            raise
-        except TrainingStopped as error:
-            say(1, str(error), {})
-            raise
-        except Exception as error:  # the documented JSON has a form for failures; the traceback follows on stderr
-            say(1, f"{type(error).__name__}: {error}", {})
-            raise
         say(0, "Success", results)
         return 0
 

@@ -5,6 +5,7 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from types import TracebackType
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -16,9 +17,11 @@ EXIT_TERMINATED = 143  # 128 + SIGTERM
 class UserError(Exception):
     """A mistake the user can fix: one sentence (found, expected, how to fix it). `main` turns it into exit code 2."""
 
+    code = EXIT_USER_ERROR
 
-class TrainingStopped(Exception):
-    """Training cannot go on, for a reason of run time (out of memory, NaN, full disk): one sentence, exit code 1."""
+
+class RunStopped(Exception):
+    """A run cannot go on, for a reason of run time (out of memory, NaN, full disk): one sentence, exit code 1."""
 
 
 class Terminated(Exception):
@@ -62,12 +65,35 @@ def run_main(body: Callable[[], int], speaks: bool = True) -> int:
     except UserError as error:
         if speaks:
             log(f"error: {error}")
-        return EXIT_USER_ERROR
-    except TrainingStopped as error:
+        return error.code
+    except RunStopped as error:
         log(f"\nstopped: {error}")  # found at run time on this very process, so it speaks on every rank
         return 1
     except Terminated as error:
         return error.code
+
+
+class FailureJson:
+    """Context of a command whose documented JSON has a form for failures: says them in it and lets them go their way.
+
+    `say` takes the exit code and the message. Faults of ours keep their traceback. Signals are no failures.
+    """
+
+    def __init__(self, say: Callable[[int, str], None]) -> None:
+        self.say = say
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if isinstance(error, UserError):
+            self.say(error.code, str(error))
+        elif isinstance(error, RunStopped):
+            self.say(1, str(error))
+        elif isinstance(error, Exception) and not isinstance(error, Terminated):
+            self.say(1, f"{type(error).__name__}: {error}")
 
 
 @contextmanager

@@ -21,7 +21,7 @@ from transformers.cache_utils import Cache
 from llmops import shared_prefix
 from llmops.checkpoints import fixed_attention
 from llmops.choice_search import Choice, Search, Tree
-from llmops.console import TrainingStopped, log
+from llmops.console import RunStopped, log
 from llmops.shared_prefix import MIN_SHARED, NOTHING, Prefix, empty_cache, group_by_prefix, segments_of
 
 T = TypeVar("T")
@@ -338,9 +338,9 @@ class Generator:
         return logits[:, -keep:] if keep else logits[:, -1]
 
 
-def too_long(ids: Sequence[int]) -> TrainingStopped:
+def too_long(ids: Sequence[int]) -> RunStopped:
     """The error of a prompt that does not even fit by itself."""
-    return TrainingStopped(
+    return RunStopped(
         f"the device's memory does not suffice for one prompt of {len(ids)} tokens; "
         "allow fewer tokens, or use a smaller model or a larger GPU"
     )

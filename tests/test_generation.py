@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from llmops import tiny
 from llmops.choice_search import Tree
-from llmops.console import TrainingStopped
+from llmops.console import RunStopped
 from llmops.generation import Generator
 from llmops.shared_prefix import common_length, group_by_prefix
 
@@ -212,5 +212,5 @@ def test_out_of_memory_halves_the_batch(capsys: pytest.CaptureFixture[str]) -> N
     assert {i: answer.ids for i, answer in answers} == expected
     model = make_model("llama")
     Counting(model, rows=0)
-    with pytest.raises(TrainingStopped, match="does not suffice for one prompt of"):
+    with pytest.raises(RunStopped, match="does not suffice for one prompt of"):
         list(Generator(model, 0, 8, False).generate(prompts, 6, [END]))

@@ -26,7 +26,7 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from llmops import checkpoints
 from llmops.chat_formats import ChatFormat
-from llmops.console import TrainingStopped, UserError, log
+from llmops.console import RunStopped, UserError, log
 from llmops.faq_records import INTENTS_NAME
 from train import attention, checkpointing
 from train.batches import PackedCollator, PaddedCollator
@@ -274,13 +274,13 @@ def explain_faults(config: Config) -> Iterator[None]:
             mark in text for mark in ("No space left on device", "PytorchStreamWriter failed writing", "unexpected pos")
         )
         if memory:
-            raise TrainingStopped(
+            raise RunStopped(
                 f"out of memory at batch {config.per_device_train_batch_size} and length {config.max_seq_len}; lower "
                 "--per_device_train_batch_size (and raise --gradient_accumulation_steps), lower --max_seq_len, or use "
                 "--gradient_checkpointing true, --zero_stage 3 or 3_offload"
             ) from error
         if full:
-            raise TrainingStopped(
+            raise RunStopped(
                 f"the disk of {config.output_path} is full; the checkpoints saved before are whole, free some space "
                 "and start again to continue"
             ) from error

@@ -15,7 +15,7 @@ from accelerate.utils import send_to_device
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
-from llmops.console import EXIT_TERMINATED, Terminated, TrainingStopped, log
+from llmops.console import EXIT_TERMINATED, RunStopped, Terminated, log
 from train import checkpointing
 from train.batches import target_losses
 from train.dataset import TokenDataset
@@ -109,7 +109,7 @@ class ChatTrainer(Trainer):
             if self.args.fp16
             else "lower --learning_rate, or check the data and the base model"
         )
-        raise TrainingStopped(f"{found}; {advice}. The last good checkpoint is kept, a new start continues from it")
+        raise RunStopped(f"{found}; {advice}. The last good checkpoint is kept, a new start continues from it")
 
     def mean_loss(self, dataset: TokenDataset) -> float:
         """Mean loss per learned token of a data set, over all processes."""
