@@ -39,6 +39,7 @@ def paint(counts: "np.ndarray", merged: list[tuple[int, int]], labels: list[str]
     """Lower triangle of counts; the squares of intents that should be merged are framed."""
     import matplotlib.pyplot as plt
     import numpy as np
+    from matplotlib.ticker import MaxNLocator
 
     size = len(labels)
     side = max(5.0, 2.5 + 0.38 * size)
@@ -49,7 +50,8 @@ def paint(counts: "np.ndarray", merged: list[tuple[int, int]], labels: list[str]
         pictures.save(figure, path)
         return
     shown = np.ma.masked_where(counts == 0, counts)
-    image = axes.imshow(shown, cmap="YlOrRd", norm="log" if counts.max() > 50 else None, vmin=1)
+    many = counts.max() > 50
+    image = axes.imshow(shown, cmap="YlOrRd", norm="log" if many else None, vmin=1)
     for i, j in zip(*counts.nonzero(), strict=True):
         dark = image.norm(counts[i, j]) > 0.6
         axes.text(j, i, f"{counts[i, j]}", ha="center", va="center", fontsize=7, color="white" if dark else "black")
@@ -64,5 +66,6 @@ def paint(counts: "np.ndarray", merged: list[tuple[int, int]], labels: list[str]
     more = f", the {size} most confused of {all_intents} intents" if all_intents > size else ""
     title = f"Similar questions with different intents: pairs{more}\nblue frame: the intents are similar, too"
     axes.set_title(title, fontsize=9)
-    figure.colorbar(image, ax=axes, shrink=0.6, label="pairs")
+    ticks = None if many else MaxNLocator(integer=True)
+    figure.colorbar(image, ax=axes, shrink=0.6, label="pairs", ticks=ticks)
     pictures.save(figure, path)
