@@ -18,6 +18,7 @@ from transformers import GenerationMixin
 
 from llmops import checkpoints, legacy
 from llmops.console import UserError
+from llmops.generation import Generator
 from train.batches import PaddedCollator, target_losses
 
 MODULES = ROOT / "tests" / "legacy_modules"
@@ -603,6 +604,28 @@ def test_a_saved_folder_loads_again(make: Make, style: str, tmp_path: Path) -> N
     assert all((saved / path.name).read_text() == path.read_text() for path in folder.glob("*.py"))
     assert json.loads((saved / "config.json").read_text())["torch_dtype"] == "float32"
     assert close(logits_of(load(saved), prompt(style)), logits_of(model, prompt(style)))
+
+
+@pytest.mark.parametrize("style", CAUSAL)
+def test_the_generator_answers_and_ranks(make: Make, style: str) -> None:
+    """As evaluation and prediction ask: batched, padded, with a cache. Compared with single passes without one."""
+    model = load(make(style))
+    prompts = [prompt(style, 12), prompt(style, 7, seed=1)]
+    generator = Generator(model, 0, 2)
+    assert generator.plain_because
+    answers = dict(generator.generate(prompts, [6, 4], [EOP]))
+    scores = dict(generator.loglikelihoods(prompts, [[[5], [6, 7]]] * 2))
+
+    def distribution(ids: list[int]) -> torch.Tensor:
+        return logits_of(model, ids, use_cache=False)[-1].double().log_softmax(-1)
+
+    for i, limit in enumerate((6, 4)):
+        expected: list[int] = []
+        while len(expected) < limit and (token := distribution([*prompts[i], *expected]).argmax().item()) != EOP:
+            expected.append(int(token))
+        assert answers[i].ids == expected
+        long = distribution(prompts[i])[6] + distribution([*prompts[i], 6])[7]
+        assert scores[i] == pytest.approx([distribution(prompts[i])[5].item(), long.item()], abs=1e-4)
 
 
 # --- the whole way ---------------------------------------------------------------------------------------------------
