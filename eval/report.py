@@ -6,11 +6,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from eval.engine import Engine, write_complete
 from llmops import pictures
 from llmops.console import UserError, log
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 RESULTS_NAME = "eval_results.json"
 RADAR_NAME = "five_dimensions.png"
@@ -54,22 +57,21 @@ def read_scores(path: Path) -> tuple[str, dict[str, float]]:
 def draw_radar(models: Sequence[tuple[str, Mapping[str, float]]], dimensions: Sequence[str], path: Path) -> None:
     """One polygon per model over the dimensions, from 0 in the middle to 1; with one or two dimensions, bars.
 
-    A dimension that a model was not asked has no point in its polygon.
+    The scores stand beside the dimensions, in the order of the legend. A dimension that a model was not asked has no
+    point in its polygon.
     """
     names = pictures.prepare_labels([name for name, _ in models])
     import matplotlib.pyplot as plt
 
-    labels = [dimension.replace("_", "\n") for dimension in dimensions]
+    labels = [
+        dimension.replace("_", "\n")
+        + "\n"
+        + " / ".join(f"{scores[dimension]:.2f}" if dimension in scores else "-" for _, scores in models)
+        for dimension in dimensions
+    ]
     if len(dimensions) < 3:
         figure, axes = plt.subplots(figsize=(6, 4.5), dpi=120, layout="constrained")
-        width = 0.8 / len(models)
-        for k, (name, (_, scores)) in enumerate(zip(names, models, strict=True)):
-            places = [i + (k - (len(models) - 1) / 2) * width for i in range(len(dimensions))]
-            heights = [scores.get(dimension, 0) for dimension in dimensions]
-            axes.bar(places, heights, width, label=name, color=COLORS[k % len(COLORS)])
-        axes.set_xticks(range(len(dimensions)), labels)
-        axes.set_ylim(0, 1)
-        axes.legend(fontsize=8)
+        draw_bars(axes, names, models, dimensions, labels)
         pictures.save(figure, path)
         return
     figure, axes = plt.subplots(figsize=(7.5, 6), dpi=120, layout="constrained", subplot_kw={"projection": "polar"})
@@ -80,17 +82,29 @@ def draw_radar(models: Sequence[tuple[str, Mapping[str, float]]], dimensions: Se
         color = COLORS[k % len(COLORS)]
         axes.plot([a for a, _ in closed], [s for _, s in closed], color=color, marker="o", markersize=4, label=name)
         axes.fill([a for a, _ in closed], [s for _, s in closed], color=color, alpha=0.12)
-        if len(models) == 1:
-            for angle, score in known:
-                axes.annotate(f"{score:.2f}", (angle, score), textcoords="offset points", xytext=(6, 6), fontsize=9)
     axes.set_theta_offset(math.pi / 2)
     axes.set_theta_direction(-1)
     axes.set_xticks(angles, [""] * len(angles))
     for angle, label in zip(angles, labels, strict=True):
         side = "center" if abs(math.sin(angle)) < 0.1 else "left" if math.sin(angle) > 0 else "right"
-        axes.text(angle, 1.08, label, ha=side, va="center", fontsize=9)
+        axes.text(angle, 1.1, label, ha=side, va="center", fontsize=9)
     axes.set_ylim(0, 1)
     axes.set_yticks([0.2, 0.4, 0.6, 0.8, 1.0])
     axes.tick_params(axis="y", labelsize=7, labelcolor="#777777")
     figure.legend(loc="upper right", fontsize=8, frameon=False)
     pictures.save(figure, path)
+
+
+def draw_bars(
+    axes: "Axes", names: Sequence[str], models: Sequence[tuple[str, Mapping[str, float]]], dimensions: Sequence[str],
+    labels: Sequence[str],
+) -> None:  # fmt: skip
+    """A group of bars per dimension, one per model."""
+    width = 0.8 / len(models)
+    for k, (name, (_, scores)) in enumerate(zip(names, models, strict=True)):
+        places = [i + (k - (len(models) - 1) / 2) * width for i in range(len(dimensions))]
+        heights = [scores.get(dimension, 0) for dimension in dimensions]
+        axes.bar(places, heights, width, label=name, color=COLORS[k % len(COLORS)])
+    axes.set_xticks(range(len(dimensions)), labels)
+    axes.set_ylim(0, 1)
+    axes.legend(fontsize=8)
