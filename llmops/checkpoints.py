@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from llmops import chat_formats
 from llmops.chat_formats import ChatFormat, Family
-from llmops.console import UserError
+from llmops.console import UserError, log
 
 if TYPE_CHECKING:
     import torch
@@ -21,13 +21,21 @@ def is_adapter(folder: Path) -> bool:
 
 
 def base_folder(folder: Path) -> Path:
-    """The base model that an adapter's adapter_config.json names; a whole model is its own base."""
+    """The base model that an adapter's adapter_config.json names; a whole model is its own base.
+
+    When that is not there, the folder of the same name beside the adapter: a mount that moved has both.
+    """
     if not is_adapter(folder):
         return folder
     base = Path(json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"])
-    if not (base / "config.json").is_file():
-        raise UserError(f"the adapter {folder} was trained on {base}, which is not there; put the base model there")
-    return base
+    moved = folder.resolve().parent / base.name
+    for candidate in (base, moved):
+        if (candidate / "config.json").is_file():
+            return candidate
+    raise UserError(
+        f"the adapter {folder} was trained on {base}, which is not there, nor is {moved}; "
+        "put the base model at one of these places"
+    )
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -194,7 +202,9 @@ def load_trained(folder: Path, dtype: "torch.dtype", trust_remote_code: bool = F
         return load_model(folder, dtype, trust_remote_code)
     from peft import PeftModel
 
-    return PeftModel.from_pretrained(load_model(base_folder(folder), dtype, trust_remote_code), str(folder))
+    base = base_folder(folder)
+    log(f"the adapter {folder} goes on {base}")
+    return PeftModel.from_pretrained(load_model(base, dtype, trust_remote_code), str(folder))
 
 
 def merge_adapter(

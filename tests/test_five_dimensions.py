@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 import time
@@ -397,3 +398,27 @@ def test_help_is_quick() -> None:
     )
     assert time.monotonic() - started < 1
     assert "num_fewshot" in done.stdout
+
+
+def test_a_mount_that_moved(capfd: pytest.CaptureFixture[str], checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    """An adapter finds its base model beside itself when the named folder is gone; without both, one sentence."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+
+    from llmops.checkpoints import load_model
+
+    base, moved = tmp_path / "mnt" / "base", tmp_path / "moved"
+    shutil.copytree(checkpoints["qwen2"], base)
+    adapted = get_peft_model(load_model(base, torch.float32), LoraConfig(target_modules=["down_proj"]))
+    adapted.save_pretrained(tmp_path / "mnt" / "output_path")
+    for path in base.glob("*token*"):
+        shutil.copy(path, tmp_path / "mnt" / "output_path")
+    (tmp_path / "mnt").rename(moved)
+    options = {"data_dir": str(command.SAMPLES), "gpu_id": -1, "limit": 2}
+    code, _, errors = call(capfd, moved / "output_path", ["inference_ability"], options)
+    assert code == 0, errors
+    assert f"goes on {moved / 'base'}" in errors
+    (moved / "base").rename(moved / "other")
+    code, _, errors = call(capfd, moved / "output_path", ["inference_ability"], options)
+    assert code == 2
+    assert f"was trained on {base}, which is not there, nor is {moved / 'base'}" in errors
