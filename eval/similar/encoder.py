@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from eval.similar.model_folder import DenseLayer, ModelFolder
-from llmops.console import UserError, log, progress
+from llmops.console import RunStopped, UserError, log, progress
 
 if TYPE_CHECKING:
     import numpy as np
@@ -94,9 +94,12 @@ class Encoder:
                 rows = order[position : position + size]
                 try:
                     found = self.batch([ids[i] for i in rows])
-                except torch.OutOfMemoryError:
+                except torch.OutOfMemoryError as error:
                     if size == 1:
-                        raise
+                        raise RunStopped(
+                            f"the GPU's memory does not suffice for one text of {len(ids[rows[0]])} tokens; pass "
+                            "--gpu_id -1 or another --dtype"
+                        ) from error
                     torch.cuda.empty_cache()
                     self.tokens_per_batch //= 2
                     log(f"GPU memory ran out: {self.tokens_per_batch} tokens per batch from here")
