@@ -78,9 +78,10 @@ class Renderer:
         return self.known[answer]
 
     def _stop_ids(self) -> set[int]:
-        found = {self.tokenizer.eos_token_id}
+        """What ends an answer: what the chat format says and what ends a rendered one; in plain text, its line."""
         if self.chat:
-            found.add(self._chat_answer("。")[-1])
+            found = {*self.chat.stop_ids(), self._chat_answer("。")[-1]}
         else:
-            found |= {ids[0] for ids in map(self._bare, ("\n", "\n\n")) if len(ids) == 1}
+            line_ends = {ids[0] for ids in map(self._bare, ("\n", "\n\n")) if len(ids) == 1}
+            found = {self.tokenizer.eos_token_id} | line_ends
         return found - {None}
