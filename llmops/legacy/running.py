@@ -123,10 +123,23 @@ def cache_is_a_tuple(cls: type) -> bool:
     if reorder is None or any("Cache" in vars(m) or "DynamicCache" in vars(m) for m in own_modules(cls)):
         return False
     accepted = set(parameters_of(cls.forward))  # type: ignore[attr-defined]
-    two_positions = has_two_positions(cls)
 
     def _prepare_cache_for_generation(self: Any, *args: Any, **kwargs: Any) -> None:
         """No cache: the first forward makes one."""
+
+    def _reorder_cache(past: TupleCache, beam_idx: torch.Tensor) -> TupleCache:
+        return TupleCache([*reorder(past.pairs, beam_idx), tuple(state[beam_idx] for state in past[-1])])
+
+    cls._prepare_cache_for_generation = _prepare_cache_for_generation  # type: ignore[attr-defined]
+    cls.prepare_inputs_for_generation = next_inputs(accepted)  # type: ignore[attr-defined]
+    cls._update_model_kwargs_for_generation = GenerationMixin._update_model_kwargs_for_generation  # type: ignore[attr-defined]
+    cls._reorder_cache = staticmethod(_reorder_cache)  # type: ignore[attr-defined]
+    around_forward(cls, keep_tuples("position_ids" in accepted and not has_two_positions(cls)))
+    return True
+
+
+def next_inputs(accepted: set[str]) -> Callable[..., dict[str, Any]]:
+    """A prepare_inputs_for_generation for a forward that accepts these: what the cache does not hold yet."""
 
     def prepare_inputs_for_generation(
         self: Any,
@@ -155,10 +168,13 @@ def cache_is_a_tuple(cls: type) -> bool:
         moved = {name: value.to(self.device) if torch.is_tensor(value) else value for name, value in inputs.items()}
         return {name: value for name, value in moved.items() if name in accepted}
 
-    def _reorder_cache(past: TupleCache, beam_idx: torch.Tensor) -> TupleCache:
-        return TupleCache([*reorder(past.pairs, beam_idx), tuple(state[beam_idx] for state in past[-1])])
+    return prepare_inputs_for_generation
 
-    def keep_tuples(self: Any, inputs: dict[str, Any], forward: Callable[..., Any]) -> Any:
+
+def keep_tuples(positions: bool) -> Callable[..., Any]:
+    """What goes around a forward so that its tuples come back to it; `positions`: it also needs position_ids."""
+
+    def forward_with_tuples(self: Any, inputs: dict[str, Any], forward: Callable[..., Any]) -> Any:
         past = inputs.get("past_key_values")
         if isinstance(past, Cache) and past.get_seq_length():
             raise TypeError(
@@ -174,19 +190,14 @@ def cache_is_a_tuple(cls: type) -> bool:
         hidden = hidden_columns(ids, mask, past)
         if past is not None:
             inputs["past_key_values"] = past.pairs
-        if "position_ids" in accepted and not two_positions and inputs.get("position_ids") is None:
+        if positions and inputs.get("position_ids") is None:
             inputs["position_ids"] = ((~hidden).cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
         output = forward(**inputs)
         if getattr(output, "past_key_values", None) is not None:
             output.past_key_values = TupleCache([*output.past_key_values, (hidden,)])
         return output
 
-    cls._prepare_cache_for_generation = _prepare_cache_for_generation  # type: ignore[attr-defined]
-    cls.prepare_inputs_for_generation = prepare_inputs_for_generation  # type: ignore[attr-defined]
-    cls._update_model_kwargs_for_generation = GenerationMixin._update_model_kwargs_for_generation  # type: ignore[attr-defined]
-    cls._reorder_cache = staticmethod(_reorder_cache)  # type: ignore[attr-defined]
-    around_forward(cls, keep_tuples)
-    return True
+    return forward_with_tuples
 
 
 def hidden_columns(ids: torch.Tensor, mask: torch.Tensor | None, past: TupleCache | None) -> torch.Tensor:
