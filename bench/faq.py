@@ -111,7 +111,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--data", type=Path, required=True, help="folder with train.csv and test.csv")
-    parser.add_argument("--epochs", default="8")
+    parser.add_argument("--epochs", default="10")
     parser.add_argument("--speed_questions", type=int, default=512)
     args = parser.parse_args()
     faq, datasets, output = HERE.parent / "faq", args.work / "datasets", args.work / "output_path"
