@@ -1,0 +1,408 @@
+"""The one door for files: read text and JSON that anybody may have made, write so that a file is whole or not there.
+
+Everything that can be wrong with a file is one UserError: the file, the line, what was found, what was expected, how
+to mend it. A disk that is full is a RunStopped. Standard library only, and nothing here imports torch.
+"""
+
+import errno
+import fcntl
+import json
+import math
+import os
+import re
+import stat
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any, BinaryIO, NamedTuple
+
+from llmops.console import RunStopped, UserError
+
+MIB = 1 << 20
+JSON_LIMIT = 256 * MIB  # of a JSON file that is read as one: settings, catalogs, reports
+DATA_LIMIT = 4096 * MIB  # of a data file that is read as one: a JSON array, a csv
+LINE_LIMIT = 64 * MIB  # of one line of JSON lines
+MAX_DEPTH = 64  # of lists and objects within each other
+BOM = b"\xef\xbb\xbf"
+SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
+SPECIAL_KINDS = (
+    (stat.S_ISDIR, "a folder"),
+    (stat.S_ISFIFO, "a named pipe"),
+    (stat.S_ISCHR, "a device"),
+    (stat.S_ISBLK, "a device"),
+    (stat.S_ISSOCK, "a socket"),
+)
+FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+class BadJson(ValueError):
+    """A text that is no JSON of ours: what is wrong in words, and where (line and column from 1, 0 for nowhere)."""
+
+    def __init__(self, problem: str, line: int = 0, column: int = 0) -> None:
+        super().__init__(problem)
+        self.problem, self.line, self.column = problem, line, column
+
+
+class JsonLine(NamedTuple):
+    """A line that is not blank: its number from 1, and what it holds, or in words what is wrong with it."""
+
+    number: int
+    value: Any
+    problem: str | None
+
+
+# --- reading
+
+
+def open_regular(path: Path, what: str = "the file", cure: str = "") -> BinaryIO:
+    """Open a regular file for reading; nothing that could block or never end (pipe, device) is opened.
+
+    `what` names the file in the error ("the intents file"), `cure` says how to get it when it is not there.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except (OSError, ValueError) as error:
+        raise UserError(unreadable(path, what, cure, error)) from error
+    mode = os.fstat(descriptor).st_mode
+    if not stat.S_ISREG(mode):
+        os.close(descriptor)
+        kind = next((words for test, words in SPECIAL_KINDS if test(mode)), "no regular file")
+        raise UserError(f"{what} {path} is {kind}, expected a file")
+    return os.fdopen(descriptor, "rb")
+
+
+def unreadable(path: Path, what: str, cure: str, error: OSError | ValueError) -> str:
+    """The sentence for a file that cannot be opened."""
+    if isinstance(error, ValueError):  # a NUL in the name
+        return f"{what} {str(path)!r} cannot exist ({error}); pass a path without NUL characters"
+    if error.errno == errno.ENOENT:
+        if path.is_symlink():
+            return f"{what} {path} is a link to {os.readlink(path)}, which does not exist; mend or replace the link"
+        return f"{what} {path} does not exist" + (f"; {cure}" if cure else "")
+    sentences = {
+        errno.EACCES: f"cannot be read by user id {os.getuid()}; allow it (chmod, or start with another user)",
+        errno.ELOOP: "is a loop of links; replace it by the file itself",
+        errno.ENOTDIR: "does not exist: a part of the path is a file; check the path",
+        errno.ENAMETOOLONG: "cannot exist: the name is too long; check the path",
+        errno.ENXIO: "is a socket, expected a file",
+    }
+    return f"{what} {path} {sentences.get(error.errno or 0, f'cannot be read ({error.strerror})')}"
+
+
+def read_bytes(path: Path, what: str = "the file", cure: str = "", limit: int = JSON_LIMIT) -> bytes:
+    """The whole content of a file of at most `limit` bytes."""
+    with open_regular(path, what, cure) as stream:
+        size = os.fstat(stream.fileno()).st_size
+        if size > limit:
+            raise UserError(
+                f"{what} {path} has {size / MIB:,.0f} MiB, expected at most {limit / MIB:,.0f}; check the path"
+            )
+        try:
+            return stream.read()
+        except OSError as error:
+            raise UserError(f"{what} {path} cannot be read ({error.strerror}); check the disk") from error
+
+
+def read_text(path: Path, what: str = "the file", cure: str = "", limit: int = JSON_LIMIT) -> str:
+    """The text of a UTF-8 file, without its byte order mark; line ends as they are."""
+    raw = read_bytes(path, what, cure, limit)
+    try:
+        return raw.removeprefix(BOM).decode("utf-8")
+    except UnicodeDecodeError as error:
+        line = raw[: error.start].count(b"\n") + 1
+        raise UserError(f"{path}:{line}: {not_utf8(raw)}") from error
+
+
+def not_utf8(raw: bytes) -> str:
+    """What a text is that is no UTF-8, and how to make it so."""
+    if raw.startswith((b"\xff\xfe", b"\xfe\xff")):
+        return "not UTF-8 but UTF-16; save the file as UTF-8 (iconv -f utf-16 -t utf-8)"
+    if raw.startswith((b"PK\x03\x04", b"\xd0\xcf\x11\xe0")):
+        return "not UTF-8 but an Office document or archive; save the table as csv (UTF-8)"
+    if raw.startswith(b"\x1f\x8b"):
+        return "not UTF-8 but compressed; unpack the file (gunzip)"
+    if b"\0" in raw[:4096]:
+        return "not UTF-8 but binary; check that this is the right file"
+    return "not UTF-8; save the file as UTF-8 (from GBK: iconv -f gb18030 -t utf-8)"
+
+
+def parse_json(text: str) -> Any:
+    """The value of a JSON text. Raises BadJson for what is none, and for what no other program should have to take.
+
+    That is: more than MAX_DEPTH lists and objects in each other, numbers beyond Python's limit of digits, and halves
+    of surrogate pairs, which are no characters and cannot be written in UTF-8 again.
+    """
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise BadJson(f"broken JSON: {error.msg} (column {error.colno})", error.lineno, error.colno) from error
+    except RecursionError as error:
+        raise BadJson(too_deep()) from error
+    except ValueError as error:  # int() of thousands of digits
+        raise BadJson("broken JSON: a number with thousands of digits; expected at most 4,300") from error
+    if text.count("[") + text.count("{") > MAX_DEPTH and deeper_than(value, MAX_DEPTH):
+        raise BadJson(too_deep())
+    if SURROGATE.search(text) and not encodable(json.dumps(value, ensure_ascii=False)):
+        raise BadJson("half a surrogate pair (\\ud800 to \\udfff), which is no character; expected whole characters")
+    return value
+
+
+def too_deep() -> str:
+    """The sentence for nesting."""
+    return f"broken JSON: nested too deeply; expected at most {MAX_DEPTH} levels"
+
+
+def deeper_than(value: Any, limit: int) -> bool:
+    """Whether lists and objects are within each other more than `limit` times; level by level, without recursion."""
+    level = [value]
+    for _ in range(limit + 1):
+        level = [
+            child
+            for parent in level
+            for child in (parent.values() if isinstance(parent, dict) else parent if isinstance(parent, list) else ())
+            if isinstance(child, dict | list)
+        ]
+        if not level:
+            return False
+    return True
+
+
+def encodable(text: str) -> bool:
+    """Whether a text can be written as UTF-8."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def read_json(path: Path, what: str = "the file", cure: str = "copy it again", limit: int = JSON_LIMIT) -> Any:
+    """The value of a JSON file."""
+    try:
+        return parse_json(read_text(path, what, cure, limit))
+    except BadJson as error:
+        place = f"{path}:{error.line}" if error.line else str(path)
+        raise UserError(f"{place}: {what} is not JSON ({error.problem}); {cure}") from error
+
+
+def read_object(path: Path, what: str = "the file", cure: str = "copy it again") -> dict[str, Any]:
+    """The object of a JSON file; another JSON value is an error."""
+    value = read_json(path, what, cure)
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: {what} holds {kind_of(value)}, expected an object; {cure}")
+    return value
+
+
+def kind_of(value: Any) -> str:
+    """A JSON value's kind in words."""
+    names = {dict: "an object", list: "a list", str: "a text", bool: "true or false", type(None): "null"}
+    return names.get(type(value), "a number")
+
+
+def shown(value: Any, limit: int = 60) -> str:
+    """A value for an error message: its repr, cut where it is long, never a line break or half a character."""
+    if isinstance(value, str):
+        return repr(value[:limit]) + ("…" if len(value) > limit else "")
+    text = json.dumps(value, default=repr)
+    return text[:limit] + ("…" if len(text) > limit else "")
+
+
+def json_lines(path: Path, what: str = "the file", cure: str = "") -> Iterator[JsonLine]:
+    """Every line that is not blank, parsed; the file opens at once, the lines are read as they are asked for.
+
+    A line ends at \\n alone: U+2028 and its like are characters of a text.
+    """
+    return _json_lines(open_regular(path, what, cure), path)
+
+
+def _json_lines(stream: BinaryIO, path: Path) -> Iterator[JsonLine]:
+    with stream:
+        number = 0
+        while line := stream.readline(LINE_LIMIT + 1):
+            number += 1
+            if len(line) > LINE_LIMIT:
+                raise UserError(f"{path}:{number}: a line of more than {LINE_LIMIT // MIB} MiB; expected JSON lines")
+            raw = line.removeprefix(BOM) if number == 1 else line
+            if raw.strip():
+                yield JsonLine(number, *parse_line(raw))
+
+
+def parse_line(raw: bytes) -> tuple[Any, str | None]:
+    """(value, None), or (None, what is wrong with the line)."""
+    try:
+        return parse_json(raw.decode("utf-8")), None
+    except UnicodeDecodeError as error:
+        return None, f"{not_utf8(raw)} (byte {error.start + 1} of the line)"
+    except BadJson as error:
+        return None, error.problem
+
+
+# --- writing
+
+
+def dumps(value: Any, indent: int | None = None) -> str:
+    """Strict JSON on one line or indented: no NaN, no Infinity, characters as they are, always valid UTF-8."""
+    text = json.dumps(value, ensure_ascii=False, allow_nan=False, indent=indent)
+    return text if encodable(text) else json.dumps(value, allow_nan=False, indent=indent)  # names that are no UTF-8
+
+
+def finite(value: float) -> float | None:
+    """A number as JSON knows it: None (null) for NaN and the infinities."""
+    return value if math.isfinite(value) else None
+
+
+def print_json(value: Any) -> None:
+    """One JSON value on one line of stdout, made whole before the first byte goes out."""
+    write_stdout(dumps(value) + "\n")
+
+
+def write_stdout(text: str) -> None:
+    """Write to stdout at once and flush; a full disk behind it is a RunStopped, a reader that left ends quietly."""
+    try:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains again at its end
+        raise SystemExit(1) from None
+    except OSError as error:
+        raise RunStopped(f"stdout cannot be written ({error.strerror})") from error
+
+
+@contextmanager
+def writing(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
+    """A stream into a file that has its name only when it is complete and on the disk; else the old one stays.
+
+    It is written aside under a name of its own (several processes do not meet), fsynced and renamed. A link is
+    followed. What is no regular file (/dev/null, a pipe) is written to directly. Text is UTF-8 with \\n.
+    """
+    text = {} if "b" in mode else {"encoding": "utf-8", "newline": ""}
+    target = Path(os.path.realpath(path))
+    try:
+        if target.exists() and not target.is_file() and not target.is_dir():
+            with open(target, mode, **text) as stream:
+                yield stream
+            return
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if target.is_dir():
+            raise UserError(f"{path} cannot be written: it is a folder; choose a file's name")
+        descriptor, staged = tempfile.mkstemp(prefix=f".{target.name[:80]}.", suffix=".part", dir=target.parent)
+        try:
+            with open(descriptor, mode, **text) as stream:
+                yield stream
+                stream.flush()
+                os.fchmod(descriptor, mode_for(target))
+                os.fsync(descriptor)
+            os.replace(staged, target)
+        except BaseException:
+            Path(staged).unlink(missing_ok=True)
+            raise
+        fsync_entry(target.parent)
+    except OSError as error:
+        raise unwritable(path, error) from error
+
+
+def mode_for(target: Path) -> int:
+    """The permissions of a file that is replaced, or those of a new one."""
+    return stat.S_IMODE(target.stat().st_mode) if target.exists() else 0o666 & ~current_umask()
+
+
+def current_umask() -> int:
+    """The process's file mode mask; reading it means setting it twice."""
+    mask = os.umask(0o022)
+    os.umask(mask)
+    return mask
+
+
+def unwritable(path: Path, error: OSError) -> UserError | RunStopped:
+    """The error for a file that cannot be written; a full disk ends a run, everything else is for the user to mend."""
+    if error.errno in FULL:
+        return RunStopped(f"the disk of {path} is full; nothing of it was written: free some space and start again")
+    reasons = {
+        errno.EACCES: f"user id {os.getuid()} may not write there; allow it or choose another place",
+        errno.EROFS: "the file system is read-only; choose another place",
+        errno.ENOTDIR: "a part of the path is a file; choose another place",
+        errno.EEXIST: "a part of the path is a file; choose another place",
+        errno.ENAMETOOLONG: "the name is too long; choose a shorter one",
+        errno.ELOOP: "a part of the path is a loop of links; choose another place",
+    }
+    return UserError(f"{path} cannot be written: {reasons.get(error.errno or 0, error.strerror or str(error))}")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file: it is either the old one or the new one, never half of it."""
+    with writing(path) as stream:
+        stream.write(text)
+
+
+def write_json(path: Path, value: Any, indent: int | None = 2) -> None:
+    """Write a JSON file, strict and whole."""
+    write_text(path, dumps(value, indent) + "\n")
+
+
+def append_text(path: Path, text: str) -> None:
+    """Add to the end of a file, such as a line of a log."""
+    try:
+        with open(path, "a", encoding="utf-8") as stream:
+            stream.write(text)
+    except OSError as error:
+        raise unwritable(path, error) from error
+
+
+def make_folder(path: Path, what: str = "the folder") -> None:
+    """Make a folder and its parents. Raises UserError where that is not possible."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{what} {path} cannot be made: {unwritable(path, error)}") from error
+
+
+def fsync_entry(path: Path) -> None:
+    """Make one file, or the names in one folder, durable."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def fsync_tree(folder: Path) -> None:
+    """Make every file and folder below `folder` durable."""
+    for path in [*folder.rglob("*"), folder]:
+        if not path.is_symlink():
+            fsync_entry(path)
+
+
+@contextmanager
+def lock(path: Path, busy: str, wait: bool = False) -> Iterator[None]:
+    """Hold a lock file, alone among all processes and the nodes that share the file system; it stays when released.
+
+    `busy` is the error's sentence when somebody else holds it, unless one may `wait` for them.
+    """
+    try:
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+    except OSError as error:
+        raise unwritable(path, error) from error
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            raise UserError(busy) from None
+        yield
+    finally:
+        os.close(descriptor)
+
+
+# --- places
+
+
+def same_or_inside(path: Path, folder: Path) -> bool:
+    """Whether a path is a folder or lies in it, links and `..` followed; neither has to exist."""
+    here, there = Path(os.path.realpath(path)), Path(os.path.realpath(folder))
+    return here == there or there in here.parents or is_same(here, there)
+
+
+def is_same(one: Path, other: Path) -> bool:
+    """Whether two paths are one existing file or folder (a mount may give it two names)."""
+    return one.exists() and other.exists() and one.samefile(other)
