@@ -184,18 +184,19 @@ tune_cpu() {
     export MALLOC_TOP_PAD_=${MALLOC_TOP_PAD_:-268435456}
 }
 
-# start_processes PYTHON NUMBER SCRIPT ARGUMENTS...: replace this shell by processes that share one machine's work.
+# start_processes PYTHON NUMBER SCRIPT ARGUMENTS...: the end of a shell whose work is shared by processes of one machine.
 # torchrun's own store would listen on every address of the machine: here its agent meets itself in a file, and the
 # processes meet on the loopback address (llmops/process_group.py).
 start_processes() {
-    local python=$1 number=$2 meeting
+    local python=$1 number=$2 meeting status=0
     shift 2
     [ "$number" != 1 ] || exec "$python" "$@"
     meeting=$(mktemp -d) || die "no temporary folder can be made; set TMPDIR to a folder that can be written to"
-    trap 'rm -rf -- "$meeting"' EXIT
     export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
     forward "$python" -m torch.distributed.run --nnodes 1 --nproc-per-node "$number" --local-addr 127.0.0.1 \
-        --rdzv-backend c10d --rdzv-endpoint "$meeting/store" --rdzv-conf store_type=file "$@"
+        --rdzv-backend c10d --rdzv-endpoint "$meeting/store" --rdzv-conf store_type=file "$@" || status=$?
+    rm -rf -- "$meeting"
+    exit "$status"
 }
 
 # project_python: any Python 3.11 or newer, preferring the one that will run the work; enough for --help and checks
