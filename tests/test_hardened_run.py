@@ -1,4 +1,4 @@
-"""One run of two processes that is interrupted: what it listens on, and what its states may do at the next start."""
+"""One run of two processes that SIGTERM ends: what it listens on, what it saves, what the next start makes of harm."""
 
 import ipaddress
 import json
@@ -65,14 +65,15 @@ def interrupted(
     )
     found: set[tuple[str, int]] = set()
     end = time.monotonic() + 120
-    while len(checkpointing.list_checkpoints(output)) < 2 or port not in {number for _, number in found}:
+    while len(checkpointing.list_checkpoints(output)) < 3 or port not in {number for _, number in found}:
         assert process.poll() is None, process.stderr.read().decode()[-3000:]
         assert time.monotonic() < end, found
         found |= addresses(psutil.Process(process.pid))
         time.sleep(0.05)
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(signal.SIGTERM)  # to the launcher alone, as `docker stop` does
     process.communicate(timeout=60)
     assert process.returncode == 143
+    assert checkpointing.damage(checkpointing.list_checkpoints(output)[-1]) is None
     return output, found, port
 
 
@@ -117,27 +118,30 @@ def test_no_state_runs_code(
     assert not (tmp_path / "mark").exists()
 
 
-def test_a_resume_passes_hostile_states_over(
+def test_a_resume_passes_damaged_and_hostile_checkpoints_over(
     interrupted: tuple[Path, set[tuple[str, int]], int],
     checkpoints: dict[str, Path],
     tmp_path: Path,
     trusting: None,
 ) -> None:
     output, mark = interrupted[0], tmp_path / "mark"
-    earlier, newest = checkpointing.list_checkpoints(output)[-2:]
-    for path in newest.glob("global_step*/*optim_states.pt"):
-        make_hostile(newest, str(path.relative_to(newest)), mark)
-    more = ("--max_steps", str(checkpointing.step_of(newest) + 1))
+    whole, cut, hostile = checkpointing.list_checkpoints(output)[-3:]
+    victim = next(cut.glob("global_step*/*optim_states.pt"))
+    victim.write_bytes(victim.read_bytes()[:-100])
+    for path in hostile.glob("global_step*/*optim_states.pt"):
+        make_hostile(hostile, str(path.relative_to(hostile)), mark)
+    end = checkpointing.step_of(whole) + 1
     settings = json.loads((output / "finetune_config.json").read_text())
-    (output / "finetune_config.json").write_text(json.dumps(settings | {"max_steps": int(more[1])}))
+    (output / "finetune_config.json").write_text(json.dumps(settings | {"max_steps": end}))
     done = subprocess.run(
-        command(output.parent, checkpoints["llama"], *more), env=environment(), stdin=subprocess.DEVNULL,
-        capture_output=True, text=True, timeout=120, check=False,
+        command(output.parent, checkpoints["llama"], "--max_steps", str(end)), env=environment(),
+        stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=240, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
-    assert f"{newest} is damaged" in done.stderr
+    assert f"{hostile} is damaged" in done.stderr
     assert "asks for posix.system" in done.stderr
-    assert f"continuing from {earlier}" in done.stderr
+    assert f"{cut} is damaged ({victim.relative_to(cut)} was changed or cut)" in done.stderr
+    assert f"continuing from {whole}" in done.stderr
     assert not mark.exists()
 
 
