@@ -136,13 +136,25 @@ def pattern(text: str) -> re.Pattern[str]:
     return re.compile(f"{''.join(parts)}(?:/.*)?")
 
 
-def is_taken(name: str) -> bool:
-    """Whether a file gets into the image; the last line that fits decides."""
+LINES = [
+    line for line in (ROOT / ".dockerignore").read_text(encoding="utf-8").splitlines() if line and line[0] not in "# "
+]
+
+
+def fits(name: str) -> bool:
+    """Whether a file or folder gets into the image by its own name; the last line that fits decides."""
     taken = True
-    for line in (ROOT / ".dockerignore").read_text(encoding="utf-8").splitlines():
-        if line and not line.startswith("#") and pattern(line.lstrip("!")).fullmatch(name):
+    for line in LINES:
+        if pattern(line.lstrip("!")).fullmatch(name):
             taken = line.startswith("!")
     return taken
+
+
+def is_taken(name: str) -> bool:
+    """Whether a file gets into the image, also with builders that look only into folders that a line names."""
+    folders = [str(folder) for folder in Path(name).parents][:-1]
+    seen = all(fits(folder) or any(line.startswith(f"!{folder}/") for line in LINES) for folder in folders)
+    return seen and fits(name)
 
 
 def test_the_image_takes_the_program_and_nothing_else() -> None:
