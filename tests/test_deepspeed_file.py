@@ -77,14 +77,14 @@ def test_a_number_format_that_is_not_that_of_the_settings(tmp_path: Path) -> Non
     assert deepspeed_file.find_problems(replace(config, dtype="auto")) == []
 
 
-def test_what_is_missing_is_warned_about(tmp_path: Path) -> None:
-    config = config_with(tmp_path / "ds.json", {"zero_optimization": {"stage": 1}}, dtype="bf16")
-    assert deepspeed_file.find_problems(config) == []
-    told = " ".join(deepspeed_file.warnings(config))
-    for phrase in (
-        "takes 1 and not --gradient_accumulation_steps 4",
-        "takes 0 and not --max_grad_norm 1",
-        "bf16 is missing",
-    ):
-        assert phrase in told
-    assert deepspeed_file.warnings(replace(config, gradient_accumulation_steps=1, max_grad_norm=0, dtype="fp32")) == []
+def test_what_is_missing(tmp_path: Path) -> None:
+    """Without accumulation DeepSpeed refuses the batch sizes; its clipping and no mixed precision are silent."""
+    config = config_with(tmp_path / "ds.json", {"zero_optimization": {"stage": 1}}, dtype="bf16", max_grad_norm=0.0)
+    assert "which means 1, and --gradient_accumulation_steps is 4" in deepspeed_file.find_problems(config)[0]
+    assert deepspeed_file.find_problems(replace(config, gradient_accumulation_steps=1)) == []
+    clipping, dtype = deepspeed_file.warnings(config)
+    assert "clips at 1 and not at --max_grad_norm 0" in clipping
+    assert "bf16 is missing" in dtype
+    assert deepspeed_file.warnings(replace(config, max_grad_norm=1.0, dtype="fp32")) == []
+    bare = config_with(tmp_path / "ds.json", {"gradient_accumulation_steps": "auto"})
+    assert "zero_optimization is missing" in deepspeed_file.find_problems(bare)[0]

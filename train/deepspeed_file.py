@@ -19,12 +19,12 @@ STAGES = (0, 1, 2, 3)
 DEVICES = ("none", "cpu", "nvme")
 COUNTS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "steps_per_print")
 SECTIONS = ("zero_optimization", "bf16", "fp16", "optimizer", "scheduler", "activation_checkpointing", "aio")
-# our setting, the key, and what DeepSpeed takes where the key is missing
-SETTINGS = (
-    ("per_device_train_batch_size", "train_micro_batch_size_per_gpu", None),
-    ("gradient_accumulation_steps", "gradient_accumulation_steps", 1),
-    ("max_grad_norm", "gradient_clipping", 0),
+SETTINGS = (  # our setting, and the key of the same meaning
+    ("per_device_train_batch_size", "train_micro_batch_size_per_gpu"),
+    ("gradient_accumulation_steps", "gradient_accumulation_steps"),
+    ("max_grad_norm", "gradient_clipping"),
 )
+CLIPPING = 1.0  # DeepSpeed's where the key is missing
 DTYPES = ("bf16", "fp16")
 
 
@@ -49,9 +49,11 @@ def shape_problems(found: dict[str, Any]) -> list[str]:
     clipping = found.get("gradient_clipping", 0)
     if not is_auto(clipping) and not (is_number(clipping) and clipping >= 0):
         problems.append(expected("gradient_clipping", clipping, f'a number of at least 0, or "{AUTO}"'))
+    if "zero_optimization" not in found:
+        problems.append('zero_optimization is missing, expected such as {"stage": 2}')
     if problems:
         return problems
-    return zero_problems(found.get("zero_optimization", {})) + enabled_problems(found) + type_problems(found)
+    return zero_problems(found["zero_optimization"]) + enabled_problems(found) + type_problems(found)
 
 
 def zero_problems(zero: dict[str, Any]) -> list[str]:
@@ -105,10 +107,16 @@ def type_problems(found: dict[str, Any]) -> list[str]:
 def disagreements(found: dict[str, Any], config: Config) -> list[str]:
     """Numbers that are not those of the settings: the Trainer refuses such a file when everything is loaded."""
     problems = []
-    for setting, key, _ in SETTINGS:
+    for setting, key in SETTINGS:
         value, ours = found.get(key, AUTO), getattr(config, setting)
         if not is_auto(value) and value != ours:
             problems.append(f'{key} is {value} and --{setting} is {ours:g}; write "{AUTO}" or pass --{setting} {value}')
+    accumulation = config.gradient_accumulation_steps
+    if "gradient_accumulation_steps" not in found and accumulation != 1:
+        problems.append(
+            f"gradient_accumulation_steps is missing, which means 1, and --gradient_accumulation_steps is {accumulation}; "
+            f'write "{AUTO}"'
+        )
     for key in DTYPES:
         value = found.get(key, {}).get("enabled", AUTO)
         if config.dtype != "auto" and not is_auto(value) and value != (config.dtype == key):
@@ -120,12 +128,16 @@ def warnings(config: Config) -> list[str]:
     """Settings that the DeepSpeed file leaves out, so that DeepSpeed's own default is in force instead."""
     found = files.read_object(config.deepspeed_file, WHAT)
     told = []
-    for setting, key, default in SETTINGS:
-        ours = getattr(config, setting)
-        if key not in found and default is not None and default != ours:
-            told.append(f'{key} is missing, so DeepSpeed takes {default} and not --{setting} {ours:g}; write "{AUTO}"')
+    if "gradient_clipping" not in found and config.max_grad_norm != CLIPPING:
+        told.append(
+            f"gradient_clipping is missing, so DeepSpeed clips at {CLIPPING:g} and not at --max_grad_norm "
+            f'{config.max_grad_norm:g}; write "{AUTO}"'
+        )
     if config.dtype in DTYPES and config.dtype not in found:
-        told.append(f'{config.dtype} is missing, so DeepSpeed takes fp32; write {{"enabled": "{AUTO}"}}')
+        told.append(
+            f"{config.dtype} is missing, so DeepSpeed keeps no fp32 copy of the weights and scales no loss; "
+            f'write "{config.dtype}": {{"enabled": "{AUTO}"}}'
+        )
     return [f"warning: {WHAT} {config.deepspeed_file}: {sentence}" for sentence in told]
 
 
