@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmops import chat_formats
+from llmops import chat_formats, files
 from llmops.chat_formats import ChatFormat, Family
 from llmops.console import UserError, log
 
@@ -235,6 +235,9 @@ def load_trained(folder: Path, dtype: "torch.dtype", trust_remote_code: bool = F
     log(f"the adapter {folder} goes on {base}")
     if not any((folder / name).is_file() for name in ADAPTER_WEIGHTS):
         raise UserError(f"the adapter {folder} has no weights ({' or '.join(ADAPTER_WEIGHTS)}); copy the folder again")
+    settings = files.read_object(folder / "adapter_config.json", "the adapter's settings")
+    if settings.get("megatron_config"):  # PEFT would import whatever module megatron_core names
+        raise UserError(f"the adapter {folder} is one for Megatron (megatron_config is set), which is not known here")
     model = load_model(base, dtype, trust_remote_code)
     with reading_weights(f"the adapter {folder}"):
         return PeftModel.from_pretrained(model, str(folder), local_files_only=True)

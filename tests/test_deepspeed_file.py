@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from deepspeed.runtime.constants import GRADIENT_CLIPPING_DEFAULT
 
 from train import deepspeed_file
 from train.config import DS_FILES, Config
@@ -82,6 +83,7 @@ def test_what_is_missing(tmp_path: Path) -> None:
     config = config_with(tmp_path / "ds.json", {"zero_optimization": {"stage": 1}}, dtype="bf16", max_grad_norm=0.0)
     assert "which means 1, and --gradient_accumulation_steps is 4" in deepspeed_file.find_problems(config)[0]
     assert deepspeed_file.find_problems(replace(config, gradient_accumulation_steps=1)) == []
+    assert deepspeed_file.CLIPPING == GRADIENT_CLIPPING_DEFAULT
     clipping, dtype = deepspeed_file.warnings(config)
     assert "clips at 1 and not at --max_grad_norm 0" in clipping
     assert "bf16 is missing" in dtype

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from pickle import UnpicklingError
@@ -66,6 +67,12 @@ def test_weights_of_an_adapter(tmp_path: Path, mark: Path, checkpoints: dict[str
     torch.save({"weight": Hostile(mark)}, tmp_path / "adapter_model.bin")
     with pytest.raises(UserError, match=r"asks for posix\.system"):
         loading.load_trained(tmp_path, torch.float32)
+    (tmp_path / "adapter_config.json").write_text(
+        json.dumps(settings | {"megatron_config": {"a": 1}, "megatron_core": "antigravity"})
+    )
+    with pytest.raises(UserError, match="is one for Megatron"):
+        loading.load_trained(tmp_path, torch.float32)
+    assert "antigravity" not in sys.modules
     assert not mark.exists()
 
 

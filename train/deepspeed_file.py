@@ -114,8 +114,8 @@ def disagreements(found: dict[str, Any], config: Config) -> list[str]:
     accumulation = config.gradient_accumulation_steps
     if "gradient_accumulation_steps" not in found and accumulation != 1:
         problems.append(
-            f"gradient_accumulation_steps is missing, which means 1, and --gradient_accumulation_steps is {accumulation}; "
-            f'write "{AUTO}"'
+            "gradient_accumulation_steps is missing, which means 1, and --gradient_accumulation_steps is "
+            f'{accumulation}; write "{AUTO}"'
         )
     for key in DTYPES:
         value = found.get(key, {}).get("enabled", AUTO)
