@@ -75,6 +75,8 @@ source "$HERE/llmops/environment.sh"
 
 DEMO=false
 read_settings "${BASH_SOURCE[0]}" "$@"
+[[ $CUDA_VISIBLE_DEVICES =~ ^(-1|[0-9,]*)$ ]] ||
+    die "$(shown_setting CUDA_VISIBLE_DEVICES), and DeepSpeed's launcher takes GPUs by number; nvidia-smi -L lists them"
 
 case $SCENARIO in
 general) demo=$HERE/train/demo.sh ;;

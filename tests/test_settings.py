@@ -57,6 +57,7 @@ def test_a_boolean_means_in_bash_what_it_means_in_python(text: str) -> None:
         (["--cuda_visible_devices", "0,,1"], "expected GPUs such as 0,1"),
         (["--cuda_visible_devices", "0;touch x"], "expected GPUs such as 0,1"),
         (["--cuda_visible_devices", "1, 1"], "names 1 twice"),
+        (["--cuda_visible_devices", "GPU-8f2c1d9e-1111"], "DeepSpeed's launcher takes GPUs by number"),
         (["--num processes", "2"], "unknown argument --num processes"),
         (["--num_processes hostfile", "2"], "unknown argument --num_processes hostfile"),
         (["--seed", "-5"], "--seed is -5, expected at least 0"),
