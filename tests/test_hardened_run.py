@@ -3,6 +3,7 @@
 import ipaddress
 import json
 import os
+import pickle
 import shutil
 import signal
 import subprocess
@@ -15,9 +16,12 @@ import psutil
 import pytest
 import torch
 from conftest import DEMO, FAST, ROOT, environment, read_messages, write_jsonl
+from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
+from llmops.console import RunStopped
 from llmops.process_group import free_port
-from train import checkpointing, states
+from train import checkpointing, session, states
+from train.config import Config
 
 
 class Hostile:
@@ -154,3 +158,26 @@ def test_deepspeed_states_of_fp16_load(tmp_path: Path) -> None:
     with states.loadable():
         found = torch.load(tmp_path / "state.pt", weights_only=True)["loss_scaler"]
     assert vars(found) == vars(scaler)
+
+
+@pytest.mark.parametrize(
+    ("error", "phrase"),
+    [
+        (
+            pickle.UnpicklingError("GLOBAL posix.system was not an allowed global"),
+            "a state of the checkpoint asks for posix",
+        ),
+        (
+            ValueError("that mismatch TrainingArguments values:\n- ds optimizer.params.lr=1 vs hf learning_rate=2"),
+            "lr=1 vs hf",
+        ),
+    ],
+)
+def test_faults_of_states_and_deepspeed_files_are_sentences(error: Exception, phrase: str) -> None:
+    with pytest.raises(RunStopped, match=phrase), session.explain_faults(Config()):
+        raise error
+
+
+def test_what_deepspeed_itself_refuses_is_a_sentence() -> None:
+    with pytest.raises(RunStopped, match=r"DeepSpeed refuses .*reduce_scatter"), session.explain_faults(Config()):
+        DeepSpeedZeroConfig(reduce_scatter="maybe")
