@@ -61,6 +61,8 @@ FILTERS = """
     groupby indent int items join last length list lower map max min random reject rejectattr replace reverse round safe
     select selectattr slice sort string sum title tojson trim truncate unique upper urlencode
 """
+SMALL = frozenset([bool, float, type(None)])
+GROUPS = (list, tuple, set, frozenset, type({}.keys()), type({}.values()), type({}.items()))
 PLAIN_OBJECTS = (Macro, LoopContext, BlockReference, TemplateReference, Undefined)
 OWNERS = (LoopContext, Cycler, Joiner, Extension)
 
@@ -70,24 +72,37 @@ class TooMuch(Exception):
 
 
 def weigh(value: Any, limit: int) -> int:
-    """The size of a value with all that it holds, counted as often as it is held; stops counting beyond `limit`."""
+    """The size of a value with all that it holds, counted as often as it is held; stops counting beyond `limit`.
+
+    Exact types come first: this runs for every value that a template makes.
+    """
+    kind = type(value)
+    if kind in SMALL:
+        return 1
+    if kind is int:
+        return 1 + value.bit_length() // 3
     if isinstance(value, str):
         return len(value)
     total, waiting = 0, [value]
     while waiting and total <= limit:
         item = waiting.pop()
-        if isinstance(item, str):
+        kind = type(item)
+        if kind is str:
             total += len(item) + 1
-        elif isinstance(item, Mapping):
+        elif kind is dict:
             total += 10 * len(item) + 1
-            waiting += [*item.keys(), *item.values()] if 10 * len(item) <= limit else []
-        elif isinstance(item, list | tuple | set | frozenset):
+            waiting += [*item, *item.values()] if 10 * len(item) <= limit else []
+        elif kind in SMALL:
+            total += 1
+        elif kind is int:
+            total += 1 + item.bit_length() // 3
+        elif isinstance(item, str):
+            total += len(item) + 1
+        elif isinstance(item, GROUPS):
             total += 10 * len(item) + 1
             waiting += item if 10 * len(item) <= limit else []
         elif isinstance(item, Namespace):
             waiting.append(object.__getattribute__(item, "_Namespace__attrs"))
-        elif isinstance(item, int):
-            total += 1 + item.bit_length() // 3
         else:
             total += 1
     return total
@@ -129,7 +144,12 @@ class Limits(threading.local):
 
     def made(self, value: Any) -> Any:
         """Count a value that was made, and hand it on."""
-        return self.spend(len(value) if type(value) is str else weigh(value, self.largest), value)
+        kind = type(value)
+        if kind is str:
+            return self.spend(len(value), value)
+        if kind in SMALL or (kind is int and -LARGEST < value < LARGEST):
+            return value
+        return self.spend(weigh(value, self.largest), value)
 
 
 # --- sizes of results, estimated before the operation runs
@@ -199,6 +219,10 @@ GROWING_FILTERS: dict[str, Callable[..., int]] = {
     "slice": lambda value, slices, fill_with=None: slices,
     "round": lambda value, precision=0, method="common": abs(precision) * 1000,
 }
+
+
+STEADY_METHODS = METHODS[str] - GROWING_METHODS.keys() - {"join"}  # whose results are no larger than the text
+CALL_CONTEXT = frozenset(["_block_vars", "_loop_vars"])  # what Jinja hands to every call beside its arguments
 
 
 class Counted(NodeTransformer):
@@ -303,11 +327,14 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
             limits.room(power_size(left, right))
         elif operator == "%" and isinstance(left, str):
             limits.room(percent_size(left, right))
-        return limits.made(super().call_binop(context, operator, left, right))
+        return limits.made(self.binop_table[operator](left, right))
 
     def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N805
         """Every call: a method, a macro or a function that chat templates are given."""
         __self.limits.look()
+        steady = type(__obj) is BuiltinMethodType and type(__obj.__self__) is str and __obj.__name__ in STEADY_METHODS
+        if steady and kwargs.keys() <= CALL_CONTEXT:  # what most calls are
+            return __self.limits.made(__obj(*args))
         method = getattr(__obj, "__wrapped__", __obj)  # str.format comes wrapped by the sandbox
         owner = getattr(method, "__self__", None)
         if isinstance(method, BuiltinMethodType | MethodType) and not isinstance(owner, OWNERS):
@@ -323,7 +350,7 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
         kind = next((kind for kind in METHODS if isinstance(owner, kind)), None)
         if kind is None or name not in METHODS[kind]:
             raise SecurityError(f"it calls {type(owner).__name__}.{name}, which no limit is known for")
-        given = {key: value for key, value in kwargs.items() if not key.startswith("_")}
+        given = {key: value for key, value in kwargs.items() if key not in CALL_CONTEXT}
         if name == "join":
             args = (self._joinable(owner, *args),)
         elif kind is str and name in GROWING_METHODS:
@@ -335,6 +362,10 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
     def _filter(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         """A filter whose result is counted. All take the context, so that none is computed while compiling."""
         passed = getattr(getattr(function, "jinja_pass_arg", None), "name", "")
+        first: Callable[[Context], tuple] = {
+            "context": lambda context: (context,), "eval_context": lambda context: (context.eval_ctx,),
+            "environment": lambda context: (self,),
+        }.get(passed, lambda context: ())  # fmt: skip
         estimate = GROWING_FILTERS.get(name)
         limits = self.limits
 
@@ -343,8 +374,7 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
             limits.look()
             if estimate:
                 limits.room(estimate(*args, **kwargs))
-            first = {"context": context, "eval_context": context.eval_ctx, "environment": self}.get(passed)
-            return limits.made(function(*args, **kwargs) if first is None else function(first, *args, **kwargs))
+            return limits.made(function(*first(context), *args, **kwargs))
 
         return counted
 
@@ -440,7 +470,7 @@ class LimitedTemplate:
 
     def render(self, messages: Sequence[Mapping[str, str]], **variables: Any) -> str:
         """The text. Raises UserError, one sentence, for whatever the template does wrong."""
-        size = sum(len(value) for message in messages for value in message.values())
+        size = sum(len(message["content"]) for message in messages)
         try:
             self.limits.begin(size)
             return self._template.render(messages=[dict(message) for message in messages], **variables)
