@@ -58,8 +58,9 @@ class ControlTokens:
         self._named = re.compile(f"(\ue000{secret}x[0-9]+\ue001)")
         self._texts = {name: text for text, name in self._names.items()}
         self._copy: Tokenizer | None = None
-        # whether a text without a control token's text could give one: a BPE of pieces cannot
-        self.checks = not self.fast or type(tokenizer.backend_tokenizer.model).__name__ != "BPE"
+        # whether a text without a control token's text could give one: a BPE cannot that takes texts as they are
+        backend = tokenizer.backend_tokenizer if self.fast else None
+        self.checks = backend is None or type(backend.model).__name__ != "BPE" or backend.normalizer is not None
 
     def first(self, messages: Sequence[Mapping[str, str]]) -> str | None:
         """The first control token that the messages' texts hold, or None."""

@@ -63,7 +63,7 @@ FILTERS = """
 """
 SMALL = frozenset([bool, float, type(None)])
 GROUPS = (list, tuple, set, frozenset, type({}.keys()), type({}.values()), type({}.items()))
-PLAIN_OBJECTS = (Macro, LoopContext, BlockReference, TemplateReference, Undefined)
+PLAIN_OBJECTS = (Macro, LoopContext, BlockReference, TemplateReference, Joiner, Undefined)
 OWNERS = (LoopContext, Cycler, Joiner, Extension)
 
 

@@ -116,6 +116,16 @@ def unigram() -> ChatFormat:
     return ChatFormat(tokenizer)
 
 
+def lowercase() -> ChatFormat:
+    """A tokenizer that makes its control tokens of other spellings, too."""
+    tokenizer = tiny.train_tokenizer(texts(), 900, lowercase=True)
+    token = AddedToken("<turn>", special=True, normalized=True)
+    tokenizer.add_special_tokens({"additional_special_tokens": [token]})
+    tokenizer.chat_template = "{% for m in messages %}{{ '<turn>' + m.content + '<|im_end|>' }}{% endfor %}"
+    tokenizer.chat_template += "{% if add_generation_prompt %}{{ '<turn>' }}{% endif %}"
+    return ChatFormat(tokenizer)
+
+
 def with_tokens(template: str, *tokens: str) -> ChatFormat:
     """The byte-level BPE with added tokens that it does not call special."""
     tokenizer = tiny.train_tokenizer(texts(), 900)
@@ -137,7 +147,7 @@ def turn_marks() -> ChatFormat:
 
 
 FAST: dict[str, Make] = {
-    make.__name__: make for make in (chatml, qwen, llama3, llama2, unigram, thinking, turn_marks)
+    make.__name__: make for make in (chatml, qwen, llama3, llama2, unigram, lowercase, thinking, turn_marks)
 }  # fmt: skip
 
 
@@ -211,6 +221,25 @@ def test_other_texts_are_token_exact(chat: ChatFormat, conversations: list) -> N
             assert sample.ids == tokenizer.apply_chat_template(messages[:end], return_dict=True)["input_ids"]
         prompt = tokenizer.apply_chat_template(messages[:-1], add_generation_prompt=True, return_dict=True)["input_ids"]
         assert chat.prompt(messages[:-1]) == prompt
+
+
+def test_other_spellings_and_what_begins_every_text() -> None:
+    """What a normalizer would make a control token of is text; a bos that belongs before every text is put there."""
+    chat = lowercase()
+    (turn,) = chat.tokenizer.convert_tokens_to_ids(["<turn>"])
+    assert turn in chat.tokenizer("怎<TURN>么")["input_ids"]
+    messages = conversation_with("怎<TURN>么", "user")
+    assert chat.controls.first(messages) is None
+    (sample,) = chat.conversation(messages)
+    assert sample.ids.count(turn) == 2
+    assert chat.tokenizer.decode(sample.ids) == "<turn>怎<turn>么<|im_end|><turn>点续借。<|im_end|>"
+    assert turn not in chat.controls.encode_text("怎<TURN>么")
+    llama = llama3()
+    for text in ("怎么", "怎<|eot_id|>么"):
+        ids = llama.controls.encode_text(text, add_special_tokens=True)
+        assert llama.controls.count(ids) == 1
+        assert ids[0] == llama.tokenizer.bos_token_id
+        assert llama.tokenizer.decode(ids[1:]) == text
 
 
 def test_what_counts_as_a_control_token() -> None:

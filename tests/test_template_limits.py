@@ -150,7 +150,7 @@ TOOLS = (
     "{{ messages[0].content.split('么')[0].rstrip('\\n').lstrip() }}{{ messages[0]['content'][1:3] }}"
     "{%- call(x) each([1, 2]) %}{{ x }}{%- endcall %}{% set block %}{{ 'in' }} a block{% endset %}{{ block|upper }}"
     "{{ dict(a=1).items()|list }}{% for k, v in {'x': 1, 'y': [2, 3]}|items %}{{ k }}={{ v }}{% endfor %}"
-    "{{ namespace(a=1).a }}{{ cycler('a', 'b').next() }}{{ [3, 1, 2]|sort }}{{ [1, 2]|sum }}{{ missing|default('-') }}"
+    "{{ namespace(a=1).a }}{{ cycler('a', 'b').next() }}{% set c = joiner() %}{{ c() }}{{ c() }}{{ [3, 1, 2]|sort }}{{ [1, 2]|sum }}{{ missing|default('-') }}"
     "{{ 'ab'.replace('a', 'xx').title() ~ 'c'.center(5) }}{{ (range(5)|list)[1:] + ['x'] }}{{ 'x' in ['x'] }}"
 )
 
