@@ -3,7 +3,8 @@
 Whatever it says, rendering one conversation ends within SECONDS (and a second more per hundred messages, beside the one
 operation that runs at that moment), no text or list that it makes is larger than LARGEST characters and ten times the
 conversation, and all that it makes in one rendering together is at most BUILT times that. A loop's round counts as the
-number of its syntax nodes, a list's or dict's element as ten characters beside what it holds.
+number of its syntax nodes, a list's or dict's element as ten characters beside what it holds. A template has at most
+SOURCE characters.
 
 How: Jinja's syntax tree has few kinds of nodes that make a value, and each goes through a counter here: operators and
 calls by the sandbox's own hooks, `~`, lists, tuples, dicts and slices as filters that the tree is rewritten to, filters
@@ -35,7 +36,7 @@ from llmops.console import UserError
 SECONDS = 10.0
 LARGEST = 1_000_000
 BUILT = 50
-SOURCE = 1_000_000  # characters of a template
+SOURCE = 200_000  # characters of a template: its compilation takes a few seconds at most
 BITS = 100_000  # of an integer
 # what a template can end in, its compilation included; faults of ours are none of these but by chance
 ERRORS = (

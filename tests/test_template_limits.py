@@ -70,7 +70,7 @@ REFUSED = {
 NO_TEMPLATE = {
     "{% for %}": "Expected an expression", "{{ messages": "unexpected end of template",
     "{{ 'a'|urlize }}": "No filter named 'urlize'", "{{ " + "(" * 3000 + "1" + ")" * 3000 + " }}": "RecursionError",
-    "{{ " + "9" * 5000 + " }}": "ValueError: Exceeds the limit", "a" * 1_000_001: "has 1,000,001 characters",
+    "{{ " + "9" * 5000 + " }}": "ValueError: Exceeds the limit", "a" * 200_001: "has 200,001 characters",
 }  # fmt: skip
 
 
@@ -150,7 +150,8 @@ TOOLS = (
     "{{ messages[0].content.split('么')[0].rstrip('\\n').lstrip() }}{{ messages[0]['content'][1:3] }}"
     "{%- call(x) each([1, 2]) %}{{ x }}{%- endcall %}{% set block %}{{ 'in' }} a block{% endset %}{{ block|upper }}"
     "{{ dict(a=1).items()|list }}{% for k, v in {'x': 1, 'y': [2, 3]}|items %}{{ k }}={{ v }}{% endfor %}"
-    "{{ namespace(a=1).a }}{{ cycler('a', 'b').next() }}{% set c = joiner() %}{{ c() }}{{ c() }}{{ [3, 1, 2]|sort }}{{ [1, 2]|sum }}{{ missing|default('-') }}"
+    "{{ namespace(a=1).a }}{{ cycler('a', 'b').next() }}{% set c = joiner() %}{{ c() }}{{ c() }}"
+    "{{ [3, 1, 2]|sort }}{{ [1, 2]|sum }}{{ missing|default('-') }}"
     "{{ 'ab'.replace('a', 'xx').title() ~ 'c'.center(5) }}{{ (range(5)|list)[1:] + ['x'] }}{{ 'x' in ['x'] }}"
 )
 
