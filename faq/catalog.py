@@ -4,10 +4,12 @@ A variant is a candidate list with some intents left out, whose questions then h
 so that rows go on sharing their prompts' beginnings.
 """
 
-import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from string import Formatter
+from typing import Any
 
+from llmops import files
 from llmops.chat_formats import FAMILIES
 from llmops.console import UserError
 from llmops.faq_records import INTENTS_NAME
@@ -81,33 +83,94 @@ class Catalog:
 
     def to_json(self) -> str:
         """The text of intents.json."""
-        return json.dumps(asdict(self), ensure_ascii=False, indent=2) + "\n"
+        return files.dumps(asdict(self), indent=2) + "\n"
 
 
 def wording_of(mode: str, instruction: str = "") -> Wording:
     """The wording of a mode's template, with another instruction if one is given."""
     described = FAMILIES[mode].faq
-    try:
-        wording = Wording(**described)
-        for place in ("{instruction}", "{candidates}", "{question}"):
-            if place not in wording.prompt:
-                raise UserError(f"faq/templates/{mode}.json: its prompt has no {place}")
-    except TypeError as error:
-        raise UserError(f"faq/templates/{mode}.json: {error}; expected {', '.join(Wording.__annotations__)}") from error
     if instruction:
-        wording = Wording(**(described | {"instruction": instruction.replace("{", "{{").replace("}", "}}")}))
-    return wording
+        described = described | {"instruction": instruction.replace("{", "{{").replace("}", "}}")}
+    return check_wording(described, f"faq/templates/{mode}.json")
+
+
+def check_wording(described: Any, where: str) -> Wording:
+    """The wording that a JSON object describes. Raises UserError for one that cannot be filled in.
+
+    A place is a plain name in braces: no format after a colon (a width of millions is no wording), no attribute.
+    """
+    places = {
+        "instruction": {"none"}, "candidate": {"number", "intent"}, "separator": set(), "none": set(),
+        "prompt": {"instruction", "candidates", "question"},
+    }  # fmt: skip
+    if not isinstance(described, dict) or set(described) != set(places):
+        found = ", ".join(map(files.shown, described)) if isinstance(described, dict) else files.kind_of(described)
+        raise UserError(f"{where}: the wording has {found or 'nothing'}; expected {', '.join(places)}")
+    for name, allowed in places.items():
+        text = described[name]
+        if not isinstance(text, str):
+            raise UserError(f"{where}: {name} is {files.kind_of(text)}, expected a text")
+        if name not in ("separator", "none"):
+            check_places(text, allowed, f"{where}: its {name}")
+    missing = [f"{{{place}}}" for place in ("instruction", "candidates", "question") if not has_place(described, place)]
+    if missing:
+        raise UserError(f"{where}: its prompt has no {missing[0]}; expected it once")
+    return Wording(**described)
+
+
+def has_place(described: dict[str, str], place: str) -> bool:
+    """Whether the prompt has a place."""
+    return any(name == place for _, name, _, _ in Formatter().parse(described["prompt"]))
+
+
+def check_places(text: str, allowed: set[str], where: str) -> None:
+    """Raises UserError for braces in a text that are no place."""
+    try:
+        found = [(name, spec, turned) for _, name, spec, turned in Formatter().parse(text) if name is not None]
+    except ValueError as error:
+        raise UserError(f"{where} has a brace without its other one ({error}); write {{{{ for a brace") from error
+    wrong = [name for name, spec, turned in found if name not in allowed or spec or turned]
+    if wrong:
+        expected = ", ".join(f"{{{name}}}" for name in sorted(allowed))
+        raise UserError(f"{where} has the place {{{wrong[0]}}}; expected {expected}, or {{{{ for a brace")
 
 
 def load_catalog(path: Path) -> Catalog:
     """Read intents.json. Raises UserError when it is not there or not one."""
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-        wording = Wording(**values["wording"]) if values["wording"] else None
-        return Catalog(**(values | {"wording": wording}))
-    except FileNotFoundError as error:
-        raise UserError(f"{path} does not exist; faq/prepare.sh writes it, or pass --intents_file") from error
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
-        raise UserError(
-            f"{path} is not an {INTENTS_NAME} of faq/prepare.sh ({error}); prepare the data again"
-        ) from error
+    values = files.read_object(path, f"the {INTENTS_NAME}", "faq/prepare.sh writes it, or pass --intents_file")
+    checks = {"mode": is_mode, "intents": is_texts, "left_out": is_lists, "none_reply": is_text}
+    unknown = [key for key in values if key not in {*checks, "wording"}]
+    missing = [key for key in ("mode", "wording", "intents") if key not in values]
+    wrong = [key for key, good in checks.items() if key in values and not good(values[key])]
+    for words, keys in (("an unknown key", unknown), ("no", missing), ("another kind of", wrong)):
+        if keys:
+            raise UserError(
+                f"{path} is not an {INTENTS_NAME} of faq/prepare.sh ({words} {files.shown(keys[0])}); "
+                "prepare the data again"
+            )
+    outside = [name for names in values.get("left_out", []) for name in names if name not in values["intents"]]
+    if not values["intents"] or outside:
+        found = f"{files.shown(outside[0])} is left out of a variant and no intent" if outside else "no intents"
+        raise UserError(f"{path} is not an {INTENTS_NAME} of faq/prepare.sh ({found}); prepare the data again")
+    wording = None if values["wording"] is None else check_wording(values["wording"], str(path))
+    return Catalog(**(values | {"wording": wording}))
+
+
+def is_mode(value: Any) -> bool:
+    """Whether a value names a mode."""
+    return isinstance(value, str) and value in FAMILIES
+
+
+def is_text(value: Any) -> bool:
+    """Whether a value is a text."""
+    return isinstance(value, str)
+
+
+def is_texts(value: Any) -> bool:
+    """Whether a value is an object of texts."""
+    return isinstance(value, dict) and all(map(is_text, value.values()))
+
+
+def is_lists(value: Any) -> bool:
+    """Whether a value is a list of lists of texts."""
+    return isinstance(value, list) and all(isinstance(names, list) and all(map(is_text, names)) for names in value)

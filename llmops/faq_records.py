@@ -9,15 +9,16 @@ Shapes, told apart by their keys, as JSON lines, one JSON array, or csv with a h
 import ast
 import csv
 import io
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from llmops import files
 from llmops.console import UserError
 from llmops.records import Message, Problem, check_messages, problems_error
 
+LITERAL_LIMIT = 1 << 20  # characters of a list that is written as text
 INTENTS_NAME = "intents.json"  # beside the training data, and beside the model that learned it
 QUESTION_KEYS = ("question", "text", "query", "问题")
 LIST_KEY = "input"
@@ -82,22 +83,13 @@ def read_faq(path: Path, skip_bad_lines: bool = False, need_intent: bool = True)
 
 def raw_records(path: Path) -> tuple[str, Iterator[tuple[int, Any, str | None]]]:
     """(shape in words, records as (line, parsed value, problem))."""
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = path.read_bytes()[: error.start].count(b"\n") + 1
-        raise UserError(
-            f"{path}:{line}: not UTF-8; save the file as UTF-8 (from GBK: iconv -f gb18030 -t utf-8)"
-        ) from error
-    except FileNotFoundError as error:
-        raise UserError(
-            f"the data file {path} does not exist; pass the file with your questions and intents"
-        ) from error
+    cure = "pass the file with your questions and intents"
+    text = files.read_text(path, "the data file", cure, files.DATA_LIMIT)
     if path.suffix.lower() == ".csv":
         return "csv", csv_rows(path, text)
     if text.lstrip().startswith("["):
         return "a JSON array", array_elements(path, text)
-    return "JSON lines", json_lines(text)
+    return "JSON lines", files.json_lines(path, "the data file", cure)
 
 
 def csv_rows(path: Path, text: str) -> Iterator[tuple[int, Any, str | None]]:
@@ -118,37 +110,17 @@ def csv_rows(path: Path, text: str) -> Iterator[tuple[int, Any, str | None]]:
 
 def array_elements(path: Path, text: str) -> Iterator[tuple[int, Any, str | None]]:
     """Elements of one JSON array; an element's line is where it begins."""
-    decoder = json.JSONDecoder()
-    position, line, counted = text.index("[") + 1, 1, 0
-    while True:
-        while position < len(text) and text[position] in " \t\r\n,":
-            position += 1
-        line += text.count("\n", counted, position)
-        counted = position
-        if text.startswith("]", position):
-            return
-        try:
-            value, position = decoder.raw_decode(text, position)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{path}:{error.lineno}: broken JSON: {error.msg} (column {error.colno})") from error
-        yield line, value, None
-
-
-def json_lines(text: str) -> Iterator[tuple[int, Any, str | None]]:
-    """Lines that are not blank, parsed."""
-    for number, line in enumerate(text.split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            yield number, json.loads(line), None
-        except json.JSONDecodeError as error:
-            yield number, None, f"broken JSON: {error.msg} (column {error.colno}); expected one object per line"
+    try:
+        for line, value in files.json_elements(text):
+            yield line, value, None
+    except files.BadJson as error:
+        raise UserError(f"{path}:{error.line}: {error.problem}") from error
 
 
 def check_record(raw: Any, line: int, index: int, need_intent: bool) -> tuple[FaqRecord | None, str | None]:
     """(record, None), or (None, what is wrong with it)."""
     if not isinstance(raw, dict):
-        return None, f"found a JSON {type(raw).__name__}, expected an object with a question and its intent"
+        return None, f"found {files.kind_of(raw)}, expected an object with a question and its intent"
     if "messages" in raw:
         return conversation_record(raw, line, index)
     questions, problem = find_questions(raw)
@@ -156,7 +128,7 @@ def check_record(raw: Any, line: int, index: int, need_intent: bool) -> tuple[Fa
         return None, problem
     intent = first_text(raw, INTENT_KEYS)
     if intent is None and need_intent:
-        found = ", ".join(map(repr, list(raw)[:6])) or "none"
+        found = ", ".join(map(files.shown, list(raw)[:6])) or "none"
         return None, f"no intent (keys found: {found}); expected a text under {INTENT_KEYS[0]!r}"
     if not intent and need_intent:
         return None, "the intent is empty; expected its name, or 不符合 for a question that none fits"
@@ -184,7 +156,7 @@ def conversation_record(raw: dict[str, Any], line: int, index: int) -> tuple[Faq
 
 def newline_problem(intent: str) -> str:
     """The sentence for an intent that is no single line."""
-    return f"the intent {intent!r} has a line break; expected a name on one line"
+    return f"the intent {files.shown(intent)} has a line break; expected a name on one line"
 
 
 def find_questions(raw: dict[str, Any]) -> tuple[tuple[str, ...], str | None]:
@@ -192,23 +164,32 @@ def find_questions(raw: dict[str, Any]) -> tuple[tuple[str, ...], str | None]:
     if LIST_KEY in raw and raw[LIST_KEY] not in (None, ""):
         value = raw[LIST_KEY]
         if isinstance(value, str):
-            try:
-                value = ast.literal_eval(value.strip())
-            except (ValueError, SyntaxError):
-                value = None
+            value = list_literal(value)
         if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
-            shown = str(raw[LIST_KEY])[:40]
-            return (), f"'input' is {shown!r}, expected a list of questions such as \"['怎么了？', '出什么事了']\""
+            found = files.shown(raw[LIST_KEY], 40)
+            return (), f"'input' is {found}, expected a list of questions such as \"['怎么了？', '出什么事了']\""
     else:
         text = first_text(raw, QUESTION_KEYS)
         if text is None:
-            found = ", ".join(map(repr, list(raw)[:6])) or "none"
+            found = ", ".join(map(files.shown, list(raw)[:6])) or "none"
             return (), f"no question (keys found: {found}); expected a text under 'question' or a list under 'input'"
         value = [text]
     questions = tuple(item.strip() for item in value)
     if not questions or not all(questions):
         return (), "an empty question; expected text"
     return questions, None
+
+
+def list_literal(text: str) -> Any:
+    """The value of a Python literal, as the original's data has them; None for a text that is none or is too long."""
+    if len(text) > LITERAL_LIMIT or text.count("[") + text.count("(") + text.count("{") > files.MAX_DEPTH:
+        return None  # the parser's memory and stack grow with both
+    try:
+        value = ast.literal_eval(text.strip())
+    except (ValueError, SyntaxError):
+        return None
+    texts = [item for item in value if isinstance(item, str)] if isinstance(value, list) else []
+    return value if all(map(files.encodable, texts)) else None
 
 
 def first_text(raw: dict[str, Any], keys: tuple[str, ...]) -> str | None:

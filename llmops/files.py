@@ -26,6 +26,7 @@ DATA_LIMIT = 4096 * MIB  # of a data file that is read as one: a JSON array, a c
 LINE_LIMIT = 64 * MIB  # of one line of JSON lines
 MAX_DEPTH = 64  # of lists and objects within each other
 BOM = b"\xef\xbb\xbf"
+JSON_BLANK = re.compile(r"[ \t\r\n]*")
 SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 SPECIAL_KINDS = (
     (stat.S_ISDIR, "a folder"),
@@ -134,19 +135,60 @@ def parse_json(text: str) -> Any:
     That is: more than MAX_DEPTH lists and objects in each other, numbers beyond Python's limit of digits, and halves
     of surrogate pairs, which are no characters and cannot be written in UTF-8 again.
     """
-    try:
+    with decoding():
         value = json.loads(text)
+    check_value(value, text)
+    return value
+
+
+def json_elements(text: str) -> Iterator[tuple[int, Any]]:
+    """(line, value) of every element of one JSON array; an element's line is where it begins. Raises BadJson.
+
+    What comes before the array's bracket must be blank, and so must what comes after it.
+    """
+    decoder = json.JSONDecoder()
+    position = JSON_BLANK.match(text, text.index("[") + 1).end()
+    line, counted, first = 1, 0, True
+    while True:
+        line += text.count("\n", counted, position)
+        counted = position
+        if first and text.startswith("]", position):
+            break
+        with decoding(line):
+            value, end = decoder.raw_decode(text, position)
+        check_value(value, text[position:end], line)
+        yield line, value
+        first = False
+        position = JSON_BLANK.match(text, end).end()
+        if text.startswith("]", position):
+            break
+        if not text.startswith(",", position):
+            line += text.count("\n", counted, position)
+            raise BadJson("broken JSON: the list does not go on with a comma or end with ]", line)
+        position = JSON_BLANK.match(text, position + 1).end()
+    if text[position + 1 :].strip():
+        raise BadJson("broken JSON: something follows the list's end", line + text.count("\n", counted, position))
+
+
+@contextmanager
+def decoding(line: int = 0) -> Iterator[None]:
+    """Turn the decoder's errors into BadJson; `line` is where the value begins, when the decoder does not tell."""
+    try:
+        yield
     except json.JSONDecodeError as error:
         raise BadJson(f"broken JSON: {error.msg} (column {error.colno})", error.lineno, error.colno) from error
     except RecursionError as error:
-        raise BadJson(too_deep()) from error
+        raise BadJson(too_deep(), line) from error
     except ValueError as error:  # int() of thousands of digits
-        raise BadJson("broken JSON: a number with thousands of digits; expected at most 4,300") from error
+        raise BadJson("broken JSON: a number with thousands of digits; expected at most 4,300", line) from error
+
+
+def check_value(value: Any, text: str, line: int = 0) -> None:
+    """Raises BadJson for a value that was decoded from `text` and is deeper or other than parse_json allows."""
     if text.count("[") + text.count("{") > MAX_DEPTH and deeper_than(value, MAX_DEPTH):
-        raise BadJson(too_deep())
+        raise BadJson(too_deep(), line)
     if SURROGATE.search(text) and not encodable(json.dumps(value, ensure_ascii=False)):
-        raise BadJson("half a surrogate pair (\\ud800 to \\udfff), which is no character; expected whole characters")
-    return value
+        raise BadJson("half a surrogate pair (\\ud800 to \\udfff), which is no character; use whole characters", line)
 
 
 def too_deep() -> str:
@@ -196,9 +238,8 @@ def read_object(path: Path, what: str = "the file", cure: str = "copy it again")
 
 
 def kind_of(value: Any) -> str:
-    """A JSON value's kind in words."""
-    names = {dict: "an object", list: "a list", str: "a text", bool: "true or false", type(None): "null"}
-    return names.get(type(value), "a number")
+    """A JSON value's kind in words, by its Python type."""
+    return f"a JSON {type(value).__name__}"
 
 
 def shown(value: Any, limit: int = 60) -> str:

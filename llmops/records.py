@@ -4,11 +4,11 @@ A line is `{"messages": [{"role": "system"|"user"|"assistant", "content": str}, 
 first, then user and assistant in turn, the assistant last.
 """
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from llmops import files
 from llmops.console import UserError
 
 Message = dict[str, str]
@@ -31,10 +31,10 @@ class Problem:
 def check_messages(record: object) -> str | None:
     """The first thing wrong with a parsed line, or None. The loader and the validator both come through here."""
     if not isinstance(record, dict):
-        return f"found a JSON {type(record).__name__}, expected an object with the key 'messages'"
+        return f"found {files.kind_of(record)}, expected an object with the key 'messages'"
     messages = record.get("messages")
     if messages is None:
-        found = ", ".join(map(repr, list(record)[:5])) or "none"
+        found = ", ".join(map(files.shown, list(record)[:5])) or "none"
         hint = "; questions with intents become such lines by faq/prepare.sh" if "intent" in record else ""
         return f'no \'messages\' (keys found: {found}); expected {{"messages": [{{"role", "content"}}, ...]}}{hint}'
     if not isinstance(messages, list) or not messages:
@@ -45,9 +45,9 @@ def check_messages(record: object) -> str | None:
             return f"message {number} is no object with 'role' and 'content'"
         role, content = message["role"], message["content"]
         if role not in ROLES:
-            return f"message {number} has the unknown role {role!r}; expected one of {', '.join(ROLES)}"
+            return f"message {number} has the unknown role {files.shown(role)}; expected one of {', '.join(ROLES)}"
         if not isinstance(content, str):
-            return f"message {number}: content is a JSON {type(content).__name__}, expected a string"
+            return f"message {number}: content is {files.kind_of(content)}, expected a string"
         if not content.strip() and role != "system":
             return f"message {number} ({role}) is empty; expected text"
         if role not in expected:
@@ -62,29 +62,22 @@ def check_messages(record: object) -> str | None:
 
 def parse_line(raw: bytes) -> tuple[list[Message] | None, str | None]:
     """(messages, None) for a good line, (None, problem) for a bad one."""
-    try:
-        record = json.loads(raw.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        return None, f"not UTF-8 (byte {error.start + 1} of the line); save the file as UTF-8"
-    except json.JSONDecodeError as error:
-        return None, f"broken JSON: {error.msg} (column {error.colno})"
-    except RecursionError:
-        return None, "broken JSON: nested too deeply"
-    problem = check_messages(record)
-    if problem:
+    return messages_of(*files.parse_line(raw))
+
+
+def messages_of(record: object, unreadable: str | None) -> tuple[list[Message] | None, str | None]:
+    """`parse_line` for a line that is parsed already, or could not be."""
+    problem = unreadable or check_messages(record)
+    if problem or not isinstance(record, dict):
         return None, problem
     return [{"role": m["role"], "content": m["content"]} for m in record["messages"]], None
 
 
 def read_conversations(path: Path) -> Iterator[tuple[int, list[Message] | None, Problem | None]]:
     """Every line that is not blank as (line number from 1, messages or None, problem or None)."""
-    with open(path, "rb") as lines:
-        for number, line in enumerate(lines, 1):
-            raw = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
-            if not raw.strip():
-                continue
-            messages, text = parse_line(raw)
-            yield number, messages, Problem(path, number, text) if text else None
+    for number, value, unreadable in files.json_lines(path, "the data", "put it there or name another file"):
+        messages, text = messages_of(value, unreadable)
+        yield number, messages, Problem(path, number, text) if text else None
 
 
 def problems_error(path: Path, problems: list[Problem], rows: int) -> UserError:
