@@ -20,7 +20,8 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
 from eval import evaluate_model_from_five_dimensions as command
-from eval.engine import Engine, Processes, Settings
+from eval.engine import Engine, Settings
+from eval.processes import Processes
 from eval.samples import Sample, draw
 from llmops import tiny
 from llmops.console import log
@@ -36,7 +37,7 @@ def load_samples(data: Path, limit: int) -> dict[str, list[Sample]]:
         dimension = command.DIMENSIONS[name]
         folder = data if name == "reading_comprehension" and dimension.find(data) else command.SAMPLES
         options = command.Options(num_fewshot=shots, data_dir=str(folder))
-        samples = command.load_data(dimension, options)[0].samples
+        samples = command.load_data(dimension, options).loaded.samples
         # questions of a passage are neighbours in the file: the first ones, not a draw
         found[name] = samples[:limit] if name == "reading_comprehension" else draw(samples, limit, 0)
     return found
@@ -56,7 +57,7 @@ def run_ours(model: Path, samples: dict[str, list[Sample]]) -> dict[str, Any]:
     found = {}
     for name, group in samples.items():
         started, worked = time.perf_counter(), time.process_time()
-        answers = engine.answer(name, group, [NEW_TOKENS] * len(group))
+        answers = engine.answer(engine.prepare(name, group, NEW_TOKENS))
         found[name] = {
             "seconds": time.perf_counter() - started,
             "cpu_seconds": time.process_time() - worked,

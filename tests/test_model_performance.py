@@ -14,8 +14,9 @@ import pytest
 from conftest import ROOT, Messages, environment, write_jsonl
 
 from eval import metrics, model_performance_evaluation
-from eval.engine import Engine, Processes, Settings
+from eval.engine import Engine, Settings
 from eval.model_performance_evaluation import read_metrics, read_samples
+from eval.processes import Processes
 from llmops.console import UserError
 
 SCRIPT = ROOT / "eval" / "model_performance_evaluation.py"
@@ -93,7 +94,7 @@ def test_batch_size_and_prefixes_change_nothing(checkpoints: dict[str, Path], da
     for size, reuse in [(1, True), (3, True), (8, True), (1, False), (3, False), (8, False)]:
         settings = Settings(str(checkpoints[architecture]), batch_size=size, reuse_prefix=reuse, gpu_id=-1)
         engine = Engine(settings, Processes())
-        answers.append([answer.text for answer in engine.answer("x", samples, [6] * len(samples))])
+        answers.append([answer.text for answer in engine.answer(engine.prepare("x", samples, 6))])
     assert all(found == answers[0] for found in answers[1:])
 
 

@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from eval import metrics
-from eval.dimensions.base import Dimension, Scores, clean, mean, read_json, text_of
+from eval.dimensions.base import Asked, Dimension, Official, Scores, clean, mean, read_json, text_of
 from eval.samples import Loaded, Sample
+from llmops import files
 from llmops.console import UserError
 
 BEFORE = "阅读短文，用短文中的原话简短地回答问题，只写答案。\n短文："
@@ -21,34 +22,36 @@ def read(path: Path) -> Loaded:
         raise UserError(f"{path}: expected CMRC2018's list of passages or an object with 'data' (SQuAD style)")
     rows = read_native(found, path) if native else read_squad(found["data"], path)
     samples = [
-        Sample(BEFORE, answers, passage, f"\n问题：{question}\n答案：")
-        for passage, question, answers in rows
+        Sample(BEFORE, answers, passage, f"\n问题：{question}\n答案：", id=name, spans=True)
+        for name, passage, question, answers in rows
         if answers
     ]
     return Loaded(samples)
 
 
-def read_native(passages: list[Any], path: Path) -> Iterator[tuple[str, str, tuple[str, ...]]]:
-    """(passage, question, answers) of `{context_text, qas: [{query_text, answers}]}`."""
+def read_native(passages: list[Any], path: Path) -> Iterator[tuple[str, str, str, tuple[str, ...]]]:
+    """(id, passage, question, answers) of `{context_text, qas: [{query_id, query_text, answers}]}`."""
     for number, passage in enumerate(passages, 1):
         where = f"{path}, passage {number}"
         for question in list_of(passage, "qas", where):
             answers = [text_of({"answer": answer}, "answer", where) for answer in list_of(question, "answers", where)]
             yield (
+                str(question.get("query_id", "")),
                 text_of(passage, "context_text", where),
                 text_of(question, "query_text", where),
                 tuple(dict.fromkeys(answers)),
             )
 
 
-def read_squad(articles: list[Any], path: Path) -> Iterator[tuple[str, str, tuple[str, ...]]]:
-    """(passage, question, answers) of `{paragraphs: [{context, qas: [{question, answers: [{text}]}]}]}`."""
+def read_squad(articles: list[Any], path: Path) -> Iterator[tuple[str, str, str, tuple[str, ...]]]:
+    """(id, passage, question, answers) of `{paragraphs: [{context, qas: [{id, question, answers: [{text}]}]}]}`."""
     for number, article in enumerate(articles, 1):
         where = f"{path}, article {number}"
         for paragraph in list_of(article, "paragraphs", where):
             for question in list_of(paragraph, "qas", where):
                 answers = [text_of(answer, "text", where) for answer in list_of(question, "answers", where)]
                 yield (
+                    str(question.get("id", "")),
                     text_of(paragraph, "context", where),
                     text_of(question, "question", where),
                     tuple(dict.fromkeys(answers)),
@@ -72,6 +75,16 @@ def score(prediction: str, sample: Sample) -> Scores:
     }
 
 
+def ceiling(samples: Sequence[Sample]) -> tuple[str, list[float | None]]:
+    """One reference copied from the passage scores 1."""
+    return "a perfect reader of what the prompts hold", [1.0] * len(samples)
+
+
+def predictions(asked: Asked) -> str:
+    """What cmrc2018_evaluate.py and CLUE read: `{query_id: answer}`."""
+    return files.dumps({sample.id: clean(answer.text) for sample, answer in asked}, indent=1) + "\n"
+
+
 def baselines(samples: Sequence[Sample], seed: int) -> Scores:
     """BLEU of the passage's first sentence."""
     firsts = (re.split("(?<=[。！？])", sample.passage, maxsplit=1)[0] for sample in samples)
@@ -90,5 +103,7 @@ DIMENSION = Dimension(
     metric="BLEU",
     score=score,
     baselines=baselines,
+    ceiling=ceiling,
     max_new_tokens=64,
+    official=Official("cmrc2018_predict.json", predictions),
 )  # fmt: skip
