@@ -403,3 +403,32 @@ def test_report_has_bounds(capfd: pytest.CaptureFixture[str], checkpoints: dict[
         note = next(note for note in found["diagnosis"][name] if note.startswith("4 samples drawn from "))
         assert f"(limit 4): {report['metric']} {report['metrics'][report['metric']]['mean']:.3f}, 95% interval" in note
     assert os.listdir(tmp_path / "samples")
+
+
+def test_the_hubs_parquet_files_are_read(tmp_path: Path) -> None:
+    """AFQMC and CMRC2018 as the Hugging Face hub keeps them: the same samples as from the authors' files."""
+    import pyarrow
+    from pyarrow import parquet
+
+    rows = [pair(i) | {"label": i % 2, "idx": i} for i in range(3)]
+    path = tmp_path / "clue" / "afqmc" / "validation-00000-of-00001.parquet"
+    path.parent.mkdir(parents=True)
+    parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    afqmc = command.DIMENSIONS["inference_ability"]
+    data = command.load_data(afqmc, command.Options(data_dir=str(tmp_path)))
+    write_lines(tmp_path / "afqmc" / "dev.json", [row | {"label": str(row["label"])} for row in rows])
+    assert data.loaded.samples == command.load_data(afqmc, command.Options(data_dir=str(tmp_path))).loaded.samples
+    cmrc = command.DIMENSIONS["reading_comprehension"]
+    native = cmrc.read(command.SAMPLES / "cmrc2018" / "cmrc2018_dev.json").samples
+    flat = [
+        {"id": sample.id, "context": sample.passage, "question": sample.after[4:-4],
+         "answers": {"text": list(sample.references), "answer_start": [0] * len(sample.references)}}
+        for sample in native
+    ]  # fmt: skip
+    path = tmp_path / "cmrc2018" / "data" / "validation-00000-of-00001.parquet"
+    path.parent.mkdir(parents=True)
+    parquet.write_table(pyarrow.Table.from_pylist(flat), path)
+    assert command.load_data(cmrc, command.Options(data_dir=str(tmp_path))).loaded.samples == native
+    path.write_bytes(b"PAR1broken")
+    with pytest.raises(UserError, match="is no parquet file"):
+        command.load_data(cmrc, command.Options(data_dir=str(tmp_path)))

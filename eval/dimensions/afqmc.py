@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from eval.dimensions.base import Asked, Dimension, Official, Scores, all_right, read_jsonl, text_of
+from eval.dimensions.base import Asked, Dimension, Official, Scores, all_right, read_jsonl, read_rows, text_of
 from eval.samples import Loaded, Sample, accuracy_baselines
 from llmops import files
 from llmops.console import UserError
@@ -13,9 +13,9 @@ ANSWERS = {"1": "是", "0": "否"}
 
 
 def read(path: Path) -> Loaded:
-    """jsonl `{"sentence1", "sentence2", "label": "0" or "1"}`; the test file has no labels and is refused."""
+    """jsonl or parquet `{"sentence1", "sentence2", "label": "0" or "1"}`; the test file has no labels: refused."""
     samples = []
-    for number, record in read_jsonl(path):
+    for number, record in read_rows(path):
         where = f"{path}:{number}"
         if "label" not in record:
             raise UserError(f"{where}: no 'label'; this is the test file, take the dev file")
@@ -36,7 +36,7 @@ def ask(record: dict[str, Any], where: str, references: tuple[str, ...], number:
 def unlabelled(path: Path) -> list[Sample]:
     """The pairs of the test file beside the dev file, which CLUE's submission is about; none where it is not."""
     test = path.with_name(path.name.replace("dev", "test"))
-    if test == path or not test.is_file():
+    if test == path or path.suffix == ".parquet" or not test.is_file():
         return []
     return [ask(record, f"{test}:{number}", (), number - 1) for number, record in read_jsonl(test)]
 
@@ -66,7 +66,9 @@ def baselines(samples: Sequence[Sample], seed: int) -> Scores:
 DIMENSION = Dimension(
     name="inference_ability",
     dataset="AFQMC",
-    files=("afqmc/dev.json", "afqmc*/dev.json*", "afqmc*/*dev*.json*", "*afqmc*dev*.json*"),
+    files=(
+        "afqmc/dev.json", "afqmc*/dev.json*", "afqmc*/*dev*.json*", "*afqmc*dev*.json*", "**/afqmc/validation*.parquet",
+    ),
     get="AFQMC of the CLUE benchmark: dev.json in a folder afqmc",
     unscored=("afqmc*/test.json",),
     read=read,
@@ -75,4 +77,4 @@ DIMENSION = Dimension(
     baselines=baselines,
     ceiling=all_right,
     official=Official("afqmc_predict.json", submission, unlabelled),
-)
+)  # fmt: skip

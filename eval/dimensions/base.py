@@ -85,6 +85,22 @@ def read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         yield number, value
 
 
+def read_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """`read_jsonl`, or (row number, object) of a parquet file, as the Hugging Face hub keeps data sets."""
+    if path.suffix != ".parquet":
+        yield from read_jsonl(path)
+        return
+    import pyarrow
+    from pyarrow import parquet
+
+    with files.open_regular(path, "the data file") as stream:
+        try:
+            rows = parquet.read_table(stream).to_pylist()
+        except (pyarrow.ArrowException, OSError) as error:
+            raise UserError(f"{path} is no parquet file ({type(error).__name__}); copy it again") from error
+    yield from enumerate(rows, 1)
+
+
 def text_of(record: dict[str, Any], key: str, where: str) -> str:
     """A value as text: numbers too, as the official files hold some. Raises UserError when it is not there."""
     value = record.get(key)

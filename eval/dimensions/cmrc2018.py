@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from eval import metrics
-from eval.dimensions.base import Asked, Dimension, Official, Scores, clean, mean, read_json, text_of
+from eval.dimensions.base import Asked, Dimension, Official, Scores, clean, mean, read_json, read_rows, text_of
 from eval.samples import Loaded, Sample
 from llmops import files
 from llmops.console import UserError
@@ -15,12 +15,15 @@ BEFORE = "阅读短文，用短文中的原话简短地回答问题，只写答�
 
 
 def read(path: Path) -> Loaded:
-    """The native format (a list of passages) and the SQuAD style; a number as an answer is read as its text."""
-    found = read_json(path)
-    native = isinstance(found, list)
-    if not native and not (isinstance(found, dict) and isinstance(found.get("data"), list)):
-        raise UserError(f"{path}: expected CMRC2018's list of passages or an object with 'data' (SQuAD style)")
-    rows = read_native(found, path) if native else read_squad(found["data"], path)
+    """The native format (a list of passages), the SQuAD style, and the hub's parquet; a number is read as its text."""
+    if path.suffix == ".parquet":
+        rows = read_flat(path)
+    else:
+        found = read_json(path)
+        native = isinstance(found, list)
+        if not native and not (isinstance(found, dict) and isinstance(found.get("data"), list)):
+            raise UserError(f"{path}: expected CMRC2018's list of passages or an object with 'data' (SQuAD style)")
+        rows = read_native(found, path) if native else read_squad(found["data"], path)
     samples = [
         Sample(BEFORE, answers, passage, f"\n问题：{question}\n答案：", id=name, spans=True)
         for name, passage, question, answers in rows
@@ -56,6 +59,15 @@ def read_squad(articles: list[Any], path: Path) -> Iterator[tuple[str, str, str,
                     text_of(question, "question", where),
                     tuple(dict.fromkeys(answers)),
                 )
+
+
+def read_flat(path: Path) -> Iterator[tuple[str, str, str, tuple[str, ...]]]:
+    """(id, passage, question, answers) of rows `{id, context, question, answers: {text: [...]}}`."""
+    for number, record in read_rows(path):
+        where = f"{path}:{number}"
+        answers = [text_of({"text": text}, "text", where) for text in list_of(record.get("answers"), "text", where)]
+        passage, question = (text_of(record, key, where) for key in ("context", "question"))
+        yield str(record.get("id", "")), passage, question, tuple(dict.fromkeys(answers))
 
 
 def list_of(record: Any, key: str, where: str) -> list[Any]:
@@ -96,7 +108,7 @@ DIMENSION = Dimension(
     dataset="CMRC2018",
     files=(
         "cmrc2018/cmrc2018_dev.json", "cmrc2018*/dev.json", "cmrc2018*/*dev*.json", "cmrc2018*/*/*dev*.json",
-        "*cmrc2018*dev*.json", "cmrc2018*/*trial*.json",
+        "*cmrc2018*dev*.json", "cmrc2018*/**/validation*.parquet", "cmrc2018*/*trial*.json",
     ),
     get="CMRC2018: cmrc2018_dev.json (native or SQuAD style) in a folder cmrc2018",
     read=read,
