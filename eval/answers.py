@@ -15,6 +15,7 @@ from typing import Any
 from llmops import files
 from llmops.console import UserError
 
+FIVE, PERFORMANCE = "evaluate_model_from_five_dimensions", "model_performance_evaluation"
 RESULTS_NAME = "eval_results.json"
 RADAR_NAME = "five_dimensions.png"
 LOCK_NAME = ".evaluation.lock"
@@ -35,27 +36,48 @@ def is_record(value: Any) -> bool:
     )
 
 
-def check_foreign(folder: Path, command: str, names: Sequence[str], others: Sequence[str] = ()) -> None:
-    """Raise UserError when a file that a run would replace was not written by this command.
+def check_foreign(folder: Path, names: Sequence[str], others: Sequence[str] = ()) -> None:
+    """Raise UserError when a file that a run would replace was not written by an evaluation.
 
     `names` are the data sets with a per-sample file, `others` what is written after the results: where there are no
     results, such files are somebody else's.
     """
     results = folder / RESULTS_NAME
-    cure = "would be replaced; choose another output_path"
+    cure = "was not written by an evaluation and would be replaced; choose another output_path"
     if results.exists():
-        found = files.read_json(results, "the results file", "choose another output_path")
-        writer = found.get("command") if isinstance(found, dict) else None
-        if writer != command:
-            whose = f"are those of {writer}" if isinstance(writer, str) else "were not written by this command"
-            raise UserError(f"the results in {results} {whose} and {cure}")
+        if writer_of(results) is None:
+            raise UserError(f"{results} {cure}")
     elif strange := [name for name in others if (folder / name).exists()]:
-        raise UserError(f"{folder / strange[0]} was not written by this command and {cure}")
+        raise UserError(f"{folder / strange[0]} {cure}")
     for name in names:
         path = folder / SAMPLES / f"{name}.jsonl"
         first = next(files.json_lines(path, "the answers"), None) if path.exists() else None
         if first and not (isinstance(first.value, dict) and {"key", "prediction"} <= first.value.keys()):
-            raise UserError(f"{path} was not written by this command and {cure}")
+            raise UserError(f"{path} {cure}")
+
+
+def writer_of(results: Path) -> str | None:
+    """The command of ours that wrote a results file."""
+    found = files.read_json(results, "the results file", "choose another output_path")
+    writer = found.get("command") if isinstance(found, dict) else None
+    return writer if writer in (FIVE, PERFORMANCE) else None
+
+
+def results_of(folder: Path, command: str) -> Path:
+    """Where a command's results lie: under RESULTS_NAME, or aside where the other command wrote after it."""
+    aside = folder / f"eval_results.{command}.json"
+    return aside if aside.is_file() else folder / RESULTS_NAME
+
+
+def write_results(folder: Path, command: str, results: Record) -> Path:
+    """Write eval_results.json; one of the other command steps aside, under a name with that command's."""
+    path = folder / RESULTS_NAME
+    other = writer_of(path) if path.exists() else None
+    if other and other != command:
+        path.rename(folder / f"eval_results.{other}.json")
+    files.write_json(path, results)
+    (folder / f"eval_results.{command}.json").unlink(missing_ok=True)
+    return path
 
 
 class Answers:

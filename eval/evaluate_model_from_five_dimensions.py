@@ -19,7 +19,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from eval.answers import RADAR_NAME
+from eval.answers import FIVE, RADAR_NAME
 from eval.dimensions import afqmc, cmrc2018, m3ke, quoref, tnews
 from eval.dimensions.base import Dimension
 from eval.engine import Engine, Settings, check, owned
@@ -32,7 +32,6 @@ from eval.samples import Answer, add_examples, draw, rows_of
 from llmops import files
 from llmops.console import Parser, Terminated, UserError, log, run_main, stdout_to_stderr, to_bool
 
-COMMAND = "evaluate_model_from_five_dimensions"
 DIMENSIONS: dict[str, Dimension] = {
     module.DIMENSION.name: module.DIMENSION for module in (afqmc, cmrc2018, tnews, quoref, m3ke)
 }
@@ -43,7 +42,7 @@ OFFICIAL = "official"  # folder in output_path for what benchmarks' own scripts 
 def build_parser() -> argparse.ArgumentParser:
     """Three positional arguments."""
     parser = Parser(
-        prog=f"{COMMAND}.py", description="Evaluate a chat model in five dimensions.",
+        prog=f"{FIVE}.py", description="Evaluate a chat model in five dimensions.",
         epilog=HELP, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
     )  # fmt: skip
     parser.add_argument("model", help="whole model, merged model or adapter folder")
@@ -247,7 +246,7 @@ class Evaluation:
             "num_fewshot": self.options.num_fewshot,
             "dimensions": {name: outcome.report for name, outcome in self.outcomes.items()},
         }
-        write_results(engine, COMMAND, time.monotonic() - self.started, more)
+        write_results(engine, FIVE, time.monotonic() - self.started, more)
         if not self.outcomes:
             return
         path = Path(self.options.output_path) / RADAR_NAME
@@ -297,7 +296,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 stack.enter_context(stdout_to_stderr())
                 stack.enter_context(processes.connected())
                 others = [RADAR_NAME, *official]
-                stack.enter_context(owned(options.output_path, COMMAND, names, processes, others))
+                stack.enter_context(owned(options.output_path, names, processes, others))
                 interrupts = stack.enter_context(Interrupts())
                 stack.enter_context(evaluation)
                 evaluation.run(interrupts)

@@ -17,6 +17,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from eval.answers import PERFORMANCE
 from eval.engine import Engine, Settings, check, owned
 from eval.interrupts import Interrupts
 from eval.metrics import METRICS, language
@@ -29,7 +30,6 @@ from llmops.console import FailureJson, Parser, Terminated, UserError, log, run_
 from llmops.records import problems_error, read_conversations
 
 NAME = "model_performance"
-COMMAND = "model_performance_evaluation"
 
 
 @dataclass(frozen=True)
@@ -157,7 +157,7 @@ def run(config: Config, processes: Processes, interrupts: Interrupts) -> dict[st
     # 1. everything that can be wrong without the weights
     check(config.settings)
     samples = draw(read_samples(Path(config.dataset_path)), config.limit, config.seed)
-    with owned(config.settings.output_path, COMMAND, [NAME], processes):
+    with owned(config.settings.output_path, [NAME], processes):
         engine = Engine(config.settings, processes)
         prepared = prepare(engine, samples, config.max_new_tokens)
         # 2. the answers
@@ -221,7 +221,7 @@ def report(
             "evaluation_results": results, "metrics": figures, "by_language": languages,
             "baselines": {"echo of the question": echo_baseline(samples, config.metrics)}, "counts": counts,
         }  # fmt: skip
-        write_results(engine, COMMAND, seconds, more)
+        write_results(engine, PERFORMANCE, seconds, more)
     return results
 
 

@@ -7,7 +7,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from eval.answers import RESULTS_NAME
+from eval import answers
+from eval.answers import FIVE, RESULTS_NAME
 from eval.engine import Engine
 from llmops import files, pictures
 from llmops.console import UserError, log
@@ -35,14 +36,12 @@ def write_results(engine: Engine, command: str, seconds: float, more: Mapping[st
         "seconds": round(seconds, 2),
         "versions": packages,
     }
-    path = Path(settings.output_path) / RESULTS_NAME
-    files.write_json(path, head | dict(more))
-    log(f"results in {path}")
+    log(f"results in {answers.write_results(Path(settings.output_path), command, head | dict(more))}")
 
 
 def read_scores(path: Path) -> tuple[str, dict[str, float]]:
     """(name of the model, score by dimension) of an eval_results.json or the folder that holds it."""
-    path = path / RESULTS_NAME if path.is_dir() else path
+    path = answers.results_of(path, FIVE) if path.is_dir() else path
     try:
         found = files.read_json(path, RESULTS_NAME)
         scores = {name: float(score) for name, score in found["evaluation_results"].items()}

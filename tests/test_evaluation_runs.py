@@ -14,10 +14,11 @@ from conftest import environment
 
 from eval import evaluate_model_from_five_dimensions as command
 from eval import model_performance_evaluation
-from eval.answers import LOCK_NAME, appending
+from eval.answers import FIVE, LOCK_NAME, PERFORMANCE, appending
 from eval.engine import Engine, Settings
 from eval.metrics import cmrc_em, cmrc_f1
 from eval.processes import Processes
+from eval.report import read_scores
 from eval.samples import Answer
 from llmops import files
 from llmops.console import RunStopped, UserError
@@ -243,21 +244,37 @@ def test_two_at_once_and_foreign_files_are_refused(
         assert after == {path: text for path, text in before.items() if path.name != LOCK_NAME}
 
     contents = {
-        "eval_results.json": ('{"scores": [1]}', "were not written by this command and would be replaced"),
-        "five_dimensions.png": ("picture", "was not written by this command"),
-        "samples/inference_ability.jsonl": ('{"mine": 1}\n', "inference_ability.jsonl was not written by this command"),
+        "eval_results.json": ('{"command": "mine"}', "was not written by an evaluation and would be replaced; choose"),
+        "five_dimensions.png": ("picture", "was not written by an evaluation"),
+        "samples/inference_ability.jsonl": ('{"mine": 1}\n', "ability.jsonl was not written by an evaluation"),
     }
     for i, (name, (text, phrase)) in enumerate(contents.items()):
         path = tmp_path / str(i) / name
         path.parent.mkdir(parents=True)
         path.write_text(text, encoding="utf-8")
         refused(tmp_path / str(i), phrase)
-    other = tmp_path / "other"
-    other.mkdir()
-    files.write_json(other / "eval_results.json", {"command": model_performance_evaluation.COMMAND})
-    refused(other, "are those of model_performance_evaluation and would be replaced; choose another output_path")
     with files.lock(tmp_path / "2" / LOCK_NAME, ""):
         refused(tmp_path / "2", "another evaluation is writing into")
+
+
+def test_both_commands_share_a_folder(
+    capfd: pytest.CaptureFixture[str], checkpoints: dict[str, Path], taught_data: Path, tmp_path: Path
+) -> None:
+    """The results that stand there step aside under their command's name and are found again."""
+    options = {"data_dir": str(command.SAMPLES), "limit": 2, "output_path": str(tmp_path)}
+    code, found, errors = call(capfd, checkpoints["llama"], ["inference_ability"], **options)
+    assert code == 0, errors
+    model = ["--model_name_or_path", str(checkpoints["llama"]), "--dataset_path", str(taught_data), "--limit", "2"]
+    assert model_performance_evaluation.main([*model, "--gpu_id", "-1", "--output_path", str(tmp_path)]) == 0
+    aside = tmp_path / f"eval_results.{FIVE}.json"
+    assert read_report(tmp_path)["command"] == PERFORMANCE
+    assert json.loads(aside.read_text(encoding="utf-8"))["evaluation_results"] == found["evaluation_results"]
+    assert read_scores(tmp_path)[1] == found["evaluation_results"]
+    code, _, _ = call(capfd, checkpoints["llama"], ["inference_ability"], **options)
+    assert code == 0
+    assert read_report(tmp_path)["command"] == FIVE
+    assert not aside.exists()
+    assert (tmp_path / f"eval_results.{PERFORMANCE}.json").is_file()
 
 
 def test_a_folder_of_others_keeps_everything(
