@@ -61,7 +61,10 @@ class Row:
 
 
 class Pool:
-    """The rows that are being answered together. A pass that runs out of memory changes no row."""
+    """The rows that are being answered together.
+
+    What runs out of memory changes no row; what was computed may be gone then (`state` None), or be half done.
+    """
 
     def __init__(self, passes: Passes, stop_ids: Sequence[int]) -> None:
         self.passes = passes
@@ -82,26 +85,28 @@ class Pool:
     def admit(self, rows: list[Row], prefixes: list[Prefix]) -> list[Row]:
         """Take rows in and compute their first token; those that are done with it."""
         new = self.passes.read([[*row.prompt, *row.ids] for row in rows], prefixes)
-        logits = new.logits
+        tokens = likeliest(new.logits)
         kept = [k for k, row in enumerate(self.rows) if not row.done]
         if kept and self.state:
             mixed = any(prefix.length for prefix in self.state.prefixes) and not any(p.length for p in new.prefixes)
             if mixed and len(rows) <= FEW_ALONE:  # whole prompts beside short ends of others
                 new = own_prefixes(new)
-            new = merge([(self.state, kept), (new, list(range(len(rows))))])
+            old, self.state = self.state, None
+            new = merge([(old, kept), (new, list(range(len(rows))))], consume=True)
         self.state = new
         self.rows = [self.rows[k] for k in kept] + rows
-        return self._take(rows, logits)
+        return self._take(rows, tokens)
 
     def step(self) -> list[Row]:
         """One more token for every row; those that are done with it."""
         assert self.state
         kept = [k for k, row in enumerate(self.rows) if not row.done]
         if (len(self.rows) - len(kept)) * IDLE >= len(self.rows):
-            self.state = merge([(self.state, kept)])
+            old, self.state = self.state, None
+            self.state = merge([(old, kept)], consume=True)
             self.rows = [self.rows[k] for k in kept]
         logits = self.passes.step(self.state, [row.ids[-1:] or [self.passes.pad_id] for row in self.rows])
-        return self._take(self.rows, logits)
+        return self._take(self.rows, likeliest(logits))
 
     def clear(self) -> list[Row]:
         """Forget what was computed; the rows that are not done, with their answers so far."""
@@ -109,13 +114,18 @@ class Pool:
         self.rows, self.state = [], None
         return rows
 
-    def _take(self, rows: list[Row], logits: torch.Tensor) -> list[Row]:
-        """The likeliest token of each row by logits [rows, V]; the rows that are done by it."""
-        top = logits.float().log_softmax(-1).max(-1)
+    def _take(self, rows: list[Row], tokens: list[tuple[int, float]]) -> list[Row]:
+        """A token for each row; the rows that are done by it."""
         ended = []
-        for row, logp, token in zip(rows, top.values.tolist(), top.indices.tolist(), strict=True):
+        for row, (token, logp) in zip(rows, tokens, strict=True):
             if not row.done:
                 row.take(token, logp, self.stop_ids)
                 if row.done:
                     ended.append(row)
         return ended
+
+
+def likeliest(logits: torch.Tensor) -> list[tuple[int, float]]:
+    """The likeliest token of each row and its log-probability, by logits [rows, V]."""
+    top = logits.float().log_softmax(-1).max(-1)
+    return list(zip(top.indices.tolist(), top.values.tolist(), strict=True))

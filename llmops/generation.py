@@ -167,7 +167,7 @@ class Generator:
             except torch.OutOfMemoryError:
                 pass  # what holds the tensors is gone after this block
             if ended is None:
-                back = taken or pool.clear()
+                back = taken if taken and pool.state else [*taken, *pool.clear()]
                 self._fewer(back, pool.going)
                 waiting.extendleft(reversed(back))
             yield from ((row.index, row.generated) for row in ended or [])

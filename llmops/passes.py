@@ -116,10 +116,13 @@ class Passes:
         return logits[:, -keep:] if keep else logits[:, -1]
 
 
-def merge(pieces: Sequence[tuple[State, list[int]]], order: Sequence[int] | None = None) -> State:
-    """One state of some rows of several, with a cache of its own; without the logits. The pieces stay as they were.
+def merge(
+    pieces: Sequence[tuple[State, list[int]]], order: Sequence[int] | None = None, consume: bool = False
+) -> State:
+    """One state of some rows of several, with a cache of its own; without the logits.
 
-    The rows follow one another, or row i stands at place `order[i]`. Columns that none of them needs are left out.
+    The rows follow one another, or row i stands at place `order[i]`. Columns that none of them needs are left out. The
+    pieces stay as they were, unless they are consumed: layer by layer, so that memory never holds everything twice.
     """
     states = [state for state, _ in pieces]
     count = sum(len(rows) for _, rows in pieces)
@@ -140,19 +143,16 @@ def merge(pieces: Sequence[tuple[State, list[int]]], order: Sequence[int] | None
             whole[at, ..., width - used : width, :] = tensor[rows, ..., tensor.shape[-2] - used :, :]
         return whole
 
-    layers = zip(*(state.cache.layers if state.cache else [] for state in states), strict=True)
-    cache = Cache(
-        [
-            GrowingLayer.of(
-                gathered([layer.keys for layer in same], ROOM), gathered([layer.values for layer in same], ROOM), width
-            )
-            for same in layers
-        ]
-    )
+    layers = []
+    for same in zip(*(state.cache.layers if state.cache else [] for state in states), strict=True):
+        both = (gathered([layer.keys for layer in same], ROOM), gathered([layer.values for layer in same], ROOM))
+        layers.append(GrowingLayer.of(*both, width))
+        for layer in same if consume else ():
+            layer.drop()
     prompts = in_order([state.prompts[k] for state, rows in pieces for k in rows], order)
     prefixes = in_order([state.prefixes[k] for state, rows in pieces for k in rows], order)
     columns = gathered([state.valid[:, :, None] for state in states])[:, :, 0]
-    return State(torch.empty(0), prompts, prefixes, cache, columns)
+    return State(torch.empty(0), prompts, prefixes, Cache(layers), columns)
 
 
 def own_prefixes(state: State) -> State:

@@ -107,6 +107,11 @@ class GrowingLayer(DynamicLayer):
         layer.keys, layer.values = keys[:, :, :length], values[:, :, :length]
         return layer
 
+    def drop(self) -> None:
+        """Let go of the tensors."""
+        self.keys = self.values = self.keys.new_empty(0)
+        self.room = (self.keys, self.values)
+
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
