@@ -101,8 +101,8 @@ def load_data(dimension: Dimension, options: Options) -> Data:
 class Evaluation:
     """One run: what is asked, what is finished, and what is said of it, however it ends.
 
-    A context: on the way out the reports of what is finished are written. `printed` is what stdout gets, None before a
-    model was asked.
+    A context: on the way out the reports of what is finished are written. `printed` is what stdout gets: nothing when
+    there is something to mend and no dimension was finished.
     """
 
     def __init__(self, model: str, dimensions: Sequence[Dimension], options: Options, processes: Processes) -> None:
@@ -125,7 +125,8 @@ class Evaluation:
         self.prepared: dict[str, Prepared] = {}
         self.tests: dict[str, Prepared] = {}  # files without answers that a submission is about
         self.asking = False
-        self.ended_by = ""
+        self.ended_by = "before it began"
+        self.silent = True
 
     def __enter__(self) -> "Evaluation":
         return self
@@ -133,8 +134,8 @@ class Evaluation:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        if error:
-            self.ended_by = how_it_ended(error)
+        self.ended_by = how_it_ended(error) if error else ""
+        self.silent = isinstance(error, UserError) and not self.outcomes
         if self.asking and self.engine and self.options.output_path and self.processes.first:
             self._write_reports(self.engine)
 
@@ -166,12 +167,12 @@ class Evaluation:
 
     def printed(self) -> dict[str, Any] | None:
         """The documented JSON: the scores of what is finished, and what a reader must know, by dimension."""
-        if not self.asking:
+        if self.silent:
             return None
         diagnosis = {}
         for data in self.data:
             name = data.dimension.name
-            notes = self.outcomes[name].notes if name in self.outcomes else [self._why_not(name)]
+            notes = self.outcomes[name].notes if name in self.outcomes else [self._why_not(data)]
             if notes:
                 diagnosis[name] = notes
         return {
@@ -179,16 +180,19 @@ class Evaluation:
             "diagnosis": diagnosis,
         }
 
-    def _why_not(self, name: str) -> str:
+    def _why_not(self, data: Data) -> str:
         """Why a dimension has no score."""
-        prepared = self.prepared[name]
-        if not prepared.samples:
+        name = data.dimension.name
+        prepared = self.prepared.get(name)
+        if prepared and not prepared.samples:
             needed = min(tokens for _, tokens in prepared.left_out)
             return (
                 f"no score: none of its {len(prepared.left_out)} prompts fits into {prepared.length} tokens; give a "
                 f"max_seq_len of {needed} or more"
             )
-        known, total = self.engine.known.get(name, (0, len(prepared.requests))) if self.engine else (0, 0)
+        known, total = self.engine.known.get(name, (0, 0)) if self.engine else (0, 0)
+        if not known:
+            return f"not finished, {self.ended_by}: none of its {total or len(data.loaded.samples)} answers was there yet"
         kept = f"are in {self.options.output_path}; the same command goes on there" if self.options.output_path else (
             "are lost, because no output_path was given"
         )  # fmt: skip

@@ -159,13 +159,13 @@ def run(config: Config, processes: Processes, interrupts: Interrupts) -> dict[st
     samples = draw(read_samples(Path(config.dataset_path)), config.limit, config.seed)
     with owned(config.settings.output_path, [NAME], processes):
         engine = Engine(config.settings, processes)
-        prepared = prepare(engine, samples, config.max_new_tokens)
-        # 2. the answers
-        with interrupts.computing():
-            try:
+        try:
+            with interrupts.computing():
+                prepared = prepare(engine, samples, config.max_new_tokens)
+                # 2. the answers
                 answers = engine.answer(prepared)
-            except Terminated as ended:
-                raise Ended(ended.code, engine, config.settings.output_path) from ended
+        except Terminated as ended:
+            raise Ended(ended.code, engine, config.settings.output_path) from ended
         if not processes.first:
             return {}
         # 3. the scores and reports
@@ -179,7 +179,8 @@ class Ended(Terminated):
         super().__init__(code)
         known, total = engine.known.get(NAME, (0, 0))
         kept = f"are in {output_path}; the same command goes on there" if output_path else "are lost (no output_path)"
-        self.message = f"ended by {'Ctrl-C' if code == 130 else 'SIGTERM'}: {known} of {total} answers {kept}"
+        how = f"{known} of {total} answers {kept}" if known else "no answer was there yet"
+        self.message = f"ended by {'Ctrl-C' if code == 130 else 'SIGTERM'}: {how}"
 
 
 def prepare(engine: Engine, samples: Sequence[Sample], max_new_tokens: int) -> Prepared:

@@ -221,6 +221,25 @@ def test_a_stop_on_the_way_leaves_what_is_finished(
     assert list(found["evaluation_results"]) == names
 
 
+def test_a_signal_before_the_first_answer_is_told(
+    capfd: pytest.CaptureFixture[str], checkpoints: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SIGTERM while the weights load: the documented JSON with nothing finished."""
+
+    def slow(*_: Any) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(10)
+
+    monkeypatch.setattr("eval.engine.load", slow)
+    options = {"data_dir": str(command.SAMPLES), "limit": 3}
+    code, found, errors = call(capfd, checkpoints["llama"], ["inference_ability"], **options)
+    assert (code, found["evaluation_results"]) == (143, {})
+    assert found["diagnosis"]["inference_ability"] == [
+        "not finished, ended by SIGTERM: none of its 3 answers was there yet"
+    ]
+    assert "Traceback" not in errors
+
+
 def test_a_full_disk_is_a_sentence() -> None:
     with pytest.raises(RunStopped, match="the disk of /dev/full is full"), appending(Path("/dev/full")) as append:
         append(b"x" * 10)
