@@ -192,10 +192,11 @@ class Evaluation:
             )
         known, total = self.engine.known.get(name, (0, 0)) if self.engine else (0, 0)
         if not known:
-            return f"not finished, {self.ended_by}: none of its {total or len(data.loaded.samples)} answers was there yet"
-        kept = f"are in {self.options.output_path}; the same command goes on there" if self.options.output_path else (
-            "are lost, because no output_path was given"
-        )  # fmt: skip
+            total = total or len(data.loaded.samples)
+            return f"not finished, {self.ended_by}: none of its {total} answers was there yet"
+        kept = "are lost, because no output_path was given"
+        if self.options.output_path:
+            kept = f"are in {self.options.output_path}; the same command goes on there"
         return f"not finished, {self.ended_by}: {known} of {total} answers {kept}"
 
     def _finish(self, engine: Engine, data: Data, answers: Sequence[Answer]) -> None:
