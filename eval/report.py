@@ -81,10 +81,7 @@ def draw_radar(
         return
     figure, axes = plt.subplots(figsize=(7.5, 6), dpi=120, layout="constrained", subplot_kw={"projection": "polar"})
     angles = [2 * math.pi * i / len(dimensions) for i in range(len(dimensions))]
-    round_trip = [*angles, angles[0]]
-    floors, ceilings = ([bounds[d][k] for d in [*dimensions, dimensions[0]]] for k in (0, 1))
-    axes.fill(round_trip, floors, color="#9a9a9a", alpha=0.35, linewidth=0, label=FLOOR)
-    axes.plot(round_trip, ceilings, color="#777777", linestyle="--", linewidth=1, label=CEILING)
+    draw_bounds(axes, angles, [bounds[dimension] for dimension in dimensions])
     for k, (name, (_, scores)) in enumerate(zip(names, models, strict=True)):
         known = [(angle, scores[d]) for angle, d in zip(angles, dimensions, strict=True) if d in scores]
         closed = [*known, known[0]] if known else []
@@ -103,6 +100,14 @@ def draw_radar(
     axes.tick_params(axis="y", labelsize=7, labelcolor="#777777")
     figure.legend(loc="upper right", fontsize=8, frameon=False)
     pictures.save(figure, path)
+
+
+def draw_bounds(axes: "Axes", angles: Sequence[float], bounds: Sequence[tuple[float, float]]) -> None:
+    """Floors as a grey area, ceilings as a dashed line, at each angle."""
+    around = [*angles, angles[0]]
+    floors, ceilings = ([pair[k] for pair in [*bounds, bounds[0]]] for k in (0, 1))
+    axes.fill(around, floors, color="#9a9a9a", alpha=0.35, linewidth=0, label=FLOOR)
+    axes.plot(around, ceilings, color="#777777", linestyle="--", linewidth=1, label=CEILING)
 
 
 def draw_bars(
