@@ -57,6 +57,7 @@ MERGE_LORA="${MERGE_LORA:-false}"                        # also write output_pat
 # --- settings: behaviour -----------------------------------------------------------------------------------------------
 DRY_RUN="${DRY_RUN:-false}"                             # check data, show what is learned, estimate; no training
 SKIP_BAD_LINES="${SKIP_BAD_LINES:-false}"               # drop and count bad lines instead of stopping
+ALLOW_SPECIAL_TOKENS="${ALLOW_SPECIAL_TOKENS:-false}"   # texts of control tokens in the data become these tokens
 RESUME="${RESUME:-true}"                                # continue an interrupted run
 OVERWRITE_OUTPUT_PATH="${OVERWRITE_OUTPUT_PATH:-false}" # delete an earlier run in OUTPUT_PATH and start again
 TRUST_REMOTE_CODE="${TRUST_REMOTE_CODE:-false}"         # run Python code that the checkpoint's folder ships

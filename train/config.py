@@ -101,6 +101,9 @@ class Config:
     # behaviour
     dry_run: bool = setting(False, "check the data, show what is learned, estimate memory and time, train nothing")
     skip_bad_lines: bool = setting(False, "drop and count bad lines instead of stopping")
+    allow_special_tokens: bool = setting(
+        False, "let texts of control tokens in the data become these tokens; false: they are text"
+    )
     resume: bool = setting(True, "continue an interrupted run from its newest whole checkpoint")
     overwrite_output_path: bool = setting(False, "delete an earlier run in output_path and start again")
     trust_remote_code: bool = setting(False, "run Python code that the checkpoint's folder ships")

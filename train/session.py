@@ -81,14 +81,17 @@ def prepare_data(config: Config, encodes: bool) -> Data:
     transformers.logging.disable_progress_bar()
     warnings.filterwarnings("ignore", category=FutureWarning)  # the libraries' talk among themselves
     model = Path(config.model_name_or_path)
-    tokenizer, chat = checkpoints.load_chat_format(model, config.mode, config.trust_remote_code)
+    tokenizer, chat = checkpoints.load_chat_format(
+        model, config.mode, config.trust_remote_code, config.allow_special_tokens
+    )
     length = checkpoints.model_length(checkpoints.read_config(model)) or config.max_seq_len
     if length < config.max_seq_len and encodes:
         log(f"the model was made for {length} tokens, so that is the limit and not --max_seq_len {config.max_seq_len}")
 
     def load(path: Path, skip: bool) -> TokenDataset:
         whole = config.scenario == "faq" and path != config.retention_path
-        source = Source(path, model, config.mode, min(length, config.max_seq_len), skip, whole)
+        limit = min(length, config.max_seq_len)
+        source = Source(path, model, config.mode, limit, skip, whole, config.allow_special_tokens)
         return load_or_encode(source, chat, Path(config.output_path) / CACHE_NAME, encodes)
 
     train = load(Path(config.train_file), config.skip_bad_lines)
