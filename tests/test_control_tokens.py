@@ -320,13 +320,17 @@ RESERVED = ["<reserved_106>", "<reserved_107>"]  # Baichuan2's 195 and 196
 @pytest.fixture(scope="module")
 def typed_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A sentencepiece model that knows control tokens as symbols of its own, as ChatGLM-6B's and Baichuan2's do."""
-    folder = tmp_path_factory.mktemp("sentencepiece")
+    return train_typed(tmp_path_factory.mktemp("sentencepiece"), "identity")
+
+
+def train_typed(folder: Path, normalizer: str) -> Path:
+    """A model with the control tokens as pieces."""
     (folder / "text.txt").write_text("\n".join(texts()), encoding="utf-8")
     sentencepiece.SentencePieceTrainer.train(
         input=str(folder / "text.txt"), model_prefix=str(folder / "spm"), vocab_size=2200, model_type="bpe",
         byte_fallback=True, character_coverage=1.0, minloglevel=2, num_threads=1,
         user_defined_symbols=[*TYPED, *(f"<filler_{i}>" for i in range(len(TYPED) + 3, 195)), *RESERVED],
-        normalization_rule_name="identity", remove_extra_whitespaces=False,
+        normalization_rule_name=normalizer, remove_extra_whitespaces=False,
     )  # fmt: skip
     return folder / "spm.model"
 
@@ -400,6 +404,18 @@ def test_pieces_that_are_control_tokens_are_taken_apart(mode: str, typed_model: 
                         ids = chat._encode_pieces([piece]).ids
                         assert not forbidden & {*ids}
                         assert tokenizer.decode(ids) == piece.content
+
+
+def test_spellings_that_sentencepiece_makes_equal(tmp_path: Path) -> None:
+    """Full-width brackets become a control token in the model's own normalizer: such a text is taken apart, too."""
+    tokenizer = TypedTokenizer(train_typed(tmp_path, "nmt_nfkc"), LAID_OUT["glm"])
+    chat = ChatFormat(tokenizer, FAMILIES["glm"])
+    text = "怎＜sop＞么"
+    assert tokenizer.specials["<sop>"] in tokenizer.text.encode(text)
+    assert chat.controls.first([{"role": "user", "content": text}]) is None
+    ids = chat.controls.encode_text(text)
+    assert chat.controls.count(ids) == 0
+    assert tokenizer.decode(ids) == "怎<sop>么"
 
 
 def late_tokenizer(model: Path) -> Any:

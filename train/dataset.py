@@ -192,22 +192,21 @@ def load_or_encode(source: Source, chat: ChatFormat, cache: Path, encodes: bool 
         else:
             log(f"{source.path.name}: tokenised data read from the cache ({folder})")
     dataset = TokenDataset(folder)
-    said = control_texts_said(dataset.meta)
-    if said:
-        log(f"{source.path.name}: {said}")
+    say_control_texts(source.path.name, dataset.meta)
     return dataset
 
 
-def control_texts_said(meta: dict[str, Any]) -> str:
-    """How many conversations hold the text of a control token and what becomes of it; "" for none."""
+def say_control_texts(name: str, meta: dict[str, Any]) -> None:
+    """Say how many conversations hold the text of a control token, and what becomes of it."""
     held = meta["control_texts"]
     if not held["conversations"]:
-        return ""
-    count = f"{held['conversations']:,} of {meta['rows']:,} conversations hold the text of control tokens"
-    first = f"(first: line {held['line']}, {held['token']!r})"
+        return
+    count = f"{name}: {held['conversations']:,} of {meta['rows']:,} conversations hold the text of control tokens"
+    count = f"{count} (first: line {held['line']}, {held['token']!r})"
     if held["allowed"]:
-        return f"{count} {first}; they become these tokens (--allow_special_tokens true)"
-    return f"warning: {count} {first}; they are learned as text; --allow_special_tokens true makes them these tokens"
+        log(f"{count}; they become these tokens (--allow_special_tokens true)")
+    else:
+        log(f"warning: {count}; they are learned as text; --allow_special_tokens true makes them these tokens")
 
 
 def encode_file(source: Source, chat: ChatFormat, folder: Path) -> None:
