@@ -237,6 +237,24 @@ def test_answers_end_one_by_one() -> None:
     assert counting.passes < 80
 
 
+def test_answers_of_one_length_end_at_different_times(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prompts are read little by little: the first answers are there before the last prompts are read."""
+    draw = random.Random(5)
+    prompts = [[draw.randrange(3, VOCABULARY) for _ in range(90)] for _ in range(24)]
+    expected = {i: answer.ids for i, answer in Generator(make_model("llama"), 0, 1).generate(prompts, 4, [END])}
+    monkeypatch.setattr("llmops.generation.MOST_TOKENS", 180)
+    monkeypatch.setattr("llmops.generation.STEPS_SHARE", 4)
+    model = make_model("llama")
+    counting = Counting(model)
+    moments, found = [], {}
+    for i, answer in Generator(model, 0, 16).generate(prompts, 4, [END]):
+        found[i] = answer.ids
+        moments.append((counting.passes, counting.tokens))
+    assert found == expected
+    assert len({passes for passes, _ in moments}) >= 8
+    assert moments[0][1] < 24 * 90 / 3  # tokens until the first answer, of the 2160 of all prompts
+
+
 def test_answers_survive_when_memory_runs_out_on_the_way(capsys: pytest.CaptureFixture[str]) -> None:
     """A pass that fails in the middle of answers: they go on where they were, fewer at once."""
     prompts = make_prompts()
