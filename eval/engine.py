@@ -114,7 +114,6 @@ class Engine:
 
     def __init__(self, settings: Settings, processes: Processes) -> None:
         self.folder = check(settings)
-        os.environ.setdefault("HF_HUB_OFFLINE", "1")
         if not has_gpu():
             os.environ.setdefault("DS_ACCELERATOR", "cpu")
             if "OMP_WAIT_POLICY" not in os.environ:  # as tune_cpu in llmops/environment.sh, which says why

@@ -27,10 +27,7 @@ read_settings "${BASH_SOURCE[0]}" "$@"
 : "${OUTPUT_PATH:=$MOUNT_PATH/eval_output/five_dimensions}"
 export MOUNT_PATH
 PYTHON=$(ensure_python "$HERE" "$HERE/requirements.txt") || exit 2
-offline_libraries
 has_gpu || tune_cpu
-run=("$PYTHON")
-if [ "$NUM_PROCESSES" != 1 ]; then run=("$PYTHON" -m torch.distributed.run --standalone --nproc-per-node "$NUM_PROCESSES"); fi
-exec "${run[@]}" "$HERE/eval/evaluate_model_from_five_dimensions.py" --output_path "$OUTPUT_PATH" \
+start_processes "$PYTHON" "$NUM_PROCESSES" "$HERE/eval/evaluate_model_from_five_dimensions.py" --output_path "$OUTPUT_PATH" \
     --export_official "$EXPORT_OFFICIAL" \
     "$MODEL_NAME_OR_PATH" "$DIMENSIONS" "$ADDITIONAL_PARAMETERS"

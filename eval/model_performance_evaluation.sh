@@ -38,8 +38,5 @@ read_settings "${BASH_SOURCE[0]}" "$@"
 : "${OUTPUT_PATH:=$MOUNT_PATH/eval_output/model_performance}"
 mapfile -d '' -t settings < <(setting_flags MOUNT_PATH NUM_PROCESSES)
 PYTHON=$(ensure_python "$HERE" "$HERE/requirements.txt") || exit 2
-offline_libraries
 has_gpu || tune_cpu
-run=("$PYTHON")
-if [ "$NUM_PROCESSES" != 1 ]; then run=("$PYTHON" -m torch.distributed.run --standalone --nproc-per-node "$NUM_PROCESSES"); fi
-exec "${run[@]}" "$HERE/eval/model_performance_evaluation.py" "${settings[@]}"
+start_processes "$PYTHON" "$NUM_PROCESSES" "$HERE/eval/model_performance_evaluation.py" "${settings[@]}"
