@@ -27,9 +27,9 @@ from llmops.shared_prefix import MIN_SHARED, NOTHING, Prefix, group_by_prefix
 T = TypeVar("T")
 MOST_ROWS = 128  # prompts at once where memory does not set the limit
 MOST_PLAIN_ROWS = 16  # prompts at once in the plain way
-STEPS_SHARE = 16  # between two readings of prompts, steps of answers that cost this part of the first
-PASS_COST = {"cpu": 20}  # what a pass costs beside its tokens, in tokens: reading the weights
-GPU_PASS_COST = 512
+STEPS_SHARE = 8  # between two readings of prompts, steps of answers that cost this part of the first
+# per device: prompt tokens that are read at once, and what a pass costs beside its tokens, in tokens (the weights)
+PACE = {"cpu": (2048, 20), "cuda": (MOST_TOKENS, 512)}
 
 
 class KeepBest(LogitsProcessor):
@@ -150,14 +150,14 @@ class Generator:
     ) -> Iterator[tuple[int, Generated]]:
         """Rows join and leave; when the GPU's memory does not suffice, fewer of them go together from then on.
 
-        Prompts are read MOST_TOKENS at a time with steps of answers in between, so that the first answers end before
-        the last prompts are read, and later ones one after the other.
+        Prompts are read some at a time with steps of answers in between, so that the first answers end before the
+        last prompts are read, and later ones one after the other.
         """
         waiting = deque(
             Row(i, prompts[i], limits[i], shared) for rows, shared in self._groups(prompts) for i in rows
         )
         pool = Pool(self.passes, stop_ids)
-        pass_cost = PASS_COST.get(self.device.type, GPU_PASS_COST)
+        at_once, pass_cost = PACE.get(self.device.type, PACE["cuda"])
         last, due = NOTHING, 0
         while waiting or pool.going:
             taken: list[Row] = []
@@ -166,7 +166,7 @@ class Generator:
                 if waiting and pool.has_room(self.batch_size) and (due <= 0 or not pool.going):
                     prefixes: list[Prefix] = []
                     tokens, free = 0, self.batch_size - pool.going
-                    while waiting and len(taken) < free and tokens < MOST_TOKENS:
+                    while waiting and len(taken) < free and tokens < at_once:
                         row = waiting.popleft()
                         taken.append(row)
                         last, computed = self._prefix(row.prompt[: row.shared], last)

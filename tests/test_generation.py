@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from llmops import tiny
 from llmops.choice_search import Tree
 from llmops.console import RunStopped
-from llmops.generation import Generator
+from llmops.generation import PACE, Generator
 from llmops.shared_prefix import common_length, group_by_prefix
 
 VOCABULARY, END = 300, 2
@@ -242,8 +242,7 @@ def test_answers_of_one_length_end_at_different_times(monkeypatch: pytest.Monkey
     draw = random.Random(5)
     prompts = [[draw.randrange(3, VOCABULARY) for _ in range(90)] for _ in range(24)]
     expected = {i: answer.ids for i, answer in Generator(make_model("llama"), 0, 1).generate(prompts, 4, [END])}
-    monkeypatch.setattr("llmops.generation.MOST_TOKENS", 180)
-    monkeypatch.setattr("llmops.generation.STEPS_SHARE", 4)
+    monkeypatch.setitem(PACE, "cpu", (180, 20))
     model = make_model("llama")
     counting = Counting(model)
     moments, found = [], {}
