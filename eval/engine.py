@@ -133,7 +133,6 @@ class Engine:
         model_length = checkpoints.model_length(checkpoints.read_config(base))
         self.fitter = Fitter(self.renderer, name, settings.max_seq_len, model_length)
         self.answers = Answers(Path(settings.output_path) if settings.output_path else None, processes.rank)
-        self.known: dict[str, tuple[int, int]] = {}  # by data set: how many prompts are answered, of how many
 
     @cached_property
     def generator(self) -> "Generator":
@@ -173,7 +172,6 @@ class Engine:
             if i not in done:
                 first_of.setdefault(key, i)  # equal prompts are answered once
         mine = self.processes.share(list(first_of.values()))
-        before = len({keys[i] for i in done})
         answered: dict[int, Record] = {}
         with self.answers.appender(prepared.name) as append:
             todo = self._compute([requests[i] for i in mine], [prepared.samples[i] for i in mine])
@@ -181,10 +179,20 @@ class Engine:
             for k, found in progress(todo, f"answering {prepared.name}", len(mine), "samples", silent):
                 answered[mine[k]] = {"key": keys[mine[k]]} | found
                 append(answered[mine[k]])
-                self.known[prepared.name] = (before + len(answered), before + len(first_of))
         fresh = {keys[i]: record for i, record in self.processes.gather(answered).items()}
         records = [done.get(i) or fresh[key] for i, key in enumerate(keys)]
         return [self._answer(record, request) for record, request in zip(records, requests, strict=True)]
+
+    def how_far(self, prepared: Prepared | None) -> str:
+        """What there is of the answers of a data set whose run ended early, in words."""
+        folder = self.answers.folder
+        if folder is None:
+            return "its answers are lost, because no output_path was given"
+        keys = {request.key for request in prepared.requests} if prepared else set()
+        known = len(keys & self.answers.kept(prepared.name).keys()) if prepared else 0
+        if not known:
+            return "none of its answers was there yet"
+        return f"{known} of {len(keys)} answers are in {folder}; the same command goes on there"
 
     def finish(self, name: str, rows: Sequence[Record]) -> None:
         """Write the per-sample file, with scores."""
@@ -199,8 +207,6 @@ class Engine:
             self.processes.gather({})  # everyone has read the files before anyone writes
         if done and self.processes.first:
             log(f"{name}: {len(done)} of {len(keys)} answers are in {self.answers.folder} already")
-        distinct = {keys[i] for i in done}
-        self.known[name] = (len(distinct), len(set(keys)))
         return done
 
     def _answer(self, record: Record, request: Request) -> Answer:

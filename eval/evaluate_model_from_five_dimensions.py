@@ -190,14 +190,8 @@ class Evaluation:
                 f"no score: none of its {len(prepared.left_out)} prompts fits into {prepared.length} tokens; give a "
                 f"max_seq_len of {needed} or more"
             )
-        known, total = self.engine.known.get(name, (0, 0)) if self.engine else (0, 0)
-        if not known:
-            total = total or len(data.loaded.samples)
-            return f"not finished, {self.ended_by}: none of its {total} answers was there yet"
-        kept = "are lost, because no output_path was given"
-        if self.options.output_path:
-            kept = f"are in {self.options.output_path}; the same command goes on there"
-        return f"not finished, {self.ended_by}: {known} of {total} answers {kept}"
+        far = self.engine.how_far(prepared) if self.engine else "none of its answers was there yet"
+        return f"not finished, {self.ended_by}: {far}"
 
     def _finish(self, engine: Engine, data: Data, answers: Sequence[Answer]) -> None:
         """Scores and the per-sample file of one dimension."""

@@ -159,13 +159,14 @@ def run(config: Config, processes: Processes, interrupts: Interrupts) -> dict[st
     samples = draw(read_samples(Path(config.dataset_path)), config.limit, config.seed)
     with owned(config.settings.output_path, [NAME], processes):
         engine = Engine(config.settings, processes)
+        prepared: Prepared | None = None
         try:
             with interrupts.computing():
                 prepared = prepare(engine, samples, config.max_new_tokens)
                 # 2. the answers
                 answers = engine.answer(prepared)
         except Terminated as ended:
-            raise Ended(ended.code, engine, config.settings.output_path) from ended
+            raise Ended(ended.code, engine.how_far(prepared)) from ended
         if not processes.first:
             return {}
         # 3. the scores and reports
@@ -173,14 +174,11 @@ def run(config: Config, processes: Processes, interrupts: Interrupts) -> dict[st
 
 
 class Ended(Terminated):
-    """Ended by a signal; `args` say how far it was."""
+    """Ended by a signal; `message` says how far it was."""
 
-    def __init__(self, code: int, engine: Engine, output_path: str) -> None:
+    def __init__(self, code: int, far: str) -> None:
         super().__init__(code)
-        known, total = engine.known.get(NAME, (0, 0))
-        kept = f"are in {output_path}; the same command goes on there" if output_path else "are lost (no output_path)"
-        how = f"{known} of {total} answers {kept}" if known else "no answer was there yet"
-        self.message = f"ended by {'Ctrl-C' if code == 130 else 'SIGTERM'}: {how}"
+        self.message = f"ended by {'Ctrl-C' if code == 130 else 'SIGTERM'}: {far}"
 
 
 def prepare(engine: Engine, samples: Sequence[Sample], max_new_tokens: int) -> Prepared:

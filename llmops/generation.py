@@ -27,6 +27,9 @@ from llmops.shared_prefix import MIN_SHARED, NOTHING, Prefix, group_by_prefix
 T = TypeVar("T")
 MOST_ROWS = 128  # prompts at once where memory does not set the limit
 MOST_PLAIN_ROWS = 16  # prompts at once in the plain way
+STEPS_SHARE = 8  # between two readings of prompts, steps of answers that cost this part of the first
+# per device: prompt tokens that are read at once, and what a pass costs beside its tokens, in tokens (the weights)
+PACE = {"cpu": (2048, 20), "cuda": (MOST_TOKENS, 512)}
 
 
 class KeepBest(LogitsProcessor):
@@ -145,25 +148,35 @@ class Generator:
     def _continuous(
         self, prompts: Sequence[Sequence[int]], limits: Sequence[int], stop_ids: Sequence[int]
     ) -> Iterator[tuple[int, Generated]]:
-        """Rows join and leave; when the GPU's memory does not suffice, fewer of them go together from then on."""
+        """Rows join and leave; when the GPU's memory does not suffice, fewer of them go together from then on.
+
+        Prompts are read some at a time with steps of answers in between, so that the first answers end before the
+        last prompts are read, and later ones one after the other.
+        """
         waiting = deque(
             Row(i, prompts[i], limits[i], shared) for rows, shared in self._groups(prompts) for i in rows
         )
         pool = Pool(self.passes, stop_ids)
-        last = NOTHING
+        at_once, pass_cost = PACE.get(self.device.type, PACE["cuda"])
+        last, due = NOTHING, 0
         while waiting or pool.going:
             taken: list[Row] = []
             ended: list[Row] | None = None
             try:
-                if waiting and pool.has_room(self.batch_size):
-                    taken = [waiting.popleft() for _ in range(min(len(waiting), self.batch_size - pool.going))]
-                    prefixes = []
-                    for row in taken:
-                        last = self._prefix(row.prompt[: row.shared], last) if row.shared else NOTHING
+                if waiting and pool.has_room(self.batch_size) and (due <= 0 or not pool.going):
+                    prefixes: list[Prefix] = []
+                    tokens, free = 0, self.batch_size - pool.going
+                    while waiting and len(taken) < free and tokens < at_once:
+                        row = waiting.popleft()
+                        taken.append(row)
+                        last, computed = self._prefix(row.prompt[: row.shared], last)
                         prefixes.append(last)
+                        tokens += computed + len(row.prompt) + len(row.ids) - last.length
                     ended = pool.admit(taken, prefixes)
+                    due = tokens // STEPS_SHARE
                 else:
                     ended = pool.step()
+                    due -= len(pool.rows) + pass_cost
             except torch.OutOfMemoryError:
                 pass  # what holds the tensors is gone after this block
             if ended is None:
@@ -248,7 +261,7 @@ class Generator:
                 yield rows, prefixes
                 rows, prefixes, tokens = [], [], 0
             try:
-                last = self._prefix(prompts[group[0]][:shared], last) if shared else NOTHING
+                last, _ = self._prefix(prompts[group[0]][:shared], last)
             except torch.OutOfMemoryError as error:
                 raise too_long(prompts[group[0]][:shared]) from error
             for i in group:
@@ -261,13 +274,15 @@ class Generator:
         if rows:
             yield rows, prefixes
 
-    def _prefix(self, ids: Sequence[int], last: Prefix) -> Prefix:
-        """The prefix of these tokens; what it shares with the last one is taken from there."""
+    def _prefix(self, ids: Sequence[int], last: Prefix) -> tuple[Prefix, int]:
+        """The prefix of these tokens, and how many of them were computed: what it shares with the last one was not."""
+        if len(ids) == last.length and list(ids) == last.ids:
+            return last, 0
         both = zip(ids, last.ids, strict=False)
         common = next((i for i, (a, b) in enumerate(both) if a != b), min(len(ids), last.length))
         known = last.cut(common) if common >= MIN_SHARED else NOTHING
         if known.length == len(ids):
-            return known
+            return known, 0
         state = self.passes.read([ids], [known])
         own = [(layer.keys[0], layer.values[0]) for layer in state.cache.layers] if state.cache else []
         if known.length:
@@ -275,7 +290,7 @@ class Generator:
                 (torch.cat([key, more_key], dim=1), torch.cat([value, more_value], dim=1))
                 for (key, value), (more_key, more_value) in zip(known.layers, own, strict=True)
             ]
-        return Prefix(list(ids), own)
+        return Prefix(list(ids), own), len(ids) - known.length
 
 
 def too_long(ids: Sequence[int]) -> RunStopped:

@@ -177,7 +177,7 @@ def test_a_signal_leaves_what_is_finished(
     assert list(found["evaluation_results"]) == ["inference_ability"]
     (note,) = found["diagnosis"]["reading_comprehension"]
     kept = len({row["key"] for row in read_lines(part)})
-    told = f"not finished, ended by SIGTERM: {kept} of 24 answers are in {tmp_path / 'out'}"
+    told = f"not finished, ended by SIGTERM: {kept} of 24 answers are in {tmp_path / 'out' / 'samples'}"
     assert note == f"{told}; the same command goes on there"
     report = read_report(tmp_path / "out")
     assert report["finished"] is False
@@ -235,7 +235,7 @@ def test_a_signal_before_the_first_answer_is_told(
     code, found, errors = call(capfd, checkpoints["llama"], ["inference_ability"], **options)
     assert (code, found["evaluation_results"]) == (143, {})
     assert found["diagnosis"]["inference_ability"] == [
-        "not finished, ended by SIGTERM: none of its 3 answers was there yet"
+        "not finished, ended by SIGTERM: its answers are lost, because no output_path was given"
     ]
     assert "Traceback" not in errors
 

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from llmops import tiny
 from llmops.choice_search import Tree
 from llmops.console import RunStopped
-from llmops.generation import Generator
+from llmops.generation import PACE, Generator
 from llmops.shared_prefix import common_length, group_by_prefix
 
 VOCABULARY, END = 300, 2
@@ -235,6 +235,23 @@ def test_answers_end_one_by_one() -> None:
     first = next(k for k, (i, _) in enumerate(answers) if i in (3, 17))
     assert first == len(answers) - 2
     assert counting.passes < 80
+
+
+def test_answers_of_one_length_end_at_different_times(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prompts are read little by little: the first answers are there before the last prompts are read."""
+    draw = random.Random(5)
+    prompts = [[draw.randrange(3, VOCABULARY) for _ in range(90)] for _ in range(24)]
+    expected = {i: answer.ids for i, answer in Generator(make_model("llama"), 0, 1).generate(prompts, 4, [END])}
+    monkeypatch.setitem(PACE, "cpu", (180, 20))
+    model = make_model("llama")
+    counting = Counting(model)
+    moments, found = [], {}
+    for i, answer in Generator(model, 0, 16).generate(prompts, 4, [END]):
+        found[i] = answer.ids
+        moments.append((counting.passes, counting.tokens))
+    assert found == expected
+    assert len({passes for passes, _ in moments}) >= 8
+    assert moments[0][1] < 24 * 90 / 3  # tokens until the first answer, of the 2160 of all prompts
 
 
 def test_answers_survive_when_memory_runs_out_on_the_way(capsys: pytest.CaptureFixture[str]) -> None:

@@ -285,5 +285,5 @@ def test_a_signal_says_how_far_it_was(checkpoints: dict[str, Path], data: Path, 
     assert process.returncode == output["code"] == 130
     total = len({json.dumps(sample.messages) for sample in read_samples(data)})
     kept = part.read_bytes().count(b"\n")
-    assert output["msg"].startswith(f"ended by Ctrl-C: {kept} of {total} answers are in {tmp_path}")
+    assert output["msg"].startswith(f"ended by Ctrl-C: {kept} of {total} answers are in {tmp_path / 'samples'}")
     assert output["data"] == {"evaluation_results": {}}
