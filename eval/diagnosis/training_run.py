@@ -161,6 +161,10 @@ class TrainingRun:
         self.readings += count
         return True
 
+    def epochs_of(self, name: str) -> list[float | None]:
+        """The epoch of every cell of a curve."""
+        return [cell.place.epoch for cell in self.curves[name].all_cells()]
+
     def axis(self) -> str:
         """What all points have: `step`, else `epoch`, else only their `order`."""
         for name in ("step", "epoch"):
