@@ -35,7 +35,7 @@ MADE_FOR = {"overfit": RISKS[0], "low_rate": RISKS[1], "few_steps": RISKS[1], "f
 # one threshold after the other, from the risk that others lean on; a Medium and what it may be
 CHOICES: dict[str, Sequence[float]] = {
     "gl_medium": (0.5, 1, 2, 3, 4, 5, 6, 8, 10, 15, 20),
-    "gl_floor": (0.0, 0.01, 0.02, 0.03, 0.05, 0.1),
+    "floor": (0.0, 0.001, 0.002, 0.005, 0.01, 0.02),
     "late_medium": (0.1, 0.15, 0.18, 0.2, 0.22, 0.25, 0.28, 0.3, 0.35),
     "gain_enough": (0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0),
     "retention_medium": (0.02, 0.05, 0.08, 0.1, 0.12, 0.15, 0.18, 0.2, 0.22, 0.25, 0.3, 0.35, 0.4, 0.5),

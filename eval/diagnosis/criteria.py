@@ -39,7 +39,8 @@ class Thresholds:
     """Every threshold; `help` says what it is. The flags of eval/diagnosis_monitoring.py have these names."""
 
     gl_high: float = limit(10.0, "overfitting High from this generalisation loss on, percent")
-    gl_medium: float = limit(1.0, "overfitting Medium from this generalisation loss on, percent")
+    gl_medium: float = limit(3.0, "overfitting Medium from this generalisation loss on, percent")
+    gl_slight: float = limit(1.0, "overfitting Medium from this on, percent, when it lasted for twice the patience")
     floor: float = limit(0.005, "a late rise or fall under this share of the loss at the start is nothing")
     patience: int = limit(2, "evaluations without a better one for a rise to count as lasting")
     min_delta: float = limit(0.005, "an evaluation is better when it is lower by this share of the best one")
@@ -172,11 +173,12 @@ def judge_overfitting(curves: Mapping[str, Series], run: TrainingRun, limits: Th
     gl, lasting_gl, since = (numbers[n] for n in ("generalisation_loss", "lasting_gl", "evaluations_since_better"))
     best = f"{evaluation.best:.4g} at {evaluation.best_x:g}"
     turned = f"evaluation loss {evaluation.last:.4g} is {gl:.1f}% over its best, {best}"
-    if gl < limits.gl_medium or numbers["rise_of_eval_loss"] < limits.floor * numbers["loss_at_start"]:
+    if gl < limits.gl_slight or numbers["rise_of_eval_loss"] < limits.floor * numbers["loss_at_start"]:
         return Finding(risk, LOW, turned, numbers)
     if numbers.get("gap_share", 1.0) < limits.gap:
         return Finding(risk, LOW, f"{turned}, but the training loss rose as well: no overfitting", numbers)
-    if since >= limits.patience and lasting_gl >= limits.gl_medium:
+    slight = since >= 2 * limits.patience and numbers["slight_gl"] >= limits.gl_slight
+    if slight or (since >= limits.patience and lasting_gl >= limits.gl_medium):
         if lasting_gl <= numbers["recovered_gl"] and since < 2 * numbers["recovered_after"]:
             return Finding(risk, LOW, f"{turned}, but it came back from {numbers['recovered_gl']:.1f}% before", numbers)
         reason = f"{turned}; {since} evaluations without a better one"
@@ -193,6 +195,7 @@ def rise_numbers(curves: Mapping[str, Series], run: TrainingRun, limits: Thresho
     back, after = recovered(evaluation, limits)
     numbers = {
         "generalisation_loss": gl, "lasting_gl": lasting_rise(evaluation.y, evaluation.best, limits.patience),
+        "slight_gl": lasting_rise(evaluation.y, evaluation.best, 2 * limits.patience),
         "rise_of_eval_loss": min(evaluation.y[-max(1, limits.patience) :]) - evaluation.best,
         "loss_at_start": evaluation_start(evaluation, train), "best_eval_loss": evaluation.best,
         "best_at": evaluation.best_x, "last_eval_loss": evaluation.last,
