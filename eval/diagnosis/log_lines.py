@@ -45,7 +45,6 @@ SECTION = re.compile(rb"^[^\d=]{0,80}$")  # a line of words alone
 SIDES = frozenset((*TRAIN_WORDS, *EVAL_WORDS))
 BAR = b"%|"
 SUMMARY = b"train_runtime"  # the Trainer's last line: its train_loss is the mean of the whole run
-STATE_KEYS = (b"log_history", b"best_metric", b"num_train_epochs")  # the frame of a trainer_state.json
 
 
 class Reading(NamedTuple):

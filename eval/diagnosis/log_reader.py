@@ -16,6 +16,7 @@ RECORD = re.compile(rb"\{[^{}]*\}")
 PARTED = re.compile(rb"(?<=\}),[ \t]*(?=\{)|(?<=\[)(?=\{)")  # several records on a line
 COLORS = re.compile(rb"\x1b\[[0-9;?]*[A-Za-z]")
 BAR = b"%|"
+HEAD = 4096
 # what is said of a log without a loss: marks in its first bytes or in any line, and what it is then
 SIGNS = {
     b"log_history": "trainer_state", b"skipped=": "deepspeed", b"RunningAvgSamplesPerSec": "deepspeed",
@@ -35,7 +36,8 @@ class LogReader:
         self._shape: Shape | None = None
         self._table: Table | None = None
         self.tables = 0
-        self.signs: set[str] = set()  # what kinds of lines were seen, for the sentence of a log without a loss
+        self.signs: set[str] = set()  # what kinds of lines were seen, and how the log begins: for the sentence of
+        self.head = b""  # a log without a loss
 
     def feed(self, data: bytes) -> None:
         """Take in more bytes; an unfinished line waits for its end."""
@@ -51,6 +53,8 @@ class LogReader:
             data = self._decoder.decode(data).encode("utf-8", "replace")
         for start in range(0, len(data), BLOCK):
             self._take(self._rest + data[start : start + BLOCK])
+        if len(self.head) < HEAD:
+            self.head += tidy(data[:HEAD])
 
     def finish(self) -> None:
         """The log ends here: read its last line, but no value that may have been cut at the very end."""
