@@ -180,7 +180,7 @@ def reading_of(texts: dict[str, bytes], data: str = "", passed: str = "", bar: b
 
 # --- the shape that most lines of a log have, as one expression -------------------------------------------------------
 SCALAR = re.compile(rb"(?<![\w.])(?:" + NUMBER + rb"|null|None)(?![\w.])")
-ANY_SCALAR = rb"[-+0-9A-Za-z.]+"
+ANY_SCALAR = rb"[-+0-9A-Za-z.]++"
 
 
 class Shape(NamedTuple):
@@ -193,7 +193,7 @@ class Shape(NamedTuple):
 
 def shape_of(line: bytes) -> Shape | None:
     """The shape of a line with a loss and a step or an epoch; None for a line that must be read on its own."""
-    if SUMMARY in line or BAR in line or b"}," in line or not line.isascii():
+    if SUMMARY in line or BAR in line or b"}," in line.rstrip(b", ")[:-1] or not line.isascii():
         return None
     found, passed = find_pairs(line)
     if "loss" not in found or passed or not ({"step", "epoch"} & found.keys()):
@@ -220,4 +220,4 @@ def shape_of(line: bytes) -> Shape | None:
 
 def literal(text: bytes) -> bytes:
     """An expression for the text between values; its digits may vary, and so may runs of blanks."""
-    return re.sub(rb"(?:\\ ){2,}", rb"\\ +", re.sub(rb"\d+", rb"\\d+", re.escape(text)))
+    return re.sub(rb"(?:\\ ){2,}", rb"\\ ++", re.sub(rb"\d+", rb"\\d++", re.escape(text)))

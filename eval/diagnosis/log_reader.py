@@ -13,7 +13,6 @@ BLOCK = 1 << 20
 LONG = 1 << 16  # a line that is not over after so many bytes may be one of many records
 SPLIT_RECORD = re.compile(rb"\{[ \t]*\n")  # JSON that is written over several lines
 RECORD = re.compile(rb"\{[^{}]*\}")
-PARTED = re.compile(rb"(?<=\}),[ \t]*(?=\{)|(?<=\[)(?=\{)")  # several records on a line
 COLORS = re.compile(rb"\x1b\[[0-9;?]*[A-Za-z]")
 BAR = b"%|"
 HEAD = 4096
@@ -82,13 +81,15 @@ class LogReader:
 
     def _read_block(self, block: bytes) -> None:
         """Read whole lines: most of them by the one expression that fits most, in columns; the others one by one."""
-        self.lines += block.count(b"\n")
-        self.signs.update(kind for sign, kind in SIGNS.items() if sign in block)
-        if b"{" in block and (b"},{" in block or b"}, {" in block or b"[{" in block):
-            block = PARTED.sub(b",\n", block)
+        lines = block.count(b"\n")
+        self.lines += lines
+        if not self.run.readings:
+            self.signs.update(kind for sign, kind in SIGNS.items() if sign in block)
+        if block.count(b"{") > 2 * lines:
+            block = parted(block)
         if BAR in block:  # progress bars without a loss say nothing
             block = b"\n".join([
-                line for line in block.split(b"\n") if (BAR not in line or b"oss" in line) and line and not line.isspace()
+                line for line in block.split(b"\n") if line and (BAR not in line or b"oss" in line) and not line.isspace()
             ]) + b"\n"  # fmt: skip
         if self._table:
             block = self._read_table(self._table, block)
@@ -102,21 +103,30 @@ class LogReader:
 
     def _read_shape(self, shape: Shape, block: bytes) -> None:
         """Read lines of which most have one shape."""
-        roles = shape.roles
-        rows = [row for row, _ in groupby(shape.expression.findall(block))]
-        if "rank" in roles:
-            rows = self._of_one_rank(rows, roles.index("rank"))
-        others = [i for i, row in enumerate(rows) if row[-1]]
+        rows = shape.expression.findall(block)
+        if "rank" in shape.roles:
+            rows = self._of_one_rank(rows, shape.roles.index("rank"))
+        others = [i for i, other in enumerate([row[-1] for row in rows]) if other]
         start = 0
         for i in [*others, len(rows)]:
-            if start < i and not self.run.add_columns(roles, rows[start:i], shape.data):
-                for row in rows[start:i]:
-                    self.run.add(reading_of(dict(zip(roles, row, strict=False)), data=shape.data))
+            if start < i:
+                self._add_rows(shape, rows[start:i])
             if i < len(rows):
                 self._read_line(rows[i][-1])
             start = i + 1
         if len(others) > len(rows) // 2:
             self._shape = None  # learn another one with the next block
+
+    def _add_rows(self, shape: Shape, rows: list[tuple[bytes, ...]]) -> None:
+        """Take in rows of a shape: in columns where they are in order, else those that repeat the one before once."""
+        if self.run.add_columns(shape.roles, rows, shape.data):
+            return
+        once = [row for row, _ in groupby(rows)]
+        if len(once) < len(rows) and self.run.add_columns(shape.roles, once, shape.data):
+            self.run.repeated += len(rows) - len(once)
+            return
+        for row in rows:
+            self.run.add(reading_of(dict(zip(shape.roles, row, strict=False)), data=shape.data))
 
     def _of_one_rank(self, rows: list[tuple[bytes, ...]], column: int) -> list[tuple[bytes, ...]]:
         """The rows of the process that spoke first, and those of other shapes."""
@@ -130,7 +140,7 @@ class LogReader:
         """Read the rows of a table in columns, as long as they have all its cells; what is left of the block."""
         if not table.delimiter or b'"' in block:
             return block
-        lines = block.split(b"\n")
+        lines = [line for line in block.split(b"\n") if line]
         rows = [line.strip(b"|").split(table.delimiter) for line in lines]
         whole = next((i for i, row in enumerate(rows) if len(row) != table.width), len(rows))
         roles = [role for role, places in table.columns.items() if len(places) == 1]
@@ -152,6 +162,10 @@ class LogReader:
 
     def _read_line(self, line: bytes) -> None:
         """Read one line by itself: a row of a table, a line of a known shape, or names and values."""
+        if b"}, {" in line or b"},{" in line:
+            for part in parted(line).split(b"\n"):
+                self._read_line(part)
+            return
         if self._table:
             if is_frame(self._table, line):
                 return
@@ -172,6 +186,11 @@ class LogReader:
             self.run.add(reading)
 
 
+def parted(text: bytes) -> bytes:
+    """Records that stand on one line on a line each."""
+    return text.replace(b"}, {", b"},\n{").replace(b"},{", b"},\n{").replace(b"[{", b"[\n{")
+
+
 def learn_shape(block: bytes) -> Shape | None:
     """The shape of some line in the first part of a block that at least half of that part's lines have."""
     part = block[: 1 << 14]
@@ -188,7 +207,7 @@ def tidy(data: bytes) -> bytes:
     if b"\x00" in data:
         data = data.replace(b"\x00", b"")
     if b"\r" in data:
-        data = data.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
+        data = data.replace(b"\r", b"\n")  # blank lines between lines that end with both say nothing
     return COLORS.sub(b"", data) if b"\x1b" in data else data
 
 

@@ -270,8 +270,8 @@ class TrainingRun:
             return False
         columns.pop("rank", None)
         steps, epochs = columns.pop("step", None), columns.pop("epoch", None)
-        if not all(all(map(isfinite, column)) for column in (*columns.values(), steps or (), epochs or ())):
-            return False
+        if not all(isfinite(sum(column)) for column in (*columns.values(), steps or (), epochs or ())):
+            return False  # NaN and inf are in their sum
         if not self._in_order(steps, epochs):
             return False
         count, start = len(rows), self.readings
