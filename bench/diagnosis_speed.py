@@ -30,8 +30,9 @@ def losses(count: int) -> Iterator[tuple[int, float, float]]:
 def ours(stream: object, count: int) -> None:
     """log.txt of this project, with 100 evaluations."""
     for step, loss, rate in losses(count):
-        line = {"step": step, "epoch": step / count * 3, "loss": round(loss, 6), "learning_rate": rate, "grad_norm": 1.25,
-                "tokens_per_second": 9123.5, "elapsed": step * 0.5, "remaining": (count - step) * 0.5}  # fmt: skip
+        line = {"step": step, "epoch": step / count * 3, "loss": round(loss, 6), "learning_rate": rate,
+                "grad_norm": 1.25, "tokens_per_second": 9123.5, "elapsed": step * 0.5,
+                "remaining": (count - step) * 0.5}  # fmt: skip
         stream.write(json.dumps(line) + "\n")
         if step % (count // 100) == 0:
             stream.write(json.dumps({"step": step, "epoch": step / count * 3, "eval_loss": round(loss, 3)}) + "\n")
@@ -48,7 +49,13 @@ def hf_bars(stream: object, count: int) -> None:
 def records(count: int) -> Iterator[dict[str, float]]:
     """Entries of a log_history."""
     for step, loss, rate in losses(count):
-        yield {"epoch": round(3 * step / count, 4), "grad_norm": 1.25, "learning_rate": rate, "loss": round(loss, 4), "step": step}
+        yield {
+            "epoch": round(3 * step / count, 4),
+            "grad_norm": 1.25,
+            "learning_rate": rate,
+            "loss": round(loss, 4),
+            "step": step,
+        }
 
 
 def state(stream: object, count: int) -> None:
@@ -58,14 +65,17 @@ def state(stream: object, count: int) -> None:
 
 def state_indented(stream: object, count: int) -> None:
     """A trainer_state.json as the Trainer writes it."""
-    json.dump({"best_metric": None, "epoch": 3.0, "log_history": list(records(count)), "max_steps": count}, stream, indent=2)
+    json.dump(
+        {"best_metric": None, "epoch": 3.0, "log_history": list(records(count)), "max_steps": count}, stream, indent=2
+    )
 
 
 def llama_factory(stream: object, count: int) -> None:
     """LLaMA-Factory's trainer_log.jsonl."""
     for step, loss, rate in losses(count):
-        line = {"current_steps": step, "total_steps": count, "loss": round(loss, 4), "lr": rate, "epoch": round(3 * step / count, 4),
-                "percentage": round(100 * step / count, 2), "elapsed_time": "1:00:00", "remaining_time": "2:00:00"}  # fmt: skip
+        line = {"current_steps": step, "total_steps": count, "loss": round(loss, 4), "lr": rate,
+                "epoch": round(3 * step / count, 4), "percentage": round(100 * step / count, 2),
+                "elapsed_time": "1:00:00", "remaining_time": "2:00:00"}  # fmt: skip
         stream.write(json.dumps(line) + "\n")
 
 
@@ -82,9 +92,9 @@ def megatron(stream: object, count: int) -> None:
     """Megatron's console."""
     for step, loss, rate in losses(count):
         stream.write(
-            f" [2024-01-01 10:00:00] iteration {step:8d}/{count:8d} | consumed samples: {8 * step:12d} | elapsed time per "
-            f"iteration (ms): 150.5 | learning rate: {rate:.6E} | global batch size:     8 | lm loss: {loss:.6E} | loss scale: "
-            f"1.0 | grad norm: 1.250 | number of skipped iterations:   0 | number of nan iterations:   0 |\n"
+            f" [2024-01-01 10:00:00] iteration {step:8d}/{count:8d} | consumed samples: {8 * step:12d} | elapsed time "
+            f"per iteration (ms): 150.5 | learning rate: {rate:.6E} | global batch size:     8 | lm loss: {loss:.6E} | "
+            f"loss scale: 1.0 | grad norm: 1.250 | number of skipped iterations:   0 | number of nan iterations: 0 |\n"
         )
 
 

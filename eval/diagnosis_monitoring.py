@@ -107,6 +107,8 @@ def parse(argv: Sequence[str] | None) -> Config:
         )
         if wrong
     ]
+    if limits["gl_slight"] > limits["gl_medium"]:
+        problems.append(f"--gl_slight is {limits['gl_slight']}, which is over --gl_medium ({limits['gl_medium']})")
     for name in ("min_evaluations", "min_points"):
         if 0 <= limits[name] < 2:
             problems.append(f"--{name} is {limits[name]}, expected 2 or more")

@@ -163,7 +163,7 @@ def strip_losses(train: Series, evaluation: Series, epochs: Sequence[float | Non
 
 def judge_overfitting(curves: Mapping[str, Series], run: TrainingRun, limits: Thresholds) -> Finding:
     """Whether the evaluation loss has turned up, for how long, and while the training loss went on falling."""
-    risk, evaluation, train = "overfitting", curves["eval_loss"], curves["loss"]
+    risk, evaluation = "overfitting", curves["eval_loss"]
     if len(evaluation) < limits.min_evaluations:
         found = f"{len(evaluation)} evaluation loss{'es' if len(evaluation) != 1 else ''}"
         return Finding(risk, LOW, "not judged", missing=f"{found}, at least {limits.min_evaluations} are needed")

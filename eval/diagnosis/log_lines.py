@@ -1,9 +1,9 @@
 """One line of a training log, of whatever format, as a reading: step, epoch, rank and the losses it tells.
 
 Names and values are found by one regular expression, so JSON, Python dicts, `name: value` and `name=value` are read
-alike, and a line that was cut or damaged still gives what is whole in it. What a name is about says names.py; of a plain
-`loss` the words before it say which one it is. An evaluation is never taken for a training loss: where the line leaves
-that open the loss counts for nothing, and the line is counted.
+alike, and a line that was cut or damaged still gives what is whole in it. What a name is about says names.py; of a
+plain `loss` the words before it say which one it is. An evaluation is never taken for a training loss: where the line
+leaves that open the loss counts for nothing, and the line is counted.
 """
 
 import re
@@ -23,7 +23,9 @@ def either(*words: str) -> bytes:
 
 PAIR = re.compile(
     rb"(?<![\w./@-])(?:([A-Za-z_][\w./@-]*+)|(" + either("损失值", "损失") + rb"))(?<![.-])"
-    rb"(?:['\"]?\s*+(?:[:=]|" + either("：") + rb")\s*+['\"]?(?:tensor\(|\[\s*+)?|['\"]?[ ]++(?=\d)|['\"]?[ ]*+\[\s*+(?=\d))"
+    rb"(?:['\"]?\s*+(?:[:=]|"
+    + either("：")
+    + rb")\s*+['\"]?(?:tensor\(|\[\s*+)?|['\"]?[ ]++(?=\d)|['\"]?[ ]*+\[\s*+(?=\d))"
     rb"(" + NUMBER + rb")(?![\w.])"
 )
 QUOTED = re.compile(rb"(['\"])([\w ./-]{1,60})\1\s*:\s*(" + NUMBER + rb")(?![\w.])")
@@ -116,7 +118,9 @@ def named_values(line: bytes) -> list[tuple[str, int, int, int]]:
         found = {m.start(3): (m[2].decode(), m.start(), m.start(3), m.end(3)) for m in QUOTED.finditer(line)
                  if b" " in m[2]}  # fmt: skip
     for m in PAIR.finditer(line):
-        found.setdefault(m.start(3), (m[1].decode("ascii", "replace") if m[1] else "loss", m.start(), m.start(3), m.end(3)))
+        found.setdefault(
+            m.start(3), (m[1].decode("ascii", "replace") if m[1] else "loss", m.start(), m.start(3), m.end(3))
+        )
     return [found[place] for place in sorted(found)]
 
 

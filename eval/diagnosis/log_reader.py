@@ -81,16 +81,15 @@ class LogReader:
 
     def _read_block(self, block: bytes) -> None:
         """Read whole lines: most of them by the one expression that fits most, in columns; the others one by one."""
-        lines = block.count(b"\n")
-        self.lines += lines
+        count = block.count(b"\n")
+        self.lines += count
         if not self.run.readings:
             self.signs.update(kind for sign, kind in SIGNS.items() if sign in block)
-        if block.count(b"{") > 2 * lines:
+        if block.count(b"{") > 2 * count:
             block = parted(block)
         if BAR in block:  # progress bars without a loss say nothing
-            block = b"\n".join([
-                line for line in block.split(b"\n") if line and (BAR not in line or b"oss" in line) and not line.isspace()
-            ]) + b"\n"  # fmt: skip
+            lines = [x for x in block.split(b"\n") if x and (BAR not in x or b"oss" in x) and not x.isspace()]
+            block = b"\n".join([*lines, b""])
         if self._table:
             block = self._read_table(self._table, block)
         if self._shape is None:

@@ -1,8 +1,8 @@
 """What a name in a training log is about: a place (step, epoch), a rate, a loss and of which data.
 
-Names are taken apart into words ("valLoss", "eval/c4_en/CrossEntropyLoss", "train-logloss"), and the words decide. A loss
-whose words say neither training nor evaluation is `loss`: the line around it has the say. A part of a loss (aux loss,
-loss_cls) and a record (best_val_loss) are losses of no curve.
+Names are taken apart into words ("valLoss", "eval/c4_en/CrossEntropyLoss", "train-logloss"), and the words decide. A
+loss whose words say neither training nor evaluation is `loss`: the line around it has the say. A part of a loss (aux
+loss, loss_cls) and a record (best_val_loss) are losses of no curve.
 """
 
 import re
@@ -14,22 +14,25 @@ VALID_WORDS = ("eval", "evaluation", "evaluating", "val", "valid", "validation",
 TEST_WORDS = ("test", "testing")
 EVAL_WORDS = (*VALID_WORDS, *TEST_WORDS)
 BEST_WORDS = ("best", "lowest", "min", "minimum", "improved", "saving", "saved", "save", "checkpoint")
-PART_WORDS = frozenset(
-    "aux auxiliary kl router balance balancing policy value z moe mtp reg box bbox cls class classification mask dfl obj "
-    "objectness rpn giou iou generator discriminator gen disc adversarial adv gan critic actor reconstruction recon "
-    "commitment vq perceptual distill distillation kd contrastive consistency regularization dice focal triplet reward "
-    "entropy penalty style content cycle mel duration scale scaling weight".split()
-)
+PART_WORDS = frozenset((
+    "aux", "auxiliary", "kl", "router", "balance", "balancing", "policy", "value", "z", "moe", "mtp", "reg", "box",
+    "bbox", "cls", "class", "classification", "mask", "dfl", "obj", "objectness", "rpn", "giou", "iou", "generator",
+    "discriminator", "gen", "disc", "adversarial", "adv", "gan", "critic", "actor", "reconstruction", "recon",
+    "commitment", "vq", "perceptual", "distill", "distillation", "kd", "contrastive", "consistency",
+    "regularization", "dice", "focal", "triplet", "reward", "entropy", "penalty", "style", "content", "cycle",
+    "mel", "duration", "scale", "scaling", "weight",
+))  # fmt: skip
 LOSS_WORDS = frozenset(("loss", "xent", "logloss", "mlogloss", "nll", "crossentropy"))
 # words that a loss may have and still be the loss; by them the plainest of several is found
 QUALIFIERS = {"total": 0, "overall": 0, "lm": 0, "step": 0, "epoch": 1, "avg": 1, "average": 1, "ave": 1, "mean": 1}
-QUALIFIERS |= dict.fromkeys(
-    "mlm clm ce cross log main running global batch curr current cur smooth smoothed iter iteration model language "
-    "modeling token tokens per sft supervised optim final last binary multi set data dataset micro macro".split(), 2
-)  # fmt: skip
+QUALIFIERS |= dict.fromkeys((
+    "mlm", "clm", "ce", "cross", "log", "main", "running", "global", "batch", "curr", "current", "cur", "smooth",
+    "smoothed", "iter", "iteration", "model", "language", "modeling", "token", "tokens", "per", "sft", "supervised",
+    "optim", "final", "last", "binary", "multi", "set", "data", "dataset", "micro", "macro",
+), 2)  # fmt: skip
 STEPS = ("global_step/max_steps", "global_step", "current_steps", "num_updates", "step", "_step", "iteration", "iter",
          "iters", "it")  # fmt: skip
-PLACES = {name: "step" for name in STEPS} | {"epoch": "epoch", "ep": "epoch"}
+PLACES = dict.fromkeys(STEPS, "step") | {"epoch": "epoch", "ep": "epoch"}
 OTHERS = {"learning_rate": "lr", "lr": "lr", "base_lr": "lr", "rank": "rank"}
 WORDS = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+")
 

@@ -4,7 +4,7 @@ from eval.diagnosis.log_reader import LogReader
 from eval.diagnosis.tables import split_cells
 
 BINARY = (
-    (b"brain.Event:", "a TensorBoard event file; write its scalars to csv with a column for every loss, or pass the text log"),
+    (b"brain.Event:", "a TensorBoard event file; write its scalars to csv, a column a loss, or pass the text log"),
     (b":W&B", "a W&B run file; export its history to csv, or pass the text log"),
     (b"\x89PNG", "a picture; pass the log that it was drawn from"),
     (b"%PDF", "a PDF; pass the log that it tells of"),
@@ -23,10 +23,11 @@ def no_loss(path: str, reader: LogReader) -> str:
     if not head.strip(b"\x00 \r\n\t"):
         return f"{path} has no readable loss: it is empty; {EXPECTED}"
     if run.passed["doubt"] or run.passed["best"]:
-        found = f"{run.passed['doubt'] + run.passed['best']} lines with one that may be an evaluation's or a record told again"
+        lines = run.passed["doubt"] + run.passed["best"]
+        found = f"{lines} lines with one that may be an evaluation's or a record told again"
         return f"{path} has no readable loss, only {found}; {EXPECTED}"
     if "trainer_state" in reader.signs:
-        return f"{path} has no readable loss: its log_history holds none; pass the trainer_state.json of a later checkpoint"
+        return f"{path} has no readable loss: its log_history holds none; pass the one of a later checkpoint"
     if "deepspeed" in reader.signs and run.stepless:
         return (
             f"{path} tells {run.stepless} steps but no loss (DeepSpeed's own lines hold only learning rates); pass the "

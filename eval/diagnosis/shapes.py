@@ -1,7 +1,7 @@
 """Lines whose names and values do not explain themselves, a row each: what tells the shape, and what it says.
 
-A row is looked at when its mark is in a line; the first whose expression matches has the say. Everything else is read by
-log_lines.py. Sources are the tools' own printing code, read there; examples stand in tests/test_diagnosis_shapes.py.
+A row is looked at when its mark is in a line; the first whose expression matches has the say. Everything else is read
+by log_lines.py. Sources are the tools' own printing code, read there; examples stand in tests/test_diagnosis_shapes.py.
 """
 
 import math
@@ -38,7 +38,9 @@ def keras(match: Match, line: bytes) -> Reading | None:
 def marian(match: Match, line: bytes) -> Reading:
     """`Ep. 1 : Up. 1000 : Sen. 100,000 : Cost 5.10 : ...`."""
     rate = LEARNING_RATE.search(line)
-    return Reading(step=number(match[2]), epoch=number(match[1]), loss=float(match[3]), lr=float(rate[1]) if rate else None)
+    return Reading(
+        step=number(match[2]), epoch=number(match[1]), loss=float(match[3]), lr=float(rate[1]) if rate else None
+    )
 
 
 def marian_valid(match: Match, line: bytes) -> Reading:
@@ -51,7 +53,7 @@ def marian_valid(match: Match, line: bytes) -> Reading:
 
 
 def boosting(match: Match, line: bytes) -> Reading | None:
-    """XGBoost: `[0]\\ttrain-logloss:0.6\\teval-logloss:0.7`; of several evaluation sets the last, as in early stopping."""
+    """XGBoost: `[0]\\ttrain-logloss:0.6\\teval-logloss:0.7`; of several evaluation sets the last, as it stops by."""
     told = {}
     for name, _, metric, value in METRIC.findall(line):
         if OF_LOSS.search(metric):
@@ -134,7 +136,8 @@ SHAPES = (
     LineShape("llm.c", b"l:", re.compile(rb"^s(?:tep)?:(\d+)\s.*\b(?:trl|tel):"), llm_c),
     LineShape("GPT trainers", b" ", re.compile(rb"^(\d{1,12}) (train|val) (" + NUMBER + rb")\s*$"), split_words),
     LineShape("OpenNMT", b" perplexity: ",
-        re.compile(rb"(?i)\b(?:" + "|".join(VALID_WORDS).encode() + rb") perplexity: (" + NUMBER + rb")(?![\w.])"), perplexity),
+        re.compile(rb"(?i)\b(?:" + "|".join(VALID_WORDS).encode() + rb") perplexity: (" + NUMBER + rb")(?![\w.])"),
+        perplexity),
     LineShape("timm", b"* ", re.compile(rb"^\s*\* .*\bloss:?\s+(" + NUMBER + rb")(?![\w.])"), evaluated),
     LineShape("TensorFlow estimator", b"for global step",
         re.compile(rb"Saving dict for global step \d+:.*\bloss = (" + NUMBER + rb")(?![\w.])"), evaluated),

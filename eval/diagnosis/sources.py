@@ -22,8 +22,10 @@ PIECE = 1 << 20
 FIFO_WAIT = 2.0
 FIFO_SILENCE = 60.0
 CURE = "pass the log.txt of a training, or the folder that holds it"
-REFUSED = {b"\x28\xb5\x2f\xfd": "packed with zstd; unpack it (zstd -d)", b"PK\x03\x04": "a zip archive or a checkpoint's "
-           "weights; pass the text log that the training wrote"}  # fmt: skip
+REFUSED = {
+    b"\x28\xb5\x2f\xfd": "packed with zstd; unpack it (zstd -d)",
+    b"PK\x03\x04": "a zip archive or a checkpoint's weights; pass the text log that the training wrote",
+}
 HEAD = 6  # bytes that tell how a log is packed
 
 

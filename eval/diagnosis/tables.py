@@ -1,4 +1,4 @@
-"""Tables in a log: a line of column names, then a line of values per reading (csv, tsv, columns of blanks, a notebook's).
+"""Tables in a log: a line of column names, then a line of values per reading (csv, tsv, columns between blanks).
 
 Lightning's metrics.csv, Keras' CSVLogger, Ultralytics' results.csv, timm's summary.csv, flair's loss.tsv, spaCy's and
 fastai's console. Columns are found by their names. Where a tool tells only the parts of a loss that it adds up itself
@@ -66,7 +66,10 @@ def split_cells(line: bytes, delimiter: bytes) -> list[bytes]:
         line = line.strip().strip(b"|")
     elif b'"' in line:
         text = line.decode("utf-8", "surrogateescape")
-        return [cell.encode("utf-8", "surrogateescape") for cell in next(csv.reader([text], delimiter=delimiter.decode()), [])]
+        return [
+            cell.encode("utf-8", "surrogateescape")
+            for cell in next(csv.reader([text], delimiter=delimiter.decode()), [])
+        ]
     return line.split(delimiter)
 
 

@@ -58,7 +58,9 @@ class TrainingRun:
         self._heading: float | None = None
         self._carried: tuple[float, set[str]] | None = None  # the step of a line without a loss, and who used it
         self._stepped = False  # whether training losses have steps of their own
-        self._offsets: list[tuple[float, float]] = [(0.0, 0.0)]  # where steps count within an epoch: (epoch, steps before)
+        self._offsets: list[tuple[float, float]] = [
+            (0.0, 0.0)
+        ]  # where steps count within an epoch: (epoch, steps before)
         self._raw_step: float | None = None
         self._recent: deque[Key] = deque(maxlen=REMEMBERED)
         self._known: set[Key] = set()
@@ -94,7 +96,7 @@ class TrainingRun:
         return self._rank
 
     def choose_data(self, data: str) -> bool:
-        """Whether evaluation losses of this data count: those of the first, but of validation data rather than a test's."""
+        """Whether evaluation losses of this data count: those of the first, but validation rather than a test."""
         if self._data.startswith("test") and data.startswith("valid"):
             self.curves["eval_loss"], self._data = Curve(), data
         self._data = self._data or data
@@ -112,7 +114,12 @@ class TrainingRun:
         if "loss" in values and not placed and self._section == "eval":
             del values["loss"]
             self.passed["doubt"] += 1
-        if "loss" in values and reading.step is None and self._stepped and (self._carried is None or "eval_loss" in values):
+        if (
+            "loss" in values
+            and reading.step is None
+            and self._stepped
+            and (self._carried is None or "eval_loss" in values)
+        ):
             del values["loss"]  # a mean over steps that were told before
             self.passed["summary"] += 1
         if placed and "eval_loss" not in values:

@@ -58,7 +58,9 @@ def follow(path: Path, find: Callable[[Path], Path], interval: float, until_idle
                     stream.seek(position)
                     for piece in grown_by(stream, status.st_size - position):
                         if position == 0 and piece.startswith(tuple(PACKED)):
-                            raise UserError(f"--watch follows plain text, and the log {log_path} is packed; leave --watch out")
+                            raise UserError(
+                                f"--watch follows plain text, and the log {log_path} is packed; leave --watch out"
+                            )
                         reader.feed(piece)
                         position += len(piece)
                         added += len(piece)
