@@ -17,7 +17,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from eval.diagnosis.criteria import HIGH, LOW, MEDIUM, RISKS, Diagnosis, Thresholds, judge
+from eval.diagnosis.criteria import HIGH, LOW, MEDIUM, RISKS, Diagnosis, Finding, Thresholds, judge
 from eval.diagnosis.log_reader import LogReader
 from eval.diagnosis.refusal import no_loss
 from eval.diagnosis.sources import read_log
@@ -37,6 +37,7 @@ RECOMMENDATIONS = {
     ("catastrophic_forgetting", HIGH): "建议回退到上个版本并调整参数。",
     ("catastrophic_forgetting", MEDIUM): "建议降低学习率，在训练数据中混入通用数据，并继续观察保留集损失。",
 }
+DIVERGED = "建议降低学习率，检查数据和数值精度（fp16可换成bf16），并重新训练：损失没有下降。"
 
 
 class NoLossError(UserError):
@@ -171,8 +172,15 @@ def check_losses(path: str, reader: LogReader) -> None:
 def answer_json(diagnosis: Diagnosis) -> dict[str, Any]:
     """The documented shape."""
     levels = {risk: diagnosis.findings[risk].level for risk in RISKS}
-    advice = {risk: "-" if level == LOW else RECOMMENDATIONS[risk, level] for risk, level in levels.items()}
+    advice = {risk: advice_for(diagnosis.findings[risk]) for risk in RISKS}
     return {"code": 0, "msg": "Monitoring Report", "data": {"current_risks": levels, "recommendations": advice}}
+
+
+def advice_for(finding: Finding) -> str:
+    """What to do about a risk; a training that made nothing better is no case for more of it."""
+    if finding.level == LOW:
+        return "-"
+    return DIVERGED if finding.diverged else RECOMMENDATIONS[finding.risk, finding.level]
 
 
 def say_failure(code: int, message: str) -> None:

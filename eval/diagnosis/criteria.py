@@ -65,13 +65,17 @@ class Thresholds:
 
 @dataclass(frozen=True)
 class Finding:
-    """A risk's level, what led to it in words, the measured numbers, and what evidence was missing ("" for none)."""
+    """A risk's level, what led to it in words, the measured numbers, and what evidence was missing ("" for none).
+
+    `diverged`: the training made nothing better, so that more of it is no cure.
+    """
 
     risk: str
     level: str
     reason: str
     numbers: Mapping[str, float] = field(default_factory=dict)
     missing: str = ""
+    diverged: bool = False
 
 
 @dataclass(frozen=True)
@@ -127,8 +131,8 @@ def lasting_rise(values: Sequence[float], best: float, patience: int) -> float:
 
 
 def recovered(evaluation: Series, limits: Thresholds) -> tuple[float, int]:
-    """The largest lasting rise (percent) that this curve had before its best and came back from, and the most
-    evaluations in a row that were not better, up to its best. (0, 0) for a curve that only fell.
+    """The largest rise (percent) over its lowest value that this curve had before its best and came back from, and the
+    most evaluations in a row that were not better, up to its best. (0, 0) for a curve that only fell.
     """
     before = evaluation.y[: evaluation.best_index + 1]
     largest, longest, lowest, spell = 0.0, 0, before[0], 0
@@ -137,10 +141,15 @@ def recovered(evaluation: Series, limits: Thresholds) -> tuple[float, int]:
             lowest, spell = value, 0
             continue
         spell += 1
-        longest = max(longest, spell if i < len(before) - 1 else 0)
-        if spell >= limits.patience:
-            largest = max(largest, lasting_rise(before[: i + 1], lowest, limits.patience))
+        if i < evaluation.best_index and lowest > 0:
+            longest, largest = max(longest, spell), max(largest, 100 * (value / lowest - 1))
     return largest, longest
+
+
+def typical_rise(evaluation: Series, patience: int) -> float:
+    """How far the median of the evaluations since the best (the last 2 `patience` of them) is over it, percent."""
+    since = evaluation.y[evaluation.best_index + 1 :][-2 * max(1, patience) :]
+    return 100 * (median(since) / evaluation.best - 1) if since and evaluation.best > 0 else 0.0
 
 
 def progress(strips: Sequence[float], k: int = 5) -> float:
@@ -179,7 +188,7 @@ def judge_overfitting(curves: Mapping[str, Series], run: TrainingRun, limits: Th
         return Finding(risk, LOW, f"{turned}, but the training loss rose as well: no overfitting", numbers)
     slight = since >= 2 * limits.patience and numbers["slight_gl"] >= limits.gl_slight
     if slight or (since >= limits.patience and lasting_gl >= limits.gl_medium):
-        if lasting_gl <= numbers["recovered_gl"] and since < 2 * numbers["recovered_after"]:
+        if numbers["typical_gl"] <= numbers["recovered_gl"] and since < 2 * numbers["recovered_after"]:
             return Finding(risk, LOW, f"{turned}, but it came back from {numbers['recovered_gl']:.1f}% before", numbers)
         reason = f"{turned}; {since} evaluations without a better one"
         return Finding(risk, HIGH if lasting_gl >= limits.gl_high else MEDIUM, reason, numbers)
@@ -196,6 +205,7 @@ def rise_numbers(curves: Mapping[str, Series], run: TrainingRun, limits: Thresho
     numbers = {
         "generalisation_loss": gl, "lasting_gl": lasting_rise(evaluation.y, evaluation.best, limits.patience),
         "slight_gl": lasting_rise(evaluation.y, evaluation.best, 2 * limits.patience),
+        "typical_gl": typical_rise(evaluation, limits.patience),
         "rise_of_eval_loss": min(evaluation.y[-max(1, limits.patience) :]) - evaluation.best,
         "loss_at_start": evaluation_start(evaluation, train), "best_eval_loss": evaluation.best,
         "best_at": evaluation.best_x, "last_eval_loss": evaluation.last,
@@ -334,7 +344,7 @@ def judge_underfitting(
     diverged = [name for name in ("loss", "eval_loss") if run.broken[name]]
     if diverged:
         reason = f"the {diverged[0]} ended as NaN or inf: the weights are broken and fit nothing"
-        return Finding(risk, HIGH, reason, {"values_not_finite": float(sum(run.nonfinite.values()))})
+        return Finding(risk, HIGH, reason, {"values_not_finite": float(sum(run.nonfinite.values()))}, diverged=True)
     evaluated = len(evaluation) >= limits.min_evaluations
     found = [descend_training(train, curves["lr"])] if len(train) >= limits.min_points else []
     found += [descend_evaluation(evaluation, train, curves["lr"])] if evaluated else []
@@ -347,9 +357,12 @@ def judge_underfitting(
                "late_share": steady.late}  # fmt: skip
     if evaluated:
         numbers["recent_fall"] = recent_fall(evaluation)
-    if overfitting.level != LOW:
-        return Finding(risk, LOW, "the evaluation loss has turned: more of this training is no cure", numbers)
     begin = begins_late(train, evaluation)
+    if overfitting.level != LOW:
+        if most.gain < limits.gain_high and begin is None:
+            reason = f"training took nothing away: {most.name} loss {most.start:.4g} to {most.end:.4g}"
+            return Finding(risk, HIGH, reason, numbers, diverged=True)
+        return Finding(risk, LOW, "the evaluation loss has turned: more of this training is no cure", numbers)
     missing = ""
     if begin is None:
         verdict, reason = judge_descent(steady, most, seen_before(train, run.epochs_of("loss")), limits)
@@ -359,10 +372,10 @@ def judge_underfitting(
     if verdict == LOW and min(descent.end for descent in found) >= limits.high_loss:
         verdict = MEDIUM
         reason = f"the losses ended at {most.end:.4g} and more: a perplexity of {math.exp(min(most.end, 700)):.0f}"
-    elif verdict == LOW and evaluated and still_falling(evaluation, numbers, limits):
+    elif verdict == LOW and evaluated and still_falling(evaluation, curves["lr"], numbers, limits):
         verdict = MEDIUM
         reason = f"the evaluation loss fell by {numbers['recent_fall']:.1%} in the last quarter of the run"
-    return Finding(risk, verdict, reason, numbers, missing)
+    return Finding(risk, verdict, reason, numbers, missing, diverged=most.gain < 0)
 
 
 def recent_fall(evaluation: Series) -> float:
@@ -372,11 +385,20 @@ def recent_fall(evaluation: Series) -> float:
     return 1 - evaluation.last / then if then > 0 else 0.0
 
 
-def still_falling(evaluation: Series, numbers: Mapping[str, float], limits: Thresholds) -> bool:
-    """Whether the last evaluations were still getting better, by much."""
+def still_falling(evaluation: Series, rates: Series, numbers: Mapping[str, float], limits: Thresholds) -> bool:
+    """Whether the last evaluations were still getting better, by much.
+
+    Under a learning rate that is held constant a loss goes on falling slowly until the rate is lowered, so that tells
+    nothing; under one that was lowered, or still rises, it does.
+    """
+    late = rates.y[-max(2, len(rates) // 4) :]
+    if len(late) > 1 and max(late) - min(late) <= 0.01 * max(late):
+        return False
+    better = persistence(evaluation, limits.min_delta) < limits.patience
+    better = better and evaluation.last <= evaluation.best * (1 + limits.min_delta)
     fall = numbers["recent_fall"]
-    matters = fall / (1 - fall) * evaluation.last >= limits.floor * numbers["start"] if fall < 1 else True
-    return persistence(evaluation, limits.min_delta) < limits.patience and fall >= limits.recent and matters
+    then = evaluation.last / (1 - fall) if fall < 1 else math.inf
+    return better and fall >= limits.recent and then - evaluation.last >= limits.floor * numbers["start"]
 
 
 def judge_descent(steady: Descent, most: Descent, seen: bool, limits: Thresholds) -> tuple[str, str]:
