@@ -9,6 +9,7 @@ readable loss (and for faults of ours), 2 for what the user can mend.
 """
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -130,7 +131,7 @@ def parse(argv: Sequence[str] | None) -> Config:
 
 def find_log(path: Path) -> Path:
     """The log itself: `path`, or in a folder (or its newest checkpoint) the first that is there of LOG_NAMES."""
-    if not path.is_dir():
+    if not os.path.isdir(path):  # False for every path that cannot be, too
         return path
     checkpoints = sorted(path.glob("checkpoint-*"), key=age)
     for folder in (path, *checkpoints):

@@ -90,10 +90,11 @@ def side_of(text: bytes) -> str:
     return side
 
 
-def in_its_line(name: Name, line: bytes, words: bytes, before: bytes, after: bytes) -> Name:
+def in_its_line(name: Name, line: bytes, side: str, before: bytes, after: bytes) -> Name:
     """A plain loss as the words around it tell it.
 
-    `words` is what comes before it in the line without other names and values, `before` that since the last loss.
+    `side` is what the last word of that kind says; `before` is the text since the last loss, without other names and
+    values.
     """
     neighbour = BEFORE.search(before)
     if neighbour and neighbour[1].lower().decode() in PART_WORDS:
@@ -102,11 +103,10 @@ def in_its_line(name: Name, line: bytes, words: bytes, before: bytes, after: byt
         return Name("best")
     if name.role != "loss" or name.trained:
         return name
-    side = side_of(words)
     if side == "train":
         return name
     if side:
-        part = PARTIAL.search(line)
+        part = PARTIAL.search(line[:1000])
         return Name("doubt") if BAR in line or (part and part[1] != part[2]) else Name("eval_loss", data=side)
     return Name("doubt") if TRAILING.match(after) or side_of(after.rsplit(b":", 1)[-1]) not in ("", "train") else name
 
@@ -127,20 +127,21 @@ def named_values(line: bytes) -> list[tuple[str, int, int, int]]:
 def find_pairs(line: bytes) -> tuple[dict[str, Pair], str]:
     """The plainest pair of every role in a line; and `best` or `doubt` where a loss was passed over."""
     found: dict[str, Pair] = {}
-    passed, words, since, done = "", b"", 0, 0
+    passed, side, before, done = "", "", b"", 0
     pairs = named_values(line)
     last = pairs[-1][3] if pairs else 0
     for text, begin, start, end in pairs:
-        words += line[done : start if text.lower() in SIDES else begin]  # "Test: [10/20] loss: 2.5"
+        before += line[done : start if text.lower() in SIDES else begin]  # "Test: [10/20] loss: 2.5"
         done = end
         name = name_of(text)
-        if text in JOINED and words.lower().endswith(JOINED[text][0]):
+        if text in JOINED and before.lower().endswith(JOINED[text][0]):
             name = JOINED[text][1]
         if name is None or (text.lower() == "train_loss" and SUMMARY in line):
             continue
         if name.role in ("loss", "eval_loss"):
-            name = in_its_line(name, line, words, words[since:], line[end:] if end == last else b"")
-            since = len(words)
+            side = side_of(before) or side
+            name = in_its_line(name, line, side, before, line[end:] if end == last else b"")
+            before = b""
         if name.role in ("best", "doubt"):
             passed = passed if passed == "doubt" else name.role
         elif name.role != "part" and (name.role not in found or name.order < found[name.role].name.order):

@@ -11,6 +11,7 @@ BINARY = (
     (b"SQLite format 3", "an SQLite file; export the run's losses to csv"),
 )  # fmt: skip
 EXPECTED = 'expected lines such as {"step": 10, "loss": 2.3}, step: 10, loss: 2.3, a csv with a column of losses or a trainer_state.json'  # noqa: E501
+CONTROLS = bytes(set(range(32)) - set(b"\t\n\r\x1b\b"))
 SHOWN = 8  # column names in a sentence
 
 
@@ -39,7 +40,7 @@ def no_loss(path: str, reader: LogReader) -> str:
         return f"{path} has no readable loss: it is a table with the columns {told}, of which none is named as a loss"
     if run.stepless:
         return f"{path} tells {run.stepless} steps but no loss; let the training print it; {EXPECTED}"
-    if head.count(0) > len(head) // 10:
+    if len(head.translate(None, CONTROLS)) < 0.95 * len(head):
         return f"{path} has no readable loss: it is binary; pass the training's text log"
     return f"{path} has no readable loss; {EXPECTED}"
 

@@ -103,7 +103,8 @@ def wait_for(
             with files.open_regular(found, "the log", CURE):
                 return found
         except UserError as error:
-            to_come = path.is_dir() or (isinstance(error.__cause__, FileNotFoundError) and path.parent.is_dir())
+            missing = isinstance(error.__cause__, FileNotFoundError)
+            to_come = os.path.isdir(path) or (missing and os.path.isdir(path.parent))
             if not to_come or (until_idle and time.monotonic() - started >= until_idle):
                 raise
         if not said:
