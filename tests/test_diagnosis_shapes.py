@@ -251,6 +251,26 @@ SHAPES: dict[str, tuple[str, Points, Points]] = {
         "Epoch 2:  50%|#####     | 5/10 [00:01<00:01, 5.0it/s, loss=2.0, val_loss=2.2]\n",
         [(0, 2.5), (1, 2.25), (1, 2.125), (2, 2.0)], [(1, 2.4), (2, 2.2)],
     ),
+    "epochs in lines of their own": (
+        "Epoch: 01 | Epoch Time: 0m 30s\n\tTrain Loss: 5.5 | Train PPL: 244.692\n\t Val. Loss: 5.0 |  PPL: 148.413\n"
+        "Epoch: 02 | Epoch Time: 0m 30s\n\tTrain Loss: 4.5 | Train PPL:  90.017\n\t Val. Loss: 4.75 |  PPL: 115.58\n",
+        [(1, 5.5), (2, 4.5)], [(1, 5.0), (2, 4.75)],
+    ),
+    "the Trainer's last words are of the whole run": (
+        "{'loss': 2.5, 'epoch': 1.0}\n{'eval_loss': 2.25, 'epoch': 1.0}\n{'loss': 2.0, 'epoch': 2.0}\n"
+        "***** train metrics *****\n  epoch                    =        2.0\n  train_loss               =       2.25\n"
+        "  train_runtime            = 0:00:45.67\n***** eval metrics *****\n  epoch                   =        2.0\n"
+        "  eval_loss               =       2.25\n",
+        [(1, 2.5), (2, 2.0)], [(1, 2.25)],
+    ),
+    # a plain loss after the heading of an evaluation may be either, so it counts for nothing
+    "DeepSpeed-Chat": (
+        "***** Evaluating perplexity, Epoch 0/2 *****\nppl: 12.18, loss: 2.5\n"
+        "Epoch: 0, Step: 10, Rank: 0, loss = 2.25\nEpoch: 0, Step: 20, Rank: 0, loss = 2.0\n"
+        "***** Evaluating perplexity, Epoch 1/2 *****\nppl: 7.39, loss: 1.9\n"
+        "Epoch: 1, Step: 10, Rank: 0, loss = 1.75\n",
+        [(10, 2.25), (20, 2.0), (30, 1.75)], [],
+    ),
     "two evaluation sets: the first that spoke": (
         "{'loss': 2.5, 'epoch': 0.5}\n{'eval_en_loss': 2.25, 'epoch': 1.0}\n{'eval_zh_loss': 3.25, 'epoch': 1.0}\n"
         "{'loss': 2.0, 'epoch': 1.5}\n{'eval_en_loss': 2.0, 'epoch': 2.0}\n{'eval_zh_loss': 3.0, 'epoch': 2.0}\n",

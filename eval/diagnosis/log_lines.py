@@ -29,7 +29,7 @@ PAIR = re.compile(
     rb"(" + NUMBER + rb")(?![\w.])"
 )
 QUOTED = re.compile(rb"(['\"])([\w ./-]{1,60})\1\s*:\s*(" + NUMBER + rb")(?![\w.])")
-INTERESTING = re.compile(rb"(?i)loss|step|epoch|iter|xent|nll|eval|val|test|dev|cost|entropy|-rmse|" + either("损失"))
+INTERESTING = re.compile(rb"(?i)loss|step|epoch|iter|train|xent|nll|eval|val|test|dev|cost|entropy|-rmse|" + either("损失"))
 SIDE = re.compile(
     rb"(?i)(?<![\w./-])(?:(?P<train>" + "|".join(TRAIN_WORDS).encode() + rb")|(?P<eval>"
     + "|".join(EVAL_WORDS).encode() + rb"))(?:_\d+)?(?![\w/-]|\.\w)(?!\s+(?:tokens|samples|labels|examples|steps)\b)"
@@ -43,7 +43,8 @@ JOINED = {"value": (b"loss ", Name("loss")), "rate": (b"learning ", Name("lr"))}
 TRAILING = re.compile(rb"^\s*\(\s*(?i:" + "|".join(EVAL_WORDS).encode() + rb")\b")
 PARTIAL = re.compile(rb"(?i)(?:" + "|".join(EVAL_WORDS).encode() + rb")\)?[^\w\[]*\[\s*(\d+)\s*/\s*(\d+)\s*\]")
 HEADING = re.compile(rb"^\W*(?i:epoch)\s*[:#]?\s*\[?\s*(\d{1,9})(?:\s*/\s*\d+)?\]?\W*$")
-SECTION = re.compile(rb"^[^\d=]{0,80}$")  # a line of words alone
+SECTION = re.compile(rb"^(?:[^\d=]{0,80}|\s*[*=#-]{3,}[^=]{0,100})$")  # a line of words alone, or between rules
+METRICS = re.compile(rb"^\s*\*{3,} \w+ metrics \*{3,}")  # the Trainer's: what follows was told before
 SIDES = frozenset((*TRAIN_WORDS, *EVAL_WORDS))
 BAR = b"%|"
 SUMMARY = b"train_runtime"  # the Trainer's last line: its train_loss is the mean of the whole run
@@ -63,7 +64,7 @@ class Reading(NamedTuple):
     data: str = ""  # which evaluation data, where there are several
     passed: str = ""  # a loss that counts for nothing: "best" (a record is told again) or "doubt"
     bar: bool = False  # a progress bar, which carries the last evaluation on
-    section: str = ""  # "train" or "eval": words alone, what follows without a place belongs to it
+    section: str = ""  # "train", "eval" or "summary": words alone, what follows without a place belongs to it
 
     @property
     def has_loss(self) -> bool:
@@ -156,10 +157,13 @@ def parse_line(line: bytes) -> Reading | None:
     heading = HEADING.match(line)
     if heading:
         return Reading(epoch=float(heading[1]), heading=True)
+    if METRICS.match(line):
+        return Reading(section="summary")
     found, passed = find_pairs(line)
-    if not found and not passed:
+    if found.keys() <= {"epoch"} and not passed:
         side = side_of(line) if SECTION.match(line) else ""
-        return Reading(section="train" if side == "train" else "eval") if side else None
+        if side or not found:
+            return Reading(section="train" if side == "train" else "eval") if side else None
     return reading_of({role: line[pair.start : pair.end] for role, pair in found.items()}, data=data_in(found),
                       passed=passed, bar=BAR in line)  # fmt: skip
 

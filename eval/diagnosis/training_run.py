@@ -82,6 +82,8 @@ class TrainingRun:
             if reading.step is not None and not reading.passed:
                 self.stepless += 1
                 self._carried = (reading.step, set())
+            elif reading.epoch is not None and not reading.passed:
+                self._heading = reading.epoch  # "Epoch: 01 | Time: 0m 30s"
             return
         if reading.rank is not None and reading.rank != self.choose_rank(reading.rank):
             self.repeated += 1
@@ -111,6 +113,9 @@ class TrainingRun:
             self.passed["other"] += 1
         if reading.bar and "eval_loss" in values and values["eval_loss"] == self._last("eval_loss"):
             del values["eval_loss"]  # a progress bar carries the last one on
+        if values and not placed and self._section == "summary":
+            self.passed["summary"] += 1
+            return {}
         if "loss" in values and not placed and self._section == "eval":
             del values["loss"]
             self.passed["doubt"] += 1
