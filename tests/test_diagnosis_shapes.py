@@ -271,6 +271,25 @@ SHAPES: dict[str, tuple[str, Points, Points]] = {
         "Epoch: 1, Step: 10, Rank: 0, loss = 1.75\n",
         [(10, 2.25), (20, 2.0), (30, 1.75)], [],
     ),
+    "tokens that are valid": (
+        "step 10 valid tokens: 4096 loss: 2.5\nstep 20 valid tokens: 4096 loss: 2.25\n", [(10, 2.5), (20, 2.25)], [],
+    ),
+    "a word after the loss leaves it open": (
+        '{"split": "valid", "epoch": 1, "loss": 2.5}\n{"split": "train", "epoch": 1, "loss": 2.25}\n'
+        '{"loss": 2.1, "epoch": 2, "split": "valid"}\nepoch 2 loss: 2.0 (test)\n{"loss": 1.9, "epoch": 3}\n',
+        [(1, 2.25), (3, 1.9)], [(1, 2.5)],
+    ),
+    "batches of an evaluation": (
+        "Epoch 1\nTraining...\nbatch 1 loss 2.5\nbatch 2 loss 2.25\nValidating...\nbatch 1 loss 2.6\nbatch 2 loss 2.7\n"
+        "Validation loss: 2.65\nEpoch 2\nTraining...\nbatch 1 loss 2.0\n"
+        "Test: [10/20] Loss 1.2 (1.3)\nTest: [20/20] Loss 2.5\n",
+        [(1, 2.5), (1, 2.25), (2, 2.0)], [(1, 2.65)],
+    ),
+    "W&B's csv": (
+        '"Step","run-1 - train/loss","run-1 - train/loss__MIN","run-1 - train/loss__MAX"\n"1","2.5","2.4","2.6"\n'
+        '"2","2.0","1.9","2.1"\n',
+        [(1, 2.5), (2, 2.0)], [],
+    ),
     "two evaluation sets: the first that spoke": (
         "{'loss': 2.5, 'epoch': 0.5}\n{'eval_en_loss': 2.25, 'epoch': 1.0}\n{'eval_zh_loss': 3.25, 'epoch': 1.0}\n"
         "{'loss': 2.0, 'epoch': 1.5}\n{'eval_en_loss': 2.0, 'epoch': 2.0}\n{'eval_zh_loss': 3.0, 'epoch': 2.0}\n",

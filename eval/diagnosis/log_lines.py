@@ -29,7 +29,7 @@ PAIR = re.compile(
     rb"(" + NUMBER + rb")(?![\w.])"
 )
 QUOTED = re.compile(rb"(['\"])([\w ./-]{1,60})\1\s*:\s*(" + NUMBER + rb")(?![\w.])")
-INTERESTING = re.compile(rb"(?i)loss|step|epoch|iter|train|xent|nll|eval|val|test|dev|cost|entropy|-rmse|" + either("损失"))
+INTERESTING = re.compile(rb"(?i)loss|step|epoch|iter|train|xent|nll|val|test|dev|entropy|" + either("损失"))
 SIDE = re.compile(
     rb"(?i)(?<![\w./-])(?:(?P<train>" + "|".join(TRAIN_WORDS).encode() + rb")|(?P<eval>"
     + "|".join(EVAL_WORDS).encode() + rb"))(?:_\d+)?(?![\w/-]|\.\w)(?!\s+(?:tokens|samples|labels|examples|steps)\b)"
@@ -45,7 +45,6 @@ PARTIAL = re.compile(rb"(?i)(?:" + "|".join(EVAL_WORDS).encode() + rb")\)?[^\w\[
 HEADING = re.compile(rb"^\W*(?i:epoch)\s*[:#]?\s*\[?\s*(\d{1,9})(?:\s*/\s*\d+)?\]?\W*$")
 SECTION = re.compile(rb"^(?:[^\d=]{0,80}|\s*[*=#-]{3,}[^=]{0,100})$")  # a line of words alone, or between rules
 METRICS = re.compile(rb"^\s*\*{3,} \w+ metrics \*{3,}")  # the Trainer's: what follows was told before
-SIDES = frozenset((*TRAIN_WORDS, *EVAL_WORDS))
 BAR = b"%|"
 SUMMARY = b"train_runtime"  # the Trainer's last line: its train_loss is the mean of the whole run
 
@@ -132,17 +131,20 @@ def find_pairs(line: bytes) -> tuple[dict[str, Pair], str]:
     pairs = named_values(line)
     last = pairs[-1][3] if pairs else 0
     for text, begin, start, end in pairs:
-        before += line[done : start if text.lower() in SIDES else begin]  # "Test: [10/20] loss: 2.5"
+        before += line[done:begin]
         done = end
         name = name_of(text)
         if text in JOINED and before.lower().endswith(JOINED[text][0]):
             name = JOINED[text][1]
         if name is None or (text.lower() == "train_loss" and SUMMARY in line):
+            before += line[begin:start]
             continue
         if name.role in ("loss", "eval_loss"):
             side = side_of(before) or side
-            name = in_its_line(name, line, side, before, line[end:] if end == last else b"")
+            name = in_its_line(name, line, side, before, line[last:])
             before = b""
+        else:
+            before += line[begin:start]  # "Test: [10/20] loss: 2.5", but not "val_accuracy: 0.4 loss: 2.5"
         if name.role in ("best", "doubt"):
             passed = passed if passed == "doubt" else name.role
         elif name.role != "part" and (name.role not in found or name.order < found[name.role].name.order):

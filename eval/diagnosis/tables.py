@@ -17,7 +17,7 @@ DELIMITERS = (b"\t", b",", b";", b"|")
 RULER = re.compile(rb"^[\s|+:=-]*-{2}[\s|+:=-]*$")
 BLANKS = re.compile(rb"\s{2,}")
 VALUE = re.compile(rb"^\s*[-+]?(?:\d+\.?\d*(?:[eE][-+]?\d+)?|\.\d+|nan|inf(?:inity)?)\s*$", re.IGNORECASE)
-SUMMED = re.compile(r"^(train/|val/|LOSS )\w+(?<!/loss)$")
+SUMMED = re.compile(r"^(train/|val/|LOSS )[\w.]+(?<!/loss)$")
 SIDES = {"train/": "loss", "LOSS ": "loss", "val/": "eval_loss"}
 SENTENCE = re.compile(r"[=:!?]|(?:^|\s)[-+]?\d")
 ROLES = ("loss", "eval_loss", "retention_loss", "step", "epoch", "lr")
@@ -92,7 +92,7 @@ def table_of(line: bytes) -> Table | None:
 def columns_of(names: Sequence[str], delimiter: bytes, header: bytes) -> Table | None:
     """The table of these column names, None where they are a sentence rather than names, or tell no loss."""
     spacy = names[:2] == ["E", "#"]
-    abouts = [(name_of(name) if len(name) <= 100 else None) or Name("") for name in names]
+    abouts = [(name_of(name.rsplit(" - ", 1)[-1]) if len(name) <= 100 else None) or Name("") for name in names]
     if spacy:
         abouts[:2] = [Name("epoch"), Name("step")]
     if any(len(name.split()) > 4 or SENTENCE.search(name) for name in names):
