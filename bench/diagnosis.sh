@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Judge eval/diagnosis_monitoring on labelled logs of real trainings: precision and recall per risk, and a naive rule's.
 #   bash bench/diagnosis.sh [options of bench/diagnosis.py]
-# Trains 80 tiny models (about 20 minutes on 2 CPU threads); a second start goes on where the first one stopped.
+# Trains 80 tiny models (about 20 minutes on 2 CPU threads); a second start goes on where the first one stopped. Other
+# people's runs are judged, too, where their numbers are (--real PATH, or ../shared/data/real_curves).
 set -euo pipefail
 HERE=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
 # shellcheck source=llmops/environment.sh

@@ -9,7 +9,7 @@ readable loss (and for faults of ours), 2 for what the user can mend.
 """
 
 import argparse
-import json
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -18,14 +18,18 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from eval.diagnosis.criteria import HIGH, LOW, MEDIUM, RISKS, Diagnosis, Thresholds, judge
+from eval.diagnosis.criteria import HIGH, LOW, MEDIUM, RISKS, Diagnosis, Finding, Thresholds, judge
 from eval.diagnosis.log_reader import LogReader
+from eval.diagnosis.refusal import no_loss
+from eval.diagnosis.sources import read_log
 from eval.diagnosis.training_run import LOSSES, TrainingRun
+from llmops import files, pictures
 from llmops.console import FailureJson, Parser, UserError, log, run_main, to_bool
 
-PIECE = 1 << 20
 SWITCHES = ("--explain", "--watch")
-LOG_NAMES = ("log.txt", "trainer_state.json", "trainer_log.jsonl", "logging.jsonl")
+LOG_NAMES = (
+    "log.txt", "trainer_state.json", "trainer_log.jsonl", "logging.jsonl", "metrics.csv", "results.csv", "summary.csv",
+)  # fmt: skip
 RECOMMENDATIONS = {
     ("overfitting", HIGH): "建议停止训练，降低学习率，增大dropout，增大数据量，降低训练周期数，并重新训练。",
     ("overfitting", MEDIUM): "建议继续观察评估损失，若仍不下降则提前停止训练，并使用评估损失最低的检查点。",
@@ -34,6 +38,7 @@ RECOMMENDATIONS = {
     ("catastrophic_forgetting", HIGH): "建议回退到上个版本并调整参数。",
     ("catastrophic_forgetting", MEDIUM): "建议降低学习率，在训练数据中混入通用数据，并继续观察保留集损失。",
 }
+DIVERGED = "建议降低学习率，检查数据和数值精度（fp16可换成bf16），并重新训练：损失没有下降。"
 
 
 class NoLossError(UserError):
@@ -104,6 +109,8 @@ def parse(argv: Sequence[str] | None) -> Config:
         )
         if wrong
     ]
+    if limits["gl_slight"] > limits["gl_medium"]:
+        problems.append(f"--gl_slight is {limits['gl_slight']}, which is over --gl_medium ({limits['gl_medium']})")
     for name in ("min_evaluations", "min_points"):
         if 0 <= limits[name] < 2:
             problems.append(f"--{name} is {limits[name]}, expected 2 or more")
@@ -117,57 +124,64 @@ def parse(argv: Sequence[str] | None) -> Config:
         problems.append(f"--plot: the folder of {given['plot']} does not exist; make it or choose another")
     if problems:
         raise UserError("; ".join(problems))
+    if given["plot"]:
+        pictures.refuse_other(Path(given["plot"]))
     return Config(**given, thresholds=Thresholds(**limits))
 
 
 def find_log(path: Path) -> Path:
     """The log itself: `path`, or in a folder (or its newest checkpoint) the first that is there of LOG_NAMES."""
-    if path.is_dir():
-        checkpoints = sorted(path.glob("checkpoint-*"), key=lambda p: p.stat().st_mtime, reverse=True)
-        for folder in (path, *checkpoints):
-            for name in LOG_NAMES:
-                if (folder / name).is_file():
-                    log(f"reading {folder / name}")
-                    return folder / name
-        raise UserError(f"the folder {path} holds none of {', '.join(LOG_NAMES)}; pass the log's own path")
-    if not path.exists():
-        raise UserError(f"the log {path} does not exist; pass the log.txt of a training, or the folder that holds it")
-    return path
+    if not os.path.isdir(path):  # False for every path that cannot be, too
+        return path
+    checkpoints = sorted(path.glob("checkpoint-*"), key=age)
+    for folder in (path, *checkpoints):
+        for name in LOG_NAMES:
+            if (folder / name).is_file():
+                log(f"reading {folder / name}")
+                return folder / name
+    raise UserError(f"the folder {path} holds none of {', '.join(LOG_NAMES)}; pass the log's own path")
+
+
+def age(path: Path) -> float:
+    """Sorts the newest first; what cannot be looked at (a dangling link) last."""
+    try:
+        return -path.stat().st_mtime
+    except OSError:
+        return 0.0
 
 
 def read(path: str) -> LogReader:
     """Read a log from its beginning to its end."""
     reader = LogReader()
-    try:
-        with open(sys.stdin.fileno() if path == "-" else find_log(Path(path)), "rb", closefd=path != "-") as stream:
-            while piece := stream.read(PIECE):
-                reader.feed(piece)
-    except OSError as error:
-        raise UserError(f"the log {path} cannot be read ({error.strerror}); check the path and its rights") from error
+    for piece in read_log(path if path == "-" else str(find_log(Path(path)))):
+        reader.feed(piece)
     reader.finish()
     return reader
 
 
-def check_losses(path: str, run: TrainingRun) -> None:
+def has_loss(run: TrainingRun) -> bool:
+    """Whether there is anything to judge."""
+    return any(len(run.curves[name]) or run.nonfinite[name] for name in LOSSES)
+
+
+def check_losses(path: str, reader: LogReader) -> None:
     """Raises NoLossError when there is nothing to judge."""
-    if any(len(run.curves[name]) or run.nonfinite[name] for name in LOSSES):
-        return
-    if run.stepless:
-        raise NoLossError(
-            f"{path} tells {run.stepless} steps but no loss (DeepSpeed's own lines hold only learning rates); pass the "
-            "log that prints the loss, or let the training print it"
-        )
-    raise NoLossError(
-        f'{path} has no readable loss; expected lines such as {{"step": 10, "loss": 2.3}}, step: 10, loss: 2.3 or '
-        "a trainer_state.json"
-    )
+    if not has_loss(reader.run):
+        raise NoLossError(no_loss(path, reader))
 
 
 def answer_json(diagnosis: Diagnosis) -> dict[str, Any]:
     """The documented shape."""
     levels = {risk: diagnosis.findings[risk].level for risk in RISKS}
-    advice = {risk: "-" if level == LOW else RECOMMENDATIONS[risk, level] for risk, level in levels.items()}
+    advice = {risk: advice_for(diagnosis.findings[risk]) for risk in RISKS}
     return {"code": 0, "msg": "Monitoring Report", "data": {"current_risks": levels, "recommendations": advice}}
+
+
+def advice_for(finding: Finding) -> str:
+    """What to do about a risk; a training that made nothing better is no case for more of it."""
+    if finding.level == LOW:
+        return "-"
+    return DIVERGED if finding.diverged else RECOMMENDATIONS[finding.risk, finding.level]
 
 
 def say_failure(code: int, message: str) -> None:
@@ -177,31 +191,33 @@ def say_failure(code: int, message: str) -> None:
 
 def say(answer: dict[str, Any]) -> None:
     """One JSON object on one line of stdout."""
-    print(json.dumps(answer, ensure_ascii=False), flush=True)
+    files.print_json(answer)
 
 
-def tell(config: Config, reader: LogReader) -> Diagnosis:
+def tell(config: Config, run: TrainingRun) -> Diagnosis:
     """Judge what was read; what is for people goes to stderr and into the picture."""
-    diagnosis = judge(reader.run, config.thresholds)
+    diagnosis = judge(run, config.thresholds)
+    if run.passed["doubt"]:
+        log(f"passed over: {run.passed['doubt']:,} lines whose loss may be an evaluation's or a part of one")
     for finding in diagnosis.findings.values():
         if finding.missing:
             log(f"evidence: {finding.risk}: {finding.missing}; it is {finding.level}")
     if config.explain:
         from eval.diagnosis.explain import explain
 
-        log(explain(diagnosis, reader.run, config.thresholds))
+        log(explain(diagnosis, run, config.thresholds))
     if config.plot:
         from eval.diagnosis.plot import draw
 
-        draw(diagnosis, reader.run, Path(config.plot))
+        draw(diagnosis, run, Path(config.plot))
     return diagnosis
 
 
 def run(config: Config) -> dict[str, Any]:
     """Read a log and judge it; what is printed."""
     reader = read(config.log_path)
-    check_losses(config.log_path, reader.run)
-    return answer_json(tell(config, reader))
+    check_losses(config.log_path, reader)
+    return answer_json(tell(config, reader.run))
 
 
 def watch(config: Config) -> None:
@@ -209,17 +225,18 @@ def watch(config: Config) -> None:
     from eval.diagnosis.watch import follow
 
     said = None
-    reader = None
+    reader = LogReader()
     for reader in follow(Path(config.log_path), find_log, config.watch_interval, config.watch_until_idle):
-        if not any(len(reader.run.curves[name]) or reader.run.nonfinite[name] for name in LOSSES):
+        now = reader.run.settled()
+        if not has_loss(now):
             continue
-        answer = answer_json(judge(reader.run, config.thresholds))
+        answer = answer_json(judge(now, config.thresholds))
         if answer != said:
-            tell(config, reader)
+            tell(config, now)
             say(answer)
             said = answer
     if said is None:
-        check_losses(config.log_path, reader.run if reader else TrainingRun())
+        check_losses(config.log_path, reader)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

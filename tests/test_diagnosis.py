@@ -121,7 +121,9 @@ def test_folder_stdin_and_settings_of_the_script(tmp_path: Path, capfd: pytest.C
         )
     assert json.loads(piped.stdout) == plain
     env = environment() | {"MOUNT_PATH": str(tmp_path), "LOG_PATH": str(log), "GL_HIGH": "500", "EXPLAIN": "true"}
-    done = subprocess.run([*script, "--gl_medium=400"], env=env, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [*script, "--gl_medium=400", "--gl_slight=400"], env=env, capture_output=True, text=True, check=True
+    )
     assert levels(json.loads(done.stdout))[0] == "Low"
     assert "gl_medium 400, gl_high 500" in done.stderr
     done = subprocess.run(
@@ -161,7 +163,7 @@ def test_picture(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     [
         (["nowhere/log.txt"], 2, "nowhere/log.txt does not exist; pass the log.txt of a training"),
         (["EMPTY_FOLDER"], 2, "holds none of log.txt, trainer_state.json"),
-        (["EMPTY_FILE"], 1, "has no readable loss; expected lines such as"),
+        (["EMPTY_FILE"], 1, "has no readable loss: it is empty; expected lines such as"),
         ([str(LOGS / "README.md")], 1, "has no readable loss"),
         ([str(LOGS / "deepspeed_steps_only.txt")], 1, "tells 2 steps but no loss (DeepSpeed's own lines"),
         ([str(LOGS / "ours.txt"), "--gl_medium", "20"], 2, "--gl_medium is 20.0, which is over --gl_high (10.0)"),
@@ -196,18 +198,39 @@ def test_overfitting_numbers_by_hand() -> None:
     assert numbers["generalisation_loss"] == pytest.approx(100 * (1.2 / 1.0 - 1))
     assert numbers["lasting_gl"] == pytest.approx(20)  # of the lower one of the last two
     assert numbers["evaluations_since_better"] == 3
-    progress = 1000 * ((0.5 + 0.4 + 0.55 + 0.5 + 0.55) / (5 * 0.4) - 1)
-    assert numbers["progress_quotient"] == pytest.approx(20 / progress)
+    strips = [0.9, (0.5 + 0.4 + 0.55 + 0.5 + 0.55) / 5]  # no epochs: the training losses between evaluations
+    assert numbers["progress_quotient"] == pytest.approx(20 / (1000 * (sum(strips) / (2 * min(strips)) - 1)))
     assert (numbers["best_at"], numbers["gap_at_best"]) == (1, pytest.approx(1.0 - 0.9))
+
+
+def test_the_progress_strip_is_over_epochs() -> None:
+    """Prechelt's k = 5 epochs, each the mean of its logged losses, however noisy these are."""
+    readings = []
+    for epoch in range(1, 8):
+        readings += [
+            Reading(step=10 * epoch + i, epoch=epoch - 1 + i / 10, loss=2 / epoch + 0.2 * (-1) ** i)
+            for i in range(1, 11)
+        ]
+        readings.append(Reading(step=10 * epoch + 10, epoch=epoch, eval_loss=1 + 0.125 * abs(epoch - 3)))
+    numbers = judged(*readings).findings["overfitting"].numbers
+    means = [2 / epoch for epoch in range(3, 8)]
+    assert numbers["generalisation_loss"] == pytest.approx(50)
+    assert numbers["progress_quotient"] == pytest.approx(50 / (1000 * (sum(means) / (5 * min(means)) - 1)))
 
 
 @pytest.mark.parametrize(
     ("evaluation", "level"),
     [
-        ([2, 1, 1.2, 1.2], "High"), ([2, 1, 1.05, 1.06], "Medium"), ([2, 1, 1.01, 1.02], "Low"),
+        ([2, 1, 1.2, 1.2], "High"), ([2, 1, 1.05, 1.06], "Medium"),
+        ([2, 1, 1.015, 1.02], "Low"),  # under 3%, for two evaluations
+        ([2, 1, 1.015, 1.02, 1.02, 1.02], "Medium"),  # under 3%, for four
+        ([2, 1, 1.006, 1.007, 1.008, 1.007], "Low"),  # under 1%
         ([2, 1.5, 1, 1.2], "Low"),  # not lasting yet, and little progress lost
         ([2, 1, 1.3, 1.01], "Low"),  # a single bad evaluation
-        ([0.02, 0.01, 0.015, 0.016], "Low"),  # 60%, of next to nothing
+        ([3, 0.01, 0.015, 0.016], "Low"),  # 50%, of what is nothing beside the start
+        ([0.02, 0.01, 0.015, 0.016], "High"),  # whatever the loss is measured in
+        ([3, 2, 2.6, 2.5, 1.5, 1.7, 1.7], "Low"),  # it has come back from more than that
+        ([3, 2, 2.6, 2.5, 1.5, 1.7, 1.7, 1.7, 1.7], "High"),  # but not from so long
     ],
 )  # fmt: skip
 def test_overfitting_levels(evaluation: list[float], level: str) -> None:
@@ -243,8 +266,10 @@ def test_underfitting_numbers_by_hand() -> None:
 @pytest.mark.parametrize(
     ("train", "level"),
     [
-        (falling(100, 2, 0.5), "Low"), ([2 - i / 2000 for i in range(100)], "High"), (falling(100, 2, 1.85), "Medium"),
+        (falling(100, 2, 0.5), "Low"), ([2 - i / 2000 for i in range(100)], "High"),
+        (falling(100, 2, 1.85), "Low"),  # it learned what there was at once: a good model, tuned further
         ([5.0] * 3 + [4.2] * 97, "Medium"), ([1.0, 1.5] * 50, "High"),
+        ([2 - i / 150 for i in range(100)], "Medium"),  # half of the fall in the second half
     ],
 )  # fmt: skip
 def test_underfitting_levels(train: list[float], level: str) -> None:
@@ -323,19 +348,19 @@ def append(path: Path, *lines: dict[str, float]) -> None:
 def test_watch_follows_a_growing_log(number: int, tmp_path: Path) -> None:
     log = tmp_path / "log.txt"
     watcher = Watcher(str(log))
-    time.sleep(0.3)  # it waits for the file
-    write_log(log, falling(40, 3, 0.1), [3, 1.5, 1.2, 1.1, 1.0], [1, 1, 1, 1, 1])
+    assert watcher.process.stderr
+    assert "waiting for" in watcher.process.stderr.readline()
+    write_log(log, falling(40, 3, 0.1), [3, 1.5, 1.1, 1.02, 1.0], [1, 1, 1, 1, 1])
     assert watcher.line() == ["Low", "Low", "Low"]
     append(log, {"step": 50, "loss": 0.1, "eval_loss": 1.0})  # nothing new, so no line
     append(log, {"step": 60, "eval_loss": 1.4}, {"step": 70, "loss": 0.1, "eval_loss": 1.5})
     assert watcher.line() == ["High", "Low", "Low"]
     append(log, {"step": 80, "eval_loss": 1.5, "retention_loss": 2.0})
     assert watcher.line() == ["High", "Low", "High"]
-    append(log, {"step": 50, "loss": 0.1, "eval_loss": 0.9, "retention_loss": 1.0})  # resumed from an earlier step
+    append(log, {"step": 50, "loss": 0.1, "eval_loss": 0.99, "retention_loss": 1.0})  # resumed from an earlier step
     assert watcher.line() == ["Low", "Low", "Low"]
     code, out, err = watcher.end(number)
     assert (code, out) == (128 + number, "")
-    assert "waiting for" in err
     assert "Traceback" not in err
 
 

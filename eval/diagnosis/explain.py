@@ -5,13 +5,22 @@ from collections.abc import Mapping
 from eval.diagnosis.criteria import Diagnosis, Finding, Thresholds
 from eval.diagnosis.training_run import LOSSES, TrainingRun
 
+PASSED = {
+    "best": "lines that tell a record again", "doubt": "lines whose loss may be an evaluation's",
+    "other": "losses of further evaluation data", "summary": "means over steps that were told",
+}  # fmt: skip
 # by risk: measured number, its words, the thresholds it is held against
 ROWS = {
     "overfitting": (
         ("generalisation_loss", "generalisation loss (GL), percent", ("gl_medium", "gl_high")),
-        ("lasting_gl", "the same, of the lowest of the last evaluations", ("gl_medium", "gl_high")),
-        ("rise_of_eval_loss", "the same in nats per token", ("gl_floor",)),
+        ("lasting_gl", "the same, lowest of the last `patience` evaluations", ("gl_medium", "gl_high")),
+        ("slight_gl", "the same, of twice as many", ("gl_slight",)),
+        ("rise_of_eval_loss", "lasting rise in units of the loss", ()),
+        ("loss_at_start", "evaluation loss at the start of the run", ("floor",)),
         ("evaluations_since_better", "evaluations without a better one", ("patience",)),
+        ("typical_gl", "median of the evaluations since the best over it, percent", ()),
+        ("recovered_gl", "largest rise that it came back from before, percent", ()),
+        ("recovered_after", "  after so many evaluations", ()),
         ("best_eval_loss", "best evaluation loss", ()),
         ("best_at", "  at {axis}", ()),
         ("last_eval_loss", "last evaluation loss", ()),
@@ -28,6 +37,7 @@ ROWS = {
         ("end", "loss at the end", ("high_loss",)),
         ("gain", "share of the loss taken away", ("gain_high", "gain_medium", "gain_enough")),
         ("late_share", "share of the fall in the second half", ("late_medium", "late_high")),
+        ("recent_fall", "share of the evaluation loss lost in the last quarter", ("recent", "floor")),
         ("values_not_finite", "values that are NaN or inf", ()),
     ),
     "catastrophic_forgetting": (
@@ -55,7 +65,7 @@ def read_summary(diagnosis: Diagnosis, run: TrainingRun) -> str:
     text = ", ".join(f"{points[name]:,} {words[name]} losses" for name in LOSSES)
     counted: Mapping[str, int] = {
         "not finite": sum(run.nonfinite.values()), "repeated and counted once": run.repeated, "restarts": run.restarts,
-    }  # fmt: skip
+    } | {words: run.passed[kind] for kind, words in PASSED.items()}  # fmt: skip
     text += "".join(f", {count:,} {what}" for what, count in counted.items() if count)
     return f"read {text}; along the {diagnosis.axis}"
 
@@ -66,6 +76,6 @@ def rows(risk: str, finding: Finding, axis: str, thresholds: Thresholds) -> list
     for name, words, limits in ROWS[risk]:
         if name in finding.numbers:
             against = ", ".join(f"{limit} {getattr(thresholds, limit):g}" for limit in limits)
-            shown = f"  {words.format(axis=axis):<48}{finding.numbers[name]:>12.5g}"
+            shown = f"  {words.format(axis=axis):<54}{finding.numbers[name]:>12.5g}"
             lines.append(shown + (f"   ({against})" if against else ""))
     return lines

@@ -1,38 +1,51 @@
 """One line of a training log, of whatever format, as a reading: step, epoch, rank and the losses it tells.
 
 Names and values are found by one regular expression, so JSON, Python dicts, `name: value` and `name=value` are read
-alike, and a line that was cut or damaged still gives what is whole in it.
+alike, and a line that was cut or damaged still gives what is whole in it. What a name is about says names.py; of a
+plain `loss` the words before it say which one it is. An evaluation is never taken for a training loss: where the line
+leaves that open the loss counts for nothing, and the line is counted.
 """
 
 import re
 from typing import NamedTuple
 
-NUMBER = rb"[-+]?(?:(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][-+]?\d+)?|(?i:nan|inf(?:inity)?)(?![A-Za-z]))"
-TRAIN = ("loss", "train_loss", "train/loss", "training_loss")
-EVAL = (
-    "eval_loss", "eval/loss", "val_loss", "val/loss", "valid_loss", "valid/loss", "validation_loss", "validation/loss",
-    "test_loss", "test/loss", "dev_loss",
-)  # fmt: skip
-STEP = ("global_step/max_steps", "global_step", "current_steps", "step", "iteration", "iter")  # first known wins
-ROLES = (
-    dict.fromkeys(TRAIN, "loss") | dict.fromkeys(EVAL, "eval_loss") | {name: name for name in STEP}
-    | {"retention_loss": "retention_loss", "epoch": "epoch", "rank": "rank", "learning_rate": "lr", "lr": "lr"}
-)  # fmt: skip
-PLACES = ("step", "epoch")
+from eval.diagnosis.names import BEST_WORDS, EVAL_WORDS, PART_WORDS, TRAIN_WORDS, Name, data_of, name_of
+
+NUMBER = rb"[-+]?(?:(?:\d++(?:\.\d*+)?|\.\d++)(?:[eE][-+]?\d++)?+|(?i:nan|inf(?:inity)?)(?![A-Za-z]))"
 LARGEST_PLACE = 1e15
+CHINESE = ("utf-8", "gb18030")
+
+
+def either(*words: str) -> bytes:
+    """An expression for Chinese words in the encodings of logs."""
+    return b"|".join(re.escape(word.encode(encoding)) for word in words for encoding in CHINESE)
+
+
 PAIR = re.compile(
-    rb"(?<![\w./-])(?:([A-Za-z]+)[ ])?(['\"]?)((?i:"
-    + b"|".join(re.escape(name.encode()) for name in sorted(ROLES, key=len, reverse=True))
-    + rb"))\2(?:\s*[:=]\s*['\"]?(?:tensor\()?|[ ]+(?=\d))("
-    + NUMBER
-    + rb")(?![\w.])"
+    rb"(?<![\w./@-])(?:([A-Za-z_][\w./@-]*+)|(" + either("损失值", "损失") + rb"))(?<![.-])"
+    rb"(?:['\"]?\s*+(?:[:=]|"
+    + either("：")
+    + rb")\s*+['\"]?(?:tensor\(|\[\s*+)?|['\"]?[ ]++(?=\d)|['\"]?[ ]*+\[\s*+(?=\d))"
+    rb"(" + NUMBER + rb")(?![\w.])"
 )
-# words before "loss" that say which loss: "Training Loss: 1.2, Evaluation Loss: 1.4"
-EVAL_WORDS = {b"evaluation", b"eval", b"validation", b"val", b"valid", b"test", b"dev"}
-PARTIAL_WORDS = {b"aux", b"auxiliary", b"kl", b"router", b"balance", b"policy", b"value", b"z", b"moe", b"mtp", b"reg"}
-INTERESTING = re.compile(rb"(?i)loss|step|epoch|iter")
-KERAS = re.compile(rb"^\s*(\d+)/(\d+)\s.*?(?:\[[=>.]*\]|\xe2\x94\x81|- *\d+m?s).* - loss:")
-KERAS_EPOCH = re.compile(rb"^\s*Epoch (\d+)/\d+\s*$")
+QUOTED = re.compile(rb"(['\"])([\w ./-]{1,60})\1\s*:\s*(" + NUMBER + rb")(?![\w.])")
+INTERESTING = re.compile(rb"(?i)loss|step|epoch|iter|train|xent|nll|val|test|dev|entropy|" + either("损失"))
+SIDE = re.compile(
+    rb"(?i)(?<![\w./-])(?:(?P<train>" + "|".join(TRAIN_WORDS).encode() + rb")|(?P<eval>"
+    + "|".join(EVAL_WORDS).encode() + rb"))(?:_\d+)?(?![\w/-]|\.\w)(?!\s+(?:tokens|samples|labels|examples|steps)\b)"
+    rb"|(?P<zh_train>" + either("训练") + rb")|(?P<zh_eval>" + either("验证", "测试", "评估", "开发集") + rb")"
+)  # fmt: skip
+BEST = re.compile(
+    rb"(?i)(?<![\w-])(?:" + "|".join(BEST_WORDS).encode() + rb")(?![\w-])|" + either("最佳", "最优", "最低", "保存")
+)
+BEFORE = re.compile(rb"([A-Za-z]+)[ -]['\"]?$")  # the word right before a name
+JOINED = {"value": (b"loss ", Name("loss")), "rate": (b"learning ", Name("lr"))}  # "lm loss value: 2.3"
+TRAILING = re.compile(rb"^\s*\(\s*(?i:" + "|".join(EVAL_WORDS).encode() + rb")\b")
+PARTIAL = re.compile(rb"(?i)(?:" + "|".join(EVAL_WORDS).encode() + rb")\)?[^\w\[]*\[\s*(\d+)\s*/\s*(\d+)\s*\]")
+HEADING = re.compile(rb"^\W*(?i:epoch)\s*[:#]?\s*\[?\s*(\d{1,9})(?:\s*/\s*\d+)?\]?\W*$")
+SECTION = re.compile(rb"^(?:[^\d=]{0,80}|\s*[*=#-]{3,}[^=]{0,100})$")  # a line of words alone, or between rules
+METRICS = re.compile(rb"^\s*\*{3,} \w+ metrics \*{3,}")  # the Trainer's: what follows was told before
+BAR = b"%|"
 SUMMARY = b"train_runtime"  # the Trainer's last line: its train_loss is the mean of the whole run
 
 
@@ -47,6 +60,10 @@ class Reading(NamedTuple):
     retention_loss: float | None = None
     lr: float | None = None
     heading: bool = False  # "Epoch 3/10" alone: the lines that follow belong to it
+    data: str = ""  # which evaluation data, where there are several
+    passed: str = ""  # a loss that counts for nothing: "best" (a record is told again) or "doubt"
+    bar: bool = False  # a progress bar, which carries the last evaluation on
+    section: str = ""  # "train", "eval" or "summary": words alone, what follows without a place belongs to it
 
     @property
     def has_loss(self) -> bool:
@@ -54,53 +71,127 @@ class Reading(NamedTuple):
         return self.loss is not None or self.eval_loss is not None or self.retention_loss is not None
 
 
-def role_of(match: re.Match[bytes]) -> str | None:
-    """What a found pair is about, or None for a part of a loss (aux loss, KL loss)."""
-    before = match[1].lower() if match[1] else b""
-    role = ROLES[match[3].decode().lower()]
-    if role == "loss" and before in EVAL_WORDS:
-        return "eval_loss"
-    return None if role == "loss" and before in PARTIAL_WORDS else role
+class Pair(NamedTuple):
+    """A name with its value in a line: what it is about, and where the value stands."""
+
+    name: Name
+    start: int
+    end: int
 
 
-def find_pairs(line: bytes) -> dict[str, re.Match[bytes]]:
-    """The first match of every role in a line, a single one for all names of the step."""
-    found: dict[str, re.Match[bytes]] = {}
-    for match in PAIR.finditer(line):
-        role = role_of(match)
-        if role and role not in found and not (match[3].lower() == b"train_loss" and SUMMARY in line):
-            found[role] = match
-    steps = [name for name in STEP if name in found]
-    for name in steps[1:]:
-        del found[name]
-    if steps:
-        found["step"] = found.pop(steps[0])
-    return found
+def side_of(text: bytes) -> str:
+    """The last word in a text that says which data: `train`, `valid`, `test`, or "" for none."""
+    side = ""
+    for match in SIDE.finditer(text):
+        if match["train"] or match["zh_train"]:
+            side = "train"
+        else:
+            side = data_of([match["eval"].lower().decode()]) if match["eval"] else "valid"
+    return side
+
+
+def in_its_line(name: Name, line: bytes, side: str, before: bytes, after: bytes) -> Name:
+    """A plain loss as the words around it tell it.
+
+    `side` is what the last word of that kind says; `before` is the text since the last loss, without other names and
+    values.
+    """
+    neighbour = BEFORE.search(before)
+    if neighbour and neighbour[1].lower().decode() in PART_WORDS:
+        return Name("part")
+    if BEST.search(before):
+        return Name("best")
+    if name.role != "loss" or name.trained:
+        return name
+    if side == "train":
+        return name
+    if side:
+        part = PARTIAL.search(line[:1000])
+        return Name("doubt") if BAR in line or (part and part[1] != part[2]) else Name("eval_loss", data=side)
+    return Name("doubt") if TRAILING.match(after) or side_of(after.rsplit(b":", 1)[-1]) not in ("", "train") else name
+
+
+def named_values(line: bytes) -> list[tuple[str, int, int, int]]:
+    """(name, where the name begins, where its value begins and ends) of every pair in a line."""
+    found = {}
+    if b"loss" in line and b" " in line:
+        found = {m.start(3): (m[2].decode(), m.start(), m.start(3), m.end(3)) for m in QUOTED.finditer(line)
+                 if b" " in m[2]}  # fmt: skip
+    for m in PAIR.finditer(line):
+        found.setdefault(
+            m.start(3), (m[1].decode("ascii", "replace") if m[1] else "loss", m.start(), m.start(3), m.end(3))
+        )
+    return [found[place] for place in sorted(found)]
+
+
+def find_pairs(line: bytes) -> tuple[dict[str, Pair], str]:
+    """The plainest pair of every role in a line; and `best` or `doubt` where a loss was passed over."""
+    found: dict[str, Pair] = {}
+    passed, side, before, done = "", "", b"", 0
+    pairs = named_values(line)
+    last = pairs[-1][3] if pairs else 0
+    for text, begin, start, end in pairs:
+        before += line[done:begin]
+        done = end
+        name = name_of(text)
+        if text in JOINED and before.lower().endswith(JOINED[text][0]):
+            name = JOINED[text][1]
+        if name is None or (text.lower() == "train_loss" and SUMMARY in line):
+            before += line[begin:start]
+            continue
+        if name.role in ("loss", "eval_loss"):
+            side = side_of(before) or side
+            name = in_its_line(name, line, side, before, line[last:])
+            before = b""
+        else:
+            before += line[begin:start]  # "Test: [10/20] loss: 2.5", but not "val_accuracy: 0.4 loss: 2.5"
+        if name.role in ("best", "doubt"):
+            passed = passed if passed == "doubt" else name.role
+        elif name.role != "part" and (name.role not in found or name.order < found[name.role].name.order):
+            found[name.role] = Pair(name, start, end)
+    return found, passed
 
 
 def parse_line(line: bytes) -> Reading | None:
     """What a line says, None for nothing."""
     if not INTERESTING.search(line):
         return None
-    heading = KERAS_EPOCH.match(line)
+    heading = HEADING.match(line)
     if heading:
         return Reading(epoch=float(heading[1]), heading=True)
-    keras = KERAS.match(line)
-    if keras and keras[1] != keras[2]:
-        return None  # a mean over a part of the epoch
-    found = {role: float(match[4]) for role, match in find_pairs(line).items()}
-    if not found:
-        return None
-    rank = found.pop("rank", None)
-    for name in PLACES:
-        if name in found and not abs(found[name]) < LARGEST_PLACE:  # NaN, too
-            del found[name]
-    return Reading(rank=int(rank) if rank is not None and abs(rank) < 1e9 else None, **found)
+    if METRICS.match(line):
+        return Reading(section="summary")
+    found, passed = find_pairs(line)
+    if found.keys() <= {"epoch"} and not passed:
+        side = side_of(line) if SECTION.match(line) else ""
+        if side or not found:
+            return Reading(section="train" if side == "train" else "eval") if side else None
+    return reading_of({role: line[pair.start : pair.end] for role, pair in found.items()}, data=data_in(found),
+                      passed=passed, bar=BAR in line)  # fmt: skip
+
+
+def data_in(found: dict[str, Pair]) -> str:
+    """Which evaluation data a line's pairs are about."""
+    return found["eval_loss"].name.data if "eval_loss" in found else ""
+
+
+def reading_of(texts: dict[str, bytes], data: str = "", passed: str = "", bar: bool = False) -> Reading:
+    """The reading of values by role; what is no number (null, None) is not told."""
+    told: dict[str, float] = {}
+    for role, text in texts.items():
+        try:
+            value = float(text)
+        except ValueError:
+            continue
+        if role not in ("step", "epoch", "rank") or abs(value) < LARGEST_PLACE:  # not NaN either
+            told[role] = value
+    rank = told.pop("rank", None)
+    return Reading(rank=None if rank is None else int(rank), data=data, passed=passed, bar=bar, **told)
 
 
 # --- the shape that most lines of a log have, as one expression -------------------------------------------------------
 SCALAR = re.compile(rb"(?<![\w.])(?:" + NUMBER + rb"|null|None)(?![\w.])")
-ANY_SCALAR = rb"[-+0-9A-Za-z.]+"
+ANY_SCALAR = rb"[-+0-9A-Za-z.]++"
 
 
 class Shape(NamedTuple):
@@ -108,16 +199,17 @@ class Shape(NamedTuple):
 
     expression: re.Pattern[bytes]
     roles: tuple[str, ...]
+    data: str
 
 
 def shape_of(line: bytes) -> Shape | None:
     """The shape of a line with a loss and a step or an epoch; None for a line that must be read on its own."""
-    if KERAS.match(line) or SUMMARY in line or b"}," in line or not line.isascii():
+    if SUMMARY in line or BAR in line or b"}," in line.rstrip(b", ")[:-1] or not line.isascii():
         return None
-    found = find_pairs(line)
-    if "loss" not in found or not ({"step", "epoch"} & found.keys()):
+    found, passed = find_pairs(line)
+    if "loss" not in found or passed or not ({"step", "epoch"} & found.keys()):
         return None
-    wanted = {match.start(4): (role, match.end(4)) for role, match in found.items()}
+    wanted = {pair.start: (role, pair.end) for role, pair in found.items()}
     parts, roles, position = [], [], 0
     for scalar in SCALAR.finditer(line):
         if scalar.start() < position:
@@ -133,9 +225,10 @@ def shape_of(line: bytes) -> Shape | None:
     if len(roles) != len(wanted):
         return None
     parts.append(literal(line[position:]))
-    return Shape(re.compile(rb"^(?:" + b"".join(parts) + rb"|(.+))$", re.MULTILINE), tuple(roles))
+    expression = re.compile(rb"^(?:" + b"".join(parts) + rb"|(.+))$", re.MULTILINE)
+    return Shape(expression, tuple(roles), data_in(found))
 
 
 def literal(text: bytes) -> bytes:
-    """An expression for the text between values; its digits may vary."""
-    return re.sub(rb"\d+", rb"\\d+", re.escape(text))
+    """An expression for the text between values; its digits may vary, and so may runs of blanks."""
+    return re.sub(rb"(?:\\ ){2,}", rb"\\ ++", re.sub(rb"\d+", rb"\\d++", re.escape(text)))

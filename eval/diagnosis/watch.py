@@ -1,16 +1,18 @@
 """Follow a log that grows, is replaced, is emptied, or does not exist yet."""
 
+import os
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 from eval.diagnosis.log_reader import LogReader
+from eval.diagnosis.sources import CURE, PACKED, PIECE
+from llmops import files
 from llmops.console import Terminated, UserError, log
-
-PIECE = 1 << 20
 
 
 @contextmanager
@@ -42,24 +44,26 @@ def follow(path: Path, find: Callable[[Path], Path], interval: float, until_idle
         log_path = wait_for(path, find, interval, until_idle, stopped)
         reader, position, file_id = LogReader(), 0, None
         grown = time.monotonic()
-        while log_path:
-            if stopped.is_set():
-                return
-            try:
-                with open(log_path, "rb") as stream:
-                    now = (log_path.stat().st_ino, log_path.stat().st_dev)
-                    if (file_id and now != file_id) or log_path.stat().st_size < position:
+        while log_path and not stopped.is_set():
+            added = 0
+            stream = open_log(log_path)
+            if stream:  # else between two files: a rotation, or a training that starts again
+                with stream:
+                    status = os.fstat(stream.fileno())
+                    now = (status.st_ino, status.st_dev)
+                    if (file_id and now != file_id) or status.st_size < position:
                         log(f"{log_path} begins anew")
                         reader, position = LogReader(), 0
                     file_id = now
                     stream.seek(position)
-                    added = 0
-                    while (piece := stream.read(PIECE)) and not stopped.is_set():
+                    for piece in grown_by(stream, status.st_size - position):
+                        if position == 0 and piece.startswith(tuple(PACKED)):
+                            raise UserError(
+                                f"--watch follows plain text, and the log {log_path} is packed; leave --watch out"
+                            )
                         reader.feed(piece)
+                        position += len(piece)
                         added += len(piece)
-            except FileNotFoundError:
-                added = 0  # between two files: a rotation, or a training that starts again
-            position += added
             if added:
                 grown = time.monotonic()
                 yield reader
@@ -70,6 +74,23 @@ def follow(path: Path, find: Callable[[Path], Path], interval: float, until_idle
             stopped.wait(interval)
 
 
+def open_log(path: Path) -> BinaryIO | None:
+    """The log, None while it is not there. Raises UserError for what is no file (a pipe, a device)."""
+    try:
+        return files.open_regular(path, "the log")
+    except UserError as error:
+        if isinstance(error.__cause__, FileNotFoundError):
+            return None
+        raise
+
+
+def grown_by(stream: BinaryIO, left: int) -> Iterator[bytes]:
+    """The next `left` bytes in pieces: what was there when it was looked at, however fast it grows."""
+    while left > 0 and (piece := stream.read(min(PIECE, left))):
+        left -= len(piece)
+        yield piece
+
+
 def wait_for(
     path: Path, find: Callable[[Path], Path], interval: float, until_idle: float, stopped: threading.Event
 ) -> Path | None:
@@ -77,14 +98,14 @@ def wait_for(
     started = time.monotonic()
     said = False
     while not stopped.is_set():
-        if path.is_file():
-            return path
         try:
-            return find(path)
-        except UserError:
-            if not path.is_dir() and not path.parent.is_dir():
-                raise
-            if until_idle and time.monotonic() - started >= until_idle:
+            found = find(path)
+            with files.open_regular(found, "the log", CURE):
+                return found
+        except UserError as error:
+            missing = isinstance(error.__cause__, FileNotFoundError)
+            to_come = os.path.isdir(path) or (missing and os.path.isdir(path.parent))
+            if not to_come or (until_idle and time.monotonic() - started >= until_idle):
                 raise
         if not said:
             log(f"waiting for {path} to appear")
