@@ -22,6 +22,7 @@ from eval.dimensions import afqmc, cmrc2018, m3ke, quoref, tnews
 from eval.dimensions.base import Dimension
 from eval.engine import Engine, Processes, Settings, check
 from eval.samples import Answer, Loaded, Sample, add_examples, draw, rows_of, spread, summarise
+from llmops import files
 from llmops.chat_formats import FAMILIES
 from llmops.console import Parser, UserError, log, run_main, stdout_to_stderr, to_bool
 
@@ -137,11 +138,11 @@ def read_options(text: str) -> Options:
 def read_json_argument(text: str, kind: type, example: str) -> Any:
     """A JSON argument of the kind that is expected."""
     try:
-        found = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{text[:60]!r} is not JSON ({error}); expected for example {example}") from error
+        found = files.parse_json(text)
+    except files.BadJson as error:
+        raise UserError(f"{files.shown(text)} is not JSON ({error}); expected for example {example}") from error
     if not isinstance(found, kind):
-        raise UserError(f"found a JSON {type(found).__name__} ({text[:60]}), expected for example {example}")
+        raise UserError(f"found {files.kind_of(found)} ({files.shown(text)}), expected for example {example}")
     return found
 
 

@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from eval.engine import Engine, Processes, Settings, check
 from eval.metrics import METRICS
 from eval.samples import Sample, draw, rows_of, summarise
+from llmops import files
 from llmops.chat_formats import FAMILIES
 from llmops.console import (
     FailureJson,
@@ -101,9 +102,9 @@ def read_metrics(texts: Sequence[str]) -> tuple[str, ...]:
     for text in texts or ["Rouge"]:
         if text.lstrip().startswith("["):
             try:
-                listed = json.loads(text)
-            except json.JSONDecodeError as error:
-                raise UserError(f"--evaluation_metrics {text!r} is no JSON list ({error})") from error
+                listed = files.parse_json(text)
+            except files.BadJson as error:
+                raise UserError(f"--evaluation_metrics {files.shown(text)} is no JSON list ({error})") from error
         else:
             listed = text.split(",")
         names += [name.strip() if isinstance(name, str) else repr(name) for name in listed]
@@ -117,8 +118,6 @@ def read_metrics(texts: Sequence[str]) -> tuple[str, ...]:
 
 def read_samples(path: Path) -> list[Sample]:
     """One sample per assistant turn. Raises UserError for a file that is not there, empty, or has a bad line."""
-    if not path.is_file():
-        raise UserError(f"the data set {path} does not exist; expected a jsonl file of conversations")
     samples: list[Sample] = []
     problems = []
     rows = 0

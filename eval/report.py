@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
@@ -9,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from eval.engine import Engine, write_complete
-from llmops import pictures
+from llmops import files, pictures
 from llmops.console import UserError, log
 
 if TYPE_CHECKING:
@@ -43,15 +44,18 @@ def write_results(engine: Engine, command: str, seconds: float, more: Mapping[st
 
 def read_scores(path: Path) -> tuple[str, dict[str, float]]:
     """(name of the model, score by dimension) of an eval_results.json or the folder that holds it."""
-    path = path / RESULTS_NAME if path.is_dir() else path
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        scores = {name: float(score) for name, score in found["evaluation_results"].items()}
-        return Path(found["model"]).name, scores
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    path = path / RESULTS_NAME if os.path.isdir(path) else path
+    found = files.read_object(path, f"the {RESULTS_NAME} of compare_with", "copy it again")
+    scores, model = found.get("evaluation_results"), found.get("model")
+    good = isinstance(scores, dict) and all(
+        type(score) in (int, float) and 0 <= score <= 1 for score in scores.values()
+    )
+    if not good or not scores or not isinstance(model, str):
         raise UserError(
-            f"compare_with: {path} is no {RESULTS_NAME} of the five dimensions ({type(error).__name__})"
-        ) from error
+            f"compare_with: {path} is no {RESULTS_NAME} of the five dimensions; expected the name of the model and "
+            "evaluation_results with scores from 0 to 1"
+        )
+    return Path(model).name, {name: float(score) for name, score in scores.items()}
 
 
 def draw_radar(models: Sequence[tuple[str, Mapping[str, float]]], dimensions: Sequence[str], path: Path) -> None:

@@ -1,12 +1,12 @@
 """What the dimensions share: their description, and readers that name file, line, what was found and expected."""
 
-import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from eval.samples import Answer, Loaded, Sample
+from llmops import files
 from llmops.console import UserError
 
 Scores = dict[str, float]
@@ -46,26 +46,17 @@ class Dimension:
 
 def read_json(path: Path) -> Any:
     """A JSON file."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8-sig"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is no JSON file ({error}); copy it again") from error
+    return files.read_json(path, "the data")
 
 
 def read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """(line number, object) for every line that is not blank."""
-    with open(path, "rb") as lines:
-        for number, line in enumerate(lines, 1):
-            raw = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
-            if not raw.strip():
-                continue
-            try:
-                record = json.loads(raw.decode("utf-8"))
-            except (json.JSONDecodeError, UnicodeDecodeError) as error:
-                raise UserError(f"{path}:{number}: broken JSON ({error}); mend the line") from error
-            if not isinstance(record, dict):
-                raise UserError(f"{path}:{number}: found a JSON {type(record).__name__}, expected an object")
-            yield number, record
+    for number, record, problem in files.json_lines(path, "the data", "copy it again"):
+        if problem:
+            raise UserError(f"{path}:{number}: {problem}; mend the line")
+        if not isinstance(record, dict):
+            raise UserError(f"{path}:{number}: found {files.kind_of(record)}, expected an object")
+        yield number, record
 
 
 def text_of(record: dict[str, Any], key: str, where: str) -> str:

@@ -21,7 +21,7 @@ EMBEDDER_FILES = {
     "config_sentence_transformers.json": "json", "tokenizer_config.json": "json", "model.safetensors": "safetensors",
 }  # fmt: skip
 ASKED = ["--question", "怎么办"]
-CPU_OPTIONS = {"gpu_id": -1, "batch_size": 2, "max_seq_len": 400, "data_dir": "benchmarks", "output_path": "out"}
+CPU_OPTIONS = {"gpu_id": -1, "batch_size": 2, "max_seq_len": 600, "data_dir": "benchmarks", "output_path": "out"}
 
 
 @dataclass(frozen=True)
