@@ -14,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from llmops import records
 from llmops.console import has_gpu, run_main, stdout_to_stderr
+from llmops.faq_records import refuse_unfinished
 from train.config import Config, parse
 from train.run_folder import OutputFolder, earlier_run, say_finished
 
@@ -32,6 +33,8 @@ def check(config: Config) -> int:
             return 0
         say_finished(config, results)
         return EXIT_FINISHED
+    if config.scenario == "faq":
+        refuse_unfinished(Path(config.train_file).parent)
     for path in (config.test_path, Path(config.train_file), config.retention_path):
         if path:
             records.validate_file(path, config.skip_bad_lines)
