@@ -16,6 +16,11 @@ if TYPE_CHECKING:
 
 
 COPY = "copy the checkpoint again"
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt",
+    "*.model", "chat_template.jinja",
+)  # fmt: skip
+MODEL_FILES = ("generation_config.json", "*.safetensors", "*.bin", "*.index.json")
 LENGTHS = ("max_position_embeddings", "seq_length", "model_max_length", "max_sequence_length")
 
 
@@ -44,7 +49,7 @@ def base_folder(folder: Path) -> Path:
             f"there or {COPY}"
         )
     base = Path(name)
-    moved = folder.resolve().parent / base.name
+    moved = files.real(folder).parent / base.name
     for candidate in (base, moved):
         if is_whole(candidate) and not is_adapter(candidate):
             return candidate
@@ -98,6 +103,7 @@ def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> "PreTrained
     from transformers import AutoTokenizer
 
     check_trust(folder, trust_remote_code)
+    check_files(folder, TOKENIZER_FILES)
     if trust_remote_code:
         with loading(f"the tokenizer's code in {folder}"):
             from llmops import legacy
@@ -106,6 +112,11 @@ def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> "PreTrained
     with loading(f"the tokenizer of {folder}"):
         tokenizer = AutoTokenizer.from_pretrained(
             str(folder), trust_remote_code=trust_remote_code, local_files_only=True
+        )
+    if tokenizer.eos_token_id is None:
+        raise UserError(
+            f"the tokenizer of {folder} has no end token, so answers would never end; set eos_token in its "
+            f"tokenizer_config.json or {COPY}"
         )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
@@ -120,12 +131,22 @@ def load_chat_format(
     return tokenizer, ChatFormat(tokenizer, choose_family(folder, mode, bool(tokenizer.chat_template)))
 
 
+def check_files(folder: Path, patterns: Sequence[str]) -> None:
+    """Raise UserError that names a file of a checkpoint that cannot be read, or is no JSON object where it should be.
+
+    The libraries name none, and pass over some of them: a generation_config.json with the end tokens, for one.
+    """
+    for path in sorted({path for pattern in patterns for path in folder.glob(pattern)}):
+        if path.suffix == ".json":
+            files.read_object(path, "the checkpoint's file", COPY)
+        else:
+            files.open_regular(path, "the checkpoint's file", COPY).close()
+
+
 def choose_family(folder: Path, mode: str, has_template: bool | None = None) -> Family:
     """The family whose chat format a checkpoint folder gets; needs no tokenizer while `has_template` is not known."""
     base = base_folder(folder)
-    settings = base / "tokenizer_config.json"
-    if os.path.lexists(settings):
-        files.read_object(settings, "the tokenizer's settings", COPY)
+    check_files(base, ["tokenizer_config.json"])
     found = sorted([*base.glob("tokenizer_config.json"), *base.glob("tokenization_*.py")])
     text = "".join(files.read_bytes(path, "the checkpoint's file").decode("utf-8", "replace") for path in found)
     return chat_formats.choose_family(mode, read_config(folder), text, has_template)
@@ -156,6 +177,7 @@ def load_model(
 ) -> "PreTrainedModel":
     """The causal language model of a checkpoint folder. `.bin` weights load with weights_only; nothing is fetched."""
     auto_class = causal_class(folder, trust_remote_code)
+    check_files(folder, MODEL_FILES)
     with loading(f"the model in {folder}"):
         model, found = auto_class.from_pretrained(
             str(folder),
@@ -250,7 +272,7 @@ def put_adapter(model: "PreTrainedModel", folder: Path) -> "PreTrainedModel":
     from peft import PeftModel, get_peft_model_state_dict
     from peft.utils import load_peft_weights
 
-    files.read_object(folder / "adapter_config.json", "the adapter's settings", COPY)
+    check_files(folder, ["adapter_config.json", "adapter_model.*"])
     cure = f"check that it was trained on this model, or {COPY}"
     with loading(f"the adapter {folder}", cure), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Found missing adapter keys")  # said below, as an error

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from eval.dimensions.base import Dimension, Scores, read_jsonl, text_of
 from eval.samples import Loaded, Sample, accuracy_baselines
+from llmops import files
 from llmops.console import UserError
 
 LETTERS = "ABCD"
@@ -16,14 +17,14 @@ def read(path: Path) -> Loaded:
     For data/test the examples of data/dev serve as few-shot examples. Blank answers are an error: the public test set
     has none, and a score of 0 would be wrong. An empty option is not offered as a choice.
     """
-    files = [path] if path.is_file() else sorted(path.glob("*.jsonl"))
+    paths = [path] if files.is_file(path) else sorted(path.glob("*.jsonl"))
     samples, empty = [], 0
-    for file in files:
+    for file in paths:
         found, without = read_subject(file)
         samples += found
         empty += without
     examples: dict[str, list[Sample]] = {}
-    if path.name == "test" and path.with_name("dev").is_dir():
+    if path.name == "test" and files.is_folder(path.with_name("dev")):
         for file in sorted(path.with_name("dev").glob("*.jsonl")):
             examples[file.stem] = read_subject(file)[0]
     notes = [f"{empty} questions have an empty option, which is not offered"] if empty else []

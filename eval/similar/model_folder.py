@@ -65,9 +65,9 @@ def setting(values: dict[str, Any], key: str, kinds: tuple[type, ...], path: Pat
 
 def read_folder(folder: Path) -> ModelFolder:
     """Look at a model folder without loading it. Raises UserError for one that gives no sentence embeddings."""
-    if not folder.is_dir():
+    if not files.is_folder(folder):
         raise UserError(f"the model folder {folder} does not exist; {WANTED}")
-    found = read_modules(folder) if (folder / "modules.json").is_file() else ModelFolder(folder, folder)
+    found = read_modules(folder) if files.is_file(folder / "modules.json") else ModelFolder(folder, folder)
     path = found.transformer / "config.json"
     config = read_settings(path)
     if not setting(config, "model_type", (str,), path):
@@ -75,7 +75,7 @@ def read_folder(folder: Path) -> ModelFolder:
     names = [str(name) for name in setting(config, "architectures", (list,), path) or []]
     if config.get("is_encoder_decoder"):
         raise UserError(f"{folder} is an encoder-decoder ({', '.join(names) or config['model_type']}); {WANTED}")
-    if found.transformer == folder and not (folder / "modules.json").is_file():
+    if found.transformer == folder and not files.is_file(folder / "modules.json"):
         generates = [name for name in names if name.endswith(("ForCausalLM", "LMHeadModel", "ConditionalGeneration"))]
         if generates or config.get("is_decoder"):
             raise UserError(f"{folder} is a model that generates text ({', '.join(names)}); {WANTED}")
@@ -169,7 +169,7 @@ def read_dense(folder: Path) -> DenseLayer:
 
 def identity(model: ModelFolder, dtype: str) -> str:
     """A name for what decides the vectors: the contents of every file that may, and the precision."""
-    found = sorted({path for pattern in IDENTITY for path in model.folder.rglob(pattern) if path.is_file()})
+    found = sorted({path for pattern in IDENTITY for path in model.folder.rglob(pattern) if files.is_file(path)})
     if any(path.suffix == ".safetensors" for path in found):
         found = [path for path in found if path.suffix != ".bin" or path.parent != model.transformer]
     total = hashlib.sha256(dtype.encode())

@@ -87,7 +87,7 @@ MODEL_PATCHES: tuple[Patch, ...] = (
 def auto_map(folder: Path, file: str = "config.json") -> dict[str, Any]:
     """Which of the folder's own classes serve which Auto class; empty for a native checkpoint."""
     path = folder / file
-    if not path.is_file():
+    if not files.is_file(path):
         return {}
     found = files.read_object(path, "the checkpoint's settings", "copy the checkpoint again").get("auto_map", {})
     if not isinstance(found, dict):

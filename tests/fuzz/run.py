@@ -109,17 +109,18 @@ def harm(case: Subject, argv: list[str], rng: Random) -> tuple[list[str], mutati
 
 
 def set_up(number: int, seed: int, chosen: Sequence[Subject]) -> Case:
-    """Copy what a case needs and harm one thing of it."""
-    subject = chosen[number % len(chosen)]
-    rng = Random(f"{seed} {number}")
-    folder = SCRATCH / f"case-{number}" / "a" / "b"
+    """Copy what a case needs and harm one thing of it; nothing for the negative numbers, -1 - (place in `chosen`)."""
+    subject = chosen[number % len(chosen) if number >= 0 else -1 - number]
+    folder = SCRATCH / f"case-{number}" / "a" / "b"  # so deep that ../.. is a place of the case, too
     folder.mkdir(parents=True)
     for name in subject.needs:
         source = SCRATCH / "material" / name
         (shutil.copytree if source.is_dir() else shutil.copy2)(source, folder / name)
-    os.chdir(folder)
-    argv, mutation = harm(subject, list(subject.argv), rng)
-    os.chdir(SCRATCH)
+    argv, mutation = list(subject.argv), mutations.Mutation("none", "")
+    if number >= 0:
+        os.chdir(folder)
+        argv, mutation = harm(subject, argv, Random(f"{seed} {number}"))
+        os.chdir(SCRATCH)
     return Case(number, subject, mutation, argv, folder, inventory(folder.parent.parent))
 
 
@@ -236,7 +237,7 @@ def leftovers(case: Case, after: dict[str, str], code: int) -> str:
 
 
 def run_cases(numbers: Sequence[int], seed: int, chosen: Sequence[Subject], jobs: int, keep: bool) -> list[Outcome]:
-    """The outcome of every case."""
+    """The outcome of every case, in the order in which they end."""
     mains = subjects.commands()
     waiting = list(reversed(numbers))
     running: dict[int, Case] = {}
@@ -256,12 +257,17 @@ def run_cases(numbers: Sequence[int], seed: int, chosen: Sequence[Subject], jobs
         case = running.pop(pid)
         outcomes.append(judge(case, status))
         if not keep:
-            shutil.rmtree(case.folder.parent.parent)
-            for name in ("stdout", "stderr"):
-                (SCRATCH / f"{case.number}.{name}").unlink()
+            clean_up(case)
         if sys.stderr.isatty() and len(outcomes) % 10 == 0:
             sys.stderr.write(f"\r{len(outcomes)} of {len(numbers)}")
     return outcomes
+
+
+def clean_up(case: Case) -> None:
+    """Remove a case's folder and output."""
+    shutil.rmtree(case.folder.parent.parent)
+    for name in ("stdout", "stderr"):
+        (SCRATCH / f"{case.number}.{name}").unlink()
 
 
 def make_material() -> None:
@@ -285,28 +291,12 @@ def make_material() -> None:
         raise SystemExit((SCRATCH / "material.log").read_text(encoding="utf-8", errors="replace")[-4000:])
 
 
-def check_sound(chosen: Sequence[Subject]) -> None:
+def check_sound(chosen: Sequence[Subject], jobs: int) -> None:
     """Every command accepts its unharmed input, or the fuzzing shows nothing."""
-    mains = subjects.commands()
-    for k, subject in enumerate(chosen):
-        number = -1 - k
-        case = set_up_unharmed(number, subject)
-        start(case, mains[subject.command])
-        outcome = judge(case, os.waitpid(case.pid, 0)[1])
-        expected = "error" if "nowhere" in subject.argv else "accepted"
+    for outcome in run_cases([-1 - k for k in range(len(chosen))], 0, chosen, jobs, False):
+        expected = "error" if "nowhere" in chosen[-1 - outcome.number].argv else "accepted"
         if outcome.kind != expected:
-            raise SystemExit(f"{subject.name} ({subject.command}) unharmed: {outcome.kind}: {outcome.seen}")
-        shutil.rmtree(case.folder.parent.parent)
-
-
-def set_up_unharmed(number: int, subject: Subject) -> Case:
-    """A case without harm."""
-    folder = SCRATCH / f"case-{number}" / "a" / "b"
-    folder.mkdir(parents=True)
-    for name in subject.needs:
-        source = SCRATCH / "material" / name
-        (shutil.copytree if source.is_dir() else shutil.copy2)(source, folder / name)
-    return Case(number, subject, mutations.Mutation("none", ""), list(subject.argv), folder, inventory(folder.parents[1]))
+            raise SystemExit(f"{outcome.subject} ({outcome.command}) unharmed: {outcome.kind}: {outcome.seen}")
 
 
 # --- the report
@@ -378,7 +368,7 @@ def main() -> int:
     try:
         make_material()
         preload(any(subject.heavy for subject in chosen))
-        check_sound(chosen)
+        check_sound(chosen, given.jobs)
         numbers = [given.case] if given.case is not None else range(given.first, given.first + given.count)
         outcomes = run_cases(numbers, given.seed, chosen, given.jobs, given.case is not None)
     finally:

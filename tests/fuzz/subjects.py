@@ -145,7 +145,7 @@ def light_subjects() -> list[Subject]:
     )  # fmt: skip
     for file, form in (("faq.jsonl", "jsonl"), ("faq.json", "json"), ("faq.csv", "text")):
         argv = ("--data_file", file, "--output_dir", "out", "--test_ratio", "0.3")
-        made = ("out", "out/train.jsonl", "out/test.jsonl", "out/intents.json", "out/.lock", "out/*.lock")
+        made = ("out", "out/train.jsonl", "out/test.jsonl", "out/intents.json", "out/.prepare.json", "out/.prepare.lock")
         found.append(Subject(file, "prepare", argv, file, form, (file,), writes=made, keeps=("out", "out/*lock")))
         argv = ("--data_file_path", file, "--model_path", "builtin:ngram", "--report", "page.html")
         found.append(
@@ -213,7 +213,8 @@ def heavy_subjects() -> list[Subject]:
         found.append(Subject(name, "performance", argv, f"model/{file}", form, needs, "always", **model))
     for file in ("config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         argv = ("--data_file", "faq.jsonl", "--output_dir", "out", "--model_name_or_path", "model")
-        made = ("out", "out/train.jsonl", "out/test.jsonl", "out/intents.json", "out/*lock")
+        made = ("out", "out/train.jsonl", "out/test.jsonl", "out/intents.json", "out/.prepare.json",
+                "out/.prepare.lock")
         found.append(
             Subject(f"{file} of a model", "prepare", argv, f"model/{file}", MODEL_FILES[file], ("model", "faq.jsonl"),
                     writes=made, keeps=("out", "out/*lock"), **model)
