@@ -132,15 +132,15 @@ def list_modules(folder: Path) -> list[tuple[str, Path]]:
 
 def read_pooling(path: Path) -> tuple[tuple[str, ...], bool]:
     """(how token vectors become one, whether a prompt's tokens take part) of a Pooling module's config.json."""
-    pooling = read_settings(path)
+    pooling = files.read_object(path, "the pooling's settings", COPY)
     mode = setting(pooling, "pooling_mode", (str, list), path)
     flags = [name for key, name in POOLINGS.items() if setting(pooling, key, (bool,), path)]
     modes = [mode] if isinstance(mode, str) else mode or flags
     if not all(isinstance(name, str) and name in POOLINGS.values() for name in modes):
         raise UserError(f"{path}: the pooling is {files.shown(modes)}, expected some of {', '.join(POOLINGS.values())}")
-    if pooling and not modes:
+    if not modes:
         raise UserError(f"{path}: no pooling is chosen; expected one of {', '.join(POOLINGS)} to be true; {COPY}")
-    return tuple(modes) or ("mean",), setting(pooling, "include_prompt", (bool,), path) is not False
+    return tuple(modes), setting(pooling, "include_prompt", (bool,), path) is not False
 
 
 def read_prompt(path: Path) -> str:
@@ -158,7 +158,7 @@ def read_prompt(path: Path) -> str:
 def read_dense(folder: Path) -> DenseLayer:
     """A Dense module's activation, when it is one that we know."""
     path = folder / "config.json"
-    config = read_settings(path)
+    config = files.read_object(path, "the dense layer's settings", COPY)
     named = setting(config, "activation_function", (str,), path) or "torch.nn.modules.activation.Tanh"
     activation = named.rsplit(".", 1)[-1]
     inner = config.get("module_input_name", "sentence_embedding") == "sentence_embedding"

@@ -4,7 +4,7 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ CPU_OPTIONS = {"gpu_id": -1, "batch_size": 2, "max_seq_len": 600, "data_dir": "b
 @dataclass(frozen=True)
 class Subject:
     """One file and one command. `speaks`: what stdout holds: `nothing`, `one` or `lines` of JSON after success, or one
-    JSON `always`, whose code is the exit code. `writes`: patterns of what may be there afterwards; `keeps`: of what may
+    JSON `always`, whose code is the exit code. `same`: what is printed does not change by the harm. `writes`: patterns of what may be there afterwards; `keeps`: of what may
     be there after a failure, too. `argument`: not a file but this argument is harmed. `heavy`: it loads a model.
     """
 
@@ -43,7 +43,7 @@ class Subject:
     heavy: bool = False
     argument: int = -1
     flags: bool = False
-    more: dict[str, Any] = field(default_factory=dict)
+    same: bool = False
 
 
 # --- commands
@@ -90,6 +90,7 @@ def tokens(argv: Sequence[str]) -> int:
     """Tokenise, or take the tokens that are in the cache, and read all of them as training does."""
     from llmops import checkpoints
     from llmops.console import run_main
+    from llmops.files import print_json
     from train.dataset import Source, describe, load_or_encode
 
     def body() -> int:
@@ -98,10 +99,8 @@ def tokens(argv: Sequence[str]) -> int:
         kept = Path(argv[0])
         (kept / "tokens").rename(kept / f"train-{source.key()}")
         data = load_or_encode(source, chat, kept)
-        text = "".join(chat.tokenizer.decode(data[i]["ids"]) for i in range(len(data)))
-        assert "<|im_start|>assistant" in text, "not the tokens of this file"
-        assert data.learned_tokens() == data.meta["learned_tokens"]
-        describe(data.meta)
+        rows = [[data[i]["ids"].tolist(), data[i]["learned"].tolist()] for i in range(len(data))]
+        print_json([describe(data.meta), data.learned_tokens(), data.lengths.tolist(), rows])
         (kept / f"train-{source.key()}").rename(kept / "tokens")
         return 0
 
@@ -171,7 +170,7 @@ def light_subjects() -> list[Subject]:
     for file in ("keys", "vectors"):
         found.append(
             Subject(f"embedding cache ({file})", "similar", tuple(similar_flags("kept")), f"kept/*/*.{file}.npy", "npy",
-                    ("faq.jsonl", "embedder", "kept"), "always", writes=("kept/*",), keeps=("kept/*",), heavy=True)
+                    ("faq.jsonl", "embedder", "kept"), "always", writes=("kept/*",), keeps=("kept/*",), heavy=True, same=True)
         )  # fmt: skip
     return found + flag_subjects(check, data)
 
@@ -271,8 +270,8 @@ def embedder_subjects() -> list[Subject]:
 def cache_subjects() -> list[Subject]:
     """Tokenised data."""
     shared: dict[str, Any] = {
-        "needs": ("model", "train.jsonl", "run"), "speaks": "nothing", "writes": ("run/cache/*",),
-        "keeps": ("run/cache/*",), "heavy": True,
+        "needs": ("model", "train.jsonl", "run"), "writes": ("run/cache/*",), "keeps": ("run/cache/*",), "heavy": True,
+        "same": True,
     }  # fmt: skip
     forms = {"meta.json": "json", "index.npy": "npy", "ids.bin": "binary", "learned.bin": "binary"}
     return [
