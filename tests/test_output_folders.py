@@ -1,6 +1,5 @@
 """Nobody's work is lost: the base model, files of others in output folders, changed files, the end of a run."""
 
-import hashlib
 import json
 import shutil
 import subprocess
@@ -8,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, environment, train_losses
+from conftest import ROOT, environment, train_losses, tree_hash
 
 from faq import prepared
 from llmops import pictures
@@ -33,12 +32,6 @@ def write_all(folder: Path, content: dict[str, bytes]) -> None:
     for name, raw in content.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(raw)
-
-
-def tree_hash(folder: Path) -> dict[str, str]:
-    """The SHA-256 of every file below a folder, but for lock files."""
-    files = (path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != ".lock")
-    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
 @pytest.mark.parametrize("where", ["is", "lies in", "holds", "is by a link", "is by dots"])
