@@ -111,6 +111,8 @@ def read_family(path: Path) -> dict[str, Any]:
             good, expected = type(value) is type(default), "true or false" if default is False else "a text"
         if not good:
             raise UserError(f"{path}: {key} is {files.shown(value)}, expected {expected}")
+    if path.stem != "auto" and not any(found.get(key) for key in ("model_types", "chat_template", "layout")):
+        raise UserError(f"{path}: expected model_types, chat_template or layout to say something, found none of them")
     if found.get("layout", "") not in ("", *LAYOUTS):
         raise UserError(f"{path}: unknown layout {files.shown(found['layout'])}; expected {', '.join(LAYOUTS)}")
     return found

@@ -45,10 +45,11 @@ def make_data(folder: Path) -> None:
     write_lines(folder / "faq.jsonl", faq)
     write(folder / "faq.json", json.dumps(faq, ensure_ascii=False, indent=1))
     header = ["question", "intent", "output"]
-    write(folder / "faq.csv", "".join(",".join(row) + "\n" for row in [header, *([r[k] for k in header] for r in faq[:-1])]))
+    table = [header, *([row[key] for key in header] for row in faq[:-1])]
+    write(folder / "faq.csv", "".join(",".join(row) + "\n" for row in table))
     shutil.copytree(ROOT / "faq" / "templates", folder / "templates")
     shutil.copytree(ROOT / "tests" / "logs", folder / "logs")
-    losses = [{"step": k, "epoch": k / 4, "loss": 3 / k, "eval_loss": 3 / k, "retention_loss": 2.0} for k in range(1, 9)]
+    losses = [{"step": k, "epoch": k / 4, "loss": 3 / k, "eval_loss": 3 / k, "retention_loss": 2} for k in range(1, 9)]
     write_lines(folder / "log.txt", losses)
     scores = {"evaluation_results": {"inference_ability": 0.5, "innovation_capacity": 0.25}, "model": "mnt/other"}
     write(folder / "compared" / "eval_results.json", json.dumps(scores, indent=2))
@@ -123,7 +124,7 @@ def make_embedder(folder: Path, texts: list[str]) -> None:
     write(folder / "config_sentence_transformers.json", json.dumps(general))
     pooling = {"word_embedding_dimension": 16, "pooling_mode_mean_tokens": True, "pooling_mode_cls_token": False}
     write(folder / "1_Pooling" / "config.json", json.dumps(pooling))
-    dense = {"in_features": 16, "out_features": 8, "bias": True, "activation_function": "torch.nn.modules.activation.Tanh"}
+    dense = {"in_features": 16, "out_features": 8, "activation_function": "torch.nn.modules.activation.Tanh"}
     write(folder / "2_Dense" / "config.json", json.dumps(dense))
     weights = {"linear.weight": torch.randn(8, 16), "linear.bias": torch.randn(8)}
     save_file(weights, folder / "2_Dense" / "model.safetensors")
@@ -154,8 +155,8 @@ def make_run(folder: Path) -> None:
     output = folder / "run"
     output.mkdir()
     config, _ = parse(run_flags())
-    names = ["finetune_config.json", "train_results.json", "log.txt", "checkpoint-4", "checkpoint-8", "cache", ".saving"]
-    ownership.adopt(output, names)
+    folders = ["checkpoint-4", "checkpoint-8", "cache", ".saving"]
+    ownership.adopt(output, ["finetune_config.json", "train_results.json", "log.txt", *folders])
     write(output / "finetune_config.json", json.dumps(config.to_json() | {"train_sha256": data_digest(config)}))
     results = {"steps": 8, "best_step": 8, "eval_loss_before": 3.0, "eval_loss": 2.0, "seconds": 1.0}
     write(output / "train_results.json", json.dumps(results))

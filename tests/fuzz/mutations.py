@@ -369,8 +369,8 @@ def mutate_file(path: Path, form: str, rng: Random) -> Mutation:
 
 HOSTILE = (
     "", " ", "nan", "inf", "-inf", "1e999", "-1", "-5", "0", "9" * 5000, "1.5", "0x10", "1_000", "١٢", "true", "TRUE",
-    "maybe", "null", "[]", "{}", "a\nb", "a" * 300, "a" * 5000, "$(touch x)", "`touch x`", "; touch x", "../..", "nowhere/x",
-    "/dev/full", "/dev/zero", "\udcff\udcfe", "中文", "*", "%s%n", "{}", "-", "--", "--x", "1e-320",
+    "maybe", "null", "[]", "{}", "a\nb", "a" * 300, "a" * 5000, "$(touch x)", "`touch x`", "; touch x", "../..",
+    "nowhere/x", "/dev/full", "/dev/zero", "\udcff\udcfe", "中文", "*", "%s%n", "{}", "-", "--", "--x", "1e-320",
     "2147483648", "18446744073709551616", "100000000000", '"', "'",
 )  # fmt: skip
 

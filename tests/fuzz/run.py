@@ -110,9 +110,18 @@ def harm(case: Subject, argv: list[str], rng: Random) -> tuple[list[str], mutati
     return argv, mutations.mutate_file(path, case.form, rng)
 
 
-def set_up(number: int, seed: int, chosen: Sequence[Subject]) -> Case:
+def choose(number: int, chosen: Sequence[Subject], heavy_every: int) -> Subject:
+    """The subject of a case: in turn; where there are both kinds, one with a model every `heavy_every`-th time."""
+    light, heavy = ([subject for subject in chosen if subject.heavy == kind] for kind in (False, True))
+    turn, rest = divmod(number, heavy_every)
+    if not light or not heavy:
+        return chosen[number % len(chosen)]
+    return light[(number - turn - 1) % len(light)] if rest else heavy[turn % len(heavy)]
+
+
+def set_up(number: int, given: argparse.Namespace, chosen: Sequence[Subject]) -> Case:
     """Copy what a case needs and harm one thing of it; nothing for the negative numbers, -1 - (place in `chosen`)."""
-    subject = chosen[number % len(chosen) if number >= 0 else -1 - number]
+    subject = choose(number, chosen, given.heavy_every) if number >= 0 else chosen[-1 - number]
     folder = SCRATCH / f"case-{number}" / "a" / "b"  # so deep that ../.. is a place of the case, too
     folder.mkdir(parents=True)
     for name in subject.needs:
@@ -121,7 +130,7 @@ def set_up(number: int, seed: int, chosen: Sequence[Subject]) -> Case:
     argv, mutation = list(subject.argv), mutations.Mutation("none", "")
     if number >= 0:
         os.chdir(folder)
-        argv, mutation = harm(subject, argv, Random(f"{seed} {number}"))
+        argv, mutation = harm(subject, argv, Random(f"{given.seed} {number}"))
         os.chdir(SCRATCH)
     return Case(number, subject, mutation, argv, folder, inventory(folder.parent.parent))
 
@@ -240,15 +249,15 @@ def leftovers(case: Case, after: dict[str, str], code: int) -> str:
 # --- many cases
 
 
-def run_cases(numbers: Sequence[int], seed: int, chosen: Sequence[Subject], jobs: int, keep: bool) -> list[Outcome]:
+def run_cases(numbers: Sequence[int], given: argparse.Namespace, chosen: Sequence[Subject]) -> list[Outcome]:
     """The outcome of every case, in the order in which they end."""
     mains = subjects.commands()
     waiting = list(reversed(numbers))
     running: dict[int, Case] = {}
     outcomes = []
     while waiting or running:
-        while waiting and len(running) < jobs:
-            case = set_up(waiting.pop(), seed, chosen)
+        while waiting and len(running) < given.jobs:
+            case = set_up(waiting.pop(), given, chosen)
             start(case, mains[case.subject.command])
             running[case.pid] = case
         pid, status = os.waitpid(-1, os.WNOHANG)
@@ -260,7 +269,7 @@ def run_cases(numbers: Sequence[int], seed: int, chosen: Sequence[Subject], jobs
             continue
         case = running.pop(pid)
         outcomes.append(judge(case, status))
-        if not keep:
+        if given.case is None:
             clean_up(case)
         if sys.stderr.isatty() and len(outcomes) % 10 == 0:
             sys.stderr.write(f"\r{len(outcomes)} of {len(numbers)}")
@@ -295,9 +304,9 @@ def make_material() -> None:
         raise SystemExit((SCRATCH / "material.log").read_text(encoding="utf-8", errors="replace")[-4000:])
 
 
-def check_sound(chosen: Sequence[Subject], jobs: int) -> None:
+def check_sound(given: argparse.Namespace, chosen: Sequence[Subject]) -> None:
     """Every command accepts its unharmed input, or the fuzzing shows nothing."""
-    for outcome in run_cases([-1 - k for k in range(len(chosen))], 0, chosen, jobs, False):
+    for outcome in run_cases([-1 - k for k in range(len(chosen))], given, chosen):
         expected = "error" if "nowhere" in chosen[-1 - outcome.number].argv else "accepted"
         if outcome.kind != expected:
             raise SystemExit(f"{outcome.subject} ({outcome.command}) unharmed: {outcome.kind}: {outcome.seen}")
@@ -329,6 +338,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--first", type=int, default=0, help="number of the first case: 5,000 can be run in pieces")
     add("--only", choices=("light", "heavy"), help="commands without a model (light), or with one (heavy)")
     add("--subject", default="", help="inputs whose name holds this text")
+    add("--heavy_every", type=int, default=2, metavar="N", help="every N-th case has a model (default: %(default)s)")
     add("--case", type=int, help="run this case alone and keep its folder")
     add("--jobs", type=int, default=2, help="cases at once (default: %(default)s)")
     add("--accepted", action="store_true", help="list what was accepted, by input and kind of harm")
@@ -343,22 +353,14 @@ def preload(heavy: bool) -> None:
     from llmops import pictures
 
     pictures.prepare_labels(["x"])
-    import eval.similar.findings
-    import eval.similar.html_report
-    import eval.similar.questions
-    import eval.similar.search
     import matplotlib.pyplot  # noqa: F401
 
+
     if heavy:
-        import peft
         import transformers.models.auto.modeling_auto
         import transformers.models.bert.modeling_bert
         import transformers.models.llama.modeling_llama  # noqa: F401
 
-        import eval.engine
-        import eval.report
-        import eval.similar.encoder
-        import llmops.generation
         import train.dry_run
         import train.session  # noqa: F401
 
@@ -372,9 +374,9 @@ def main() -> int:
     try:
         make_material()
         preload(any(subject.heavy for subject in chosen))
-        check_sound(chosen, given.jobs)
+        check_sound(given, chosen)
         numbers = [given.case] if given.case is not None else range(given.first, given.first + given.count)
-        outcomes = run_cases(numbers, given.seed, chosen, given.jobs, given.case is not None)
+        outcomes = run_cases(numbers, given, chosen)
     finally:
         if given.case is None:
             shutil.rmtree(SCRATCH, ignore_errors=True)
@@ -384,7 +386,8 @@ def main() -> int:
 
 def tell(given: argparse.Namespace, outcomes: Sequence[Outcome]) -> None:
     """The table, every fault with how to see it again, and what was accepted if asked for."""
-    rest = (f" --only {given.only}" if given.only else "") + (f" --subject '{given.subject}'" if given.subject else "")
+    rest = f" --heavy_every {given.heavy_every}" if given.heavy_every != 2 else ""
+    rest += (f" --only {given.only}" if given.only else "") + (f" --subject '{given.subject}'" if given.subject else "")
     for outcome in sorted(outcomes, key=lambda o: o.number):
         if outcome.kind in FAULTS or given.case is not None:
             print(f"\n{outcome.kind}: {outcome.subject} ({outcome.command}), {outcome.mutation.kind}, "

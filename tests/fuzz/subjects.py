@@ -21,14 +21,21 @@ EMBEDDER_FILES = {
     "config_sentence_transformers.json": "json", "tokenizer_config.json": "json", "model.safetensors": "safetensors",
 }  # fmt: skip
 ASKED = ["--question", "怎么办"]
+PREPARED = (
+    "out", "out/train.jsonl", "out/test.jsonl", "out/intents.json", "out/.prepare.json", "out/.prepare.lock",
+)  # fmt: skip
+KEPT = ("out", "out/.prepare.lock")
 CPU_OPTIONS = {"gpu_id": -1, "batch_size": 2, "max_seq_len": 600, "data_dir": "benchmarks", "output_path": "out"}
 
 
 @dataclass(frozen=True)
 class Subject:
-    """One file and one command. `speaks`: what stdout holds: `nothing`, `one` or `lines` of JSON after success, or one
-    JSON `always`, whose code is the exit code. `same`: what is printed does not change by the harm. `writes`: patterns of what may be there afterwards; `keeps`: of what may
-    be there after a failure, too. `argument`: not a file but this argument is harmed. `heavy`: it loads a model.
+    """One file and one command.
+
+    `speaks`: what stdout holds: `nothing`, `one` or `lines` of JSON after success, or one JSON `always`, whose code is
+    the exit code. `same`: what is printed does not change by the harm. `writes`: patterns of what may be there
+    afterwards; `keeps`: of what may be there after a failure, too. `argument`: not a file but this argument is harmed;
+    `flags`: one of the command's settings. `heavy`: a model is loaded.
     """
 
     name: str
@@ -144,8 +151,7 @@ def light_subjects() -> list[Subject]:
     )  # fmt: skip
     for file, form in (("faq.jsonl", "jsonl"), ("faq.json", "json"), ("faq.csv", "text")):
         argv = ("--data_file", file, "--output_dir", "out", "--test_ratio", "0.3")
-        made = ("out", "out/train.jsonl", "out/test.jsonl", "out/intents.json", "out/.prepare.json", "out/.prepare.lock")
-        found.append(Subject(file, "prepare", argv, file, form, (file,), writes=made, keeps=("out", "out/*lock")))
+        found.append(Subject(file, "prepare", argv, file, form, (file,), writes=PREPARED, keeps=KEPT))
         argv = ("--data_file_path", file, "--model_path", "builtin:ngram", "--report", "page.html")
         found.append(
             Subject(f"{file} (similar)", "similar", argv, file, form, (file,), "always", ("page.html",))
@@ -154,8 +160,8 @@ def light_subjects() -> list[Subject]:
         argv = ("--data_file", "faq.jsonl", "--output_dir", "out", "--mode", name)
         needs = ("templates", "faq.jsonl")
         found.append(
-            Subject("faq/templates", "templates", argv, f"templates/{name}.json", needs=needs, writes=made,
-                    keeps=("out", "out/*lock"))
+            Subject("faq/templates", "templates", argv, f"templates/{name}.json", needs=needs, writes=PREPARED,
+                    keeps=KEPT)
         )  # fmt: skip
     argv = ("predictions.jsonl", "--intents_file", "prepared/intents.json")
     needs = ("predictions.jsonl", "prepared")
@@ -170,7 +176,8 @@ def light_subjects() -> list[Subject]:
     for file in ("keys", "vectors"):
         found.append(
             Subject(f"embedding cache ({file})", "similar", tuple(similar_flags("kept")), f"kept/*/*.{file}.npy", "npy",
-                    ("faq.jsonl", "embedder", "kept"), "always", writes=("kept/*",), keeps=("kept/*",), heavy=True, same=True)
+                    ("faq.jsonl", "embedder", "kept"), "always", writes=("kept/*",), keeps=("kept/*",), heavy=True,
+                    same=True)
         )  # fmt: skip
     return found + flag_subjects(check, data)
 
@@ -191,7 +198,8 @@ def flag_subjects(check: tuple[str, ...], data: tuple[str, ...]) -> list[Subject
         Subject("settings of diagnosis", "diagnosis", ("log.txt",), needs=("log.txt",), speaks="always", **shared),
         Subject("settings of performance", "performance", performance, needs=("train.jsonl",), speaks="always",
                 **shared),
-        Subject("settings of predict", "predict", ("--model_name_or_path", "nowhere", *ASKED), speaks="lines", **shared),
+        Subject("settings of predict", "predict", ("--model_name_or_path", "nowhere", *ASKED), speaks="lines",
+                **shared),
         Subject("dimensions argument", "five", five, argument=1),
         Subject("options argument", "five", five, argument=2, keeps=("out",)),
     ]  # fmt: skip
@@ -212,11 +220,9 @@ def heavy_subjects() -> list[Subject]:
         found.append(Subject(name, "performance", argv, f"model/{file}", form, needs, "always", **model))
     for file in ("config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         argv = ("--data_file", "faq.jsonl", "--output_dir", "out", "--model_name_or_path", "model")
-        made = ("out", "out/train.jsonl", "out/test.jsonl", "out/intents.json", "out/.prepare.json",
-                "out/.prepare.lock")
         found.append(
             Subject(f"{file} of a model", "prepare", argv, f"model/{file}", MODEL_FILES[file], ("model", "faq.jsonl"),
-                    writes=made, keeps=("out", "out/*lock"), **model)
+                    writes=PREPARED, keeps=KEPT, **model)
         )  # fmt: skip
         argv = (*run_flags("out"), "--dry_run", "true")
         needs = ("model", "train.jsonl", "test.jsonl", "retention.jsonl", "ds.json")
@@ -229,8 +235,8 @@ def heavy_subjects() -> list[Subject]:
     needs = ("binary_model", "test.jsonl")
     for _ in range(2):
         found.append(
-            Subject("pytorch_model.bin", "performance", argv, "binary_model/pytorch_model.bin", "pickle", needs, "always",
-                    **model)
+            Subject("pytorch_model.bin", "performance", argv, "binary_model/pytorch_model.bin", "pickle", needs,
+                    "always", **model)
         )  # fmt: skip
     argv = ("--model_name_or_path", "adapter", *performance)
     for file, form in (("adapter_config.json", "json"), ("adapter_model.safetensors", "safetensors")):
@@ -246,10 +252,11 @@ def heavy_subjects() -> list[Subject]:
         Subject("model_performance data", "performance", argv, "test.jsonl", "jsonl", ("model", "test.jsonl"), "always",
                 **model)
     )  # fmt: skip
-    argv = ("--model_name_or_path", "model", "--intents_file", "prepared/intents.json", "--input_file", "prepared/test.jsonl")
+    argv = ("--model_name_or_path", "model", *predict[:2], "--input_file", "prepared/test.jsonl")
     for name, form in (("intents.json", "json"), ("test.jsonl", "jsonl")):
         found.append(
-            Subject(f"{name} (predict)", "predict", argv, f"prepared/{name}", form, ("model", "prepared"), "lines", **model)
+            Subject(f"{name} (predict)", "predict", argv, f"prepared/{name}", form, ("model", "prepared"), "lines",
+                    **model)
         )  # fmt: skip
     return found + embedder_subjects() + cache_subjects() + dimension_subjects()
 
