@@ -8,6 +8,7 @@ Every assistant turn of the data is a reference for the turns before it. Prints 
 
 import argparse
 import json
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -118,6 +119,8 @@ def read_metrics(texts: Sequence[str]) -> tuple[str, ...]:
 
 def read_samples(path: Path) -> list[Sample]:
     """One sample per assistant turn. Raises UserError for a file that is not there, empty, or has a bad line."""
+    if not os.path.lexists(path):
+        raise UserError(f"the data set {path} does not exist; expected a jsonl file of conversations")
     samples: list[Sample] = []
     problems = []
     rows = 0
