@@ -20,6 +20,7 @@ TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt",
     "*.model", "chat_template.jinja",
 )  # fmt: skip
+ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 MODEL_FILES = ("generation_config.json", "*.safetensors", "*.bin", "*.index.json")
 LENGTHS = ("max_position_embeddings", "seq_length", "model_max_length", "max_sequence_length")
 
@@ -272,14 +273,16 @@ def put_adapter(model: "PreTrainedModel", folder: Path) -> "PreTrainedModel":
     from peft import PeftModel, get_peft_model_state_dict
     from peft.utils import load_peft_weights
 
-    check_files(folder, ["adapter_config.json", "adapter_model.*"])
+    check_files(folder, ["adapter_config.json", *ADAPTER_WEIGHTS])
+    if not any(files.is_file(folder / name) for name in ADAPTER_WEIGHTS):
+        raise UserError(f"the adapter {folder} has no weights ({' or '.join(ADAPTER_WEIGHTS)}); copy the folder again")
     cure = f"check that it was trained on this model, or {COPY}"
     with loading(f"the adapter {folder}", cure), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Found missing adapter keys")  # said below, as an error
-        adapted = PeftModel.from_pretrained(model, str(folder))
+        adapted = PeftModel.from_pretrained(model, str(folder), local_files_only=True)
         wanted = set(get_peft_model_state_dict(adapted, save_embedding_layers=False))
         may_be = set(get_peft_model_state_dict(adapted, save_embedding_layers=True))
-        given = set(load_peft_weights(str(folder), device="cpu"))
+        given = set(load_peft_weights(str(folder), device="cpu", local_files_only=True))
     missing, strange = wanted - given, given - wanted - may_be
     if missing or strange:
         raise UserError(

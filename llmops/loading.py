@@ -5,9 +5,11 @@ makes them raise almost any type: KeyError, TypeError, Rust's bare Exception, ev
 """
 
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from pickle import UnpicklingError
 
 from llmops.console import RunStopped, Terminated, UserError
 
@@ -33,7 +35,18 @@ def loading(what: str, cure: str = "copy the folder again") -> Iterator[None]:
             raise RunStopped(f"there is not enough memory: {what} could not be loaded ({cause(error)})") from error
         if is_ours(error):
             raise
+        if isinstance(error, UnpicklingError):
+            why = refused_pickle(error)
+            raise UserError(f"{what} cannot be loaded: {why}; copy it from a source you trust") from error
         raise UserError(f"{what} cannot be loaded ({cause(error)}); {cure}") from error
+
+
+def refused_pickle(error: UnpicklingError) -> str:
+    """Why torch would not load a pickle: the code it asks for, or that it is none."""
+    found = re.search(r"GLOBAL (\S+)", str(error))
+    if found:
+        return f"a file asks for {found[1]}, which weights do not need; nothing of it was run"
+    return "a .bin file is damaged, or no weights file"
 
 
 def is_out_of_memory(error: BaseException) -> bool:

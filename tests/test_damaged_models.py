@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import pytest
@@ -47,6 +48,8 @@ class PanicException(BaseException):
         (PanicException("out of range"), r"\(PanicException: out of range\)"),
         (ValueError("bad \x1b[31m" + "x" * 1000), r"\(bad \?\[31mx{200,}…\)"),
         (OSError(), r"\(OSError\)"),
+        (UnpicklingError("Unsupported global: GLOBAL posix.system was not"), r"cannot be loaded: a file asks for posix.sys"),
+        (UnpicklingError("invalid load key"), r"cannot be loaded: a .bin file is damaged, or no weights"),
     ],
 )
 def test_what_libraries_raise_is_one_sentence(error: BaseException, sentence: str) -> None:

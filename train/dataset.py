@@ -59,6 +59,19 @@ def fit(chat: ChatFormat, messages: Sequence[Message], sample: Rendered, limit: 
     return sample, outcome
 
 
+def read_index(folder: Path) -> np.ndarray:
+    """`index.npy` of a cache folder. Raises UserError where it does not fit the folder's other files."""
+    try:
+        index = np.load(folder / "index.npy", allow_pickle=False)
+        sizes = [(folder / name).stat().st_size for name in ("ids.bin", "learned.bin")]
+    except (OSError, ValueError, EOFError) as error:
+        raise UserError(f"the cache {folder} is damaged ({error}); delete this folder") from error
+    whole = index.ndim == 2 and index.shape[1] == 2 and index.dtype == np.int64 and len(index) > 0
+    if not whole or sizes != [4 * index[-1, 0], index[-1, 0]] or (np.diff(index[:, 0], prepend=0) < 0).any():
+        raise UserError(f"the cache {folder} is damaged (its files do not fit each other); delete this folder")
+    return index
+
+
 class TokenDataset:
     """Tokenised conversations in a folder: `ids.bin` (int32), `learned.bin` (bool), `index.npy`, `meta.json`.
 
@@ -68,8 +81,8 @@ class TokenDataset:
 
     def __init__(self, folder: Path, indices: np.ndarray | None = None) -> None:
         self.folder = folder
-        self.meta: dict[str, Any] = files.read_object(folder / "meta.json")
-        index = np.load(folder / "index.npy", allow_pickle=False)
+        self.meta: dict[str, Any] = files.read_object(folder / "meta.json", "the cache", "delete its folder")
+        index = read_index(folder)
         self._ends, self.lines = index[:, 0], index[:, 1]
         self._starts = np.concatenate([[0], self._ends[:-1]])
         self.indices = np.arange(len(index)) if indices is None else indices
