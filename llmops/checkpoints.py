@@ -188,7 +188,8 @@ def load_model(
             local_files_only=True,
             output_loading_info=True,
         )
-    missing = sorted(found["missing_keys"])
+    trained = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    missing = sorted(trained & set(found["missing_keys"]))  # buffers (inv_freq) are computed while the model is built
     if missing:  # they would be random numbers
         raise UserError(
             f"the model in {folder} cannot be loaded: its weights lack {len(missing)} of the tensors that config.json "
