@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-
 COPY = "copy the checkpoint again"
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt",
@@ -125,11 +124,15 @@ def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> "PreTrained
 
 
 def load_chat_format(
-    folder: Path, mode: str = "auto", trust_remote_code: bool = False
+    folder: Path, mode: str = "auto", trust_remote_code: bool = False, allow_special_tokens: bool = False
 ) -> tuple["PreTrainedTokenizerBase", ChatFormat]:
-    """The tokenizer of a checkpoint folder and how its conversations are written."""
+    """The tokenizer of a checkpoint folder and how its conversations are written.
+
+    `allow_special_tokens`: the text of a control token in a message becomes that token.
+    """
     tokenizer = load_tokenizer(folder, trust_remote_code)
-    return tokenizer, ChatFormat(tokenizer, choose_family(folder, mode, bool(tokenizer.chat_template)))
+    family = choose_family(folder, mode, bool(tokenizer.chat_template))
+    return tokenizer, ChatFormat(tokenizer, family, allow_special_tokens)
 
 
 def check_files(folder: Path, patterns: Sequence[str]) -> None:

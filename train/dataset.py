@@ -21,6 +21,7 @@ from llmops.chat_formats import ChatFormat, Rendered
 from llmops.console import RunStopped, UserError, log, progress
 from llmops.records import Message
 
+RENDERING = ("chat_formats", "chat_templates", "control_tokens", "template_limits", "records")  # modules of llmops
 OUTCOMES = ("whole", "turns_cut", "answer_cut", "dropped")
 
 
@@ -133,6 +134,7 @@ class Source:
     max_seq_len: int
     skip_bad_lines: bool
     whole: bool = False  # a row that is too long is an error instead of being cut
+    allow_special_tokens: bool = False  # as the ChatFormat that renders has it
 
     def key(self) -> str:
         """A hash over the file, the tokenizer, the settings and the code that renders."""
@@ -140,7 +142,7 @@ class Source:
         import transformers
 
         digest = hashlib.sha256()
-        code = [Path(module.__file__ or "") for module in (chat_formats, records)] + [Path(__file__)]
+        code = [Path(records.__file__).with_name(f"{name}.py") for name in RENDERING] + [Path(__file__)]
         code += sorted(chat_formats.TEMPLATES.glob("*.json"))
         names = (
             "tokenizer",
@@ -166,6 +168,7 @@ class Source:
             self.max_seq_len,
             self.skip_bad_lines,
             self.whole,
+            self.allow_special_tokens,
             transformers.__version__,
             tokenizers.__version__,
         ]
@@ -190,7 +193,23 @@ def load_or_encode(source: Source, chat: ChatFormat, cache: Path, encodes: bool 
             encode_file(source, chat, folder)
         else:
             log(f"{source.path.name}: tokenised data read from the cache ({folder})")
-    return TokenDataset(folder)
+    dataset = TokenDataset(folder)
+    said = control_texts_said(dataset.meta)
+    if said:
+        log(f"{source.path.name}: {said}")
+    return dataset
+
+
+def control_texts_said(meta: dict[str, Any]) -> str:
+    """How many conversations hold the text of a control token and what becomes of it; "" for none."""
+    held = meta["control_texts"]
+    if not held["conversations"]:
+        return ""
+    count = f"{held['conversations']:,} of {meta['rows']:,} conversations hold the text of control tokens"
+    first = f"(first: line {held['line']}, {held['token']!r})"
+    if held["allowed"]:
+        return f"{count} {first}; they become these tokens (--allow_special_tokens true)"
+    return f"warning: {count} {first}; they are learned as text; --allow_special_tokens true makes them these tokens"
 
 
 def remove(path: Path) -> None:
@@ -241,9 +260,10 @@ def encode_file(source: Source, chat: ChatFormat, folder: Path) -> None:
     log(f"{source.path.name}: {describe(meta)}")
 
 
-def encode_rows(source: Source, chat: ChatFormat, staging: Path, total: int) -> dict[str, int]:
+def encode_rows(source: Source, chat: ChatFormat, staging: Path, total: int) -> dict[str, Any]:
     """Render every conversation into the files of `staging`; how many samples, tokens and outcomes there are."""
     counts = dict.fromkeys(OUTCOMES, 0)
+    held: dict[str, Any] = {"conversations": 0, "line": 0, "token": "", "allowed": source.allow_special_tokens}
     index: list[tuple[int, int]] = []
     end = learned_tokens = 0
     with open(staging / "ids.bin", "wb") as ids_file, open(staging / "learned.bin", "wb") as learned_file:
@@ -253,6 +273,10 @@ def encode_rows(source: Source, chat: ChatFormat, staging: Path, total: int) -> 
                 samples = list(encode_conversation(chat, messages or [], source.max_seq_len))
             except UserError as error:
                 raise UserError(f"{source.path}:{number}: {error}") from error
+            token = chat.controls.first(messages or [])
+            if token is not None:
+                held["conversations"] += 1
+                held |= {} if held["line"] else {"line": number, "token": token}
             for sample, outcome in samples:
                 counts[outcome] += 1
                 if source.whole and outcome != "whole":
@@ -274,7 +298,9 @@ def encode_rows(source: Source, chat: ChatFormat, staging: Path, total: int) -> 
             "raise --max_seq_len"
         )
     np.save(staging / "index.npy", np.asarray(index, np.int64))
-    return {"samples": len(index), "tokens": end, "learned_tokens": learned_tokens, **counts}
+    return {
+        "samples": len(index), "tokens": end, "learned_tokens": learned_tokens, **counts, "control_texts": held,
+    }  # fmt: skip
 
 
 def too_long_error(source: Source, number: int, chat: ChatFormat, messages: Sequence[Message]) -> UserError:

@@ -13,8 +13,9 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from llmops import files, records
-from llmops.console import has_gpu, run_main, stdout_to_stderr
+from llmops.console import has_gpu, log, run_main, stdout_to_stderr
 from llmops.faq_records import refuse_unfinished
+from train import deepspeed_file
 from train.config import Config, parse
 from train.run_folder import OutputFolder, earlier_run, say_finished
 
@@ -38,6 +39,8 @@ def check(config: Config) -> int:
     for path in (config.test_path, Path(config.train_file), config.retention_path):
         if path:
             records.validate_file(path, config.skip_bad_lines)
+    for warning in deepspeed_file.warnings(config):
+        log(warning)
     return 0
 
 
@@ -71,6 +74,8 @@ def run(config: Config) -> dict[str, Any]:
 
 def limit_threads() -> None:
     """Share the cores among the processes of this machine; must come before torch is imported."""
+    if os.environ.get("DS_ACCELERATOR") == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = "-1"  # DeepSpeed's launcher numbers the processes in it
     if not has_gpu():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
         processes = int(os.environ.get("LOCAL_SIZE", "1"))

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import pickle
 import signal
 import socket
 import threading
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import deepspeed
+import pydantic
 import torch
 import torch.distributed as dist
 import transformers
@@ -23,11 +25,11 @@ from transformers import DefaultFlowCallback, EarlyStoppingCallback, PrinterCall
 from transformers.integrations import TensorBoardCallback
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-from llmops import checkpoints, files
+from llmops import checkpoints, files, process_group
 from llmops.chat_formats import ChatFormat
 from llmops.console import RunStopped, UserError, log
 from llmops.faq_records import INTENTS_NAME
-from train import attention, checkpointing, ownership
+from train import attention, checkpointing, ownership, states
 from train.batches import PackedCollator, PaddedCollator
 from train.config import Config
 from train.dataset import Source, TokenDataset, load_or_encode
@@ -79,14 +81,17 @@ def prepare_data(config: Config, encodes: bool) -> Data:
     transformers.logging.disable_progress_bar()
     warnings.filterwarnings("ignore", category=FutureWarning)  # the libraries' talk among themselves
     model = Path(config.model_name_or_path)
-    tokenizer, chat = checkpoints.load_chat_format(model, config.mode, config.trust_remote_code)
+    tokenizer, chat = checkpoints.load_chat_format(
+        model, config.mode, config.trust_remote_code, config.allow_special_tokens
+    )
     length = checkpoints.model_length(checkpoints.read_config(model)) or config.max_seq_len
     if length < config.max_seq_len and encodes:
         log(f"the model was made for {length} tokens, so that is the limit and not --max_seq_len {config.max_seq_len}")
 
     def load(path: Path, skip: bool) -> TokenDataset:
         whole = config.scenario == "faq" and path != config.retention_path
-        source = Source(path, model, config.mode, min(length, config.max_seq_len), skip, whole)
+        limit = min(length, config.max_seq_len)
+        source = Source(path, model, config.mode, limit, skip, whole, config.allow_special_tokens)
         return load_or_encode(source, chat, Path(config.output_path) / CACHE_NAME, encodes)
 
     train = load(Path(config.train_file), config.skip_bad_lines)
@@ -103,15 +108,13 @@ def training_arguments(config: Config, dtype: torch.dtype) -> TrainingArguments:
     """Our settings in the Trainer's words; evaluation, saving and logging follow our own Schedule."""
     # DeepSpeed would compile a shared-memory operator for CPU processes at the first start; gloo needs no compiler
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    os.environ.setdefault("RANK", "0")  # also without the launcher
-    for name, value in {
-        "LOCAL_RANK": "0",
-        "WORLD_SIZE": "1",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": "29500",
-    }.items():
+    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": process_group.LOOPBACK}
+    for name, value in alone.items():  # without the launcher
         os.environ.setdefault(name, value)
-    deepspeed.init_distributed()  # before the arguments: ZeRO 3 partitions the weights while they are loaded
+    if "MASTER_PORT" not in os.environ:
+        os.environ["MASTER_PORT"] = str(process_group.free_port())
+    # before the arguments: ZeRO 3 partitions the weights while they are loaded
+    deepspeed.init_distributed(init_method=process_group.init_method())
     return TrainingArguments(
         output_dir=config.output_path,
         per_device_train_batch_size=config.per_device_train_batch_size,
@@ -227,7 +230,7 @@ def choose_checkpoint(config: Config, rank: int) -> str | None:
     """The checkpoint to go on from, the same in every process; None to begin at the first step."""
     choice: list[Any] = [None]
     if rank == 0 and config.resume:
-        newest = checkpointing.newest_whole(Path(config.output_path))
+        newest = checkpointing.newest_whole(Path(config.output_path), judge=states.problem)
         if newest:
             try:
                 checkpointing.check_world_size(newest, dist.get_world_size() if dist.is_initialized() else 1)
@@ -254,8 +257,11 @@ def train(config: Config, trainer: ChatTrainer, schedule: Schedule, rank: int) -
     schedule.catch_signals()
     started = time.monotonic()
     with (
-        TensorBoardServer(output / "tensorboard", config.tensorboard_port, config.tensorboard and rank == 0),
+        TensorBoardServer(
+            output / "tensorboard", config.tensorboard_host, config.tensorboard_port, config.tensorboard and rank == 0
+        ),
         explain_faults(config),
+        states.loadable(),
     ):
         trainer.train(resume_from_checkpoint=checkpoint)
     schedule.end_if_signalled()
@@ -264,9 +270,21 @@ def train(config: Config, trainer: ChatTrainer, schedule: Schedule, rank: int) -
 
 @contextmanager
 def explain_faults(config: Config) -> Iterator[None]:
-    """Turn out of memory and a full disk into one sentence; every other error passes."""
+    """Turn out of memory, a full disk, a foreign state and a refused DeepSpeed file into one sentence."""
     try:
         yield
+    except pickle.UnpicklingError as error:
+        raise RunStopped(f"a state of the checkpoint {states.refusal(error)}; remove that checkpoint") from error
+    except pydantic.ValidationError as error:  # DeepSpeed's judgement of its file
+        found = "; ".join(f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors())
+        raise RunStopped(f"DeepSpeed refuses {config.deepspeed_file} ({found}); mend it") from error
+    except ValueError as error:
+        if "mismatch TrainingArguments" not in str(error):
+            raise
+        found = "; ".join(line.removeprefix("- ds ") for line in str(error).splitlines() if line.startswith("- "))
+        raise RunStopped(
+            f'{config.deepspeed_file} says otherwise than the settings ({found}); write "auto" there'
+        ) from error
     except (OSError, RuntimeError, MemoryError, SafetensorError) as error:
         text = str(error)
         memory = isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in text
