@@ -21,7 +21,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 from llmops.choice_search import Choice, Search, Tree
 from llmops.console import RunStopped, log
 from llmops.continuous import FEW_ALONE, Generated, Pool, Row
-from llmops.passes import MOST_TOKENS, Passes
+from llmops.passes import MOST_TOKENS, Passes, check_numbers
 from llmops.shared_prefix import MIN_SHARED, NOTHING, Prefix, group_by_prefix
 
 T = TypeVar("T")
@@ -37,6 +37,7 @@ class KeepBest(LogitsProcessor):
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """Scores [B, V] as they are."""
+        check_numbers(scores)
         self.best.append(scores.float().log_softmax(-1).amax(-1))
         return scores
 

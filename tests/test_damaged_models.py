@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from llmops import checkpoints, loading
 from llmops.chat_formats import TEMPLATES, read_families
 from llmops.console import RunStopped, UserError
+from llmops.generation import Generator
 
 
 @pytest.fixture
@@ -76,6 +77,18 @@ def test_weights_that_are_not_there_are_not_made_up(model: Path) -> None:
     save_file({k: v for k, v in weights.items() if k != name}, model / "model.safetensors", {"format": "pt"})
     with pytest.raises(UserError, match=f"lack 1 of the tensors that config.json asks for, such as {name}"):
         checkpoints.load_model(model, torch.float32)
+
+
+@pytest.mark.parametrize("reuse_prefix", [True, False])
+def test_answers_that_are_no_numbers(model: Path, reuse_prefix: bool) -> None:
+    weights = load_file(model / "model.safetensors")
+    weights["model.layers.1.mlp.up_proj.weight"][0, 0] = float("nan")
+    save_file(weights, model / "model.safetensors", {"format": "pt"})
+    generator = Generator(checkpoints.load_model(model, torch.float32), 0, 2, reuse_prefix)
+    with pytest.raises(UserError, match="the model gives no numbers"):
+        list(generator.generate([[5, 6, 7], [5, 6]], 2, [2]))
+    with pytest.raises(UserError, match="the model gives no numbers"):
+        list(generator.loglikelihoods([[5, 6, 7]], [[[8], [9]]]))
 
 
 @pytest.mark.parametrize(

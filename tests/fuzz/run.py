@@ -38,6 +38,7 @@ os.environ |= {
 from fuzz import mutations, subjects
 from fuzz.subjects import Subject
 
+STARTED = time.monotonic()
 LIMIT = 20  # seconds; what takes longer hangs
 MEMORY = 8 << 30
 FINISHED = 10  # finetune --check: nothing left to do
@@ -256,6 +257,8 @@ def run_cases(numbers: Sequence[int], given: argparse.Namespace, chosen: Sequenc
     running: dict[int, Case] = {}
     outcomes = []
     while waiting or running:
+        if given.seconds and time.monotonic() - STARTED > given.seconds:
+            waiting.clear()
         while waiting and len(running) < given.jobs:
             case = set_up(waiting.pop(), given, chosen)
             start(case, mains[case.subject.command])
@@ -341,6 +344,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--heavy_every", type=int, default=2, metavar="N", help="every N-th case has a model (default: %(default)s)")
     add("--case", type=int, help="run this case alone and keep its folder")
     add("--jobs", type=int, default=2, help="cases at once (default: %(default)s)")
+    add("--seconds", type=float, default=0, help="begin no case later than this after the start; 0: all are run")
     add("--accepted", action="store_true", help="list what was accepted, by input and kind of harm")
     add("--json", default="", metavar="FILE", help="write every outcome as a line of JSON")
     return parser
@@ -407,6 +411,9 @@ def tell(given: argparse.Namespace, outcomes: Sequence[Outcome]) -> None:
             numbers = ", ".join(f"{o.number} ({o.mutation.details[:40]})" for o in found[:4])
             print(f"accepted: {subject}: {kind}: {len(found)}: {numbers}")
     print(table(outcomes))
+    if outcomes:
+        last = max(outcome.number for outcome in outcomes)
+        print(f"{len(outcomes)} cases, {last} the last, seed {given.seed}, {time.monotonic() - STARTED:.0f} s")
 
 
 if __name__ == "__main__":
