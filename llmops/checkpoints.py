@@ -21,6 +21,7 @@ TOKENIZER_FILES = (
 )  # fmt: skip
 ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 MODEL_FILES = ("generation_config.json", "*.safetensors", "*.bin", "*.index.json")
+SIZES = ("hidden_size", "num_hidden_layers", "num_layers", "num_attention_heads", "vocab_size")
 LENGTHS = ("max_position_embeddings", "seq_length", "model_max_length", "max_sequence_length")
 
 
@@ -69,10 +70,10 @@ def read_config(folder: Path) -> dict[str, Any]:
     classes = config.get("auto_map", {})
     if not isinstance(classes, dict) or not all(map(is_reference, classes.values())):
         raise UserError(f"{path}: auto_map is {files.shown(classes)}, expected names of classes; {COPY}")
-    for name in LENGTHS:
-        length = config.get(name)
-        if isinstance(length, int) and length < 1:
-            raise UserError(f"{path}: {name} is {files.shown(length)}, expected a number of tokens from 1; {COPY}")
+    for name in (*LENGTHS, *SIZES):
+        size = config.get(name)
+        if isinstance(size, int) and size < 1:  # a model without layers is built without complaint
+            raise UserError(f"{path}: {name} is {files.shown(size)}, expected a whole number from 1; {COPY}")
     return config
 
 
@@ -198,6 +199,9 @@ def load_model(
             f"the model in {folder} cannot be loaded: its weights lack {len(missing)} of the tensors that config.json "
             f"asks for, such as {missing[0]}; {COPY}"
         )
+    strange = sorted(found["unexpected_keys"])
+    if strange:
+        log(f"warning: {len(strange)} tensors of {folder} belong to no part of the model, such as {strange[0]}")
     return model
 
 

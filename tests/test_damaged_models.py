@@ -97,7 +97,8 @@ def test_answers_that_are_no_numbers(model: Path, reuse_prefix: bool) -> None:
         ("config.json", "[]", "holds a JSON list, expected an object"),
         ("config.json", '{"model_type": 7}', "model_type is 7, expected a name"),
         ("config.json", '{"model_type": "llama", "auto_map": []}', "auto_map is"),
-        ("config.json", '{"model_type": "llama", "seq_length": -1}', "seq_length is -1, expected a number of tokens"),
+        ("config.json", '{"model_type": "llama", "seq_length": -1}', "seq_length is -1, expected a whole"),
+        ("config.json", '{"model_type": "llama", "num_hidden_layers": 0}', "num_hidden_layers is 0, expected a whole"),
         ("generation_config.json", "{", "generation_config.json:1: the checkpoint's file is not JSON"),
         ("tokenizer.json", '{"version": "1.0"}', "the tokenizer of .* cannot be loaded"),
         ("tokenizer_config.json", '{"a": \xff}', "tokenizer_config.json"),
@@ -113,6 +114,12 @@ def test_damaged_files_of_a_checkpoint(model: Path, name: str, content: str, sen
     with pytest.raises(UserError, match=sentence):  # noqa: PT012
         checkpoints.load_chat_format(model)
         checkpoints.load_trained(model, torch.float32)
+
+
+def test_weights_without_a_place_are_said(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    change(model / "config.json", num_hidden_layers=1)
+    checkpoints.load_model(model, torch.float32)
+    assert "warning: 9 tensors of" in capsys.readouterr().err
 
 
 def test_a_tokenizer_without_an_end_token(model: Path) -> None:

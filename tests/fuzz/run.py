@@ -18,6 +18,7 @@ import shutil
 import signal
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from collections import Counter, defaultdict
@@ -145,6 +146,8 @@ def start(case: Case, run: subjects.Main) -> None:
     status = 70
     try:
         os.setsid()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, signal.SIG_DFL)
         os.chdir(case.folder)
         for number, name in ((0, os.devnull), (1, "stdout"), (2, "stderr")):
             opened = os.open(name if number == 0 else case.folder.parents[2] / f"{case.number}.{name}",
@@ -253,11 +256,14 @@ def leftovers(case: Case, after: dict[str, str], code: int) -> str:
 def run_cases(numbers: Sequence[int], given: argparse.Namespace, chosen: Sequence[Subject]) -> list[Outcome]:
     """The outcome of every case, in the order in which they end."""
     mains = subjects.commands()
+    stopped = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):  # then what was found so far is told
+        signal.signal(number, lambda *_: stopped.set())
     waiting = list(reversed(numbers))
     running: dict[int, Case] = {}
     outcomes = []
     while waiting or running:
-        if given.seconds and time.monotonic() - STARTED > given.seconds:
+        if stopped.is_set() or (given.seconds and time.monotonic() - STARTED > given.seconds):
             waiting.clear()
         while waiting and len(running) < given.jobs:
             case = set_up(waiting.pop(), given, chosen)
