@@ -67,7 +67,8 @@ def read_folder(folder: Path) -> ModelFolder:
     """Look at a model folder without loading it. Raises UserError for one that gives no sentence embeddings."""
     if not files.is_folder(folder):
         raise UserError(f"the model folder {folder} does not exist; {WANTED}")
-    found = read_modules(folder) if files.is_file(folder / "modules.json") else ModelFolder(folder, folder)
+    listed = os.path.lexists(folder / "modules.json")
+    found = read_modules(folder) if listed else ModelFolder(folder, folder)
     path = found.transformer / "config.json"
     config = read_settings(path)
     if not setting(config, "model_type", (str,), path):
@@ -75,7 +76,7 @@ def read_folder(folder: Path) -> ModelFolder:
     names = [str(name) for name in setting(config, "architectures", (list,), path) or []]
     if config.get("is_encoder_decoder"):
         raise UserError(f"{folder} is an encoder-decoder ({', '.join(names) or config['model_type']}); {WANTED}")
-    if found.transformer == folder and not files.is_file(folder / "modules.json"):
+    if not listed:
         generates = [name for name in names if name.endswith(("ForCausalLM", "LMHeadModel", "ConditionalGeneration"))]
         if generates or config.get("is_decoder"):
             raise UserError(f"{folder} is a model that generates text ({', '.join(names)}); {WANTED}")
