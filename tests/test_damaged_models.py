@@ -79,6 +79,18 @@ def test_weights_that_are_not_there_are_not_made_up(model: Path) -> None:
         checkpoints.load_model(model, torch.float32)
 
 
+def test_tokens_that_the_model_does_not_know(model: Path) -> None:
+    generator = Generator(checkpoints.load_model(model, torch.float32), 0, 2)
+    known = checkpoints.read_config(model)["vocab_size"]
+    for ask in (
+        lambda: generator.generate([[5, known]], 2, [2]),
+        lambda: generator.loglikelihoods([[5, known]], [[[8], [9]]]),
+        lambda: generator.loglikelihoods([[5]], [[[8], [known]]]),
+    ):
+        with pytest.raises(UserError, match=f"writes the token {known} and the model knows {known}, from 0"):
+            list(ask())
+
+
 @pytest.mark.parametrize("reuse_prefix", [True, False])
 def test_answers_that_are_no_numbers(model: Path, reuse_prefix: bool) -> None:
     weights = load_file(model / "model.safetensors")

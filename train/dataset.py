@@ -109,6 +109,10 @@ class TokenDataset:
         """Tokens of each sample, int64 [samples]."""
         return (self._ends - self._starts)[self.indices]
 
+    def highest_token(self) -> int:
+        """The largest token id of the whole file."""
+        return int(self._flat[0].max())
+
     def learned_tokens(self) -> int:
         """Learned tokens of all samples."""
         return sum(int(self[i]["learned"].sum()) for i in range(len(self)))

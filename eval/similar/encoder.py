@@ -51,6 +51,7 @@ class Encoder:
             )
         self.model.eval().to(self.device)
         self.max_length = self.longest()
+        self.vocabulary = self.model.get_input_embeddings().weight.shape[0]
         self.tokens_per_batch = TOKENS_PER_BATCH[self.device.type]
         self.plain = False
         if self.device.type == "cpu" and dtype == "fp32" and torch.backends.mkldnn.is_available():
@@ -70,9 +71,14 @@ class Encoder:
     def tokenize(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of every text, cut at the model's limit."""
         given = [self.folder.prompt + (text.lower() if self.folder.lowercase else text) for text in texts]
-        return self.tokenizer(given, truncation=True, max_length=self.max_length, return_attention_mask=False)[
-            "input_ids"
-        ]
+        found = self.tokenizer(given, truncation=True, max_length=self.max_length, return_attention_mask=False)
+        highest, known = max(max(ids, default=0) for ids in found["input_ids"]), self.vocabulary
+        if highest >= known:
+            raise UserError(
+                f"{self.folder.folder}: the tokenizer writes the token {highest} and the model knows {known}, from 0; "
+                "copy the folder again"
+            )
+        return found["input_ids"]
 
     def encode(self, texts: Sequence[str], done: Callable[[int], None] | None = None) -> "np.ndarray":
         """Unit vectors (n, d) float32 in the order of the texts."""
