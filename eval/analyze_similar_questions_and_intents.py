@@ -99,7 +99,7 @@ def parse(argv: Sequence[str] | None) -> Config:
         problems.append(f"--model_path is {given.model_path}, expected a folder or {ngrams.NAME}")
     for name in ("report", "plot"):
         path = Path(getattr(given, name) or ".")
-        if getattr(given, name) and (not path.parent.is_dir() or path.is_dir()):
+        if getattr(given, name) and (not files.is_folder(path.parent) or files.is_folder(path)):
             problems.append(f"--{name} {path} cannot be written, expected a file's name in a folder that exists")
         elif getattr(given, name) and not os.access(path.parent, os.W_OK):
             problems.append(f"--{name} {path} cannot be written, expected a folder that you may write to")

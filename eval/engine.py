@@ -53,7 +53,7 @@ class Settings:
 def check(settings: Settings) -> Path:
     """The folder that is loaded, when everything that can be known before loading is right."""
     model = Path(settings.model)
-    if not (model / "config.json").is_file() and not checkpoints.is_adapter(model):
+    if not checkpoints.is_whole(model) and not checkpoints.is_adapter(model):
         raise UserError(f"{model} holds no model; expected a checkpoint folder or an adapter's folder")
     folder = model
     if settings.adapter:
@@ -246,18 +246,11 @@ def load(settings: Settings, dtype: "torch.dtype") -> "torch.nn.Module":
     model = checkpoints.load_trained(Path(settings.model), dtype, settings.trust_remote_code)
     if not settings.adapter:
         return model
-    from peft import PeftModel
-
-    try:
-        return PeftModel.from_pretrained(model, settings.adapter)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise UserError(
-            f"the adapter {settings.adapter} does not fit {settings.model} ({checkpoints.first_line(error)})"
-        ) from error
+    return checkpoints.put_adapter(model, Path(settings.adapter))
 
 
 def fingerprint(folders: Sequence[Path], *more: str) -> str:
     """Names a model: the files of its folders with size and time of change. Another model has another one."""
-    found = sorted({path.resolve() for folder in folders for pattern in WEIGHTS for path in folder.glob(pattern)})
+    found = sorted({files.real(path) for folder in folders for pattern in WEIGHTS for path in folder.glob(pattern)})
     stats: list[Any] = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in found]
     return hashlib.sha256(json.dumps([stats, more]).encode()).hexdigest()[:24]

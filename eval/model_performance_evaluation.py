@@ -8,6 +8,7 @@ it, 1 for everything else.
 """
 
 import argparse
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -129,7 +130,7 @@ def read_metrics(texts: Sequence[str]) -> tuple[str, ...]:
 
 def read_samples(path: Path) -> list[Sample]:
     """One sample per assistant turn. Raises UserError for a file that is not there, empty, or has a bad line."""
-    if not path.exists():
+    if not os.path.lexists(path):
         raise UserError(f"the data set {path} does not exist; expected a jsonl file of conversations")
     samples: list[Sample] = []
     problems = []

@@ -41,15 +41,16 @@ def write_results(engine: Engine, command: str, seconds: float, more: Mapping[st
 
 def read_scores(path: Path) -> tuple[str, dict[str, float]]:
     """(name of the model, score by dimension) of an eval_results.json or the folder that holds it."""
-    path = answers.results_of(path, FIVE) if path.is_dir() else path
-    try:
-        found = files.read_json(path, RESULTS_NAME)
-        scores = {name: float(score) for name, score in found["evaluation_results"].items()}
-        return Path(found["model"]).name, scores
-    except (UserError, ValueError, KeyError, TypeError, AttributeError) as error:
+    path = answers.results_of(path, FIVE) if files.is_folder(path) else path
+    found = files.read_object(path, f"the {RESULTS_NAME} of compare_with", "copy it again")
+    scores, model = found.get("evaluation_results"), found.get("model")
+    good = isinstance(scores, dict) and scores and isinstance(model, str)
+    if not good or not all(type(score) in (int, float) and 0 <= score <= 1 for score in scores.values()):
         raise UserError(
-            f"compare_with: {path} is no {RESULTS_NAME} of the five dimensions ({type(error).__name__})"
-        ) from error
+            f"compare_with: {path} is no {RESULTS_NAME} of the five dimensions; expected the name of the model and "
+            "evaluation_results with scores from 0 to 1"
+        )
+    return Path(model).name, {name: float(score) for name, score in scores.items()}
 
 
 Bounds = Mapping[str, tuple[float, float]]

@@ -78,14 +78,14 @@ def build_parser() -> argparse.ArgumentParser:
 def check(config: Config) -> Path:
     """The intents file. Raises UserError for paths that are not there."""
     model = Path(config.model_name_or_path)
-    if not (model / "config.json").is_file() and not checkpoints.is_adapter(model):
+    if not files.is_file(model / "config.json") and not checkpoints.is_adapter(model):
         raise UserError(f"{model} holds no model; expected the output_path of chat_main.sh or a checkpoint folder")
     if bool(config.input_file) == bool(config.question):
         raise UserError("give either --input_file or --question")
     if (
         config.output_file
         and config.input_file
-        and Path(config.output_file).resolve() == Path(config.input_file).resolve()
+        and files.real(Path(config.output_file)) == files.real(Path(config.input_file))
     ):
         raise UserError(f"--output_file is the input file {config.input_file}; choose another one")
     if config.output_file and files.same_or_inside(Path(config.output_file), model):
@@ -93,12 +93,12 @@ def check(config: Config) -> Path:
     if config.intents_file:
         return Path(config.intents_file)
     beside = model / INTENTS_NAME
-    return beside if beside.is_file() or model.name != "merged" else model.parent / INTENTS_NAME
+    return beside if files.is_file(beside) or model.name != "merged" else model.parent / INTENTS_NAME
 
 
 def refuse_model_file(path: Path) -> None:
     """Raise UserError for an output file in the model's folder that would replace a part of the model."""
-    if path.is_dir() or (path.exists() and path.suffix != ".jsonl"):
+    if files.is_folder(path) or (os.path.exists(path) and path.suffix != ".jsonl"):
         raise UserError(f"--output_file {path} is a part of the model; choose another name, such as predictions.jsonl")
 
 
@@ -127,7 +127,7 @@ def candidate_tokens(chat: ChatFormat, prompt: Sequence[Message], answers: Seque
     found = []
     for answer in answers:
         rendered = chat.conversation([*prompt, {"role": "assistant", "content": answer}])[-1]
-        end = max(i for i, learned in enumerate(rendered.learned) if learned) + 1
+        end = max((i for i, learned in enumerate(rendered.learned) if learned), default=-1) + 1
         if rendered.ids[: len(start)] != start or len(start) >= end:
             raise UserError(f"the chat format {chat.name} writes the answer {answer!r} into its prompt; check --mode")
         found.append(rendered.ids[len(start) : end])

@@ -106,11 +106,11 @@ def check(config: Config) -> None:
         problems.append("there is no --test_data_file and --test_ratio is 0; give one of the two")
     output = Path(config.output_dir)
     for given in (config.data_file, config.test_data_file):
-        if given and any(Path(given).resolve() == (output / name).resolve() for name in OUTPUTS):
+        if given and any(files.real(Path(given)) == files.real(output / name) for name in OUTPUTS):
             problems.append(f"{given} would be overwritten by its own result; move it out of --output_dir")
     if config.model_name_or_path:
         model = Path(config.model_name_or_path)
-        if not (model / "config.json").is_file():
+        if not files.is_file(model / "config.json"):
             problems.append(f"the model folder {model} has no config.json; expected a Hugging Face checkpoint folder")
         else:
             checkpoints.choose_family(model, config.mode)  # a mode that does not fit is an error of its own

@@ -5,6 +5,7 @@ names of their own and get theirs one after the other: a start that was killed i
 """
 
 import hashlib
+import os
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -20,7 +21,7 @@ LOCK_NAME = ".prepare.lock"
 
 def digest(path: Path) -> str:
     """The SHA-256 of a file, "" where it is not there."""
-    if not path.exists():
+    if not os.path.exists(path):
         return ""
     with files.open_regular(path) as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
@@ -34,7 +35,7 @@ def staged(folder: Path, name: str) -> Path:
 def read_state(folder: Path) -> tuple[bool, dict[str, str]]:
     """(whether a start was killed between its files, SHA-256 by name of what the command wrote)."""
     path = folder / PREPARED_NAME
-    if not path.exists():
+    if not os.path.exists(path):
         return False, {}
     found = files.read_object(path, "faq/prepare's list of its files", "delete it to begin anew")
     listed = found.get("files")

@@ -131,7 +131,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     paths = [Path(name) for name in arguments.predictions]
     read = [read_predictions(path) for path in paths]
     intents = Path(arguments.intents_file or paths[0].with_name(INTENTS_NAME))
-    given = arguments.intents_file or intents.is_file()
+    given = arguments.intents_file or files.is_file(intents)
     none = load_catalog(intents).none if given else wording_of("auto").none
     results = [{"file": str(path)} | score(rows, none) for path, rows in zip(paths, read, strict=True)]
     picture = Path(arguments.picture) if arguments.picture else paths[0].with_suffix(".png")

@@ -5,12 +5,12 @@ Jinja template (formats whose special tokens are typed as text) or the name of a
 whose role tokens must be inserted by id). Sources of the formats: the vendors' own demos and fine-tuning code.
 """
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from llmops import files
 from llmops.chat_templates import ChatTemplate, written_around
 from llmops.console import EXIT_USER_ERROR, UserError, log
 from llmops.control_tokens import ControlTokens
@@ -34,6 +34,7 @@ class Piece:
     control: bool = False
 
 
+GENERATION = ("max_new_tokens", "batch_size")  # keys of a family's `generation`
 Layout = Callable[[Sequence[Message], bool], list[Piece]]
 
 
@@ -80,24 +81,54 @@ class Family:
 
 def read_families(folder: Path) -> dict[str, Family]:
     """The families by mode, `auto` first. Raises UserError for a file that does not describe one."""
-    known = [item.name for item in fields(Family) if item.name != "name"]
-    described: dict[str, dict[str, Any]] = {}
-    for path in sorted(folder.glob("*.json"), key=lambda path: (path.stem != "auto", path.stem)):
-        try:
-            described[path.stem] = json.loads(path.read_text(encoding="utf-8"))
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise UserError(f"{path} is not JSON ({error})") from error
-        unknown = [key for key in described[path.stem] if key not in known]
-        if unknown:
-            raise UserError(f"{path}: unknown key {', '.join(unknown)}; expected some of {', '.join(known)}")
-        if described[path.stem].get("layout", "") not in ("", *LAYOUTS):
-            raise UserError(f"{path}: unknown layout {described[path.stem]['layout']!r}; expected {', '.join(LAYOUTS)}")
+    paths = sorted(folder.glob("*.json"), key=lambda path: (path.stem != "auto", path.stem))
+    described = {path.stem: read_family(path) for path in paths}
+    if "auto" not in described:
+        raise UserError(f"{folder} has no auto.json, whose wording every mode is laid over; copy the project again")
     families = {}
     for name, values in described.items():
-        both = {key: described["auto"][key] | values.get(key, {}) for key in ("faq", "generation")}
+        both = {key: described["auto"].get(key, {}) | values.get(key, {}) for key in ("faq", "generation")}
         plain = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
         families[name] = Family(name, **(plain | both))
+        missing = [key for key in GENERATION if key not in families[name].generation]
+        if missing:
+            raise UserError(f"{folder / 'auto.json'}: generation has no {missing[0]}; copy the project again")
     return families
+
+
+def read_family(path: Path) -> dict[str, Any]:
+    """What one file of TEMPLATES says, every key checked. Raises UserError that names the file and the key."""
+    found = files.read_object(path, "the template file", "mend it or copy the project again")
+    known = {item.name: item for item in fields(Family) if item.name != "name"}
+    for key, value in found.items():
+        if key not in known:
+            raise UserError(f"{path}: unknown key {files.shown(key)}; expected some of {', '.join(known)}")
+        default = known[key].default
+        if key == "faq":
+            good, expected = is_texts_by_name(value), "an object of texts"
+        elif key == "generation":
+            good, expected = is_counts(value), f"an object of whole numbers from 1 under {', '.join(GENERATION)}"
+        elif isinstance(default, tuple):
+            good, expected = isinstance(value, list) and all(isinstance(v, str) for v in value), "a list of texts"
+        else:
+            good, expected = type(value) is type(default), "true or false" if default is False else "a text"
+        if not good:
+            raise UserError(f"{path}: {key} is {files.shown(value)}, expected {expected}")
+    if path.stem != "auto" and not any(found.get(key) for key in ("model_types", "chat_template", "layout")):
+        raise UserError(f"{path}: expected model_types, chat_template or layout to say something, found none of them")
+    if found.get("layout", "") not in ("", *LAYOUTS):
+        raise UserError(f"{path}: unknown layout {files.shown(found['layout'])}; expected {', '.join(LAYOUTS)}")
+    return found
+
+
+def is_texts_by_name(value: Any) -> bool:
+    """Whether a value is an object of texts."""
+    return isinstance(value, dict) and all(isinstance(text, str) for text in value.values())
+
+
+def is_counts(value: Any) -> bool:
+    """Whether a value is what `generation` may be."""
+    return isinstance(value, dict) and all(k in GENERATION and type(n) is int and n > 0 for k, n in value.items())
 
 
 def control(token: str | int, learned: bool = False) -> Piece:

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+from llmops import files
 from llmops.console import UserError
 from llmops.control_tokens import ControlTokens, Marks
 from llmops.records import Message
@@ -45,6 +46,12 @@ class ChatTemplate:
 
     def text(self, messages: Sequence[Message], generate: bool) -> str:
         """The conversation as the template writes it. Raises UserError, whatever the template does wrong."""
+        text = self._rendered(messages, generate)
+        if not files.encodable(text):
+            raise UserError(f"{self.name} writes half a surrogate pair, which is no character; mend the template")
+        return text
+
+    def _rendered(self, messages: Sequence[Message], generate: bool) -> str:
         if self._limited:
             return self._limited.render(
                 messages, tools=None, documents=None, add_generation_prompt=generate, **self._special

@@ -1,28 +1,38 @@
 """Checkpoint folders: what they are, their tokenizer, their model, their adapter; loading and merging."""
 
-import json
 import os
-import pickle
-import re
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmops import chat_formats, files
 from llmops.chat_formats import ChatFormat, Family
 from llmops.console import UserError, log
+from llmops.loading import loading
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+COPY = "copy the checkpoint again"
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt",
+    "*.model", "chat_template.jinja",
+)  # fmt: skip
 ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
+MODEL_FILES = ("generation_config.json", "*.safetensors", "*.bin", "*.index.json")
+SIZES = ("hidden_size", "num_hidden_layers", "num_layers", "num_attention_heads", "vocab_size")
+LENGTHS = ("max_position_embeddings", "seq_length", "model_max_length", "max_sequence_length")
 
 
 def is_adapter(folder: Path) -> bool:
     """Whether a folder holds a PEFT adapter and not a whole model."""
-    return (folder / "adapter_config.json").is_file()
+    return os.path.isfile(folder / "adapter_config.json")
+
+
+def is_whole(folder: Path) -> bool:
+    """Whether a folder holds a whole model."""
+    return os.path.isfile(folder / "config.json")
 
 
 def base_folder(folder: Path) -> Path:
@@ -32,30 +42,50 @@ def base_folder(folder: Path) -> Path:
     """
     if not is_adapter(folder):
         return folder
-    base = Path(json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"])
-    moved = folder.resolve().parent / base.name
+    path = folder / "adapter_config.json"
+    name = files.read_object(path, "the adapter's settings", COPY).get("base_model_name_or_path")
+    if not isinstance(name, str) or not name.strip() or "\0" in name:
+        raise UserError(
+            f"{path}: base_model_name_or_path is {files.shown(name)}, expected the folder of the base model; write it "
+            f"there or {COPY}"
+        )
+    base = Path(name)
+    moved = files.real(folder).parent / base.name
     for candidate in (base, moved):
-        if (candidate / "config.json").is_file():
+        if is_whole(candidate) and not is_adapter(candidate):
             return candidate
     raise UserError(
-        f"the adapter {folder} was trained on {base}, which is not there, nor is {moved}; "
-        "put the base model at one of these places"
+        f"the adapter {folder} was trained on {files.shown(name, 200)}, which is not there, nor is {moved}; put "
+        "the base model at one of these places"
     )
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """config.json of a checkpoint folder, or of an adapter's base model."""
-    folder = base_folder(folder)
-    try:
-        return json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{folder / 'config.json'} is not JSON ({error}); copy the checkpoint again") from error
+    """config.json of a checkpoint folder, or of an adapter's base model; what this project reads of it is checked."""
+    path = base_folder(folder) / "config.json"
+    config = files.read_object(path, "the model's config.json", COPY)
+    kind = config.get("model_type", "")
+    if not isinstance(kind, str):
+        raise UserError(f"{path}: model_type is {files.shown(kind)}, expected a name such as \"llama\"; {COPY}")
+    classes = config.get("auto_map", {})
+    if not isinstance(classes, dict) or not all(map(is_reference, classes.values())):
+        raise UserError(f"{path}: auto_map is {files.shown(classes)}, expected names of classes; {COPY}")
+    for name in (*LENGTHS, *SIZES):
+        size = config.get(name)
+        if isinstance(size, int) and size < 1:  # a model without layers is built without complaint
+            raise UserError(f"{path}: {name} is {files.shown(size)}, expected a whole number from 1; {COPY}")
+    return config
+
+
+def is_reference(value: Any) -> bool:
+    """Whether a value of an auto_map names a class: "file.Class", or several such (a tokenizer's, slow and fast)."""
+    listed = value if isinstance(value, list) else [value]
+    return bool(listed) and all(item is None or isinstance(item, str) for item in listed)
 
 
 def model_length(config: dict[str, Any]) -> int | None:
     """How many positions a checkpoint was made for, by its config.json; None when that does not say."""
-    names = ("max_position_embeddings", "seq_length", "model_max_length", "max_sequence_length")
-    lengths = [config[name] for name in names if isinstance(config.get(name), int)]
+    lengths = [config[name] for name in LENGTHS if type(config.get(name)) is int]
     return max(lengths, default=None)
 
 
@@ -74,16 +104,21 @@ def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> "PreTrained
     from transformers import AutoTokenizer
 
     check_trust(folder, trust_remote_code)
+    check_files(folder, TOKENIZER_FILES)
     if trust_remote_code:
-        from llmops import legacy
+        with loading(f"the tokenizer's code in {folder}"):
+            from llmops import legacy
 
-        legacy.prepare_tokenizer(folder)
-    try:
+            legacy.prepare_tokenizer(folder)
+    with loading(f"the tokenizer of {folder}"):
         tokenizer = AutoTokenizer.from_pretrained(
             str(folder), trust_remote_code=trust_remote_code, local_files_only=True
         )
-    except (OSError, ValueError) as error:
-        raise UserError(f"the tokenizer of {folder} cannot be loaded ({first_line(error)})") from error
+    if tokenizer.eos_token_id is None:
+        raise UserError(
+            f"the tokenizer of {folder} has no end token, so answers would never end; set eos_token in its "
+            f"tokenizer_config.json or {COPY}"
+        )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
     return tokenizer
@@ -101,11 +136,24 @@ def load_chat_format(
     return tokenizer, ChatFormat(tokenizer, family, allow_special_tokens)
 
 
+def check_files(folder: Path, patterns: Sequence[str]) -> None:
+    """Raise UserError that names a file of a checkpoint that cannot be read, or is no JSON object where it should be.
+
+    The libraries name none, and pass over some of them: a generation_config.json with the end tokens, for one.
+    """
+    for path in sorted({path for pattern in patterns for path in folder.glob(pattern)}):
+        if path.suffix == ".json":
+            files.read_object(path, "the checkpoint's file", COPY)
+        else:
+            files.open_regular(path, "the checkpoint's file", COPY).close()
+
+
 def choose_family(folder: Path, mode: str, has_template: bool | None = None) -> Family:
     """The family whose chat format a checkpoint folder gets; needs no tokenizer while `has_template` is not known."""
     base = base_folder(folder)
-    files = sorted([*base.glob("tokenizer_config.json"), *base.glob("tokenization_*.py")])
-    text = "".join(path.read_text(encoding="utf-8", errors="replace") for path in files)
+    check_files(base, ["tokenizer_config.json"])
+    found = sorted([*base.glob("tokenizer_config.json"), *base.glob("tokenization_*.py")])
+    text = "".join(files.read_bytes(path, "the checkpoint's file").decode("utf-8", "replace") for path in found)
     return chat_formats.choose_family(mode, read_config(folder), text, has_template)
 
 
@@ -134,40 +182,27 @@ def load_model(
 ) -> "PreTrainedModel":
     """The causal language model of a checkpoint folder. `.bin` weights load with weights_only; nothing is fetched."""
     auto_class = causal_class(folder, trust_remote_code)
-    with reading_weights(f"the model in {folder}"):
-        return auto_class.from_pretrained(
+    check_files(folder, MODEL_FILES)
+    with loading(f"the model in {folder}"):
+        model, found = auto_class.from_pretrained(
             str(folder),
             dtype=dtype,
             trust_remote_code=trust_remote_code,
             attn_implementation=attention,
             local_files_only=True,
+            output_loading_info=True,
         )
-
-
-def refused_pickle(error: pickle.UnpicklingError) -> str:
-    """Why torch would not load a pickle: the code it asks for, or that it is none."""
-    found = re.search(r"GLOBAL (\S+)", str(error))
-    if found:
-        return f"a file asks for {found[1]}, which weights do not need; nothing of it was run"
-    return "a .bin file is damaged, or no weights file"
-
-
-@contextmanager
-def reading_weights(what: str) -> Iterator[None]:
-    """Turn the errors of damaged and hostile weights into UserError. No code of a pickle runs: llmops/__init__.py."""
-    from safetensors import SafetensorError
-
-    try:
-        yield
-    except pickle.UnpicklingError as error:
-        reason = refused_pickle(error)
-        raise UserError(f"{what} cannot be loaded: {reason}; copy it again from a source you trust") from error
-    except RuntimeError as error:
-        if "PytorchStreamReader" not in str(error):  # out of memory and such
-            raise
-        raise UserError(f"{what} cannot be loaded: a .bin file is damaged; copy it again") from error
-    except (OSError, ValueError, EOFError, SafetensorError) as error:
-        raise UserError(f"{what} cannot be loaded ({first_line(error)})") from error
+    trained = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    missing = sorted(trained & set(found["missing_keys"]))  # buffers (inv_freq) are computed while the model is built
+    if missing:  # they would be random numbers
+        raise UserError(
+            f"the model in {folder} cannot be loaded: its weights lack {len(missing)} of the tensors that config.json "
+            f"asks for, such as {missing[0]}; {COPY}"
+        )
+    strange = sorted(found["unexpected_keys"])
+    if strange:
+        log(f"warning: {len(strange)} tensors of {folder} belong to no part of the model, such as {strange[0]}")
+    return model
 
 
 def fixed_attention(model: "torch.nn.Module") -> str | None:
@@ -197,7 +232,8 @@ def causal_class(folder: Path, trust_remote_code: bool = False) -> Any:
         return AutoModelForCausalLM
     from llmops import legacy
 
-    legacy.prepare_model(folder)
+    with loading(f"the model's code in {folder}"):
+        legacy.prepare_model(folder)
     return legacy.auto_model_class(folder)
 
 
@@ -233,18 +269,38 @@ def load_trained(folder: Path, dtype: "torch.dtype", trust_remote_code: bool = F
     """A whole model, or an adapter on the base model that its adapter_config.json names."""
     if not is_adapter(folder):
         return load_model(folder, dtype, trust_remote_code)
-    from peft import PeftModel
-
     base = base_folder(folder)
     log(f"the adapter {folder} goes on {base}")
-    if not any((folder / name).is_file() for name in ADAPTER_WEIGHTS):
+    return put_adapter(load_model(base, dtype, trust_remote_code), folder)
+
+
+def put_adapter(model: "PreTrainedModel", folder: Path) -> "PreTrainedModel":
+    """A model with an adapter on it. Raises UserError where the adapter is damaged or was made for another model."""
+    import warnings
+
+    from peft import PeftModel, get_peft_model_state_dict
+    from peft.utils import load_peft_weights
+
+    check_files(folder, ["adapter_config.json", *ADAPTER_WEIGHTS])
+    if not any(files.is_file(folder / name) for name in ADAPTER_WEIGHTS):
         raise UserError(f"the adapter {folder} has no weights ({' or '.join(ADAPTER_WEIGHTS)}); copy the folder again")
     settings = files.read_object(folder / "adapter_config.json", "the adapter's settings")
     if settings.get("megatron_config"):  # PEFT would import whatever module megatron_core names
         raise UserError(f"the adapter {folder} is one for Megatron (megatron_config is set), which is not known here")
-    model = load_model(base, dtype, trust_remote_code)
-    with reading_weights(f"the adapter {folder}"):
-        return PeftModel.from_pretrained(model, str(folder), local_files_only=True)
+    cure = f"check that it was trained on this model, or {COPY}"
+    with loading(f"the adapter {folder}", cure), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Found missing adapter keys")  # said below, as an error
+        adapted = PeftModel.from_pretrained(model, str(folder), local_files_only=True)
+        wanted = set(get_peft_model_state_dict(adapted, save_embedding_layers=False))
+        may_be = set(get_peft_model_state_dict(adapted, save_embedding_layers=True))
+        given = set(load_peft_weights(str(folder), device="cpu", local_files_only=True))
+    missing, strange = wanted - given, given - wanted - may_be
+    if missing or strange:
+        raise UserError(
+            f"the adapter {folder} does not fit its model: {len(missing)} of its tensors are missing and "
+            f"{len(strange)} belong to no layer, such as {min(missing | strange)}; {cure}"
+        )
+    return adapted
 
 
 def merge_adapter(
@@ -282,8 +338,3 @@ def merge_adapter(
         shutil.rmtree(target)
     os.rename(staging, target)
     return worst
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an exception's text, for one-sentence errors."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -60,7 +60,7 @@ class FaqFile:
 def refuse_unfinished(folder: Path) -> None:
     """Raise UserError where faq/prepare was killed between its files: they may not belong together."""
     path = folder / PREPARED_NAME
-    if path.is_file() and files.read_object(path, "faq/prepare's list of its files").get("state") == "writing":
+    if files.is_file(path) and files.read_object(path, "faq/prepare's list of its files").get("state") == "writing":
         raise UserError(
             f"faq/prepare was killed while it wrote to {folder}, so {INTENTS_NAME} and the data there may not belong "
             "together; run faq/prepare.sh again"

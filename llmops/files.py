@@ -320,7 +320,7 @@ def writing(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
     followed. What is no regular file (/dev/null, a pipe) is written to directly. Text is UTF-8 with \\n.
     """
     text = {} if "b" in mode else {"encoding": "utf-8", "newline": ""}
-    target = Path(os.path.realpath(path))
+    target = real(path)
     try:
         if target.exists() and not target.is_file() and not target.is_dir():
             with open(target, mode, **text) as stream:
@@ -439,12 +439,27 @@ def lock(path: Path, busy: str, wait: bool = False) -> Iterator[None]:
 # --- places
 
 
+def is_file(path: Path) -> bool:
+    """Whether a path is a regular file, links followed; False for one that cannot exist or cannot be reached."""
+    return os.path.isfile(path)
+
+
+def is_folder(path: Path) -> bool:
+    """Whether a path is a folder, links followed; False for one that cannot exist or cannot be reached."""
+    return os.path.isdir(path)
+
+
+def real(path: Path) -> Path:
+    """A path without links and `..`; unlike Path.resolve also for a loop of links."""
+    return Path(os.path.realpath(path))
+
+
 def same_or_inside(path: Path, folder: Path) -> bool:
     """Whether a path is a folder or lies in it, links and `..` followed; neither has to exist."""
-    here, there = Path(os.path.realpath(path)), Path(os.path.realpath(folder))
+    here, there = real(path), real(folder)
     return here == there or there in here.parents or is_same(here, there)
 
 
 def is_same(one: Path, other: Path) -> bool:
     """Whether two paths are one existing file or folder (a mount may give it two names)."""
-    return one.exists() and other.exists() and one.samefile(other)
+    return os.path.exists(one) and os.path.exists(other) and os.path.samefile(one, other)

@@ -10,11 +10,21 @@ from transformers.cache_utils import Cache
 
 from llmops import shared_prefix
 from llmops.checkpoints import fixed_attention
+from llmops.console import UserError
 from llmops.shared_prefix import ROOM, GrowingLayer, Prefix, empty_cache, segments_of
 
 T = TypeVar("T")
 WORTH_A_PASS = 512  # tokens of padding that cost less than a pass more
 MOST_TOKENS = 8192  # tokens in one pass: more are no faster, only need more memory
+
+
+def check_numbers(logits: torch.Tensor) -> None:
+    """Raise UserError for logits that are no numbers: every answer would be the first one, at a probability of NaN."""
+    if logits.isnan().any():
+        raise UserError(
+            "the model gives no numbers (NaN): its weights are damaged or too large for their type; copy the "
+            "checkpoint again, or try --dtype fp32"
+        )
 
 
 @dataclass
@@ -113,6 +123,7 @@ class Passes:
         if self.one_logit:
             inputs["logits_to_keep"] = keep or 1
         logits = self.model(input_ids=ids, **inputs).logits
+        check_numbers(logits[:, -1])
         return logits[:, -keep:] if keep else logits[:, -1]
 
 

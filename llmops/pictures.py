@@ -1,5 +1,6 @@
 """What all pictures share: a font that has the texts' characters, files that appear when they are complete."""
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -54,7 +55,7 @@ def save(figure: "Figure", path: Path) -> None:
 
 def refuse_other(path: Path) -> None:
     """Raise UserError for a target that is there and is no PNG: a picture replaces nothing but a picture."""
-    if not path.exists():
+    if not os.path.exists(path):
         return
     with files.open_regular(path, "the picture's target") as stream:
         start = stream.read(8)

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import write_jsonl
+from conftest import Messages, write_jsonl
 
 from llmops import checkpoints as loading
 from llmops.console import UserError
@@ -120,3 +120,28 @@ def test_an_interrupted_encoding_leaves_nothing(
     (leftover / "ids.bin").write_bytes(b"half")
     assert len(load_or_encode(one, chat, tmp_path / "cache")) == 3
     assert isinstance(TokenDataset(leftover.with_suffix("")), TokenDataset)
+
+
+@pytest.mark.parametrize("name", ["meta.json", "index.npy", "ids.bin", "learned.bin"])
+@pytest.mark.parametrize("how", ["changed", "cut", "missing", "a folder"])
+def test_damaged_tokens_are_made_anew(
+    chat: loading.ChatFormat, checkpoints: dict[str, Path], conversations: list[Messages], tmp_path: Path,
+    capsys: pytest.CaptureFixture[str], name: str, how: str,
+) -> None:  # fmt: skip
+    path = write_jsonl(tmp_path / "train.jsonl", conversations[:4])
+    source = Source(path, checkpoints["llama"], "auto", 256, False)
+    whole = load_or_encode(source, chat, tmp_path / "cache")
+    expected = [(whole[i]["ids"].tolist(), whole[i]["learned"].tolist()) for i in range(len(whole))]
+    harmed = whole.folder / name
+    raw = harmed.read_bytes()
+    harmed.unlink()
+    if how == "a folder":
+        harmed.mkdir()
+    elif how != "missing":
+        harmed.write_bytes(raw[:-2] if how == "cut" else raw[:-3] + bytes([raw[-3] ^ 1]) + raw[-2:])
+    again = load_or_encode(source, chat, tmp_path / "cache")
+    assert "is damaged" in capsys.readouterr().err
+    assert [(again[i]["ids"].tolist(), again[i]["learned"].tolist()) for i in range(len(again))] == expected
+    load_or_encode(source, chat, tmp_path / "cache")
+    assert "read from the cache" in capsys.readouterr().err
+    assert sorted(p.name for p in (tmp_path / "cache").iterdir()) == sorted(["lock", again.folder.name])

@@ -355,7 +355,7 @@ def test_the_shell_script_forwards(checkpoints: dict[str, Path], tmp_path: Path)
         ("", {"gpu_id": 99}, "gpu_id 99 does not exist"),
         ("", {"output_path": "FILE/below"}, "cannot be written"),
         ("", {"data_dir": "/no/data"}, "/no/data has no AFQMC; put there AFQMC of the CLUE benchmark"),
-        ("", {"compare_with": "/no/results.json"}, "compare_with: /no/results.json is no eval_results.json"),
+        ("", {"compare_with": "/no/results.json"}, "of compare_with /no/results.json does not exist"),
         (["inference_ability"], {"data_dir": "BAD", "limit": 1}, "afqmc/dev.json:2: no 'label'; this is the test file"),
         (["innovation_capacity"], {"data_dir": "BAD"}, "S-C-L.jsonl:1: the answer is blank"),
         (["chinese_language_skill"], {"data_dir": "BAD"}, "tnews/dev.json:1: broken JSON"),

@@ -311,6 +311,16 @@ def test_the_commands_as_written(model: Path, tmp_path: Path) -> None:
     assert list((tmp_path / "cache" / "llmops" / "embeddings").glob("*/*.keys.npy"))
 
 
+def harm_vectors(folder: Path) -> None:
+    """Of the kept vectors: one becomes NaN, one another one's, one is off in its last bit."""
+    path = max(folder.glob("*.vectors.npy"), key=lambda path: path.stat().st_size)
+    vectors = np.load(path)
+    vectors[0] = np.nan
+    vectors[1] = vectors[2]
+    vectors[3, 0] = np.nextafter(vectors[3, 0], np.float32(2))
+    np.save(path, vectors)
+
+
 def test_vectors_are_computed_once(capfd: pytest.CaptureFixture[str], model: Path, tmp_path: Path) -> None:
     """Another threshold uses the cache; more data only adds to it; another model and a broken file do not mislead."""
     cache = tmp_path / "cache"
@@ -336,6 +346,10 @@ def test_vectors_are_computed_once(capfd: pytest.CaptureFixture[str], model: Pat
     _, mended, errors = call(capfd, *arguments, SAMPLE, "--cache_dir", cache)
     assert mended == found
     assert "cannot be read" in errors
+    harm_vectors(folder)
+    _, mended, errors = call(capfd, *arguments, SAMPLE, "--cache_dir", cache)
+    assert mended == found
+    assert "vectors are damaged and are computed again" in errors
     other = write_embedding_model(tmp_path / "model", "mean", seed=1)
     _, _, errors = call(capfd, "--model_path", other, *arguments[2:], SAMPLE, "--cache_dir", cache)
     assert "\n0 of" in errors
@@ -475,9 +489,9 @@ def make_wrong(kind: str, model: Path, folder: Path) -> Path:
         (["--model_path", "CAUSAL"], "a model that generates text (LlamaForCausalLM)"),
         (["--model_path", "T5"], "encoder-decoder"),
         (["--model_path", "STATIC"], "consists of StaticEmbedding"),
-        (["--model_path", "POOLING"], "pools by ['sum']"),
+        (["--model_path", "POOLING"], "the pooling is"),
         (["--model_path", "NO_WEIGHTS"], "holds no weights"),
-        (["--model_path", "CUT"], "cannot be loaded as an embedding model"),
+        (["--model_path", "CUT"], "the embedding model"),
         (["--model_path", "LAYERS"], "its weights lack"),
         (["--model_path", "builtin:magic"], "expected a folder or builtin:ngram"),
         (["--gpu_id", "-2"], "--gpu_id is -2"),

@@ -134,7 +134,7 @@ class Config:
         if self.test_file:
             return Path(self.test_file)
         beside = Path(self.train_file).with_name("test.jsonl")
-        return beside if beside.is_file() else None
+        return beside if files.is_file(beside) else None
 
 
 # Settings that may differ between two starts of the same run: they change neither what is learned nor in which order.
@@ -208,7 +208,7 @@ def find_problems(config: Config) -> list[str]:
     if config.max_steps == 0 or (config.max_steps < 0 and config.num_train_epochs == 0):
         problems.append("nothing to train: --max_steps and --num_train_epochs are 0")
     problems += path_problems(config)
-    if config.deepspeed_file.is_file():
+    if files.is_file(config.deepspeed_file):
         problems += deepspeed_file.find_problems(config)
     return problems
 
@@ -217,12 +217,12 @@ def path_problems(config: Config) -> list[str]:
     """Missing files and folders, and an output path that cannot be written or holds the model."""
     problems = []
     model = Path(config.model_name_or_path)
-    if not model.is_dir():
+    if not files.is_folder(model):
         problems.append(
             f"the model folder {model} does not exist; put the base model there or pass --model_name_or_path "
             "(nothing is downloaded)"
         )
-    elif not (model / "config.json").is_file():
+    elif not files.is_file(model / "config.json"):
         problems.append(f"the model folder {model} has no config.json; expected a Hugging Face checkpoint folder")
     else:
         problems += family_problem(config, model)
@@ -275,9 +275,9 @@ def family_problem(config: Config, model: Path) -> list[str]:
 def writable_problem(path: Path) -> list[str]:
     """Whether `path` (or, before it exists, its nearest existing parent) can be written by this user."""
     nearest = path
-    while not nearest.exists() and nearest != nearest.parent:
+    while not os.path.exists(nearest) and nearest != nearest.parent:
         nearest = nearest.parent
-    if not nearest.is_dir():
+    if not files.is_folder(nearest):
         return [f"the output path {path} lies under {nearest}, which is a file"]
     if not os.access(nearest, os.W_OK | os.X_OK):
         return [

@@ -3,7 +3,6 @@
 The cache is three flat files that are memory-mapped, so 100,000 conversations need no more memory than ten.
 """
 
-import fcntl
 import hashlib
 import json
 import os
@@ -19,7 +18,7 @@ import numpy as np
 
 from llmops import chat_formats, files, records
 from llmops.chat_formats import ChatFormat, Rendered
-from llmops.console import UserError, log, progress
+from llmops.console import RunStopped, UserError, log, progress
 from llmops.records import Message
 
 RENDERING = ("chat_formats", "chat_templates", "control_tokens", "template_limits", "records")  # modules of llmops
@@ -110,6 +109,10 @@ class TokenDataset:
         """Tokens of each sample, int64 [samples]."""
         return (self._ends - self._starts)[self.indices]
 
+    def highest_token(self) -> int:
+        """The largest token id of the whole file."""
+        return int(self._flat[0].max())
+
     def learned_tokens(self) -> int:
         """Learned tokens of all samples."""
         return sum(int(self[i]["learned"].sum()) for i in range(len(self)))
@@ -155,14 +158,14 @@ class Source:
             "config.json",
             "tokenization",
         )
-        files = [
+        found = [
             p
             for p in sorted(self.model.iterdir())
             if p.name.startswith(names) or p.suffix in (".model", ".py", ".jinja")
         ]
-        for path in [self.path, *code, *(p for p in files if p.is_file())]:
-            digest.update(path.name.encode())
-            with open(path, "rb") as stream:
+        for path in [self.path, *code, *(p for p in found if p.is_file())]:
+            digest.update(path.name.encode("utf-8", "surrogateescape"))
+            with files.open_regular(path) as stream:
                 digest.update(hashlib.file_digest(stream, "sha256").digest())
         settings = [
             self.mode,
@@ -181,12 +184,15 @@ def load_or_encode(source: Source, chat: ChatFormat, cache: Path, encodes: bool 
     """The tokenised file from the cache, or tokenised now. Who does not encode waits for the process that does."""
     folder = cache / f"{source.path.stem}-{source.key()}"
     if not encodes:
-        while not folder.exists():  # the launcher ends this process if the encoding one fails
+        while damage(folder):  # the launcher ends this process if the encoding one fails
             time.sleep(0.2)
         return TokenDataset(folder)
-    cache.mkdir(parents=True, exist_ok=True)
-    with open(cache / "lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # nodes that share a file system
+    files.make_folder(cache, "the folder for tokenised data")
+    with files.lock(cache / "lock", "", wait=True):  # nodes that share a file system
+        problem = damage(folder) if os.path.lexists(folder) else None
+        if problem:
+            log(f"warning: the tokenised data in {folder} is damaged ({problem}) and is made anew")
+            remove(folder)
         if not folder.exists():
             encode_file(source, chat, folder)
         else:
@@ -209,20 +215,63 @@ def say_control_texts(name: str, meta: dict[str, Any]) -> None:
         log(f"warning: {count}; they are learned as text; --allow_special_tokens true makes them these tokens")
 
 
+def remove(path: Path) -> None:
+    """Delete a folder, or a file or link in its place."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
+
+
+def damage(folder: Path) -> str | None:
+    """What is wrong with a folder of tokenised data, or None: its checksum covers all that is in it."""
+    try:
+        meta = files.read_object(folder / "meta.json", "its description")
+        written = meta.pop("checksum", None)
+        return None if written == checksum(folder, meta) else "its checksum is another one"
+    except UserError as error:
+        return str(error)
+
+
+def checksum(folder: Path, meta: dict[str, Any]) -> str:
+    """A hash of tokenised data and its description. Raises UserError for a file that cannot be read."""
+    digest = hashlib.sha256(json.dumps(meta, sort_keys=True).encode())
+    for name in ("index.npy", "ids.bin", "learned.bin"):
+        with files.open_regular(folder / name, "the tokenised data") as stream:
+            digest.update(hashlib.file_digest(stream, "sha256").digest())
+    return digest.hexdigest()
+
+
 def encode_file(source: Source, chat: ChatFormat, folder: Path) -> None:
     """Validate, render and write every conversation of a file; the folder appears when it is complete."""
     good, bad = records.validate_file(source.path, source.skip_bad_lines)
     staging = folder.with_name(folder.name + ".part")
-    if staging.exists():
-        shutil.rmtree(staging)
-    staging.mkdir()
+    try:
+        if os.path.lexists(staging):
+            remove(staging)
+        staging.mkdir()
+        counts = encode_rows(source, chat, staging, good)
+        meta = {"file": str(source.path), "rows": good, "bad_lines": bad, **counts}
+        files.write_json(staging / "meta.json", meta | {"checksum": checksum(staging, meta)})
+        staging.rename(folder)
+    except OSError as error:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise files.unwritable(staging, error) from error
+    except (UserError, RunStopped):
+        shutil.rmtree(staging, ignore_errors=True)
+        raise
+    log(f"{source.path.name}: {describe(meta)}")
+
+
+def encode_rows(source: Source, chat: ChatFormat, staging: Path, total: int) -> dict[str, Any]:
+    """Render every conversation into the files of `staging`; how many samples, tokens and outcomes there are."""
     counts = dict.fromkeys(OUTCOMES, 0)
     held: dict[str, Any] = {"conversations": 0, "line": 0, "token": "", "allowed": source.allow_special_tokens}
     index: list[tuple[int, int]] = []
     end = learned_tokens = 0
     with open(staging / "ids.bin", "wb") as ids_file, open(staging / "learned.bin", "wb") as learned_file:
         rows = (row for row in records.read_conversations(source.path) if row[1] is not None)
-        for number, messages, _ in progress(rows, f"tokenising {source.path.name}", total=good):
+        for number, messages, _ in progress(rows, f"tokenising {source.path.name}", total=total):
             try:
                 samples = list(encode_conversation(chat, messages or [], source.max_seq_len))
             except UserError as error:
@@ -247,19 +296,14 @@ def encode_file(source: Source, chat: ChatFormat, folder: Path) -> None:
             stream.flush()
             os.fsync(stream.fileno())
     if not index:
-        shutil.rmtree(staging)
         raise UserError(
             f"no conversation of {source.path} keeps a learned token within {source.max_seq_len} tokens; "
             "raise --max_seq_len"
         )
     np.save(staging / "index.npy", np.asarray(index, np.int64))
-    meta = {
-        "file": str(source.path), "rows": good, "bad_lines": bad, "samples": len(index), "tokens": end,
-        "learned_tokens": learned_tokens, **counts, "control_texts": held,
+    return {
+        "samples": len(index), "tokens": end, "learned_tokens": learned_tokens, **counts, "control_texts": held,
     }  # fmt: skip
-    (staging / "meta.json").write_text(json.dumps(meta, indent=2), encoding="utf-8")
-    staging.rename(folder)
-    log(f"{source.path.name}: {describe(meta)}")
 
 
 def too_long_error(source: Source, number: int, chat: ChatFormat, messages: Sequence[Message]) -> UserError:

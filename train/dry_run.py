@@ -18,6 +18,7 @@ import numpy as np
 
 from llmops import checkpoints
 from llmops.console import duration, log
+from llmops.loading import loading
 from train.config import Config
 from train.dataset import TokenDataset, describe
 
@@ -45,11 +46,12 @@ def model_shape(config: Config) -> Shape:
 
     folder = Path(config.model_name_or_path)
     auto_class = checkpoints.causal_class(folder, config.trust_remote_code)
-    settings = AutoConfig.from_pretrained(
-        str(folder), trust_remote_code=config.trust_remote_code, local_files_only=True
-    )
-    with init_empty_weights():
-        model = auto_class.from_config(settings, trust_remote_code=config.trust_remote_code)
+    with loading(f"the model's configuration in {folder}"):
+        settings = AutoConfig.from_pretrained(
+            str(folder), trust_remote_code=config.trust_remote_code, local_files_only=True
+        )
+        with init_empty_weights():
+            model = auto_class.from_config(settings, trust_remote_code=config.trust_remote_code)
     weights = trained = sum(p.numel() for p in model.parameters())
     if config.train_type == "lora":
         layers = checkpoints.choose_lora_layers(

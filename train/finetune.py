@@ -12,7 +12,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from llmops import records
+from llmops import files, records
 from llmops.console import has_gpu, log, run_main, stdout_to_stderr
 from llmops.faq_records import refuse_unfinished
 from train import deepspeed_file
@@ -30,7 +30,7 @@ def check(config: Config) -> int:
     results = None if config.dry_run else earlier_run(config)
     if results:
         merged = Path(config.output_path) / "merged" / "config.json"
-        if config.merge_lora and not merged.is_file():
+        if config.merge_lora and not files.is_file(merged):
             return 0
         say_finished(config, results)
         return EXIT_FINISHED

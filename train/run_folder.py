@@ -37,12 +37,12 @@ def own_names(output: Path) -> set[str]:
     if own is not None:
         return own
     path = output / CONFIG_NAME
-    if not path.is_file():
+    if not files.is_file(path):
         return set()
     saved = files.read_object(path, "the settings of the run", ownership.choose_another(output))
     if not {"train_sha256", "output_path", "train_type"} <= saved.keys():
         return set()
-    checkpoints = [c for c in checkpointing.list_checkpoints(output) if (c / checkpointing.MANIFEST).is_file()]
+    checkpoints = [c for c in checkpointing.list_checkpoints(output) if files.is_file(c / checkpointing.MANIFEST)]
     models = [name for checkpoint in checkpoints for name in checkpointing.model_files(checkpoint)]
     others = ("merged", "merged.part", INTENTS_NAME)
     return {*CLAIMED, *others, *models, *(checkpoint.name for checkpoint in checkpoints)}
@@ -69,7 +69,7 @@ def earlier_run(config: Config) -> dict[str, Any] | None:
     """
     output = Path(config.output_path)
     refuse_foreign(config)
-    if config.overwrite_output_path or not (output / CONFIG_NAME).is_file():
+    if config.overwrite_output_path or not files.is_file(output / CONFIG_NAME):
         return None
     saved = files.read_object(output / CONFIG_NAME, "the settings of the run", ownership.choose_another(output))
     now = config.to_json() | {"train_sha256": data_digest(config)}
@@ -93,7 +93,7 @@ def earlier_run(config: Config) -> dict[str, Any] | None:
 
 def read_results(output: Path) -> dict[str, Any] | None:
     """The results of a finished run; None where they are not there, or damaged: they are then made again."""
-    if not (output / RESULTS_NAME).is_file():
+    if not files.is_file(output / RESULTS_NAME):
         return None
     try:
         results = files.read_object(output / RESULTS_NAME, "the results")

@@ -95,6 +95,7 @@ def prepare_data(config: Config, encodes: bool) -> Data:
         return load_or_encode(source, chat, Path(config.output_path) / CACHE_NAME, encodes)
 
     train = load(Path(config.train_file), config.skip_bad_lines)
+    check_tokens(model, train)
     if config.test_path:
         test = load(config.test_path, config.skip_bad_lines)
     else:
@@ -102,6 +103,18 @@ def prepare_data(config: Config, encodes: bool) -> Data:
         if encodes:
             log(f"no test file: {len(test):,} of {len(train) + len(test):,} conversations are held out")
     return Data(train, test, load(config.retention_path, False), tokenizer, chat)
+
+
+def check_tokens(model: Path, data: TokenDataset) -> None:
+    """Raise UserError for a token that the model has no embedding for: on a GPU it would end in a device fault."""
+    settings = checkpoints.read_config(model)
+    known = settings.get("padded_vocab_size") or settings.get("vocab_size")
+    highest = data.highest_token()
+    if isinstance(known, int) and highest >= known:
+        raise UserError(
+            f"the tokenizer of {model} writes the token {highest} and the model knows {known}, from 0: the tokenizer's "
+            "files belong to another model; copy the checkpoint again"
+        )
 
 
 def training_arguments(config: Config, dtype: torch.dtype) -> TrainingArguments:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from eval.dimensions.base import Dimension, Scores, all_right, read_jsonl, text_of
 from eval.samples import Loaded, Sample, accuracy_baselines
+from llmops import files
 from llmops.console import UserError
 
 LETTERS = "ABCD"
@@ -16,7 +17,7 @@ def read(path: Path) -> Loaded:
     For data/test the examples of data/dev serve as few-shot examples. The public test questions have blank answers and
     cannot be scored: data/dev is scored then, and without it that is an error. An empty option is no choice.
     """
-    dev = path.with_name("dev") if path.name == "test" and path.with_name("dev").is_dir() else None
+    dev = path.with_name("dev") if path.name == "test" and files.is_folder(path.with_name("dev")) else None
     samples, empty, blank = read_folder(path)
     notes = []
     if blank and samples:
@@ -41,7 +42,7 @@ def read(path: Path) -> Loaded:
 def read_folder(path: Path) -> tuple[list[Sample], int, list[str]]:
     """(questions with an answer, how many of them have an empty option, where those without an answer are)."""
     samples, empty, blank = [], 0, []
-    for file in [path] if path.is_file() else sorted(path.glob("*.jsonl")):
+    for file in [path] if files.is_file(path) else sorted(path.glob("*.jsonl")):
         found, few, unanswered = read_subject(file)
         samples += found
         empty += few

@@ -1,7 +1,8 @@
 """Vectors of texts: from the cache where they are known, from the model where not.
 
 The cache has a folder per model (named by its contents, see model_folder.identity) with files that are never changed:
-each holds the vectors that one run added, and appears under its name when it is complete. A text's key is a hash of it.
+each holds the vectors that one run added, and appears under its name when it is complete. A text's key is a hash of it,
+and beside it stands a checksum of its vector.
 """
 
 import hashlib
@@ -12,7 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from eval.similar.model_folder import ModelFolder, identity
-from llmops.console import UserError, log
+from llmops import files
+from llmops.console import RunStopped, UserError, log
+from llmops.loading import cause
 
 if TYPE_CHECKING:
     import numpy as np
@@ -20,6 +23,7 @@ if TYPE_CHECKING:
     from eval.similar.encoder import Encoder
 
 KEY_BYTES = 16
+SUM_BYTES = 4  # CRC-32 of the vector, beside its key
 SAVE_EVERY = 20_000  # texts: what a run that is killed loses at most
 
 
@@ -42,6 +46,7 @@ class Cache:
 
     def __init__(self, folder: Path, model: ModelFolder, dtype: str, must_work: bool) -> None:
         self.folder: Path | None = folder / identity(model, dtype)
+        self.must_work = must_work
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=self.folder):
@@ -60,23 +65,25 @@ class Cache:
         known = np.zeros(len(keys), bool)
         vectors = None
         for path in sorted(self.folder.glob("*.keys.npy")) if self.folder else []:
-            try:
-                held = np.load(path).view(f"V{KEY_BYTES}").ravel()
-                values = np.load(path.with_name(path.name.replace(".keys.", ".vectors.")), mmap_mode="r")
-            except (OSError, ValueError, EOFError) as error:
-                log(f"{path} cannot be read ({error}) and is passed over")
+            held = read_kept(path)
+            if held is None:
                 continue
+            names, sums, values = held
             if vectors is None:
                 vectors = np.zeros((len(keys), values.shape[1]), np.float32)
-            if values.shape != (len(held), vectors.shape[1]):
-                log(f"{path} does not fit its vectors and is passed over")
+            if values.shape[1] != vectors.shape[1]:
+                log(f"{path} holds vectors of another width than the file before it and is passed over")
                 continue
-            place = {key: i for i, key in enumerate(held.tolist())}
+            place = {key: i for i, key in enumerate(names)}
             rows = [(k, place[key]) for k, key in enumerate(keys.tolist()) if not known[k] and key in place]
             for start in range(0, len(rows), SAVE_EVERY):
-                ours, theirs = (list(side) for side in zip(*rows[start : start + SAVE_EVERY], strict=True))
-                vectors[ours] = values[theirs]
-                known[ours] = True
+                ours, theirs = (np.array(side) for side in zip(*rows[start : start + SAVE_EVERY], strict=True))
+                given = np.asarray(values[theirs])
+                sound = checksums(given) == sums[theirs]
+                if not sound.all():
+                    log(f"{path}: {(~sound).sum()} vectors are damaged and are computed again")
+                vectors[ours[sound]] = given[sound]
+                known[ours[sound]] = True
         return vectors, known
 
     def save(self, keys: "np.ndarray", vectors: "np.ndarray") -> None:
@@ -87,12 +94,47 @@ class Cache:
             return
         name = hashlib.sha256(keys.tobytes()).hexdigest()[:32]
         raw = np.frombuffer(keys.tobytes(), np.uint8).reshape(len(keys), KEY_BYTES)
-        for kind, values in (("vectors", vectors), ("keys", raw)):
-            with tempfile.NamedTemporaryFile(dir=self.folder, prefix=".part-", delete=False) as file:
-                np.save(file, values)
-                file.flush()
-                os.fsync(file.fileno())
-            Path(file.name).replace(self.folder / f"{name}.{kind}.npy")
+        sums = checksums(vectors).view(np.uint8).reshape(len(keys), SUM_BYTES)
+        try:
+            for kind, values in (("vectors", vectors), ("keys", np.concatenate([raw, sums], 1))):
+                with files.writing(self.folder / f"{name}.{kind}.npy", "wb") as file:
+                    np.save(file, values)
+        except (RunStopped, UserError) as error:  # a full disk is no reason to lose what was computed
+            if self.must_work:
+                raise
+            log(f"{error}; vectors are not kept")
+            self.folder = None
+
+
+def checksums(vectors: "np.ndarray") -> "np.ndarray":
+    """CRC-32 of each vector, uint32 (n,)."""
+    import zlib
+
+    import numpy as np
+
+    return np.fromiter((zlib.crc32(row) for row in np.ascontiguousarray(vectors)), np.uint32, len(vectors))
+
+
+def read_kept(path: Path) -> "tuple[list[bytes], np.ndarray, np.ndarray] | None":
+    """(keys, checksums (n,), vectors (n, d) float32) of a file of keys and the vectors beside it; None if damaged."""
+    import numpy as np
+
+    beside = path.with_name(path.name.replace(".keys.", ".vectors."))
+    try:
+        for one in (path, beside):
+            files.open_regular(one, "the cache file").close()
+        raw = np.load(path, allow_pickle=False)
+        values = np.load(beside, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError, UserError) as error:
+        log(f"{path} cannot be read ({cause(error)}) and is passed over")
+        return None
+    good = raw.dtype == np.uint8 and raw.ndim == 2 and raw.shape[1] == KEY_BYTES + SUM_BYTES
+    good = good and values.dtype == np.float32 and values.ndim == 2 and len(values) == len(raw) and values.shape[1] > 0
+    if not good:
+        log(f"{path} and its vectors do not fit together and are passed over")
+        return None
+    keys = np.ascontiguousarray(raw[:, :KEY_BYTES]).view(f"V{KEY_BYTES}").ravel().tolist()
+    return keys, np.ascontiguousarray(raw[:, KEY_BYTES:]).view(np.uint32).ravel(), values
 
 
 def embed(texts: Sequence[str], cache: Cache, load: "Callable[[], Encoder]") -> "np.ndarray":
@@ -115,6 +157,11 @@ def embed(texts: Sequence[str], cache: Cache, load: "Callable[[], Encoder]") -> 
         found = encoder.encode([texts[i] for i in rows], done)
         if vectors is None:
             vectors = np.zeros((len(texts), found.shape[1]), np.float32)
+        elif vectors.shape[1] != found.shape[1]:
+            raise UserError(
+                f"{cache.folder} holds vectors of width {vectors.shape[1]} and the model gives {found.shape[1]}; "
+                "delete that folder"
+            )
         vectors[rows] = found
         cache.save(keys[rows], found)
     end()

@@ -8,12 +8,11 @@ Written on transformers instead of sentence-transformers, which spends half of i
 """
 
 from collections.abc import Callable, Sequence
-from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
 
 from eval.similar.model_folder import DenseLayer, ModelFolder
-from llmops.checkpoints import refused_pickle
 from llmops.console import RunStopped, UserError, log, progress
+from llmops.loading import loading
 
 if TYPE_CHECKING:
     import numpy as np
@@ -21,6 +20,7 @@ if TYPE_CHECKING:
 
 TOKENS_PER_BATCH = {"cpu": 2048, "cuda": 32768}
 PLAIN_ATTENTION_UP_TO = 64  # tokens
+CURE = "copy the folder again, or pass --trust_remote_code true if you trust the code in it"
 UNLIMITED = 10**6  # tokenizers without a limit give a number like 10**30
 
 
@@ -29,7 +29,6 @@ class Encoder:
 
     def __init__(self, folder: ModelFolder, device: str, dtype: str, trust_remote_code: bool) -> None:
         import torch
-        from safetensors import SafetensorError
         from transformers import AutoModel, AutoTokenizer
         from transformers.utils import logging
 
@@ -38,22 +37,13 @@ class Encoder:
         self.folder, self.device = folder, torch.device(device)
         self.dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[dtype]
         more: dict[str, Any] = {"trust_remote_code": trust_remote_code, "local_files_only": True}
-        try:
+        with loading(f"the embedding model {folder.folder}", CURE):
             self.tokenizer = AutoTokenizer.from_pretrained(folder.transformer, **more)
-            self.model, loading = AutoModel.from_pretrained(
+            self.model, found = AutoModel.from_pretrained(
                 folder.transformer, dtype=self.dtype, output_loading_info=True, **more
             )
-            self.dense = [load_dense(layer).to(self.device, self.dtype) for layer in folder.dense]
-        except UnpicklingError as error:
-            reason = refused_pickle(error)
-            raise UserError(f"{folder.folder} cannot be loaded: {reason}; copy it from a source you trust") from error
-        except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
-            reason = " ".join(str(error).split())[:200]
-            raise UserError(
-                f"{folder.folder} cannot be loaded as an embedding model ({type(error).__name__}: {reason}); copy the "
-                "folder again, or pass --trust_remote_code true if you trust the code in it"
-            ) from error
-        lost = [name for name in loading["missing_keys"] if "pooler" not in name and "position_ids" not in name]
+        self.dense = [load_dense(layer).to(self.device, self.dtype) for layer in folder.dense]
+        lost = [name for name in found["missing_keys"] if "pooler" not in name and "position_ids" not in name]
         if lost:
             raise UserError(
                 f"{folder.folder}: its weights lack {len(lost)} of the model's tensors, such as {sorted(lost)[0]}; "
@@ -61,6 +51,7 @@ class Encoder:
             )
         self.model.eval().to(self.device)
         self.max_length = self.longest()
+        self.vocabulary = self.model.get_input_embeddings().weight.shape[0]
         self.tokens_per_batch = TOKENS_PER_BATCH[self.device.type]
         self.plain = False
         if self.device.type == "cpu" and dtype == "fp32" and torch.backends.mkldnn.is_available():
@@ -80,9 +71,14 @@ class Encoder:
     def tokenize(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of every text, cut at the model's limit."""
         given = [self.folder.prompt + (text.lower() if self.folder.lowercase else text) for text in texts]
-        return self.tokenizer(given, truncation=True, max_length=self.max_length, return_attention_mask=False)[
-            "input_ids"
-        ]
+        found = self.tokenizer(given, truncation=True, max_length=self.max_length, return_attention_mask=False)
+        highest, known = max(max(ids, default=0) for ids in found["input_ids"]), self.vocabulary
+        if highest >= known:
+            raise UserError(
+                f"{self.folder.folder}: the tokenizer writes the token {highest} and the model knows {known}, from 0; "
+                "copy the folder again"
+            )
+        return found["input_ids"]
 
     def encode(self, texts: Sequence[str], done: Callable[[int], None] | None = None) -> "np.ndarray":
         """Unit vectors (n, d) float32 in the order of the texts."""
@@ -164,13 +160,19 @@ def load_dense(layer: DenseLayer) -> "torch.nn.Module":
     import torch
 
     path = layer.folder / "model.safetensors"
-    if path.is_file():
-        from safetensors.torch import load_file
+    what = f"the dense layer {layer.folder}"
+    with loading(what):
+        if path.is_file():
+            from safetensors.torch import load_file
 
-        weights = load_file(path)
-    else:
-        weights = torch.load(layer.folder / "pytorch_model.bin", map_location="cpu", weights_only=True)
-    weight, bias = weights["linear.weight"], weights.get("linear.bias")
+            weights = load_file(path)
+        else:
+            weights = torch.load(layer.folder / "pytorch_model.bin", map_location="cpu", weights_only=True)
+    weight, bias = weights.get("linear.weight"), weights.get("linear.bias")
+    sound = isinstance(weight, torch.Tensor) and weight.dim() == 2 and weight.is_floating_point()
+    sound = sound and (bias is None or bias.shape == weight.shape[:1])
+    if not sound:
+        raise UserError(f"{what} has no linear.weight (out, in) with its linear.bias (out); copy the folder again")
     linear = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None)
     linear.load_state_dict({"weight": weight} | ({} if bias is None else {"bias": bias}))
     return torch.nn.Sequential(linear, getattr(torch.nn, layer.activation)()).eval()

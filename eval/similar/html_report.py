@@ -1,5 +1,6 @@
 """The page for people: one file, no network, every text escaped; readable without JavaScript, sortable with it."""
 
+import os
 from collections.abc import Iterator
 from html import escape
 from pathlib import Path
@@ -82,7 +83,7 @@ def write_report(
 
 def refuse_other(path: Path) -> None:
     """Raise UserError for a target that is there and is no page of ours."""
-    if not path.exists():
+    if not os.path.exists(path):
         return
     with files.open_regular(path, "the page's target") as stream:
         start = stream.read(1000).decode("utf-8", "replace")

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from llmops import files
 from llmops.console import UserError, log
 from llmops.faq_records import FaqRecord, read_faq
 
@@ -38,7 +39,7 @@ class Questions:
 
 def read_questions(path: Path, skip_bad_lines: bool) -> Questions:
     """Read and lay out a file. Raises UserError for one that cannot be compared."""
-    if path.is_dir():
+    if files.is_folder(path):
         raise UserError(f"the data file {path} is a folder; pass the file with your questions and intents")
     try:
         found = read_faq(path, skip_bad_lines)

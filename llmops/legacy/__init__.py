@@ -6,13 +6,14 @@ it was needed. Patching and not subclassing: transformers saves the file of an o
 that must stay the vendor's file. Nothing here touches a class of transformers itself.
 """
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
+from llmops import files
+from llmops.console import UserError
 from llmops.legacy.alibi import (
     alibi_buffer_of_every_position,
     weight_changed_by_evaluating,
@@ -86,7 +87,12 @@ MODEL_PATCHES: tuple[Patch, ...] = (
 def auto_map(folder: Path, file: str = "config.json") -> dict[str, Any]:
     """Which of the folder's own classes serve which Auto class; empty for a native checkpoint."""
     path = folder / file
-    return json.loads(path.read_text(encoding="utf-8")).get("auto_map", {}) if path.is_file() else {}
+    if not files.is_file(path):
+        return {}
+    found = files.read_object(path, "the checkpoint's settings", "copy the checkpoint again").get("auto_map", {})
+    if not isinstance(found, dict):
+        raise UserError(f"{path}: auto_map is {files.shown(found)}, expected an object; copy the checkpoint again")
+    return found
 
 
 def auto_model_class(folder: Path) -> Any:

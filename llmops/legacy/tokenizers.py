@@ -2,11 +2,11 @@
 
 import functools
 import inspect
-import json
 import re
 from pathlib import Path
 from typing import Any
 
+from llmops import files
 from llmops.legacy.inspection import names_used, own_definition, parameters_of
 
 
@@ -108,12 +108,11 @@ def saved_without_bos_setting(cls: Any) -> bool:
 
     @functools.wraps(save)
     def save_pretrained(self: Any, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
-        files = save(self, save_directory, *args, **kwargs)
+        saved = save(self, save_directory, *args, **kwargs)
         path = Path(save_directory) / "tokenizer_config.json"
-        settings = json.loads(path.read_text(encoding="utf-8"))
-        settings.update({name: getattr(self, name) for name in sorted(names)})
-        path.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        return files
+        settings = files.read_object(path, "the saved tokenizer's settings")
+        files.write_json(path, settings | {name: getattr(self, name) for name in sorted(names)})
+        return saved
 
     cls.save_pretrained = save_pretrained
     return True
