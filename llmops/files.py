@@ -225,15 +225,15 @@ def read_json(path: Path, what: str = "the file", cure: str = "copy it again", l
     try:
         return parse_json(read_text(path, what, cure, limit))
     except BadJson as error:
-        place = f"{path}:{error.line}" if error.line else str(path)
-        raise UserError(f"{place}: {what} is not JSON ({error.problem}); {cure}") from error
+        line = f"line {error.line}: " if error.line else ""
+        raise UserError(f"{what} {path} is not JSON ({line}{error.problem}); {cure}") from error
 
 
 def read_object(path: Path, what: str = "the file", cure: str = "copy it again") -> dict[str, Any]:
     """The object of a JSON file; another JSON value is an error."""
     value = read_json(path, what, cure)
     if not isinstance(value, dict):
-        raise UserError(f"{path}: {what} holds {kind_of(value)}, expected an object; {cure}")
+        raise UserError(f"{what} {path} holds {kind_of(value)}, expected an object; {cure}")
     return value
 
 
