@@ -3,14 +3,15 @@
 Layout: `output_path/checkpoint-N/` with the model's files, DeepSpeed's state, the Trainer's state and MANIFEST.
 """
 
-import json
 import os
 import re
 import shutil
 import zlib
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
+from llmops import files
 from llmops.console import UserError, log
 
 MANIFEST = "manifest.json"
@@ -33,59 +34,61 @@ def fingerprint(path: Path) -> list[int]:
     return [size, crc]
 
 
-def current_umask() -> int:
-    """The process's file mode mask; reading it means setting it twice."""
-    mask = os.umask(0o022)
-    os.umask(mask)
-    return mask
+@dataclass(frozen=True)
+class Manifest:
+    """What a checkpoint says of itself: who wrote it, its files with [size, CRC-32], whether the run ended with it."""
+
+    world_size: int
+    files: dict[str, list[int]]
+    ended: bool = False
 
 
-def fsync_tree(folder: Path) -> None:
-    """Make every file and folder below `folder` durable."""
-    for path in [*folder.rglob("*"), folder]:
-        fsync_entry(path)
+def read_manifest(checkpoint: Path) -> Manifest:
+    """A checkpoint's manifest. Raises UserError for one that is none, whatever it holds."""
+    found = files.read_object(checkpoint / MANIFEST, "the checkpoint's manifest")
+    world_size, listed, ended = found.get("world_size"), found.get("files"), found.get("ended", False)
+    good = (
+        type(world_size) is int and world_size > 0 and isinstance(listed, dict) and listed and isinstance(ended, bool)
+        and all(is_inside(name) and is_fingerprint(value) for name, value in listed.items())
+    )  # fmt: skip
+    if not good:
+        raise UserError(f"{checkpoint / MANIFEST} is no manifest of a checkpoint")
+    return Manifest(world_size, listed, ended)
 
 
-def publish(staged: Path, final: Path, world_size: int) -> None:
+def is_inside(name: str) -> bool:
+    """Whether a file's name in a manifest stays below its folder."""
+    path = Path(name)
+    return "\0" not in name and not path.is_absolute() and ".." not in path.parts
+
+
+def is_fingerprint(value: object) -> bool:
+    """Whether a value is what `fingerprint` gives."""
+    return isinstance(value, list) and len(value) == 2 and all(type(item) is int for item in value)
+
+
+def publish(staged: Path, final: Path, world_size: int, ended: bool = False) -> None:
     """Write the manifest of a staged checkpoint, make it durable and give it its final name."""
-    files = {str(path.relative_to(staged)): fingerprint(path) for path in sorted(staged.rglob("*")) if path.is_file()}
+    listed = {str(path.relative_to(staged)): fingerprint(path) for path in sorted(staged.rglob("*")) if path.is_file()}
     for path in staged.glob("*.safetensors"):
-        path.chmod(0o666 & ~current_umask())  # safetensors writes for the owner alone
-    (staged / MANIFEST).write_text(json.dumps({"world_size": world_size, "files": files}), encoding="utf-8")
-    fsync_tree(staged)
+        path.chmod(0o666 & ~files.current_umask())  # safetensors writes for the owner alone
+    manifest = {"world_size": world_size, "ended": ended, "files": listed}
+    files.write_json(staged / MANIFEST, manifest, indent=None)
+    files.fsync_tree(staged)
     if final.exists():
         shutil.rmtree(final)
     staged.rename(final)
     staged.parent.rmdir()
-    fsync_entry(final.parent)
-
-
-def fsync_entry(path: Path) -> None:
-    """Make one file, or the names in one folder, durable."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def write_aside(path: Path, text: str) -> None:
-    """Write a text file so that it is either the old one or the new one, never half of it."""
-    staged = path.with_name(path.name + ".part")
-    with open(staged, "w", encoding="utf-8") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-    staged.replace(path)
+    files.fsync_entry(final.parent)
 
 
 def damage(checkpoint: Path) -> str | None:
     """What is wrong with a checkpoint, or None."""
     try:
-        files = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))["files"]
-    except (OSError, ValueError, KeyError) as error:
-        return f"its manifest cannot be read ({type(error).__name__})"
-    for name, expected in files.items():
+        manifest = read_manifest(checkpoint)
+    except UserError as error:
+        return f"its manifest cannot be read ({error})"
+    for name, expected in manifest.files.items():
         path = checkpoint / name
         if not path.is_file():
             return f"{name} is missing"
@@ -120,7 +123,7 @@ def newest_whole(output: Path, speaks: bool = True) -> Path | None:
 
 def check_world_size(checkpoint: Path, world_size: int) -> None:
     """DeepSpeed's optimizer state is cut by process, so a run goes on with as many as it began with."""
-    written = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))["world_size"]
+    written = read_manifest(checkpoint).world_size
     if written != world_size:
         raise UserError(
             f"{checkpoint} was written by {written} processes and this start has {world_size}; start with {written} "
@@ -129,9 +132,12 @@ def check_world_size(checkpoint: Path, world_size: int) -> None:
 
 
 def rotate(output: Path, keep: int, best_step: int | None) -> None:
-    """Delete all but the `keep` newest checkpoints; the best one always stays."""
-    for checkpoint in list_checkpoints(output)[:-keep]:
-        if step_of(checkpoint) != best_step:
+    """Delete all but the `keep` newest whole checkpoints; the best one always stays, and what is newer than those."""
+    whole = 0
+    for checkpoint in reversed(list_checkpoints(output)):
+        if whole < keep:
+            whole += damage(checkpoint) is None
+        elif step_of(checkpoint) != best_step:
             shutil.rmtree(checkpoint)
 
 

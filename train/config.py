@@ -4,14 +4,13 @@ Standard library only, so that `--help` and most errors are instant. The names a
 """
 
 import argparse
-import json
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from llmops import checkpoints
+from llmops import checkpoints, files
 from llmops.chat_formats import FAMILIES
 from llmops.console import Parser, UserError, to_bool
 
@@ -197,14 +196,14 @@ def find_problems(config: Config) -> list[str]:
     problems += path_problems(config)
     if config.deepspeed_file.is_file():
         try:
-            json.loads(config.deepspeed_file.read_text(encoding="utf-8"))
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            problems.append(f"the DeepSpeed file {config.deepspeed_file} is not JSON ({error})")
+            files.read_object(config.deepspeed_file, "the DeepSpeed file", "mend it or leave --ds_file out")
+        except UserError as error:
+            problems.append(str(error))
     return problems
 
 
 def path_problems(config: Config) -> list[str]:
-    """Missing files and folders, and an output path that cannot be written."""
+    """Missing files and folders, and an output path that cannot be written or holds the model."""
     problems = []
     model = Path(config.model_name_or_path)
     if not model.is_dir():
@@ -216,19 +215,40 @@ def path_problems(config: Config) -> list[str]:
         problems.append(f"the model folder {model} has no config.json; expected a Hugging Face checkpoint folder")
     else:
         problems += family_problem(config, model)
-    if not Path(config.train_file).is_file():
-        problems.append(f"the training data {config.train_file} does not exist; put it there or pass --train_file")
-    if config.test_path and not config.test_path.is_file():
-        problems.append(
-            f"the test data {config.test_path} does not exist; leave --test_file out to hold out training data"
+    problems += file_problem(config.train_file, "the training data", "put it there or pass --train_file")
+    if config.test_path:
+        problems += file_problem(
+            str(config.test_path), "the test data", "leave --test_file out to hold out training data"
         )
-    if config.test_path is None and config.eval_ratio == 0:
+    elif config.eval_ratio == 0:
         problems.append("there is no test file and --eval_ratio is 0; give one of the two")
-    if not config.retention_path.is_file():
-        problems.append(f"the retention file {config.retention_path} does not exist")
-    if not config.deepspeed_file.is_file():
-        problems.append(f"the DeepSpeed file {config.deepspeed_file} does not exist")
-    return problems + writable_problem(Path(config.output_path))
+    problems += file_problem(str(config.retention_path), "the retention file", "leave --retention_file out for ours")
+    problems += file_problem(str(config.deepspeed_file), "the DeepSpeed file", "leave --ds_file out for ours")
+    output = Path(config.output_path)
+    return problems + place_problem(output, model) + writable_problem(output)
+
+
+def file_problem(path: str, what: str, cure: str) -> list[str]:
+    """Why a file cannot be read, if it cannot."""
+    try:
+        files.open_regular(Path(path), what, cure).close()
+    except UserError as error:
+        return [str(error)]
+    return []
+
+
+def place_problem(output: Path, model: Path) -> list[str]:
+    """An output path that is the model's folder, lies in it or holds it: the run would write over its own base."""
+    if files.same_or_inside(output, model):
+        where = "is" if files.same_or_inside(model, output) else "lies in"
+    elif files.same_or_inside(model, output):
+        where = "holds"
+    else:
+        return []
+    return [
+        f"the output path {output} {where} the model folder {model}, whose files the run would replace; "
+        "choose another --output_path"
+    ]
 
 
 def family_problem(config: Config, model: Path) -> list[str]:

@@ -1,7 +1,6 @@
 """The stages of a run, in order: output folder, data, model and trainer, training, what is left behind."""
 
 import errno
-import json
 import os
 import signal
 import socket
@@ -24,15 +23,15 @@ from transformers import DefaultFlowCallback, EarlyStoppingCallback, PrinterCall
 from transformers.integrations import TensorBoardCallback
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-from llmops import checkpoints
+from llmops import checkpoints, files
 from llmops.chat_formats import ChatFormat
 from llmops.console import RunStopped, UserError, log
 from llmops.faq_records import INTENTS_NAME
-from train import attention, checkpointing
+from train import attention, checkpointing, ownership
 from train.batches import PackedCollator, PaddedCollator
 from train.config import Config
 from train.dataset import Source, TokenDataset, load_or_encode
-from train.run_folder import CONFIG_NAME, LOG_NAME, PICTURE_NAME, RESULTS_NAME, STOP_NAME, data_digest
+from train.run_folder import CACHE_NAME, CONFIG_NAME, LOG_NAME, PICTURE_NAME, RESULTS_NAME, STOP_NAME, data_digest
 from train.trainer import ChatTrainer, Schedule, barrier
 from train.training_log import TensorBoardServer, TokenCounter, TrainingLog, plot, read_log
 
@@ -88,7 +87,7 @@ def prepare_data(config: Config, encodes: bool) -> Data:
     def load(path: Path, skip: bool) -> TokenDataset:
         whole = config.scenario == "faq" and path != config.retention_path
         source = Source(path, model, config.mode, min(length, config.max_seq_len), skip, whole)
-        return load_or_encode(source, chat, Path(config.output_path) / "cache", encodes)
+        return load_or_encode(source, chat, Path(config.output_path) / CACHE_NAME, encodes)
 
     train = load(Path(config.train_file), config.skip_bad_lines)
     if config.test_path:
@@ -132,7 +131,7 @@ def training_arguments(config: Config, dtype: torch.dtype) -> TrainingArguments:
         fp16=dtype == torch.float16,
         activation_checkpointing=config.gradient_checkpointing,
         activation_checkpointing_kwargs={"use_reentrant": False},
-        deepspeed=json.loads(config.deepspeed_file.read_text(encoding="utf-8")),
+        deepspeed=files.read_object(config.deepspeed_file, "the DeepSpeed file"),
         use_cpu=not torch.cuda.is_available(),
         seed=config.seed,
         eval_strategy="steps",
@@ -220,6 +219,7 @@ def build_trainer(config: Config, data: Data) -> tuple[ChatTrainer, Schedule]:
         trainer.add_callback(EarlyStoppingCallback(config.early_stopping_patience))
     if speaks:
         trainer.add_callback(TensorBoardCallback(SummaryWriter(str(output / "tensorboard"))))
+    trainer.asked_to_end = lambda: bool(schedule.signal)
     return trainer, schedule
 
 
@@ -247,10 +247,10 @@ def train(config: Config, trainer: ChatTrainer, schedule: Schedule, rank: int) -
     barrier()
     checkpoint = choose_checkpoint(config, rank)
     if rank == 0:
-        saved = config.to_json() | {"train_sha256": data_digest(config)}
-        checkpointing.write_aside(output / CONFIG_NAME, json.dumps(saved, ensure_ascii=False, indent=2))
+        files.write_json(output / CONFIG_NAME, config.to_json() | {"train_sha256": data_digest(config)})
         if checkpoint:
             log(f"continuing from {checkpoint}")
+    trainer.ended = checkpoint is not None and checkpointing.read_manifest(Path(checkpoint)).ended
     schedule.catch_signals()
     started = time.monotonic()
     with (
@@ -293,6 +293,8 @@ def finish(config: Config, trainer: ChatTrainer, rank: int) -> dict[str, Any]:
     state = trainer.state
     evaluated = {line["step"]: line for line in state.log_history if "eval_loss" in line}
     step = state.best_global_step if config.load_best_model_at_end and state.best_global_step else state.global_step
+    if rank == 0:
+        step = whole_step(output, step, set(evaluated))
     losses = [line["loss"] for line in state.log_history if "loss" in line]
     results = {
         "steps": state.global_step,
@@ -314,17 +316,34 @@ def finish(config: Config, trainer: ChatTrainer, rank: int) -> dict[str, Any]:
             f"test loss {results['eval_loss_before']:.2f} → {results['eval_loss']:.2f}"
         )
         plot(read_log(output / LOG_NAME), output / PICTURE_NAME, title, state.best_global_step)
-        checkpointing.link_files(checkpoint, output, checkpointing.model_files(checkpoint))
+        names = checkpointing.model_files(checkpoint)
+        ownership.claim(output, names)
+        checkpointing.link_files(checkpoint, output, names)
         intents = Path(config.train_file).with_name(INTENTS_NAME)
         if config.scenario == "faq" and intents.is_file():  # the model can then be asked without its training data
-            checkpointing.write_aside(output / INTENTS_NAME, intents.read_text(encoding="utf-8"))
-        checkpointing.write_aside(output / RESULTS_NAME, json.dumps(results, indent=2))
+            files.write_text(output / INTENTS_NAME, files.read_text(intents))
+        files.write_json(output / RESULTS_NAME, results)
         log(
             f"done: test loss {results['eval_loss_before']:.3f} -> {results['eval_loss']:.3f}, retention loss "
             f"{results['retention_loss_before']:.3f} -> {results['retention_loss']:.3f}; the model is in {output}"
         )
     barrier()
     return results
+
+
+def whole_step(output: Path, wanted: int, evaluated: set[int]) -> int:
+    """The step whose checkpoint becomes the result: the wanted one, or where that was harmed the newest whole one."""
+    problem = checkpointing.damage(output / f"checkpoint-{wanted}")
+    if problem is None:
+        return wanted
+    newest = checkpointing.newest_whole(output)
+    if newest is None or checkpointing.step_of(newest) not in evaluated:
+        raise RunStopped(
+            f"{output / f'checkpoint-{wanted}'} should become the result and is damaged ({problem}), and no other "
+            "checkpoint is whole; start again with --overwrite_output_path true"
+        )
+    log(f"warning: checkpoint-{wanted} is damaged ({problem}); {newest.name} becomes the result")
+    return checkpointing.step_of(newest)
 
 
 def merge(config: Config) -> None:
@@ -336,6 +355,7 @@ def merge(config: Config) -> None:
     if (output / "merged" / "config.json").is_file():
         log(f"the merged model is in {output / 'merged'} already")
         return
+    ownership.claim(output, ["merged", "merged.part"])
     unset_hf_deepspeed_config()  # ZeRO 3 would partition the weights among processes that are gone
     _, chat = checkpoints.load_chat_format(output, config.mode, config.trust_remote_code)
     questions = ("你好，请介绍一下你自己。", "1 + 1 = ?", "What is the capital of France?")

@@ -16,7 +16,7 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from llmops.console import EXIT_TERMINATED, RunStopped, Terminated, log
-from train import checkpointing
+from train import checkpointing, ownership
 from train.batches import target_losses, to_device
 from train.dataset import TokenDataset
 from train.steps import Split, StepCollator, StepSampler
@@ -88,6 +88,8 @@ class ChatTrainer(Trainer):
         self.output = Path(self.args.output_dir)
         self.seconds = 0.0
         self._staging = False
+        self.ended = False  # the checkpoint that this start goes on from was the last one
+        self.asked_to_end: Callable[[], bool] = lambda: False
 
     def _get_train_sampler(self, train_dataset: TokenDataset | None = None) -> torch.utils.data.Sampler:
         dataset = train_dataset if train_dataset is not None else self.train_dataset
@@ -194,6 +196,21 @@ class ChatTrainer(Trainer):
         if self.state.global_step:
             self._determine_best_metric(metrics, trial=None)
 
+    def _at_end(self) -> bool:
+        """Whether no step is left: all are done, or the run stopped early and not because it was asked to end."""
+        stopped = self.control.should_training_stop and not self.asked_to_end()
+        return self.ended or self.state.global_step >= self.state.max_steps or stopped
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """An epoch as the Trainer runs it; none when the run goes on from its last checkpoint.
+
+        The Trainer looks whether it has done all steps only after a step.
+        """
+        if self.ended or self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
+
     def _get_output_dir(self, trial: Any) -> str:
         return str(self.output / checkpointing.STAGING) if self._staging else super()._get_output_dir(trial)
 
@@ -223,7 +240,8 @@ class ChatTrainer(Trainer):
         barrier()
         if self.is_world_process_zero():
             name = f"checkpoint-{self.state.global_step}"
-            checkpointing.publish(staging / name, self.output / name, self.args.world_size)
+            ownership.claim(self.output, [name])
+            checkpointing.publish(staging / name, self.output / name, self.args.world_size, self._at_end())
             checkpointing.rotate(self.output, self.keep, self.state.best_global_step)
         barrier()
 
@@ -257,6 +275,7 @@ class Schedule(TrainerCallback):
     ) -> None:
         """The losses before the first step; after a resume the evaluation that the end by signal left out."""
         due = float(state.epoch or 0).is_integer() or (self.eval_steps and state.global_step % self.eval_steps == 0)
+        due = due or state.global_step >= state.max_steps
         done = any(line["step"] == state.global_step and "eval_loss" in line for line in state.log_history)
         if due and not done:
             self.evaluate()

@@ -5,8 +5,6 @@ remaining (seconds); evaluation lines have eval_loss and retention_loss.
 """
 
 import ctypes
-import json
-import math
 import os
 import signal
 import socket
@@ -18,23 +16,17 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from llmops import pictures
+from llmops import files, pictures
 from llmops.console import duration, log
-from train.checkpointing import write_aside
 from train.run_folder import LOG_NAME
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """The lines of a log.txt; a last line that was cut by a kill is left out."""
+    """The lines of a log.txt; a last line that was cut by a kill, and what is no line of ours, is left out."""
     if not path.is_file():
         return []
-    lines = []
-    for text in path.read_text(encoding="utf-8").splitlines():
-        try:
-            lines.append(json.loads(text))
-        except json.JSONDecodeError:
-            continue
-    return lines
+    values = (line.value for line in files.json_lines(path, "the log"))
+    return [value for value in values if isinstance(value, dict) and isinstance(value.get("step"), int)]
 
 
 class TrainingLog(TrainerCallback):
@@ -57,7 +49,7 @@ class TrainingLog(TrainerCallback):
         self.first_step = state.global_step
         if self.main:
             kept = [line for line in read_log(self.path) if state.global_step and line["step"] <= state.global_step]
-            write_aside(self.path, "".join(json.dumps(line) + "\n" for line in kept))
+            files.write_text(self.path, "".join(files.dumps(line) + "\n" for line in kept))
             from tqdm import tqdm
 
             terminal = sys.stderr.isatty()
@@ -90,15 +82,15 @@ class TrainingLog(TrainerCallback):
         line: dict[str, Any] = {"step": state.global_step, "epoch": round(state.epoch or 0, 4)}
         for key in ("loss", "learning_rate", "grad_norm", "eval_loss", "retention_loss"):
             if key in logs:
-                line[key] = float(logs[key])
+                line[key] = files.finite(float(logs[key]))  # the norm of an fp16 step that overflowed is infinite
         if rate is not None:
             line["tokens_per_second"] = round(rate, 1)
         line["elapsed"] = round(elapsed, 2)
         line["remaining"] = round(remaining, 2) if remaining is not None else None
-        with open(self.path, "a", encoding="utf-8") as stream:
-            stream.write(json.dumps(line) + "\n")
+        files.append_text(self.path, files.dumps(line) + "\n")
         if self.bar:
-            shown = {key: f"{line[key]:.4g}" for key in ("loss", "eval_loss", "retention_loss") if key in line}
+            losses = [key for key in ("loss", "eval_loss", "retention_loss") if line.get(key) is not None]
+            shown = {key: f"{line[key]:.4g}" for key in losses}
             if rate is not None:
                 shown["tokens/s"] = f"{rate:,.0f}"
             if "eval_loss" in line:
@@ -200,7 +192,7 @@ def plot(lines: list[dict[str, Any]], picture: Path, title: str, best_step: int 
         "retention_loss": ("retention", "#2e7d5b", 2.2),
     }
     for key, (label, color, width) in styles.items():
-        points = [(line["step"], line[key]) for line in lines if key in line and math.isfinite(line[key])]
+        points = [(line["step"], line[key]) for line in lines if isinstance(line.get(key), int | float)]
         if not points:
             continue
         steps, values = zip(*points, strict=True)
