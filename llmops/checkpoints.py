@@ -114,16 +114,21 @@ def choose_dtype(name: str) -> "torch.dtype":
     import torch
 
     if name == "auto":
-        name = "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "fp32"
+        real = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
+        name = "bf16" if real else "fp32"  # emulated, as on Turing, it is slower than fp32
     if name == "fp16" and not torch.cuda.is_available():
         raise UserError("--dtype fp16 needs a GPU; use --dtype fp32 (or bf16)")
     return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[name]
 
 
 def load_model(
-    folder: Path, dtype: "torch.dtype", trust_remote_code: bool = False, attention: str | None = None
-) -> "PreTrainedModel":
-    """The causal language model of a checkpoint folder. `.bin` weights load with weights_only; nothing is fetched."""
+    folder: Path, dtype: "torch.dtype", trust_remote_code: bool = False, attention: str | None = None,
+    device: "torch.device | None" = None,
+) -> "PreTrainedModel":  # fmt: skip
+    """The causal language model of a checkpoint folder. `.bin` weights load with weights_only; nothing is fetched.
+
+    With a GPU as `device` the weights go there one by one, and never all into the machine's memory.
+    """
     auto_class = causal_class(folder, trust_remote_code)
     try:
         return auto_class.from_pretrained(
@@ -132,6 +137,7 @@ def load_model(
             trust_remote_code=trust_remote_code,
             attn_implementation=attention,
             local_files_only=True,
+            **({"device_map": {"": device}} if device is not None and device.type != "cpu" else {}),
         )
     except (OSError, ValueError) as error:
         raise UserError(f"the model in {folder} cannot be loaded ({first_line(error)})") from error
@@ -196,15 +202,18 @@ def choose_lora_layers(model: "torch.nn.Module", wanted: str, defaults: Sequence
     return names
 
 
-def load_trained(folder: Path, dtype: "torch.dtype", trust_remote_code: bool = False) -> "PreTrainedModel":
-    """A whole model, or an adapter on the base model that its adapter_config.json names."""
+def load_trained(
+    folder: Path, dtype: "torch.dtype", trust_remote_code: bool = False, device: "torch.device | None" = None
+) -> "PreTrainedModel":
+    """A whole model, or an adapter on the base model that its adapter_config.json names, in the base model's dtype."""
     if not is_adapter(folder):
-        return load_model(folder, dtype, trust_remote_code)
+        return load_model(folder, dtype, trust_remote_code, device=device)
     from peft import PeftModel
 
     base = base_folder(folder)
     log(f"the adapter {folder} goes on {base}")
-    return PeftModel.from_pretrained(load_model(base, dtype, trust_remote_code), str(folder))
+    model = load_model(base, dtype, trust_remote_code, device=device)
+    return PeftModel.from_pretrained(model, str(folder), autocast_adapter_dtype=False)
 
 
 def merge_adapter(
@@ -212,8 +221,9 @@ def merge_adapter(
 ) -> float:
     """Merge the adapter in `folder` into its base model, save it as `target`, check that the saved model answers alike.
 
-    Returns the largest difference of logits over `prompts`, relative to the largest logit. The folder appears when it
-    is complete. Raises UserError when the saved model's next tokens differ beyond rounding.
+    Returns the largest difference of logits over `prompts`, relative to the largest logit. No two models are in memory
+    at once. The folder appears when it is complete. Raises UserError when the saved model's next tokens differ beyond
+    rounding.
     """
     import shutil
 
@@ -225,7 +235,9 @@ def merge_adapter(
     staging = target.with_name(target.name + ".part")
     if staging.exists():
         shutil.rmtree(staging)
-    model.merge_and_unload().save_pretrained(staging)
+    model = model.merge_and_unload()  # in the place of the weights; PEFT's layers are gone
+    model.save_pretrained(staging)
+    del model
     load_tokenizer(folder, trust_remote_code).save_pretrained(staging)
     merged = load_model(staging, dtype, trust_remote_code).eval()
     worst = 0.0

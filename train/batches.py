@@ -180,9 +180,7 @@ def target_losses(model: torch.nn.Module, batch: dict[str, Any]) -> torch.Tensor
 
 def to_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
     """The batch on a device; from page-locked memory the copies do not wait for the GPU."""
-    return {
-        key: value.to(device, non_blocking=True) if hasattr(value, "to") else value for key, value in batch.items()
-    }
+    return {key: value.to(device, non_blocking=True) if hasattr(value, "to") else value for key, value in batch.items()}
 
 
 def accepts_logits_to_keep(model: torch.nn.Module) -> bool:

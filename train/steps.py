@@ -65,9 +65,7 @@ class StepCollator:
         return {"batches": batches, "learned": sum(int(sample["learned"][1:].sum()) for sample in samples)}
 
 
-def plan_step(
-    samples: Sequence[Sample], split: Split, world: int, share: bool, padded: bool
-) -> list[list[Group]]:
+def plan_step(samples: Sequence[Sample], split: Split, world: int, share: bool, padded: bool) -> list[list[Group]]:
     """Indices of `samples`, as [process][micro-batch][conversation]; the same number of micro-batches for each.
 
     Neighbours in a plan begin alike where prefixes are shared, and are alike in length where rows are padded.

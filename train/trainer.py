@@ -85,6 +85,7 @@ class ChatTrainer(Trainer):
         self.keep = keep
         self.grouped = grouped
         self.split = split
+        self.chosen: dict[str, Any] = {}  # what the run chose by itself, for the record
         self.output = Path(self.args.output_dir)
         self.seconds = 0.0
         self._staging = False
