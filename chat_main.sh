@@ -12,7 +12,7 @@ HERE=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)
 
 # --- settings: what ----------------------------------------------------------------------------------------------------
 SCENARIO="${SCENARIO:-general}"                  # general (conversations) or faq (questions with intents)
-CUDA_VISIBLE_DEVICES="${CUDA_VISIBLE_DEVICES:-}" # GPUs to use, such as 0,1; empty: all, or the CPU without any
+CUDA_VISIBLE_DEVICES="${CUDA_VISIBLE_DEVICES:-}" # GPUs to use, such as 0,1 or UUIDs; empty: all there are; -1: the CPU
 MOUNT_PATH="${MOUNT_PATH:-$HERE/mnt}"            # folder with the base model, datasets/ and output_path/
 MODEL_NAME_OR_PATH="${MODEL_NAME_OR_PATH:-}"     # base model; empty: MOUNT_PATH/Llama-2-13b-chat-hf
 MODE="${MODE:-auto}"                             # chat format: auto glm glm2 glm3 baichuan2_13b qwen1.5 llama2
@@ -25,8 +25,8 @@ LORA_MODULE_NAME="${LORA_MODULE_NAME:-}"                       # such as gate_pr
 LORA_DIM="${LORA_DIM:-}"                                       # LoRA rank; empty: 16, faq 8
 LORA_ALPHA="${LORA_ALPHA:-}"                                   # LoRA scaling numerator; empty: 32, faq 16
 LORA_DROPOUT="${LORA_DROPOUT:-0.05}"                           # dropout before the LoRA layers
-PER_DEVICE_TRAIN_BATCH_SIZE="${PER_DEVICE_TRAIN_BATCH_SIZE:-}" # conversations per device and micro-batch; empty: 4, faq 16
-GRADIENT_ACCUMULATION_STEPS="${GRADIENT_ACCUMULATION_STEPS:-}" # micro-batches per optimizer step; empty: 4, faq 1
+PER_DEVICE_TRAIN_BATCH_SIZE="${PER_DEVICE_TRAIN_BATCH_SIZE:-}" # conversations per device and accumulation step; empty: 4, faq 16
+GRADIENT_ACCUMULATION_STEPS="${GRADIENT_ACCUMULATION_STEPS:-}" # accumulation steps per optimizer step; empty: 4, faq 1
 PER_DEVICE_EVAL_BATCH_SIZE="${PER_DEVICE_EVAL_BATCH_SIZE:-}"   # conversations per device while evaluating; empty: 8, faq 32
 MAX_SEQ_LEN="${MAX_SEQ_LEN:-}"                                 # longest conversation in tokens; empty: 1024, faq 2048
 LEARNING_RATE="${LEARNING_RATE:-0}"                            # peak; 0: 1e-4 for lora, 1e-5 for all, twice that for faq
@@ -35,7 +35,8 @@ MAX_STEPS="${MAX_STEPS:--1}"                                   # stop after this
 ZERO_STAGE="${ZERO_STAGE:-2}"                                  # DeepSpeed ZeRO: 2, 3 or 3_offload
 DS_FILE="${DS_FILE:-}"                                         # your own DeepSpeed JSON instead of train/ds_zero*.json
 DTYPE="${DTYPE:-auto}"                                         # auto (bf16 where the device has it), bf16, fp16, fp32
-GRADIENT_CHECKPOINTING="${GRADIENT_CHECKPOINTING:-true}"       # recompute activations: less memory, more time
+MICRO_BATCH_TOKENS="${MICRO_BATCH_TOKENS:-}"                   # tokens at once; empty: what fits a GPU, else the batch size
+GRADIENT_CHECKPOINTING="${GRADIENT_CHECKPOINTING:-auto}"       # layers recomputed: auto (few), true, false, N (1 in N)
 PACKING="${PACKING:-true}"                                     # no padding, shared prefixes; false: padded batches
 MAX_GRAD_NORM="${MAX_GRAD_NORM:-1}"                            # gradient clipping; 0: none
 LR_SCHEDULER_TYPE="${LR_SCHEDULER_TYPE:-cosine}"               # cosine, linear or constant
@@ -119,7 +120,7 @@ if has_gpu; then
     fi
     [ -z "$CUDA_VISIBLE_DEVICES" ] || export CUDA_VISIBLE_DEVICES # the launcher starts one process on each
 else
-    unset CUDA_VISIBLE_DEVICES
+    if [ "$CUDA_VISIBLE_DEVICES" = -1 ]; then export CUDA_VISIBLE_DEVICES; else unset CUDA_VISIBLE_DEVICES; fi
     tune_cpu
     [ -n "$HOSTFILE" ] || launcher+=(--num_gpus "${NUM_PROCESSES:-1}")
 fi

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from eval.processes import Processes
 from eval.rendering import Renderer
 from eval.samples import Answer, Sample
-from llmops import checkpoints
+from llmops import checkpoints, devices
 from llmops.console import UserError, has_gpu, log, progress
 
 if TYPE_CHECKING:
@@ -97,11 +97,15 @@ def choose_device(gpu_id: int, processes: Processes) -> "torch.device":
     """The device of this process: the GPU asked for, one GPU per process when there are several, else the CPU."""
     import torch
 
-    if gpu_id < 0 or not torch.cuda.is_available():
+    if gpu_id < 0:
+        return torch.device("cpu")
+    devices.check_gpu()
+    if not torch.cuda.is_available():
         return torch.device("cpu")
     number = processes.local_rank if processes.count > 1 else gpu_id
     if number >= torch.cuda.device_count():
         raise UserError(f"gpu_id {number} does not exist; this machine shows {torch.cuda.device_count()} GPUs, from 0")
+    torch.cuda.set_device(number)  # else every process opens a context on GPU 0 as well
     return torch.device("cuda", number)
 
 
@@ -128,7 +132,7 @@ class Engine:
         self.renderer = Renderer(
             Path(settings.model), settings.mode, settings.chat_template, settings.trust_remote_code
         )
-        model = load(settings, self.dtype)
+        model = load(settings, self.dtype, device)
         model.to(device)
         base = Path(settings.model)
         length = checkpoints.model_length(checkpoints.read_config(base))
@@ -287,15 +291,15 @@ def cpu_dtype(name: str) -> str:
     return "fp32" if name == "auto" else name
 
 
-def load(settings: Settings, dtype: "torch.dtype") -> "torch.nn.Module":
+def load(settings: Settings, dtype: "torch.dtype", device: "torch.device") -> "torch.nn.Module":
     """The model with its adapter. An adapter folder is a model too; `adapter` goes on the model that is named."""
-    model = checkpoints.load_trained(Path(settings.model), dtype, settings.trust_remote_code)
+    model = checkpoints.load_trained(Path(settings.model), dtype, settings.trust_remote_code, device)
     if not settings.adapter:
         return model
     from peft import PeftModel
 
     try:
-        return PeftModel.from_pretrained(model, settings.adapter)
+        return PeftModel.from_pretrained(model, settings.adapter, autocast_adapter_dtype=False)
     except (OSError, ValueError, RuntimeError) as error:
         raise UserError(
             f"the adapter {settings.adapter} does not fit {settings.model} ({checkpoints.first_line(error)})"

@@ -85,8 +85,8 @@ demo_folder() {
     if [ "$1" = "$2/mnt" ] && [ ! -d "$1" ]; then printf '%s\n' "$2/mnt_demo"; else printf '%s\n' "$1/demo"; fi
 }
 
-# has_gpu: whether an NVIDIA device is there
-has_gpu() { [ -e /dev/nvidiactl ] || [ -e /dev/dxg ]; }
+# has_gpu: whether an NVIDIA device is there; CUDA_VISIBLE_DEVICES=-1 asks for the CPU
+has_gpu() { [ "${CUDA_VISIBLE_DEVICES:-}" != -1 ] && { [ -e /dev/nvidiactl ] || [ -e /dev/dxg ]; }; }
 
 # tune_cpu: for work without a GPU; what the environment has already stays
 tune_cpu() {

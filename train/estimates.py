@@ -67,8 +67,13 @@ def _keeps_like_fused(
     return _KeepsLikeFused.apply(query, key, value).transpose(1, 2).contiguous(), None
 
 
-def meta_model(config: Config, dtype: torch.dtype, layers: int | None = None) -> torch.nn.Module:
-    """The model on the meta device, as training builds it: with LoRA where that is trained; `layers` of them."""
+def empty_model(
+    config: Config, dtype: torch.dtype, layers: int | None = None, device: str | torch.device = "meta"
+) -> torch.nn.Module:
+    """The model as training builds it, with LoRA where that is trained, but without its weights: they are random.
+
+    On the meta device it takes no memory; `layers`: that many decoder layers instead of its own number.
+    """
     from transformers import AutoConfig
 
     folder = Path(config.model_name_or_path)
@@ -81,7 +86,7 @@ def meta_model(config: Config, dtype: torch.dtype, layers: int | None = None) ->
         text.num_hidden_layers = layers
         if getattr(text, "layer_types", None):
             text.layer_types = text.layer_types[:layers]
-    with torch.device("meta"):
+    with torch.device(device):
         model = auto_class.from_config(settings, trust_remote_code=config.trust_remote_code, dtype=dtype)
     return add_lora(config, model) if config.train_type == "lora" else model
 
@@ -103,14 +108,14 @@ def add_lora(config: Config, model: torch.nn.Module) -> torch.nn.Module:
 
 def model_shape(config: Config, dtype: torch.dtype) -> Shape:
     """The model's shape; tied weights count once."""
-    model = meta_model(config, dtype)
+    model = empty_model(config, dtype)
     sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     text = base.config.get_text_config()
     width = torch.empty((), dtype=dtype).element_size()
     layers = getattr(text, "num_hidden_layers", None) or text.num_layers
     if checkpoints.fixed_attention(base) is None:
-        one, two = (saved_bytes(meta_model(config, dtype, n)) / PROBE_TOKENS for n in (1, 2))
+        one, two = (saved_bytes(empty_model(config, dtype, n)) / PROBE_TOKENS for n in (1, 2))
         per_layer, outside = two - one, 2 * one - two
     else:
         per_layer, outside = 34 / 2 * width * text.hidden_size, 4 * text.hidden_size
