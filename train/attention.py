@@ -207,7 +207,7 @@ def attention(
         )  # fmt: skip
         return out.transpose(1, 2).contiguous(), None
     if len(layout.blocks) == 1:
-        return sdpa_attention_forward(module, query, key, value, layout.blocks[0].mask, **kwargs)
+        return sdpa_attention_forward(module, query, key, value, four_dimensional(layout.blocks[0].mask), **kwargs)
     sizes = [block.stop - block.start for block in layout.blocks]
     queries, keys, values = (t.split(sizes, dim=2) for t in (query, key, value))
     position = {block.start: i for i, block in enumerate(layout.blocks)}
@@ -216,8 +216,14 @@ def attention(
         seen = [position[start] for start, _ in block.runs] + [i]
         k = keys[i] if len(seen) == 1 else torch.cat([keys[j] for j in seen], dim=2)
         v = values[i] if len(seen) == 1 else torch.cat([values[j] for j in seen], dim=2)
-        outputs.append(sdpa_attention_forward(module, queries[i], k, v, block.mask, **kwargs)[0])
+        mask = four_dimensional(block.mask)
+        outputs.append(sdpa_attention_forward(module, queries[i], k, v, mask, **kwargs)[0])
     return torch.cat(outputs, dim=1), None
+
+
+def four_dimensional(mask: torch.Tensor | None) -> torch.Tensor | None:
+    """[1, 1, queries, keys]: transformers' SDPA takes a single query with shared key/value heads apart by these."""
+    return None if mask is None else mask[None, None]
 
 
 AttentionInterface.register(NAME, attention)
