@@ -161,12 +161,7 @@ class PaddedCollator:
 
 
 def target_losses(model: torch.nn.Module, batch: dict[str, Any]) -> torch.Tensor:
-    """Cross entropy of every learned token, float32 [n]; logits are computed at these positions only.
-
-    No copy of the logits in float32 is kept: the backward pass computes the softmax anew, some rows at a time.
-    """
-    from deepspeed.runtime.chunked_cross_entropy import chunked_cross_entropy
-
+    """Cross entropy of every learned token, float32 [n]; logits are computed at these positions only."""
     inputs = {key: batch[key] for key in ("input_ids", "position_ids", "attention_mask", "layout") if key in batch}
     if "layout" in batch:
         logits = model(**inputs, use_cache=False, logits_to_keep=batch["columns"]).logits[0]
@@ -175,7 +170,20 @@ def target_losses(model: torch.nn.Module, batch: dict[str, Any]) -> torch.Tensor
         logits = model(**inputs, use_cache=False, logits_to_keep=kept).logits[batch["rows"], column]
     else:
         logits = model(**inputs, use_cache=False).logits[batch["rows"], batch["columns"]]
-    return chunked_cross_entropy(logits, batch["labels"], reduction="none")
+    return token_losses(logits, batch["labels"])
+
+
+def token_losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Cross entropy in float32 [n] of logits [n, V].
+
+    On a GPU in one kernel that keeps no copy of the logits in float32 (14 bytes a logit become 4) and computes the
+    softmax anew in the backward pass; on a CPU that would be slower than torch's own, which keeps it.
+    """
+    if logits.device.type == "cpu":
+        return torch.nn.functional.cross_entropy(logits.float(), labels, reduction="none")
+    from deepspeed.runtime.chunked_cross_entropy import chunked_cross_entropy
+
+    return chunked_cross_entropy(logits, labels, reduction="none")
 
 
 def to_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:

@@ -139,7 +139,7 @@ class Room:
             state_parts(self.config, self.shape, self.processes).values()
         )  # fmt: skip
         layer = self.shape.weights / self.shape.layers * self.shape.width if self.config.zero_stage[0] == "3" else 0
-        per_token = (self.shape.activations(probe, every) + self.shape.logits(int(probe * share))) / probe
+        per_token = (self.shape.activations(probe, every) + self.shape.logits(int(probe * share), self.on_gpu)) / probe
         return max(0, int((self.free - states - 2 * layer) / per_token))
 
     def _every(self) -> tuple[int, ...]:

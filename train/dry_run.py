@@ -31,7 +31,7 @@ from train.steps import Split, StepCollator
 
 EXAMPLES = 3
 SAMPLED_STEPS = 20
-TIMED = 3  # micro-batches that are timed
+TIMED_TOKENS = 1024  # of the micro-batch that is timed, if there is one that has so few
 MODEL_FLOPS_UTILISATION = 0.4  # published figures for tuned GPU training lie at 0.4 to 0.6
 
 
@@ -94,8 +94,8 @@ def measured_rates(
 
     Falls back on the product of matrices where three layers do not fit into half of the free memory.
     """
-    batches = [sample.batches[i] for i in np.linspace(0, len(sample.batches) - 1, TIMED).astype(int)]
-    tokens = sum(batch["input_ids"].numel() for batch in batches)
+    batch = min(sample.batches, key=lambda batch: abs(batch["input_ids"].numel() - TIMED_TOKENS))
+    tokens = batch["input_ids"].numel()
     per_weight = adam_seconds(device)
     update = shape.trained * per_weight
     three = (shape.weights / shape.layers * 3 + 2 * shape.vocabulary * shape.hidden) * shape.width
@@ -104,8 +104,8 @@ def measured_rates(
         forward = 2 * shape.weights / flops
         passes = 2 + (config.train_type == "all") + (1 / recompute if recompute else 0)
         return Rates(forward * passes, forward, update, f"this machine's {flops / 1e12:.2f} TFLOP/s")
-    one, three_layers = (timed(config, dtype, device, n, batches) for n in (1, 3))
-    layer = [(b - a) / 2 for a, b in zip(one, three_layers, strict=True)]  # (forward and backward, forward alone)
+    one, more = timed(config, dtype, device, batch)
+    layer = [max(0.0, b - a) / 2 for a, b in zip(one, more, strict=True)]  # (forward and backward, forward alone)
     both, forward = (a + slope * (shape.layers - 1) for a, slope in zip(one, layer, strict=True))
     if recompute:
         both += layer[1] * (shape.layers // recompute)
@@ -113,38 +113,36 @@ def measured_rates(
 
 
 def timed(
-    config: Config, dtype: torch.dtype, device: torch.device, layers: int, batches: list[dict[str, Any]]
-) -> tuple[float, float]:
-    """(seconds of forward and backward, seconds of a forward pass without gradients) of all batches."""
-    model = empty_model(config, dtype, layers, device)
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    if "layout" in batches[0] and attention.supports_packing(base) is None:
-        base.set_attn_implementation(attention.NAME)
-    moved = [to_device(batch, device) for batch in batches]
+    config: Config, dtype: torch.dtype, device: torch.device, batch: dict[str, Any]
+) -> tuple[list[float], list[float]]:
+    """[seconds of forward and backward, seconds of a forward pass without gradients] of one layer, and of three.
 
-    def train() -> None:
-        for batch in moved:
-            target_losses(model, batch).mean().backward()
+    In turn and the best of each, so that what else runs here spoils none alone.
+    """
+    batch = to_device(batch, device)
+    models = [empty_model(config, dtype, layers, device) for layers in (1, 3)]
+    best = [[math.inf, math.inf], [math.inf, math.inf]]
+    for model in models:
+        base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        if "layout" in batch and attention.supports_packing(base) is None:
+            base.set_attn_implementation(attention.NAME)
+    for attempt in range(4):
+        for model, seconds in zip(models, best, strict=True):
+            found = [
+                seconds_of(lambda m=model: target_losses(m, batch).mean().backward(), device),
+                seconds_of(torch.no_grad()(lambda m=model: target_losses(m, batch)), device),
+            ]
+            seconds[:] = [min(pair) for pair in zip(seconds, found, strict=True)] if attempt else seconds
+    return best[0], best[1]
 
-    def evaluate() -> None:
-        with torch.no_grad():
-            for batch in moved:
-                target_losses(model, batch)
 
-    return seconds_of(train, device), seconds_of(evaluate, device)
-
-
-def seconds_of(work: Callable[[], None], device: torch.device) -> float:
-    """The seconds of a piece of work, the better of two after one to warm up."""
-    best = math.inf
-    for attempt in range(3):
-        started = time.perf_counter()
-        work()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        if attempt:
-            best = min(best, time.perf_counter() - started)
-    return best
+def seconds_of(work: Callable[[], Any], device: torch.device) -> float:
+    """The seconds of a piece of work."""
+    started = time.perf_counter()
+    work()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - started
 
 
 def adam_seconds(device: torch.device) -> float:
@@ -152,7 +150,7 @@ def adam_seconds(device: torch.device) -> float:
     weight = torch.zeros(4_000_000, device=device, requires_grad=True)
     weight.grad = torch.ones_like(weight)
     optimizer = torch.optim.AdamW([weight], lr=1e-4)
-    return 2 * seconds_of(optimizer.step, device) / weight.numel()
+    return 2 * min(seconds_of(optimizer.step, device) for _ in range(4)) / weight.numel()
 
 
 def show_example(tokenizer: Any, ids: np.ndarray, learned: np.ndarray, color: bool) -> str:

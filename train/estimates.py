@@ -42,9 +42,9 @@ class Shape:
         kept = (self.layers - recomputed) * self.per_layer + recomputed * self.hidden * self.width
         return tokens * (kept + self.outside + self.per_layer)  # and one layer while its gradients are computed
 
-    def logits(self, learned: int) -> float:
-        """Bytes of logits and their gradient, and of the block in fp32 that the loss works on."""
-        return learned * self.vocabulary * 2 * self.width + min(2**28, learned * self.vocabulary * 4) * 2
+    def logits(self, learned: int, on_gpu: bool) -> float:
+        """Bytes of logits and their gradient; without the kernel of GPUs of their softmax in fp32, too."""
+        return learned * self.vocabulary * (2 * self.width + (0 if on_gpu else 4 if self.width == 4 else 8))
 
 
 class _KeepsLikeFused(torch.autograd.Function):
@@ -180,5 +180,5 @@ def memory_parts(
         states = dict.fromkeys(states, 0.0)
     return states | {
         "activations": shape.activations(tokens, every),
-        "logits": shape.logits(learned),
+        "logits": shape.logits(learned, on_gpu),
     }

@@ -244,7 +244,11 @@ def build_trainer(config: Config, data: Data) -> tuple[ChatTrainer, Schedule]:
     model = load_for_training(config, dtype, device)
     speaks = arguments.process_index == 0
     collator, how = choose_collator(config, model, data.tokenizer, device, dtype)
-    chosen = choices.to_json() | {"attention": how, "cross_entropy": "chunked", "dtype": str(dtype)[6:]}
+    chosen = choices.to_json() | {
+        "attention": how,
+        "cross_entropy": "one kernel" if device.type == "cuda" else "torch's",
+        "dtype": str(dtype)[6:],
+    }
     if speaks:
         sizes = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in model.parameters()]
         count = [sum(size for size, _ in sizes), sum(size for size, trained in sizes if trained)]
