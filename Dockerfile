@@ -1,6 +1,7 @@
 # A CUDA development image: DeepSpeed compiles operators at the first use (CPUAdam for offload), for which it asks for the
 # CUDA version that torch was built with. The pip wheels of torch 2.13 are built with CUDA 13.0 and bring their own cuDNN.
-ARG BASE_IMAGE=nvidia/cuda:13.0.3-devel-ubuntu24.04
+# The digest keeps the tag from moving: it is the multi-platform index of this tag as of September 2026.
+ARG BASE_IMAGE=nvidia/cuda:13.0.3-devel-ubuntu24.04@sha256:b7ae301dea2c162444795462ce17a05f6a516e5a75944b57af5b88540a1a2266
 FROM ${BASE_IMAGE}
 
 LABEL org.opencontainers.image.title="llmops-deepspeed-backend" \
@@ -19,15 +20,27 @@ RUN apt-get update \
     && rm -rf /var/lib/apt/lists/*
 
 # Packages before the source: editing the source does not install them again.
-# An empty PIP_INDEX_URL means pip's default; --build-arg PIP_INDEX_URL=... takes a mirror.
+# An empty PIP_INDEX_URL means pip's default; --build-arg PIP_INDEX_URL=... takes a mirror that asks for no password: build
+# arguments stay in the image's history. A mirror with a password comes as a secret, which is in no layer and no history:
+# --secret id=pip.conf,src=$HOME/.config/pip/pip.conf
 ARG PIP_INDEX_URL=""
 ENV PATH=/opt/venv/bin:$PATH
 COPY requirements.txt /tmp/requirements.txt
-RUN python3 -m venv /opt/venv \
+RUN --mount=type=secret,id=pip.conf,target=/root/.config/pip/pip.conf \
+    case $PIP_INDEX_URL in \
+    *@*) \
+        echo "error: PIP_INDEX_URL holds a name or password, and build arguments stay in the image's history;" \
+            "pass a pip.conf as a secret: --secret id=pip.conf,src=FILE" >&2 \
+        && exit 2 \
+        ;; \
+    esac \
+    && python3 -m venv /opt/venv \
     && pip install --no-cache-dir --disable-pip-version-check --requirement /tmp/requirements.txt \
     && rm /tmp/requirements.txt
 
 # Caches in a folder that any user may write to, because --user can be anyone; LOGNAME for users without an account.
+# Docker's -p reaches the container's own address and not its loopback, so in here TensorBoard listens on all addresses;
+# who may reach it is decided by -p (-p 127.0.0.1:6006:6006 keeps it on the host).
 ENV HOME=/var/cache/llmops \
     LOGNAME=llmops \
     LANG=C.UTF-8 \
@@ -37,8 +50,10 @@ ENV HOME=/var/cache/llmops \
     TORCH_EXTENSIONS_DIR=/var/cache/llmops/torch_extensions \
     TRITON_CACHE_DIR=/var/cache/llmops/triton \
     XDG_CACHE_HOME=/var/cache/llmops \
+    PYTHONDONTWRITEBYTECODE=1 \
     PYTHONUNBUFFERED=1 \
-    MOUNT_PATH=/app/mnt
+    MOUNT_PATH=/app/mnt \
+    TENSORBOARD_HOST=0.0.0.0
 RUN install --directory --mode=1777 /var/cache/llmops \
     && install --directory --owner=1000 --group=1000 /app/mnt
 

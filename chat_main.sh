@@ -12,7 +12,7 @@ HERE=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)
 
 # --- settings: what ----------------------------------------------------------------------------------------------------
 SCENARIO="${SCENARIO:-general}"                  # general (conversations) or faq (questions with intents)
-CUDA_VISIBLE_DEVICES="${CUDA_VISIBLE_DEVICES:-}" # GPUs to use, such as 0,1 or UUIDs; empty: all there are; -1: the CPU
+CUDA_VISIBLE_DEVICES="${CUDA_VISIBLE_DEVICES:-}" # GPUs to use, such as 0,1 or UUIDs; empty: all, or the CPU without any; -1: the CPU
 MOUNT_PATH="${MOUNT_PATH:-$HERE/mnt}"            # folder with the base model, datasets/ and output_path/
 MODEL_NAME_OR_PATH="${MODEL_NAME_OR_PATH:-}"     # base model; empty: MOUNT_PATH/Llama-2-13b-chat-hf
 MODE="${MODE:-auto}"                             # chat format: auto glm glm2 glm3 baichuan2_13b qwen1.5 llama2
@@ -52,11 +52,13 @@ LOAD_BEST_MODEL_AT_END="${LOAD_BEST_MODEL_AT_END:-true}" # output_path gets the 
 RETENTION_FILE="${RETENTION_FILE:-}"                     # general conversations that measure forgetting; empty: ours
 LOGGING_STEPS="${LOGGING_STEPS:-1}"                      # steps between two lines of log.txt
 TENSORBOARD="${TENSORBOARD:-true}"                       # serve TensorBoard while training runs
+TENSORBOARD_HOST="${TENSORBOARD_HOST:-127.0.0.1}"        # where it listens; 0.0.0.0: to everybody, without a login
 TENSORBOARD_PORT="${TENSORBOARD_PORT:-6006}"             # its port
 MERGE_LORA="${MERGE_LORA:-false}"                        # also write output_path/merged
 # --- settings: behaviour -----------------------------------------------------------------------------------------------
 DRY_RUN="${DRY_RUN:-false}"                             # check data, show what is learned, estimate; no training
 SKIP_BAD_LINES="${SKIP_BAD_LINES:-false}"               # drop and count bad lines instead of stopping
+ALLOW_SPECIAL_TOKENS="${ALLOW_SPECIAL_TOKENS:-false}"   # texts of control tokens in the data become these tokens
 RESUME="${RESUME:-true}"                                # continue an interrupted run
 OVERWRITE_OUTPUT_PATH="${OVERWRITE_OUTPUT_PATH:-false}" # delete an earlier run in OUTPUT_PATH and start again
 TRUST_REMOTE_CODE="${TRUST_REMOTE_CODE:-false}"         # run Python code that the checkpoint's folder ships
@@ -96,7 +98,6 @@ status=0
 
 # 2. the environment, and the processes
 PYTHON=$(ensure_python "$HERE" "$HERE/requirements.txt") || exit 2
-offline_libraries
 export PYTHONPATH="$HERE${PYTHONPATH:+:$PYTHONPATH}"
 if [ "$DRY_RUN" = true ]; then
     export NUM_PROCESSES
@@ -114,13 +115,16 @@ else
 fi
 if has_gpu; then
     if [ -n "$NUM_PROCESSES" ] && [ -n "$CUDA_VISIBLE_DEVICES" ]; then
+        gpus=${CUDA_VISIBLE_DEVICES//[^,]/}
+        [ "$NUM_PROCESSES" -le $((${#gpus} + 1)) ] ||
+            die "--num_processes is $NUM_PROCESSES and CUDA_VISIBLE_DEVICES names fewer GPUs ($CUDA_VISIBLE_DEVICES); one process runs on each"
         CUDA_VISIBLE_DEVICES=$(cut -d, -f"1-$NUM_PROCESSES" <<<"$CUDA_VISIBLE_DEVICES")
     elif [ -n "$NUM_PROCESSES" ]; then
         launcher+=(--num_gpus "$NUM_PROCESSES")
     fi
     [ -z "$CUDA_VISIBLE_DEVICES" ] || export CUDA_VISIBLE_DEVICES # the launcher starts one process on each
 else
-    if [ "$CUDA_VISIBLE_DEVICES" = -1 ]; then export CUDA_VISIBLE_DEVICES; else unset CUDA_VISIBLE_DEVICES; fi
+    unset CUDA_VISIBLE_DEVICES
     tune_cpu
     [ -n "$HOSTFILE" ] || launcher+=(--num_gpus "${NUM_PROCESSES:-1}")
 fi

@@ -8,6 +8,5 @@ HERE=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
 source "$HERE/llmops/environment.sh"
 
 PYTHON=$(ensure_python "$HERE" "$HERE/requirements.txt") || exit 2
-offline_libraries
 has_gpu || tune_cpu
 exec "$PYTHON" "$HERE/bench/diagnosis.py" --work "$HERE/bench/.work/diagnosis" "$@"

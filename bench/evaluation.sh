@@ -16,5 +16,4 @@ if [ -z "${PEER_PYTHON:-}" ]; then
     "$PEER_PYTHON" -m pip install --quiet --requirement "$HERE/bench/peers/requirements-lm-eval.txt" >&2
 fi
 has_gpu || tune_cpu
-offline_libraries
 exec "$PYTHON" "$HERE/bench/evaluation.py" --work "$HERE/bench/.work/evaluation" --data "$DATA" --peer_python "$PEER_PYTHON" "$@"

@@ -14,5 +14,4 @@ for file in banking77/train.csv banking77/test.csv; do
 done
 PYTHON=$(ensure_python "$HERE" "$HERE/requirements.txt") || exit 2
 has_gpu || tune_cpu
-offline_libraries
 exec "$PYTHON" "$HERE/bench/faq.py" --work "$HERE/bench/.work/faq" --data "$DATA/banking77" "$@"

@@ -20,5 +20,4 @@ if [ -z "${PEER_PYTHON:-}" ]; then
     "$PEER_PYTHON" -m pip install --quiet --requirement "$HERE/bench/peers/requirements-similar.txt" >&2
 fi
 tune_cpu
-offline_libraries
 exec "$PEER_PYTHON" "$HERE/bench/similar_questions.py" --data "$DATA/banking77" "$@"

@@ -8,7 +8,6 @@ everything else.
 """
 
 import argparse
-import json
 import os
 import sys
 import time
@@ -20,10 +19,11 @@ from typing import TYPE_CHECKING
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from eval.similar import ngrams
-from llmops import devices
+from llmops import devices, files
 from llmops.console import (
     FailureJson,
     Parser,
+    RunStopped,
     UserError,
     has_gpu,
     log,
@@ -105,11 +105,24 @@ def parse(argv: Sequence[str] | None) -> Config:
             problems.append(f"--{name} {path} cannot be written, expected a folder that you may write to")
     if problems:
         raise UserError("; ".join(problems))
+    refuse_others(given.report, given.plot)
     return Config(
         Path(given.data_file_path), given.model_path, given.similarity_threshold, given.intent_similarity_threshold,
         Path(given.report) if given.report else None, Path(given.plot) if given.plot else None, given.cache_dir,
         given.gpu_id, given.dtype, given.max_pairs, given.skip_bad_lines, given.trust_remote_code,
     )  # fmt: skip
+
+
+def refuse_others(report: str, plot: str) -> None:
+    """Raise UserError where the page or the picture would replace a file that is neither."""
+    if report:
+        from eval.similar import html_report
+
+        html_report.refuse_other(Path(report))
+    if plot:
+        from llmops import pictures
+
+        pictures.refuse_other(Path(plot))
 
 
 def choose_device(gpu_id: int) -> str:
@@ -207,13 +220,15 @@ def say(found: "Findings") -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains again at its end
         return 1
+    except OSError as error:
+        raise RunStopped(f"stdout cannot be written ({error.strerror})") from error
     return 0
 
 
 def failure(code: int, message: str) -> None:
     """The documented JSON for what went wrong."""
     data: dict[str, list[str]] = {"mismatched_intents": [], "similar_intents": []}
-    print(json.dumps({"code": code, "msg": message, "data": data}, ensure_ascii=False), flush=True)
+    files.print_json({"code": code, "msg": message, "data": data})
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -33,6 +33,5 @@ read_settings "${BASH_SOURCE[0]}" "$@"
 # shellcheck disable=SC2119 # no setting is left out
 mapfile -d '' -t settings < <(setting_flags)
 PYTHON=$(ensure_python "$HERE" "$HERE/requirements.txt") || exit 2
-offline_libraries
 has_gpu || tune_cpu
 exec "$PYTHON" "$HERE/eval/analyze_similar_questions_and_intents.py" "${settings[@]}"

@@ -1,26 +1,30 @@
-"""The engine of the evaluation commands: loads a model, answers samples, keeps every answer, goes on where it stopped.
+"""The engine of the evaluation commands: tokenises first, then loads a model, answers, goes on where it stopped.
 
-Answers depend on the model and the prompts only, not on the batch size. Each process appends its answers to a file of
-its own; all such files are read when a run is started again, so nothing is answered twice.
+Answers depend on the model and the prompts only, not on the batch size.
 """
 
 import hashlib
 import json
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from eval.answers import LOCK_NAME, Answers, Record, check_foreign
 from eval.processes import Processes
+from eval.prompts import Fitter, Prepared, Request
 from eval.rendering import Renderer
 from eval.samples import Answer, Sample
-from llmops import checkpoints, devices
+from llmops import checkpoints, devices, files
 from llmops.console import UserError, has_gpu, log, progress
 
 if TYPE_CHECKING:
     import torch
+
+    from llmops.generation import Generator
 
 
 WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "config.json", "adapter_config.json", "tokenizer*", "chat_template*")
@@ -30,12 +34,12 @@ WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "config.json", "adapter_config.json
 class Settings:
     """How to run a model. `gpu_id` -1 is the CPU; without any GPU 0 is too. `batch_size` prompts go through at once.
 
-    0 are as many as memory holds.
+    0 are as many as memory holds. `max_seq_len` 0 is what the data needs, up to what the model can.
     """
 
     model: str
     adapter: str = ""
-    max_seq_len: int = 512
+    max_seq_len: int = 0
     batch_size: int = 0
     gpu_id: int = 0
     mode: str = "auto"
@@ -44,17 +48,6 @@ class Settings:
     reuse_prefix: bool = True
     trust_remote_code: bool = False
     output_path: str = ""
-
-
-@dataclass(frozen=True)
-class Request:
-    """A sample as tokens: its prompt, its choices or how many tokens it may generate; `key` names its answer."""
-
-    prompt: list[int]
-    choices: list[list[int]]
-    max_new_tokens: int
-    cut: bool
-    key: str
 
 
 def check(settings: Settings) -> Path:
@@ -67,7 +60,7 @@ def check(settings: Settings) -> Path:
         folder = Path(settings.adapter)
         if not checkpoints.is_adapter(folder):
             raise UserError(f"{folder} holds no adapter; expected a folder with adapter_config.json")
-    if settings.max_seq_len < 1:
+    if settings.max_seq_len < 0:
         raise UserError(f"max_seq_len is {settings.max_seq_len}; expected a whole number from 1")
     if settings.batch_size < 0:
         raise UserError(f"batch_size is {settings.batch_size}; expected a whole number, 0 for what memory holds")
@@ -87,10 +80,21 @@ def check_writable(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         probe.write_bytes(b"")
         probe.unlink()
-    except OSError as error:
-        raise UserError(
-            f"output_path {folder} cannot be written ({error.strerror}); choose a folder you may write"
-        ) from error
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise UserError(f"output_path {folder} cannot be written ({reason}); choose a folder you may write") from error
+
+
+@contextmanager
+def owned(output_path: str, names: Sequence[str], processes: Processes, others: Sequence[str] = ()) -> Iterator[None]:
+    """Within this context nobody else evaluates into output_path, and what is replaced there an evaluation wrote."""
+    with ExitStack() as stack:
+        if output_path and processes.first:
+            folder = Path(output_path)
+            busy = f"another evaluation is writing into {folder}; wait for it, or choose another output_path"
+            stack.enter_context(files.lock(folder / LOCK_NAME, busy))
+            check_foreign(folder, names, others)
+        yield
 
 
 def choose_device(gpu_id: int, processes: Processes) -> "torch.device":
@@ -110,180 +114,124 @@ def choose_device(gpu_id: int, processes: Processes) -> "torch.device":
 
 
 class Engine:
-    """A loaded model that answers samples."""
+    """A model that answers samples. Its tokenizer is there at once, its weights when they are first asked for."""
 
     def __init__(self, settings: Settings, processes: Processes) -> None:
-        folder = check(settings)
-        os.environ.setdefault("HF_HUB_OFFLINE", "1")
+        self.folder = check(settings)
         if not has_gpu():
             os.environ.setdefault("DS_ACCELERATOR", "cpu")
             if "OMP_WAIT_POLICY" not in os.environ:  # as tune_cpu in llmops/environment.sh, which says why
                 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
         import transformers
 
-        from llmops.generation import Generator
-
         transformers.logging.set_verbosity_error()
         transformers.logging.disable_progress_bar()
         self.settings = settings
         self.processes = processes
-        device = choose_device(settings.gpu_id, processes)
-        self.dtype = checkpoints.choose_dtype(settings.dtype if device.type == "cuda" else cpu_dtype(settings.dtype))
-        self.renderer = Renderer(
-            Path(settings.model), settings.mode, settings.chat_template, settings.trust_remote_code
-        )
-        model = load(settings, self.dtype, device)
-        model.to(device)
+        self.device = choose_device(settings.gpu_id, processes)
+        on_gpu = self.device.type == "cuda"
+        self.dtype = checkpoints.choose_dtype(settings.dtype if on_gpu else cpu_dtype(settings.dtype))
         base = Path(settings.model)
-        length = checkpoints.model_length(checkpoints.read_config(base))
-        self.length = min(settings.max_seq_len, length or settings.max_seq_len)
+        self.renderer = Renderer(base, settings.mode, settings.chat_template, settings.trust_remote_code)
+        name = fingerprint([self.folder, base, checkpoints.base_folder(base)], str(self.dtype))
+        model_length = checkpoints.model_length(checkpoints.read_config(base))
+        self.fitter = Fitter(self.renderer, name, settings.max_seq_len, model_length)
+        self.answers = Answers(Path(settings.output_path) if settings.output_path else None, processes.rank)
+        self.known: dict[str, tuple[int, int]] = {}  # by data set: how many prompts are answered, of how many
+
+    @cached_property
+    def generator(self) -> "Generator":
+        """The loaded model."""
+        from llmops.generation import Generator
+
+        model = checkpoints.merged(load(self.settings, self.dtype, self.device))
+        model.to(self.device)
         pad = self.renderer.tokenizer.pad_token_id or 0
-        self.generator = Generator(model, pad, settings.batch_size, settings.reuse_prefix)
-        if not settings.batch_size:
-            self.generator.fit(self.length)
-        self.fingerprint = fingerprint([folder, base, checkpoints.base_folder(base)], str(self.dtype))
-        if processes.first:
+        generator = Generator(model, pad, self.settings.batch_size, self.settings.reuse_prefix)
+        if self.processes.first:
             name = self.renderer.chat.name if self.renderer.chat else "plain text"
-            because = self.generator.plain_because
+            because = generator.plain_because
             log(
-                f"{settings.model} on {device}, {str(self.dtype).removeprefix('torch.')}, {name}"
+                f"{self.settings.model} on {self.device}, {str(self.dtype).removeprefix('torch.')}, {name}"
                 + (f"; every prompt computed anew, because {because}" if because else "")
             )
+        return generator
 
-    def answer(self, name: str, samples: Sequence[Sample], limits: Sequence[int]) -> list[Answer]:
-        """The answers to samples, in their order; `limits` are the most tokens that each may generate."""
-        requests = [
-            self._request(sample, limit)
-            for sample, limit in zip(
-                progress(samples, f"reading {name}", len(samples), "samples", not self.processes.first),
-                limits,
-                strict=True,
-            )
-        ]
+    def prepare(self, name: str, samples: Sequence[Sample], limit: int) -> Prepared:
+        """Samples as tokens, before any weight is loaded; `limit` are the most tokens that an answer may have."""
+
+        def watch(items: Sequence[Sample]) -> Iterator[Sample]:
+            return progress(items, f"reading {name}", len(items), "samples", not self.processes.first)
+
+        return self.fitter.prepare(name, samples, limit, watch)
+
+    def answer(self, prepared: Prepared) -> list[Answer]:
+        """The answers to prepared samples, in their order; each is kept as soon as it is known."""
+        if not self.settings.batch_size:
+            self.generator.fit(prepared.length)
+        requests = prepared.requests
         keys = [request.key for request in requests]
-        done = {i: found for i, found in enumerate(map(self._kept(name).get, keys)) if found}
-        if self.processes.count > 1:
-            self.processes.gather({})  # everyone has read the files before anyone writes
-        if done and self.processes.first:
-            log(f"{name}: {len(done)} of {len(samples)} answers are in {self._folder()} already")
-        first_of = {}
+        done = self._done(prepared.name, keys)
+        first_of: dict[str, int] = {}
         for i, key in enumerate(keys):
             if i not in done:
                 first_of.setdefault(key, i)  # equal prompts are answered once
         mine = self.processes.share(list(first_of.values()))
-        answered = {}
-        with self._appender(name) as append:
-            todo = self._answers([requests[i] for i in mine], [samples[i] for i in mine])
+        before = len({keys[i] for i in done})
+        answered: dict[int, Record] = {}
+        with self.answers.appender(prepared.name) as append:
+            todo = self._compute([requests[i] for i in mine], [prepared.samples[i] for i in mine])
             silent = not self.processes.first
-            for k, (text, scores) in progress(todo, f"answering {name}", len(mine), "samples", silent):
-                record = {"key": keys[mine[k]], "prediction": text, "loglikelihoods": scores}
-                append(record)
-                answered[mine[k]] = record
-        found = {keys[i]: record for i, record in self.processes.gather(answered).items()}
-        records = [done.get(i) or found[key] for i, key in enumerate(keys)]
-        return [
-            Answer(
-                request.key,
-                record["prediction"],
-                self.renderer.tokenizer.decode(request.prompt),
-                len(request.prompt),
-                request.cut,
-                tuple(record["loglikelihoods"]),
-            )
-            for record, request in zip(records, requests, strict=True)
-        ]
+            for k, found in progress(todo, f"answering {prepared.name}", len(mine), "samples", silent):
+                answered[mine[k]] = {"key": keys[mine[k]]} | found
+                append(answered[mine[k]])
+                self.known[prepared.name] = (before + len(answered), before + len(first_of))
+        fresh = {keys[i]: record for i, record in self.processes.gather(answered).items()}
+        records = [done.get(i) or fresh[key] for i, key in enumerate(keys)]
+        return [self._answer(record, request) for record, request in zip(records, requests, strict=True)]
 
-    def finish(self, name: str, rows: Sequence[dict[str, Any]]) -> None:
-        """Write the per-sample file, with scores, and drop the files that the processes kept on the way."""
-        if not self.settings.output_path or not self.processes.first:
-            return
-        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        write_complete(self._folder() / f"{name}.jsonl", text)
-        for part in self._folder().glob(f"{name}.process*.jsonl"):
-            part.unlink()
+    def finish(self, name: str, rows: Sequence[Record]) -> None:
+        """Write the per-sample file, with scores."""
+        if self.processes.first:
+            self.answers.finish(name, rows)
 
-    def _request(self, sample: Sample, limit: int) -> Request:
-        """The tokens of a sample, cut where it is longer than allowed."""
-        prompt, cut = self.renderer.prompt(sample), False
-        choices = self.renderer.choices(sample, prompt)
-        limit = 0 if choices else max(1, min(limit, self.length // 2))
-        room = self.length - (max(map(len, choices)) if choices else limit)
-        while len(prompt) > room:
-            cut = True
-            shorter = sample.without_first_turns()
-            if shorter is None:
-                prompt = self._cut_passage(sample, room)
-                break
-            sample = shorter
-            prompt = self.renderer.prompt(sample)
-        name = json.dumps([self.fingerprint, prompt, choices, limit, self.renderer.stop_ids])
-        return Request(prompt, choices, limit, cut, hashlib.sha256(name.encode()).hexdigest()[:24])
+    def _done(self, name: str, keys: Sequence[str]) -> dict[int, Record]:
+        """What earlier runs answered, by place."""
+        kept = self.answers.kept(name)
+        done = {i: kept[key] for i, key in enumerate(keys) if key in kept}
+        if self.processes.count > 1:
+            self.processes.gather({})  # everyone has read the files before anyone writes
+        if done and self.processes.first:
+            log(f"{name}: {len(done)} of {len(keys)} answers are in {self.answers.folder} already")
+        distinct = {keys[i] for i in done}
+        self.known[name] = (len(distinct), len(set(keys)))
+        return done
 
-    def _cut_passage(self, sample: Sample, room: int) -> list[int]:
-        """The prompt with as much of the passage as fits."""
-        bare = self.renderer.prompt(sample.shortened(0))
-        if len(bare) > room:
-            raise UserError(
-                f"max_seq_len {self.length} is too small: a prompt has {len(bare)} tokens that cannot be cut and "
-                f"{self.length - room} for the answer; give at least {len(bare) + self.length - room}"
-            )
-        low, high = 0, len(sample.passage)
-        while high - low > 1:
-            middle = (low + high) // 2
-            if len(self.renderer.prompt(sample.shortened(middle))) <= room:
-                low = middle
-            else:
-                high = middle
-        return self.renderer.prompt(sample.shortened(low))
+    def _answer(self, record: Record, request: Request) -> Answer:
+        return Answer(
+            request.key, record["prediction"], self.renderer.tokenizer.decode(request.prompt), len(request.prompt),
+            request.cut, tuple(record["loglikelihoods"]), tuple(map(len, request.choices)), request.lost,
+            record["ended"], record["new_tokens"],
+        )  # fmt: skip
 
-    def _answers(
-        self, requests: Sequence[Request], samples: Sequence[Sample]
-    ) -> Iterator[tuple[int, tuple[str, list[float]]]]:
-        """(position, (text, log-likelihoods of the choices)) in the order of computation."""
+    def _compute(self, requests: Sequence[Request], samples: Sequence[Sample]) -> Iterator[tuple[int, Record]]:
+        """(position, answer) in the order of computation."""
         ranked = [k for k, request in enumerate(requests) if request.choices]
         free = [k for k, request in enumerate(requests) if not request.choices]
         contexts = [requests[k].prompt for k in ranked]
         for i, scores in self.generator.loglikelihoods(contexts, [requests[k].choices for k in ranked]):
             best = max(range(len(scores)), key=scores.__getitem__)
-            yield ranked[i], (samples[ranked[i]].choices[best], [round(score, 6) for score in scores])
+            text = samples[ranked[i]].choices[best]
+            yield ranked[i], made(text, [round(score, 6) for score in scores], True, 0)
         prompts = [requests[k].prompt for k in free]
         limits = [requests[k].max_new_tokens for k in free]
         for i, generated in self.generator.generate(prompts, limits, self.renderer.stop_ids):
-            yield free[i], (self.renderer.decode(generated.ids), [])
+            yield free[i], made(self.renderer.decode(generated.ids), [], generated.ended, len(generated.ids))
 
-    def _folder(self) -> Path:
-        return Path(self.settings.output_path) / "samples"
 
-    def _kept(self, name: str) -> dict[str, dict[str, Any]]:
-        """The answers of earlier runs, by key. A line that a killed run left unfinished is passed over."""
-        kept: dict[str, dict[str, Any]] = {}
-        if not self.settings.output_path:
-            return kept
-        for path in sorted(self._folder().glob(f"{name}*.jsonl")):
-            for line in path.read_bytes().split(b"\n"):
-                try:
-                    record = json.loads(line.decode("utf-8"))
-                except ValueError:
-                    continue
-                kept[record["key"]] = {k: record[k] for k in ("key", "prediction", "loglikelihoods")}
-        return kept
-
-    @contextmanager
-    def _appender(self, name: str) -> Iterator[Any]:
-        """A function that adds a record to this process's file, on disk before it returns."""
-        if not self.settings.output_path:
-            yield lambda record: None
-            return
-        self._folder().mkdir(parents=True, exist_ok=True)
-        with open(self._folder() / f"{name}.process{self.processes.rank}.jsonl", "ab") as file:
-            if file.tell():
-                file.write(b"\n")  # a killed run may have left half a line
-
-            def append(record: dict[str, Any]) -> None:
-                file.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
-                file.flush()
-
-            yield append
+def made(text: str, loglikelihoods: list[float], ended: bool, new_tokens: int) -> Record:
+    """An answer as it is kept, without its key."""
+    return {"prediction": text, "loglikelihoods": loglikelihoods, "ended": ended, "new_tokens": new_tokens}
 
 
 def cpu_dtype(name: str) -> str:
@@ -308,17 +256,6 @@ def load(settings: Settings, dtype: "torch.dtype", device: "torch.device") -> "t
 
 def fingerprint(folders: Sequence[Path], *more: str) -> str:
     """Names a model: the files of its folders with size and time of change. Another model has another one."""
-    files = sorted({path.resolve() for folder in folders for pattern in WEIGHTS for path in folder.glob(pattern)})
-    stats = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    found = sorted({path.resolve() for folder in folders for pattern in WEIGHTS for path in folder.glob(pattern)})
+    stats: list[Any] = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in found]
     return hashlib.sha256(json.dumps([stats, more]).encode()).hexdigest()[:24]
-
-
-def write_complete(path: Path, text: str) -> None:
-    """Write a file that appears under its name when it is complete."""
-    part = path.with_name(path.name + ".part")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(part, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(path)

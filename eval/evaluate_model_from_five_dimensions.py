@@ -6,85 +6,43 @@ is well, otherwise it has, by dimension, the sentences that a reader of the scor
 """
 
 import argparse
-import json
 import os
 import sys
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from eval.answers import FIVE, RADAR_NAME
 from eval.dimensions import afqmc, cmrc2018, m3ke, quoref, tnews
 from eval.dimensions.base import Dimension
-from eval.engine import Engine, Processes, Settings, check
-from eval.samples import Answer, Loaded, Sample, add_examples, draw, rows_of, spread, summarise
-from llmops.chat_formats import FAMILIES
-from llmops.console import Parser, UserError, log, run_main, stdout_to_stderr, to_bool
+from eval.engine import Engine, Settings, check, owned
+from eval.interrupts import Interrupts
+from eval.judging import Data, Outcome, judge, score_answers
+from eval.options import HELP, Options, read_json_argument, read_options
+from eval.processes import Processes
+from eval.prompts import Prepared
+from eval.samples import Answer, add_examples, draw, rows_of
+from llmops import files
+from llmops.console import Parser, Terminated, UserError, log, run_main, stdout_to_stderr, to_bool
 
 DIMENSIONS: dict[str, Dimension] = {
     module.DIMENSION.name: module.DIMENSION for module in (afqmc, cmrc2018, tnews, quoref, m3ke)
 }
 SAMPLES = ROOT / "eval" / "eval_datasets"
-ONE_CHOICE = 0.95  # a model that takes one choice so often has not read the questions
-
-
-@dataclass(frozen=True)
-class Options:
-    """additional_parameters: every key with its default. "" and 0 mean "choose for me"."""
-
-    max_seq_len: int = 512
-    batch_size: int = 0
-    num_fewshot: int = 0
-    limit: int = 0
-    seed: int = 0
-    gpu_id: int = 0
-    data_dir: str = ""
-    output_path: str = ""
-    adapter: str = ""
-    trust_remote_code: bool = False
-    chat_template: bool = True
-    mode: str = "auto"
-    dtype: str = "auto"
-    reuse_prefix: bool = True
-    compare_with: tuple[str, ...] = ()
-
-
-HELP = """additional_parameters (JSON object), with their defaults:
-  max_seq_len 512        tokens of prompt and answer together; longer prompts are cut, and diagnosis says so
-  batch_size 0           prompts at once, 0: what memory holds; halved when it runs out; scores do not depend on it
-  num_fewshot 0          solved examples before each question
-  limit 0                evaluate so many samples per dimension, drawn with the seed; 0: all
-  seed 0                 of the draw, the examples and the bootstrap
-  gpu_id 0               number of the GPU; -1: CPU; without any GPU 0 is the CPU too
-  data_dir               folder with the benchmarks' files; else mnt/datasets/eval, else the samples shipped here
-  output_path            folder for eval_results.json, the answers and the radar chart; else nothing is written
-  adapter                an adapter's folder, put on the model
-  trust_remote_code false   run Python code that the checkpoint's folder ships
-  chat_template true     false: ask in plain text, for base models
-  mode auto              chat format, as --mode of chat_main.sh
-  dtype auto             bf16 where the GPU has it; or bf16, fp16, fp32
-  reuse_prefix true      compute what prompts share once
-  compare_with           list of eval_results.json of other models to draw in the same radar chart
-Exit codes: 0 done, 1 stopped on the way, 2 something you can mend (one sentence on stderr, stdout empty)."""
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What is known of one dimension after it was asked."""
-
-    score: float
-    report: dict[str, Any]
-    notes: list[str]
+OFFICIAL = "official"  # folder in output_path for what benchmarks' own scripts and submissions want
 
 
 def build_parser() -> argparse.ArgumentParser:
     """Three positional arguments."""
     parser = Parser(
-        prog="evaluate_model_from_five_dimensions.py", description="Evaluate a chat model in five dimensions.",
+        prog=f"{FIVE}.py", description="Evaluate a chat model in five dimensions.",
         epilog=HELP, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
     )  # fmt: skip
     parser.add_argument("model", help="whole model, merged model or adapter folder")
@@ -93,6 +51,10 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--output_path", default="", help="where to write when additional_parameters has no output_path"
     )
+    parser.add_argument(
+        "--export_official", type=to_bool, nargs="?", const=True, default=False, metavar="true|false",
+        help="as the key of additional_parameters",
+    )  # fmt: skip
     return parser
 
 
@@ -106,68 +68,6 @@ def read_dimensions(text: str) -> list[Dimension]:
         found = ", ".join(map(repr, unknown)) or "an empty list"
         raise UserError(f"dimensions: found {found}, expected some of {', '.join(DIMENSIONS)}")
     return [DIMENSIONS[name] for name in dict.fromkeys(names)]
-
-
-def read_options(text: str) -> Options:
-    """The options of `{"additional_parameters": {...}}`, or of the inner object by itself."""
-    if not text.strip():
-        return Options()
-    found = read_json_argument(text, dict, '{"additional_parameters": {"max_seq_len": 512}}')
-    if "additional_parameters" in found:
-        others = [key for key in found if key != "additional_parameters"]
-        if others:
-            raise UserError(f"unknown key {others[0]!r} beside additional_parameters; put it inside")
-        found = found["additional_parameters"]
-        if not isinstance(found, dict):
-            raise UserError('additional_parameters is no object; expected {"max_seq_len": 512, ...}')
-    defaults = vars(Options())
-    unknown = [key for key in found if key not in defaults]
-    if unknown:
-        raise UserError(f"additional_parameters: unknown key {unknown[0]!r}; expected some of {', '.join(defaults)}")
-    options = Options(**{key: as_kind(key, value, defaults[key]) for key, value in found.items()})
-    if options.limit < 0 or options.num_fewshot < 0:
-        raise UserError("additional_parameters: limit and num_fewshot must be 0 or more")
-    if options.mode not in FAMILIES:
-        raise UserError(f"additional_parameters: mode {options.mode!r}, expected one of {', '.join(FAMILIES)}")
-    if options.dtype not in ("auto", "bf16", "fp16", "fp32"):
-        raise UserError(f"additional_parameters: dtype {options.dtype!r}, expected auto, bf16, fp16 or fp32")
-    return options
-
-
-def read_json_argument(text: str, kind: type, example: str) -> Any:
-    """A JSON argument of the kind that is expected."""
-    try:
-        found = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{text[:60]!r} is not JSON ({error}); expected for example {example}") from error
-    if not isinstance(found, kind):
-        raise UserError(f"found a JSON {type(found).__name__} ({text[:60]}), expected for example {example}")
-    return found
-
-
-def as_kind(key: str, value: Any, default: Any) -> Any:
-    """A value of the kind its default has; on and off, true and false as text are switches too."""
-    wrong = UserError(f"additional_parameters: {key} is {value!r}, expected a value like {json.dumps(default)}")
-    if isinstance(default, tuple):
-        listed = [value] if isinstance(value, str) else value
-        if not isinstance(listed, list) or not all(isinstance(item, str) for item in listed):
-            raise wrong
-        return tuple(listed)
-    if isinstance(default, bool) and isinstance(value, str):
-        try:
-            return to_bool({"on": "true", "off": "false"}.get(value.lower(), value))
-        except argparse.ArgumentTypeError as error:
-            raise wrong from error
-    if isinstance(default, bool) != isinstance(value, bool) or not isinstance(value, type(default)):
-        if isinstance(default, int) and not isinstance(default, bool) and isinstance(value, str) and is_whole(value):
-            return int(value)
-        raise wrong
-    return value
-
-
-def is_whole(text: str) -> bool:
-    """Whether a text is a whole number."""
-    return text.strip().removeprefix("-").isdecimal()
 
 
 def find_data(dimension: Dimension, data_dir: str) -> tuple[Path, bool]:
@@ -187,102 +87,188 @@ def find_data(dimension: Dimension, data_dir: str) -> tuple[Path, bool]:
     return shipped, True
 
 
-def load_data(dimension: Dimension, options: Options) -> tuple[Loaded, Path, bool]:
-    """The samples to ask, with their few-shot examples; where they are from; whether they are the shipped ones."""
+def load_data(dimension: Dimension, options: Options) -> Data:
+    """The samples to ask, with their few-shot examples."""
     path, shipped = find_data(dimension, options.data_dir)
     loaded = dimension.read(path)
     if not loaded.samples:
         raise UserError(f"{path} holds no sample of {dimension.dataset} that can be evaluated")
     loaded = add_examples(loaded, options.num_fewshot, options.seed)
-    loaded.samples = draw(loaded.samples, options.limit, options.seed)
-    return loaded, path, shipped
+    drawn = draw(loaded.samples, options.limit, options.seed)
+    return Data(dimension, replace(loaded, samples=drawn, total=len(loaded.samples)), loaded.path or path, shipped)
 
 
-def judge(
-    dimension: Dimension, loaded: Loaded, path: Path, shipped: bool, answers: Sequence[Answer],
-    scores: Sequence[dict[str, float]], seed: int,
-) -> Outcome:  # fmt: skip
-    """Score, report and notes of a dimension."""
-    samples = loaded.samples
-    figures = summarise(scores, seed)
-    score = figures[dimension.metric]["mean"]
-    baselines = dimension.baselines(samples, seed)
-    cut = sum(answer.cut for answer in answers)
-    unread = sum(dimension.unread(sample, answer) for sample, answer in zip(samples, answers, strict=True))
-    report: dict[str, Any] = {
-        "dataset": dimension.dataset, "path": str(path), "shipped_sample": shipped, "metric": dimension.metric,
-        "score": round(score, 4), "metrics": figures, "baselines": {k: round(v, 4) for k, v in baselines.items()},
-        "counts": {"samples": len(samples), "prompts_cut": cut, "answers_not_read": unread},
-    }  # fmt: skip
-    if samples[0].choices:
-        report["spread"] = spread(samples, answers)
-    if dimension.by_group:
-        report["by_group"] = group_means(samples, [row[dimension.metric] for row in scores])
-    notes = list(loaded.notes)
-    if shipped:
-        notes.insert(
-            0,
-            f"scored on {len(samples)} samples that ship with the toolkit, which is no {dimension.dataset} score; for "
-            f"one, put {dimension.get} into mnt/datasets/eval or data_dir",
-        )
-    if cut:
-        notes.append(f"{cut} of {len(samples)} prompts were longer than max_seq_len allows and were cut")
-    if unread:
-        notes.append(f"{unread} of {len(samples)} answers could not be read (nothing in them) and count as wrong")
-    if samples[0].choices and len(samples) >= 10:
-        letter, count = max(report["spread"]["predictions"].items(), key=lambda pair: pair[1])
-        if count >= ONE_CHOICE * len(samples) and report["spread"]["references"].get(letter, 0) < count:
-            notes.append(f"the model answered {letter!r} in {count} of {len(samples)} cases, whatever was asked")
-    name, best = max(baselines.items(), key=lambda pair: pair[1])
-    if score <= best:
-        notes.append(f"{dimension.metric} {score:.3f} is not above the baseline {name!r} ({best:.3f})")
-    report["notes"] = notes
-    return Outcome(round(score, 4), report, notes)
+class Evaluation:
+    """One run: what is asked, what is finished, and what is said of it, however it ends.
+
+    A context: on the way out the reports of what is finished are written. `printed` is what stdout gets: nothing when
+    there is something to mend and no dimension was finished.
+    """
+
+    def __init__(self, model: str, dimensions: Sequence[Dimension], options: Options, processes: Processes) -> None:
+        self.started = time.monotonic()
+        self.options, self.processes = options, processes
+        self.settings = Settings(
+            model=model, adapter=options.adapter, max_seq_len=options.max_seq_len, batch_size=options.batch_size,
+            gpu_id=options.gpu_id, mode=options.mode, dtype=options.dtype, chat_template=options.chat_template,
+            reuse_prefix=options.reuse_prefix, trust_remote_code=options.trust_remote_code,
+            output_path=options.output_path,
+        )  # fmt: skip
+        if options.export_official and not options.output_path:
+            raise UserError("export_official writes into output_path, which is not given; name a folder")
+        # everything that can be wrong without the model
+        check(self.settings)
+        self.others = read_others(options.compare_with)
+        self.data = [load_data(dimension, options) for dimension in dimensions]
+        self.outcomes: dict[str, Outcome] = {}
+        self.engine: Engine | None = None
+        self.prepared: dict[str, Prepared] = {}
+        self.tests: dict[str, Prepared] = {}  # files without answers that a submission is about
+        self.asking = False
+        self.ended_by = "before it began"
+        self.silent = True
+
+    def __enter__(self) -> "Evaluation":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.ended_by = how_it_ended(error) if error else ""
+        self.silent = isinstance(error, UserError) and not self.outcomes
+        if self.asking and self.engine and self.options.output_path and self.processes.first:
+            self._write_reports(self.engine)
+
+    def run(self, interrupts: Interrupts) -> None:
+        """Tokenise and check every prompt of every dimension, then ask dimension by dimension."""
+        engine = self.engine = Engine(self.settings, self.processes)
+        with interrupts.computing():
+            for data in self.data:
+                name = data.dimension.name
+                self.prepared[name] = engine.prepare(name, data.loaded.samples, data.dimension.max_new_tokens)
+                if self.options.export_official:
+                    self._prepare_test(engine, data)
+        asked = [data for data in self.data if self.prepared[data.dimension.name].samples]
+        if not asked:
+            needed = min(tokens for found in self.prepared.values() for _, tokens in found.left_out)
+            length = max(found.length for found in self.prepared.values())
+            raise UserError(f"max_seq_len {length} is too small for every prompt; give {needed} or more")
+        with interrupts.computing():
+            log(f"{sum(len(found.samples) for found in self.prepared.values())} prompts are ready")
+            engine.generator  # noqa: B018  the weights are loaded at the first look
+            self.asking = True
+        for data in asked:
+            with interrupts.computing():
+                answers = engine.answer(self.prepared[data.dimension.name])
+            if self.processes.first:
+                self._finish(engine, data, answers)
+            if self.options.export_official:
+                self._export(engine, data, answers, interrupts)
+
+    def printed(self) -> dict[str, Any] | None:
+        """The documented JSON: the scores of what is finished, and what a reader must know, by dimension."""
+        if self.silent:
+            return None
+        diagnosis = {}
+        for data in self.data:
+            name = data.dimension.name
+            notes = self.outcomes[name].notes if name in self.outcomes else [self._why_not(data)]
+            if notes:
+                diagnosis[name] = notes
+        return {
+            "evaluation_results": {name: outcome.score for name, outcome in self.outcomes.items()},
+            "diagnosis": diagnosis,
+        }
+
+    def _why_not(self, data: Data) -> str:
+        """Why a dimension has no score."""
+        name = data.dimension.name
+        prepared = self.prepared.get(name)
+        if prepared and not prepared.samples:
+            needed = min(tokens for _, tokens in prepared.left_out)
+            return (
+                f"no score: none of its {len(prepared.left_out)} prompts fits into {prepared.length} tokens; give a "
+                f"max_seq_len of {needed} or more"
+            )
+        known, total = self.engine.known.get(name, (0, 0)) if self.engine else (0, 0)
+        if not known:
+            total = total or len(data.loaded.samples)
+            return f"not finished, {self.ended_by}: none of its {total} answers was there yet"
+        kept = "are lost, because no output_path was given"
+        if self.options.output_path:
+            kept = f"are in {self.options.output_path}; the same command goes on there"
+        return f"not finished, {self.ended_by}: {known} of {total} answers {kept}"
+
+    def _finish(self, engine: Engine, data: Data, answers: Sequence[Answer]) -> None:
+        """Scores and the per-sample file of one dimension."""
+        name, prepared = data.dimension.name, self.prepared[data.dimension.name]
+        scores = score_answers(data.dimension, prepared.samples, answers)
+        self.outcomes[name] = outcome = judge(data, prepared, answers, scores, self.options.seed)
+        engine.finish(name, rows_of(prepared.samples, answers, scores))
+        log(f"{name}: {data.dimension.metric} {outcome.score:.4f} on {len(answers)} samples")
+
+    def _prepare_test(self, engine: Engine, data: Data) -> None:
+        """The test file without answers, if a submission is about one."""
+        official, name = data.dimension.official, data.dimension.name
+        test = official.unlabelled(data.path) if official and official.unlabelled else []
+        if test and not self.options.limit:
+            self.tests[name] = engine.prepare(f"{name}.test", test, data.dimension.max_new_tokens)
+        elif official and official.unlabelled:
+            why = "limit is given" if self.options.limit else f"there is no test file beside {data.path}"
+            log(f"{official.name} will hold the scored samples and be no submission, because {why}")
+
+    def _export(self, engine: Engine, data: Data, answers: Sequence[Answer], interrupts: Interrupts) -> None:
+        """What the benchmark's own script or submission wants; for a submission its test file is asked, too."""
+        official, name = data.dimension.official, data.dimension.name
+        if official is None:
+            return
+        samples = self.prepared[name].samples
+        if name in self.tests:
+            prepared = self.tests[name]
+            if prepared.left_out:
+                log(f"{official.name} is not written: {len(prepared.left_out)} of its prompts do not fit")
+                return
+            with interrupts.computing():
+                answers = engine.answer(prepared)
+            samples = prepared.samples
+            engine.finish(prepared.name, rows_of(samples, answers, [{} for _ in samples]))
+        if self.processes.first:
+            folder = Path(self.options.output_path) / OFFICIAL
+            files.make_folder(folder)
+            files.write_text(folder / official.name, official.text(list(zip(samples, answers, strict=True))))
+            log(f"official form in {folder / official.name}")
+
+    def _write_reports(self, engine: Engine) -> None:
+        """eval_results.json and the radar chart."""
+        from eval.report import draw_radar, write_results
+
+        printed = self.printed() or {}
+        more = {
+            **printed,
+            "finished": not self.ended_by,
+            "limit": self.options.limit,
+            "seed": self.options.seed,
+            "num_fewshot": self.options.num_fewshot,
+            "dimensions": {name: outcome.report for name, outcome in self.outcomes.items()},
+        }
+        write_results(engine, FIVE, time.monotonic() - self.started, more)
+        if not self.outcomes:
+            return
+        path = Path(self.options.output_path) / RADAR_NAME
+        own = Path(self.options.adapter or self.settings.model).name
+        bounds = {
+            name: (outcome.report["floor"]["score"], outcome.report["ceiling"]["score"])
+            for name, outcome in self.outcomes.items()
+        }
+        draw_radar([(own, printed["evaluation_results"]), *self.others], list(self.outcomes), path, bounds)
+        log(f"drawn in {path}")
 
 
-def group_means(samples: Sequence[Sample], values: Sequence[float]) -> dict[str, dict[str, float]]:
-    """Mean and count by group."""
-    grouped: dict[str, list[float]] = {}
-    for sample, value in zip(samples, values, strict=True):
-        grouped.setdefault(sample.group, []).append(value)
-    return {
-        group: {"score": round(sum(found) / len(found), 4), "samples": len(found)} for group, found in grouped.items()
-    }
-
-
-def run(model: str, dimensions: Sequence[Dimension], options: Options, processes: Processes) -> dict[str, Any]:
-    """Ask every dimension, score, write the reports; what is printed."""
-    started = time.monotonic()
-    settings = Settings(
-        model=model, adapter=options.adapter, max_seq_len=options.max_seq_len, batch_size=options.batch_size,
-        gpu_id=options.gpu_id, mode=options.mode, dtype=options.dtype, chat_template=options.chat_template,
-        reuse_prefix=options.reuse_prefix, trust_remote_code=options.trust_remote_code,
-        output_path=options.output_path,
-    )  # fmt: skip
-    # 1. everything that can be wrong without the model
-    check(settings)
-    others = read_others(options.compare_with)
-    data = [load_data(dimension, options) for dimension in dimensions]
-    # 2. dimension by dimension: answers, scores, the per-sample file
-    engine = Engine(settings, processes)
-    outcomes: dict[str, Outcome] = {}
-    for dimension, (loaded, path, shipped) in zip(dimensions, data, strict=True):
-        samples = loaded.samples
-        answers = engine.answer(dimension.name, samples, [dimension.max_new_tokens] * len(samples))
-        if not processes.first:
-            continue
-        scores = [dimension.score(answer.text, sample) for sample, answer in zip(samples, answers, strict=True)]
-        outcomes[dimension.name] = judge(dimension, loaded, path, shipped, answers, scores, options.seed)
-        engine.finish(dimension.name, rows_of(samples, answers, scores))
-        log(f"{dimension.name}: {dimension.metric} {outcomes[dimension.name].score:.4f} on {len(samples)} samples")
-    # 3. what is printed, and the reports
-    printed = {
-        "evaluation_results": {name: outcome.score for name, outcome in outcomes.items()},
-        "diagnosis": {name: outcome.notes for name, outcome in outcomes.items() if outcome.notes},
-    }
-    if options.output_path and processes.first:
-        write_reports(engine, time.monotonic() - started, printed, outcomes, options, others)
-    return printed
+def how_it_ended(error: BaseException) -> str:
+    """The end of a run in words."""
+    if isinstance(error, Terminated):
+        return "ended by Ctrl-C" if error.code == 130 else "ended by SIGTERM"
+    return f"stopped ({type(error).__name__}: {error})"
 
 
 def read_others(paths: Sequence[str]) -> list[tuple[str, dict[str, float]]]:
@@ -294,41 +280,35 @@ def read_others(paths: Sequence[str]) -> list[tuple[str, dict[str, float]]]:
     return [read_scores(Path(path)) for path in paths]
 
 
-def write_reports(
-    engine: Engine, seconds: float, printed: Mapping[str, Any], outcomes: Mapping[str, Outcome], options: Options,
-    others: Sequence[tuple[str, dict[str, float]]],
-) -> None:  # fmt: skip
-    """eval_results.json and the radar chart."""
-    from eval.report import RADAR_NAME, draw_radar, write_results
-
-    more = {
-        **printed,
-        "limit": options.limit,
-        "seed": options.seed,
-        "num_fewshot": options.num_fewshot,
-        "dimensions": {name: outcome.report for name, outcome in outcomes.items()},
-    }
-    write_results(engine, "evaluate_model_from_five_dimensions", seconds, more)
-    path = Path(options.output_path) / RADAR_NAME
-    own = Path(options.adapter or engine.settings.model).name
-    draw_radar([(own, printed["evaluation_results"]), *others], list(outcomes), path)
-    log(f"drawn in {path}")
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse, run, print."""
 
     def body() -> int:
         given = build_parser().parse_args(argv)
         options = read_options(given.options)
-        if given.output_path and not options.output_path:
-            options = Options(**(vars(options) | {"output_path": given.output_path}))
+        options = replace(
+            options,
+            output_path=options.output_path or given.output_path,
+            export_official=options.export_official or given.export_official,
+        )
         dimensions = read_dimensions(given.dimensions)
         processes = Processes()
-        with stdout_to_stderr(), processes.connected():
-            printed = run(given.model, dimensions, options, processes)
-        if processes.first:
-            print(json.dumps(printed, ensure_ascii=False), flush=True)
+        names = [name for d in dimensions for name in (d.name, f"{d.name}.test")]
+        official = [f"{OFFICIAL}/{d.official.name}" for d in dimensions if d.official and options.export_official]
+        evaluation = Evaluation(given.model, dimensions, options, processes)
+        try:
+            with ExitStack() as stack:
+                stack.enter_context(stdout_to_stderr())
+                stack.enter_context(processes.connected())
+                others = [RADAR_NAME, *official]
+                stack.enter_context(owned(options.output_path, names, processes, others))
+                interrupts = stack.enter_context(Interrupts())
+                stack.enter_context(evaluation)
+                evaluation.run(interrupts)
+        finally:
+            printed = evaluation.printed()
+            if printed is not None and processes.first:
+                files.print_json(printed)
         return 0
 
     return run_main(body, speaks=os.environ.get("RANK", "0") == "0")

@@ -15,6 +15,7 @@ MOUNT_PATH="${MOUNT_PATH:-$HERE/mnt}"              # folder with output_path/ an
 MODEL_NAME_OR_PATH="${MODEL_NAME_OR_PATH:-}"       # whole model, merged model or adapter; empty: MOUNT_PATH/output_path
 DIMENSIONS="${DIMENSIONS:-}"                       # JSON list; empty: all five
 ADDITIONAL_PARAMETERS="${ADDITIONAL_PARAMETERS:-}" # JSON object with max_seq_len and so on; the .py's --help has them all
+EXPORT_OFFICIAL="${EXPORT_OFFICIAL:-false}"        # true: the answers as CMRC2018's script and CLUE want them, too
 OUTPUT_PATH="${OUTPUT_PATH:-}"                     # for eval_results.json, answers, chart; empty: MOUNT_PATH/eval_output
 NUM_PROCESSES="${NUM_PROCESSES:-1}"                # processes that share the samples, one GPU each
 # --- end of settings ---------------------------------------------------------------------------------------------------
@@ -26,9 +27,7 @@ read_settings "${BASH_SOURCE[0]}" "$@"
 : "${OUTPUT_PATH:=$MOUNT_PATH/eval_output/five_dimensions}"
 export MOUNT_PATH
 PYTHON=$(ensure_python "$HERE" "$HERE/requirements.txt") || exit 2
-offline_libraries
 has_gpu || tune_cpu
-run=("$PYTHON")
-if [ "$NUM_PROCESSES" != 1 ]; then run=("$PYTHON" -m torch.distributed.run --standalone --nproc-per-node "$NUM_PROCESSES"); fi
-exec "${run[@]}" "$HERE/eval/evaluate_model_from_five_dimensions.py" --output_path "$OUTPUT_PATH" \
+start_processes "$PYTHON" "$NUM_PROCESSES" "$HERE/eval/evaluate_model_from_five_dimensions.py" --output_path "$OUTPUT_PATH" \
+    --export_official "$EXPORT_OFFICIAL" \
     "$MODEL_NAME_OR_PATH" "$DIMENSIONS" "$ADDITIONAL_PARAMETERS"

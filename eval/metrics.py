@@ -115,6 +115,13 @@ def keyword_bleu(prediction: str, reference: str) -> float:
     return _bleu([token for p in ordered for token in tokens[p]], [[token for t in true for token in tokens[t]]])
 
 
+def keyword_f1(prediction: str, reference: str) -> float:
+    """F1 of whole keywords as sets, in lower case: how many of the true ones were named, and of the named ones true."""
+    true = {keyword.casefold() for keyword in split_keywords(reference)}
+    predicted = {keyword.casefold() for keyword in split_keywords(prediction)}
+    return 2 * len(true & predicted) / (len(true) + len(predicted)) if true & predicted else 0.0
+
+
 # --- ROUGE -----------------------------------------------------------------------------------------------------------
 
 
@@ -251,6 +258,16 @@ def longest_common_run(a: Sequence[str], b: Sequence[str]) -> int:
     return best
 
 
+# --- languages -------------------------------------------------------------------------------------------------------
+
+
+def language(text: str) -> str:
+    """`zh` for a text with at least one Chinese character or kana to four other letters, else `other`."""
+    cjk = sum(bool(CJK_CHARACTER.match(c)) for c in text)
+    letters = sum(c.isalpha() for c in text)
+    return "zh" if cjk and cjk * 5 >= letters else "other"
+
+
 # --- the table of metrics that a user can name, and summaries --------------------------------------------------------
 
 
@@ -269,7 +286,10 @@ METRICS: dict[str, Callable[[str, Sequence[str]], dict[str, float]]] = {
 
 
 def summary(values: Iterable[float], seed: int = 0) -> dict[str, Any]:
-    """Mean of per-sample scores, its standard error, and a percentile bootstrap interval.
+    """Mean of per-sample scores, its standard error, and its 95% interval.
+
+    The interval is Wilson's (1927) where every score is 0 or 1, because it holds for few samples and for all right,
+    too; otherwise the percentile bootstrap.
 
     Raises ValueError for no values or one that is not finite: neither can be a score.
     """
@@ -278,9 +298,12 @@ def summary(values: Iterable[float], seed: int = 0) -> dict[str, Any]:
     scores = np.asarray(list(values), dtype=np.float64)
     if not scores.size or not np.isfinite(scores).all():
         raise ValueError("a score needs at least one value, and finite ones")
-    draw = np.random.default_rng(seed)
-    means = [scores[draw.integers(0, scores.size, scores.size)].mean() for _ in range(RESAMPLES)]
-    low, high = np.quantile(means, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
+    if np.isin(scores, (0.0, 1.0)).all():
+        low, high = wilson(float(scores.mean()), scores.size)
+    else:
+        draw = np.random.default_rng(seed)
+        means = [scores[draw.integers(0, scores.size, scores.size)].mean() for _ in range(RESAMPLES)]
+        low, high = np.quantile(means, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
     error = float(scores.std(ddof=1)) / math.sqrt(scores.size) if scores.size > 1 else None
     return {
         "mean": float(scores.mean()),
@@ -288,3 +311,12 @@ def summary(values: Iterable[float], seed: int = 0) -> dict[str, Any]:
         "interval_95": [float(low), float(high)],
         "samples": int(scores.size),
     }
+
+
+def wilson(mean: float, count: int) -> tuple[float, float]:
+    """Wilson's 95% interval of a proportion `mean` of `count`."""
+    z = 1.959964
+    middle = mean + z * z / (2 * count)
+    width = z * math.sqrt(mean * (1 - mean) / count + z * z / (4 * count * count))
+    whole = 1 + z * z / count
+    return max(0.0, (middle - width) / whole), min(1.0, (middle + width) / whole)

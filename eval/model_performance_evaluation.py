@@ -3,11 +3,11 @@
 python eval/model_performance_evaluation.py --help        every setting
 Every assistant turn of the data is a reference for the turns before it. Prints one JSON object on stdout:
 {"code": 0, "msg": "Success", "data": {"evaluation_results": {"Rouge": 0.88}}}. When something is wrong the code is not
-0, msg says what, and the exit code is the same: 2 for what the user can mend, 1 for everything else.
+0, msg says what, and the exit code is the same: 2 for what the user can mend, 130 and 143 when Ctrl-C or SIGTERM ended
+it, 1 for everything else.
 """
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Sequence
@@ -17,19 +17,16 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from eval.engine import Engine, Processes, Settings, check
-from eval.metrics import METRICS
-from eval.samples import Sample, draw, rows_of, summarise
+from eval.answers import PERFORMANCE
+from eval.engine import Engine, Settings, check, owned
+from eval.interrupts import Interrupts
+from eval.metrics import METRICS, language
+from eval.processes import Processes
+from eval.prompts import Prepared
+from eval.samples import Answer, Sample, draw, rows_of, summarise
+from llmops import files
 from llmops.chat_formats import FAMILIES
-from llmops.console import (
-    FailureJson,
-    Parser,
-    UserError,
-    log,
-    run_main,
-    stdout_to_stderr,
-    to_bool,
-)  # fmt: skip
+from llmops.console import FailureJson, Parser, Terminated, UserError, log, run_main, stdout_to_stderr, to_bool
 from llmops.records import problems_error, read_conversations
 
 NAME = "model_performance"
@@ -60,8 +57,10 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add("--evaluation_metrics", action="append", default=[],
         help=f'some of {", ".join(METRICS)}: "Acc,Rouge", repeated, or a JSON list; default: Rouge')  # fmt: skip
-    add("--max_seq_len", type=int, default=512, help="prompt and answer together; longer prompts are cut and counted")
-    add("--max_new_tokens", type=int, default=0, help="longest answer; 0: twice the sample's longest reference")
+    add("--max_seq_len", type=to_length, default=0, metavar="N|auto",
+        help="prompt and answer together; longer prompts are cut and counted; auto: what the data needs, as far as "
+        "the model can")  # fmt: skip
+    add("--max_new_tokens", type=int, default=256, help="longest answer; those that run into it are counted")
     add("--per_device_batch_size", type=int, default=10, help="prompts per pass; halved when memory runs out")
     add("--gpu_id", type=int, default=0, help="number of the GPU; -1: CPU; without any GPU 0 is the CPU too")
     add("--output_path", default="", help="folder for eval_results.json and the answers; empty: nothing is written")
@@ -77,12 +76,25 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def to_length(text: str) -> int:
+    """A number of tokens from 1, or 0 for `auto`."""
+    if text.strip().lower() == "auto":
+        return 0
+    try:
+        length = int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"found {text!r}, expected a number of tokens or auto") from None
+    if length < 1:
+        raise argparse.ArgumentTypeError(f"max_seq_len is {length}; expected a whole number from 1, or auto")
+    return length
+
+
 def parse(argv: Sequence[str] | None) -> Config:
     """The configuration that command line arguments describe."""
     given = build_parser().parse_args(argv)
-    for name in ("limit", "max_new_tokens"):
-        if getattr(given, name) < 0:
-            raise UserError(f"--{name} is {getattr(given, name)}; expected 0 or more")
+    for name, least in (("limit", 0), ("max_new_tokens", 1)):
+        if getattr(given, name) < least:
+            raise UserError(f"--{name} is {getattr(given, name)}; expected {least} or more")
     settings = Settings(
         model=given.model_name_or_path, adapter=given.adapter, max_seq_len=given.max_seq_len,
         batch_size=given.per_device_batch_size, gpu_id=given.gpu_id, mode=given.mode, dtype=given.dtype,
@@ -101,8 +113,8 @@ def read_metrics(texts: Sequence[str]) -> tuple[str, ...]:
     for text in texts or ["Rouge"]:
         if text.lstrip().startswith("["):
             try:
-                listed = json.loads(text)
-            except json.JSONDecodeError as error:
+                listed = files.parse_json(text)
+            except files.BadJson as error:
                 raise UserError(f"--evaluation_metrics {text!r} is no JSON list ({error})") from error
         else:
             listed = text.split(",")
@@ -117,7 +129,7 @@ def read_metrics(texts: Sequence[str]) -> tuple[str, ...]:
 
 def read_samples(path: Path) -> list[Sample]:
     """One sample per assistant turn. Raises UserError for a file that is not there, empty, or has a bad line."""
-    if not path.is_file():
+    if not path.exists():
         raise UserError(f"the data set {path} does not exist; expected a jsonl file of conversations")
     samples: list[Sample] = []
     problems = []
@@ -139,20 +151,52 @@ def read_samples(path: Path) -> list[Sample]:
     return samples
 
 
-def run(config: Config, processes: Processes) -> dict[str, float]:
+def run(config: Config, processes: Processes, interrupts: Interrupts) -> dict[str, float]:
     """Answer every prompt, score the answers, write the reports; score by metric."""
     started = time.monotonic()
-    # 1. everything that can be wrong without the model
+    # 1. everything that can be wrong without the weights
     check(config.settings)
     samples = draw(read_samples(Path(config.dataset_path)), config.limit, config.seed)
-    # 2. the answers
-    engine = Engine(config.settings, processes)
-    longest = [max(map(engine.renderer.answer_length, sample.references)) for sample in samples]
-    limits = [config.max_new_tokens or 2 * length for length in longest]
-    answers = engine.answer(NAME, samples, limits)
-    if not processes.first:
-        return {}
-    # 3. the scores
+    with owned(config.settings.output_path, [NAME], processes):
+        engine = Engine(config.settings, processes)
+        try:
+            with interrupts.computing():
+                prepared = prepare(engine, samples, config.max_new_tokens)
+                # 2. the answers
+                answers = engine.answer(prepared)
+        except Terminated as ended:
+            raise Ended(ended.code, engine, config.settings.output_path) from ended
+        if not processes.first:
+            return {}
+        # 3. the scores and reports
+        return report(config, engine, prepared, answers, started)
+
+
+class Ended(Terminated):
+    """Ended by a signal; `args` say how far it was."""
+
+    def __init__(self, code: int, engine: Engine, output_path: str) -> None:
+        super().__init__(code)
+        known, total = engine.known.get(NAME, (0, 0))
+        kept = f"are in {output_path}; the same command goes on there" if output_path else "are lost (no output_path)"
+        how = f"{known} of {total} answers {kept}" if known else "no answer was there yet"
+        self.message = f"ended by {'Ctrl-C' if code == 130 else 'SIGTERM'}: {how}"
+
+
+def prepare(engine: Engine, samples: Sequence[Sample], max_new_tokens: int) -> Prepared:
+    """The prompts as tokens. Raises UserError when none fits."""
+    prepared = engine.prepare(NAME, samples, max_new_tokens)
+    if not prepared.samples:
+        needed = min(tokens for _, tokens in prepared.left_out)
+        raise UserError(f"max_seq_len {prepared.length} is too small for every prompt; give {needed} or more")
+    return prepared
+
+
+def report(
+    config: Config, engine: Engine, prepared: Prepared, answers: Sequence[Answer], started: float
+) -> dict[str, float]:
+    """The score by metric, rounded, after the reports were written."""
+    samples = prepared.samples
     scores = [
         {name: value for metric in config.metrics
          for name, value in METRICS[metric](answer.text, sample.references).items()}
@@ -160,12 +204,12 @@ def run(config: Config, processes: Processes) -> dict[str, float]:
     ]  # fmt: skip
     figures = summarise(scores, config.seed)
     results = {metric: round(figures[metric]["mean"], 4) for metric in config.metrics}
-    cut, empty = sum(a.cut for a in answers), sum(not a.text for a in answers)
-    if cut:
-        log(f"{cut} of {len(samples)} prompts were longer than max_seq_len allows and were cut")
-    if empty:
-        log(f"{empty} of {len(samples)} answers are empty")
-    # 4. the reports
+    languages = by_language(samples, scores, config.metrics)
+    counts = {
+        "samples": len(samples), "left_out": len(prepared.left_out), "prompts_cut": sum(a.cut for a in answers),
+        "empty_answers": sum(not a.text for a in answers), "answers_at_the_limit": sum(not a.ended for a in answers),
+    }  # fmt: skip
+    tell(counts, prepared, languages)
     seconds = time.monotonic() - started
     log(f"{len(samples)} answers in {seconds:.1f} s; " + ", ".join(f"{k} {v:.4f}" for k, v in results.items()))
     engine.finish(NAME, rows_of(samples, answers, scores))
@@ -174,12 +218,45 @@ def run(config: Config, processes: Processes) -> dict[str, float]:
 
         more = {
             "dataset_path": config.dataset_path, "limit": config.limit, "seed": config.seed,
-            "evaluation_results": results, "metrics": figures,
-            "baselines": {"echo of the question": echo_baseline(samples, config.metrics)},
-            "counts": {"samples": len(samples), "prompts_cut": cut, "empty_answers": empty},
+            "max_new_tokens": config.max_new_tokens, "max_seq_len": prepared.length,
+            "evaluation_results": results, "metrics": figures, "by_language": languages,
+            "baselines": {"echo of the question": echo_baseline(samples, config.metrics)}, "counts": counts,
         }  # fmt: skip
-        write_results(engine, "model_performance_evaluation", seconds, more)
+        write_results(engine, PERFORMANCE, seconds, more)
     return results
+
+
+def tell(counts: dict[str, int], prepared: Prepared, languages: dict[str, dict[str, float]]) -> None:
+    """What a reader of the scores must know, on stderr."""
+    asked = counts["samples"]
+    if counts["left_out"]:
+        log(
+            f"{counts['left_out']} of {asked + counts['left_out']} prompts do not fit into {prepared.length} tokens "
+            f"even without their question and are left out of the score; with max_seq_len {prepared.needed} none is"
+        )
+    if counts["prompts_cut"]:
+        log(f"{counts['prompts_cut']} of {asked} prompts were longer than max_seq_len allows and were cut")
+    if counts["empty_answers"]:
+        log(f"{counts['empty_answers']} of {asked} answers are empty")
+    if counts["answers_at_the_limit"]:
+        log(f"{counts['answers_at_the_limit']} of {asked} answers ran into the limit of tokens (--max_new_tokens)")
+    for name, found in languages.items():
+        log(f"{name}: " + ", ".join(f"{key} {value}" for key, value in found.items()))
+
+
+def by_language(
+    samples: Sequence[Sample], scores: Sequence[dict[str, float]], metrics: Sequence[str]
+) -> dict[str, dict[str, float]]:
+    """Scores by the references' language (`zh` or `other`) where a set has both; else nothing."""
+    rows: dict[str, list[dict[str, float]]] = {}
+    for sample, row in zip(samples, scores, strict=True):
+        rows.setdefault(language(sample.references[0]), []).append(row)
+    if len(rows) < 2:
+        return {}
+    return {
+        name: {"samples": len(found)} | {m: round(sum(row[m] for row in found) / len(found), 4) for m in metrics}
+        for name, found in sorted(rows.items(), reverse=True)
+    }
 
 
 def echo_baseline(samples: Sequence[Sample], metrics: Sequence[str]) -> dict[str, float]:
@@ -199,7 +276,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def say(code: int, message: str, results: dict[str, float] | None = None) -> None:
         if speaks:
-            print(json.dumps(answer_json(code, message, results or {}), ensure_ascii=False), flush=True)
+            files.print_json(answer_json(code, message, results or {}))
 
     def body() -> int:
         nonlocal speaks
@@ -207,8 +284,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             processes = Processes()
             speaks = processes.first
             config = parse(argv)
-            with stdout_to_stderr(), processes.connected():
-                results = run(config, processes)
+            try:
+                with stdout_to_stderr(), processes.connected(), Interrupts() as interrupts:
+                    results = run(config, processes, interrupts)
+            except Ended as ended:
+                say(ended.code, ended.message)
+                raise
         say(0, "Success", results)
         return 0
 

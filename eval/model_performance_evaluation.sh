@@ -15,8 +15,8 @@ MODEL_NAME_OR_PATH="${MODEL_NAME_OR_PATH:-}"         # whole model, merged model
 ADAPTER="${ADAPTER:-}"                               # an adapter's folder, put on the model
 DATASET_PATH="${DATASET_PATH:-}"                     # jsonl of conversations; empty: MOUNT_PATH/datasets/test.jsonl
 EVALUATION_METRICS="${EVALUATION_METRICS:-Rouge}"    # some of Acc, F1, BLEU, Rouge: "Acc,Rouge" or a JSON list
-MAX_SEQ_LEN="${MAX_SEQ_LEN:-512}"                    # prompt and answer together; longer prompts are cut and counted
-MAX_NEW_TOKENS="${MAX_NEW_TOKENS:-0}"                # longest answer; 0: twice the sample's longest reference
+MAX_SEQ_LEN="${MAX_SEQ_LEN:-auto}"                   # prompt and answer together; auto: what the data needs and the model can
+MAX_NEW_TOKENS="${MAX_NEW_TOKENS:-256}"              # longest answer; those that run into it are counted
 PER_DEVICE_BATCH_SIZE="${PER_DEVICE_BATCH_SIZE:-10}" # prompts per pass; halved when memory runs out
 GPU_ID="${GPU_ID:-0}"                                # number of the GPU; -1: CPU; without any GPU 0 is the CPU too
 NUM_PROCESSES="${NUM_PROCESSES:-1}"                  # processes that share the samples, one GPU each
@@ -38,8 +38,5 @@ read_settings "${BASH_SOURCE[0]}" "$@"
 : "${OUTPUT_PATH:=$MOUNT_PATH/eval_output/model_performance}"
 mapfile -d '' -t settings < <(setting_flags MOUNT_PATH NUM_PROCESSES)
 PYTHON=$(ensure_python "$HERE" "$HERE/requirements.txt") || exit 2
-offline_libraries
 has_gpu || tune_cpu
-run=("$PYTHON")
-if [ "$NUM_PROCESSES" != 1 ]; then run=("$PYTHON" -m torch.distributed.run --standalone --nproc-per-node "$NUM_PROCESSES"); fi
-exec "${run[@]}" "$HERE/eval/model_performance_evaluation.py" "${settings[@]}"
+start_processes "$PYTHON" "$NUM_PROCESSES" "$HERE/eval/model_performance_evaluation.py" "${settings[@]}"

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
+from llmops import process_group
 from llmops.console import UserError
 
 LONGEST_WAIT = timedelta(days=7)  # processes wait for the slowest one
@@ -36,7 +37,7 @@ class Processes:
             raise UserError("WORLD_SIZE is set but not MASTER_ADDR; start several processes with torchrun")
         import torch.distributed as dist
 
-        dist.init_process_group("gloo", timeout=LONGEST_WAIT)
+        dist.init_process_group("gloo", init_method=process_group.init_method(), timeout=LONGEST_WAIT)
         try:
             yield
         finally:

@@ -7,6 +7,7 @@ from eval.samples import Sample
 from llmops import checkpoints
 from llmops.chat_formats import ChatFormat
 from llmops.console import UserError
+from llmops.control_tokens import ControlTokens
 
 
 class Renderer:
@@ -23,6 +24,8 @@ class Renderer:
                 raise UserError(f"{error}; or turn chat_template off to ask in plain text") from error
         else:
             self.tokenizer = checkpoints.load_tokenizer(folder, trust_remote_code)
+        # without a chat format, too, a text is a text
+        self.controls = self.chat.controls if self.chat else ControlTokens(self.tokenizer, {})
         self.known: dict[str, list[int]] = {}
         self.stop_ids = sorted(self._stop_ids())
 
@@ -30,7 +33,7 @@ class Renderer:
         """The tokens up to where the answer begins."""
         if self.chat:
             return self.chat.prompt(sample.messages)
-        return self.tokenizer(self.plain_text(sample))["input_ids"]
+        return self.controls.encode_text(self.plain_text(sample), add_special_tokens=True)
 
     def plain_text(self, sample: Sample) -> str:
         """The conversation as text without role tokens, up to where the answer begins."""
@@ -49,7 +52,7 @@ class Renderer:
             return [self._chat_answer(choice)[:-1] for choice in sample.choices]
         found = []
         for choice in sample.choices:
-            whole = self.tokenizer(self.plain_text(sample) + choice)["input_ids"]
+            whole = self.controls.encode_text(self.plain_text(sample) + choice, add_special_tokens=True)
             if whole[-1:] == [self.tokenizer.eos_token_id]:
                 whole = whole[:-1]
             joined = whole[: len(prompt)] == list(prompt) and len(whole) > len(prompt)
@@ -66,7 +69,7 @@ class Renderer:
         return text if self.chat else text.split("\n", 1)[0].rstrip()
 
     def _bare(self, text: str) -> list[int]:
-        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return self.controls.encode_text(text)
 
     def _chat_answer(self, answer: str) -> list[int]:
         """The learned tokens of an answer: it and its end token."""

@@ -1,6 +1,5 @@
 """eval_results.json and the radar chart of the five dimensions."""
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -8,15 +7,16 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from eval.engine import Engine, write_complete
-from llmops import pictures
+from eval import answers
+from eval.answers import FIVE, RESULTS_NAME
+from eval.engine import Engine
+from llmops import files, pictures
 from llmops.console import UserError, log
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-RESULTS_NAME = "eval_results.json"
-RADAR_NAME = "five_dimensions.png"
+FLOOR, CEILING = "floor: reached without a model", "ceiling: best to be expected"
 COLORS = ("#2a6fbb", "#d9762b", "#2e7d5b", "#8f4aa8", "#b8413c", "#6b6b6b")
 
 
@@ -36,29 +36,33 @@ def write_results(engine: Engine, command: str, seconds: float, more: Mapping[st
         "seconds": round(seconds, 2),
         "versions": packages,
     }
-    path = Path(settings.output_path) / RESULTS_NAME
-    write_complete(path, json.dumps(head | dict(more), ensure_ascii=False, indent=2) + "\n")
-    log(f"results in {path}")
+    log(f"results in {answers.write_results(Path(settings.output_path), command, head | dict(more))}")
 
 
 def read_scores(path: Path) -> tuple[str, dict[str, float]]:
     """(name of the model, score by dimension) of an eval_results.json or the folder that holds it."""
-    path = path / RESULTS_NAME if path.is_dir() else path
+    path = answers.results_of(path, FIVE) if path.is_dir() else path
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = files.read_json(path, RESULTS_NAME)
         scores = {name: float(score) for name, score in found["evaluation_results"].items()}
         return Path(found["model"]).name, scores
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (UserError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
             f"compare_with: {path} is no {RESULTS_NAME} of the five dimensions ({type(error).__name__})"
         ) from error
 
 
-def draw_radar(models: Sequence[tuple[str, Mapping[str, float]]], dimensions: Sequence[str], path: Path) -> None:
+Bounds = Mapping[str, tuple[float, float]]
+
+
+def draw_radar(
+    models: Sequence[tuple[str, Mapping[str, float]]], dimensions: Sequence[str], path: Path, bounds: Bounds
+) -> None:
     """One polygon per model over the dimensions, from 0 in the middle to 1; with one or two dimensions, bars.
 
-    The scores stand beside the dimensions, in the order of the legend. A dimension that a model was not asked has no
-    point in its polygon.
+    The scores stand beside the dimensions, in the order of the legend, with [floor, ceiling] below. A dimension that a
+    model was not asked has no point in its polygon. `bounds` are floor and ceiling by dimension: the grey area needs no
+    model, and the dashed line is the best that can be expected.
     """
     names = pictures.prepare_labels([name for name, _ in models])
     import matplotlib.pyplot as plt
@@ -67,15 +71,17 @@ def draw_radar(models: Sequence[tuple[str, Mapping[str, float]]], dimensions: Se
         dimension.replace("_", "\n")
         + "\n"
         + " / ".join(f"{scores[dimension]:.2f}" if dimension in scores else "-" for _, scores in models)
+        + "\n[{:.2f}, {:.2f}]".format(*bounds[dimension])
         for dimension in dimensions
     ]
     if len(dimensions) < 3:
         figure, axes = plt.subplots(figsize=(6, 4.5), dpi=120, layout="constrained")
-        draw_bars(axes, names, models, dimensions, labels)
+        draw_bars(axes, names, models, dimensions, labels, bounds)
         pictures.save(figure, path)
         return
     figure, axes = plt.subplots(figsize=(7.5, 6), dpi=120, layout="constrained", subplot_kw={"projection": "polar"})
     angles = [2 * math.pi * i / len(dimensions) for i in range(len(dimensions))]
+    draw_bounds(axes, angles, [bounds[dimension] for dimension in dimensions])
     for k, (name, (_, scores)) in enumerate(zip(names, models, strict=True)):
         known = [(angle, scores[d]) for angle, d in zip(angles, dimensions, strict=True) if d in scores]
         closed = [*known, known[0]] if known else []
@@ -87,7 +93,8 @@ def draw_radar(models: Sequence[tuple[str, Mapping[str, float]]], dimensions: Se
     axes.set_xticks(angles, [""] * len(angles))
     for angle, label in zip(angles, labels, strict=True):
         side = "center" if abs(math.sin(angle)) < 0.1 else "left" if math.sin(angle) > 0 else "right"
-        axes.text(angle, 1.1, label, ha=side, va="center", fontsize=9)
+        height = "bottom" if math.cos(angle) > 0.9 else "top" if math.cos(angle) < -0.5 else "center"
+        axes.text(angle, 1.06, label, ha=side, va=height, fontsize=9)
     axes.set_ylim(0, 1)
     axes.set_yticks([0.2, 0.4, 0.6, 0.8, 1.0])
     axes.tick_params(axis="y", labelsize=7, labelcolor="#777777")
@@ -95,11 +102,26 @@ def draw_radar(models: Sequence[tuple[str, Mapping[str, float]]], dimensions: Se
     pictures.save(figure, path)
 
 
+def draw_bounds(axes: "Axes", angles: Sequence[float], bounds: Sequence[tuple[float, float]]) -> None:
+    """Floors as a grey area, ceilings as a dashed line, at each angle."""
+    around = [*angles, angles[0]]
+    floors, ceilings = ([pair[k] for pair in [*bounds, bounds[0]]] for k in (0, 1))
+    axes.fill(around, floors, color="#9a9a9a", alpha=0.35, linewidth=0, label=FLOOR)
+    axes.plot(around, ceilings, color="#777777", linestyle="--", linewidth=1, label=CEILING)
+
+
 def draw_bars(
     axes: "Axes", names: Sequence[str], models: Sequence[tuple[str, Mapping[str, float]]], dimensions: Sequence[str],
-    labels: Sequence[str],
+    labels: Sequence[str], bounds: Bounds,
 ) -> None:  # fmt: skip
-    """A group of bars per dimension, one per model."""
+    """A group of bars per dimension, one per model; its floor as a grey box, its ceiling as a dashed line."""
+    for i, dimension in enumerate(dimensions):
+        floor, ceiling = bounds[dimension]
+        first = i == 0
+        axes.bar(i, floor, 0.96, color="#9a9a9a", alpha=0.35, label=FLOOR if first else None)
+        axes.hlines(
+            ceiling, i - 0.48, i + 0.48, color="#777777", linestyle="--", linewidth=1, label=CEILING if first else None
+        )
     width = 0.8 / len(models)
     for k, (name, (_, scores)) in enumerate(zip(names, models, strict=True)):
         places = [i + (k - (len(models) - 1) / 2) * width for i in range(len(dimensions))]

@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from eval import metrics
@@ -15,7 +16,8 @@ class Sample:
 
     The last user turn is `before` + `passage` + `after`; when a prompt is too long, first the earliest turns of
     `history` (its system message stays) and then the end of the passage are cut. With `choices` the answer is the most
-    likely one of them, otherwise it is generated.
+    likely one of them, otherwise it is generated. `id` is the benchmark's own name of the sample. `spans`: the
+    references are words of the passage, so a cut may lose them.
     """
 
     before: str
@@ -25,6 +27,8 @@ class Sample:
     history: tuple[Message, ...] = ()
     choices: tuple[str, ...] = ()
     group: str = ""
+    id: str = ""
+    spans: bool = False
 
     @property
     def messages(self) -> list[Message]:
@@ -34,6 +38,13 @@ class Sample:
     def shortened(self, characters: int) -> "Sample":
         """With the first so many characters of the passage."""
         return replace(self, passage=self.passage[:characters])
+
+    def loses_answer(self, characters: int) -> bool:
+        """Whether the first so many characters of the passage hold none of the references that the whole holds."""
+        if not self.spans or characters >= len(self.passage):
+            return False
+        inside = [reference for reference in self.references if reference in self.passage]
+        return bool(inside) and not any(reference in self.passage[:characters] for reference in inside)
 
     def without_first_turns(self) -> "Sample | None":
         """Without the earliest question and answer before the question; None when there is none."""
@@ -46,7 +57,8 @@ class Sample:
 class Answer:
     """What a model said to a sample: the text, or the choice with the log-likelihood of every choice.
 
-    `key` names model, prompt, choices and limit: the same key, the same answer.
+    `key` names model, prompt, choices and limit: the same key, the same answer. `cut`: something of the prompt did not
+    fit; `lost`: the answer was in what was cut. `ended` is False when a generated text ran into its limit.
     """
 
     key: str
@@ -55,15 +67,29 @@ class Answer:
     prompt_tokens: int
     cut: bool
     loglikelihoods: tuple[float, ...] = ()
+    choice_tokens: tuple[int, ...] = ()
+    lost: bool = False
+    ended: bool = True
+    new_tokens: int = 0
+
+    def normalised_choice(self, choices: Sequence[str]) -> str:
+        """The choice that is the likeliest per token: sums of logarithms favour answers of fewer tokens."""
+        means = [total / count for total, count in zip(self.loglikelihoods, self.choice_tokens, strict=True)]
+        return choices[max(range(len(means)), key=means.__getitem__)]
 
 
 @dataclass
 class Loaded:
-    """A data set as it was read: what is evaluated, examples by group for few-shot prompts, what a reader must know."""
+    """A data set as it was read: what is evaluated, examples by group for few-shot prompts, what a reader must know.
+
+    `path` is where the samples are from when it is not what was read; `total` how many there were before a draw.
+    """
 
     samples: list[Sample]
     examples: dict[str, list[Sample]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    path: Path | None = None
+    total: int = 0
 
 
 def add_examples(loaded: Loaded, count: int, seed: int) -> Loaded:
@@ -99,7 +125,7 @@ def add_examples(loaded: Loaded, count: int, seed: int) -> Loaded:
     fewest = min(map(len, chosen.values()), default=count)
     if fewest < count:
         notes.append(f"some prompts have {fewest} examples instead of the {count} asked for: the data has no more")
-    return Loaded(samples, {}, notes)
+    return replace(loaded, samples=samples, examples={}, notes=notes)
 
 
 def draw(samples: Sequence[Sample], limit: int, seed: int) -> list[Sample]:
@@ -140,11 +166,16 @@ def rows_of(
     return [
         {
             "index": i,
+            "id": sample.id,
             "key": answer.key,
             "group": sample.group,
             "prompt": answer.prompt,
+            "prompt_tokens": answer.prompt_tokens,
             "prompt_cut": answer.cut,
+            "answer_cut_off": answer.lost,
             "prediction": answer.text,
+            "new_tokens": answer.new_tokens,
+            "ended": answer.ended,
             "references": list(sample.references),
             "scores": {name: round(value, 6) for name, value in score.items()},
             "choices": list(sample.choices),

@@ -4,7 +4,6 @@ python faq/demo.py prepare FOLDER    make FOLDER/tiny-chat-model and FOLDER/faq.
 python faq/demo.py report FOLDER     what the run in FOLDER learned
 """
 
-import json
 import shutil
 import sys
 from collections.abc import Sequence
@@ -14,6 +13,7 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
 from faq.catalog import Catalog, wording_of
+from llmops import files
 from llmops.console import log, run_main
 from llmops.faq_records import read_faq
 
@@ -24,7 +24,7 @@ def prepare(folder: Path) -> None:
     """Copy the data and make the base model; a folder that is complete is left alone."""
     folder.mkdir(parents=True, exist_ok=True)
     parts = [HERE / "demo_data" / name for name in ("faq.jsonl", "out_of_scope.jsonl")]
-    (folder / "faq.jsonl").write_text("".join(path.read_text(encoding="utf-8") for path in parts), encoding="utf-8")
+    files.write_text(folder / "faq.jsonl", "".join(files.read_text(path) for path in parts))
     model = folder / MODEL_NAME
     if (model / "config.json").is_file():
         return
@@ -48,10 +48,10 @@ def prepare(folder: Path) -> None:
 
 def report(folder: Path) -> None:
     """Print what was learned, where the outputs are and what to type next."""
-    scores = json.loads((folder / "scores.json").read_text(encoding="utf-8"))["results"]
+    scores = files.read_object(folder / "scores.json")["results"]
     best, free = scores
     output = folder / "output_path"
-    predictions = [json.loads(line) for line in (output / "predictions.jsonl").read_text(encoding="utf-8").splitlines()]
+    predictions = [line.value for line in files.json_lines(output / "predictions.jsonl")]
     shown = "".join(
         f"  {'right' if row['intent'] == row['reference'] else 'WRONG'}   {row['question']} -> {row['intent']} "
         f"({row['probability']:.0%}, then {row['runner_up']['intent']})\n"

@@ -5,7 +5,6 @@ Prints one JSON object per question on stdout, or writes them to --output_file.
 """
 
 import argparse
-import json
 import os
 import sys
 import time
@@ -17,10 +16,10 @@ from typing import TYPE_CHECKING, Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from faq.catalog import Catalog, load_catalog
-from llmops import checkpoints, devices
+from llmops import checkpoints, devices, files
 from llmops.chat_formats import FAMILIES, ChatFormat
 from llmops.console import Parser, UserError, has_gpu, log, progress, run_main, stdout_to_stderr, to_bool
-from llmops.faq_records import INTENTS_NAME, read_faq
+from llmops.faq_records import INTENTS_NAME, read_faq, refuse_unfinished
 from llmops.records import Message
 
 if TYPE_CHECKING:
@@ -89,16 +88,25 @@ def check(config: Config) -> Path:
         and Path(config.output_file).resolve() == Path(config.input_file).resolve()
     ):
         raise UserError(f"--output_file is the input file {config.input_file}; choose another one")
+    if config.output_file and files.same_or_inside(Path(config.output_file), model):
+        refuse_model_file(Path(config.output_file))
     if config.intents_file:
         return Path(config.intents_file)
     beside = model / INTENTS_NAME
     return beside if beside.is_file() or model.name != "merged" else model.parent / INTENTS_NAME
 
 
+def refuse_model_file(path: Path) -> None:
+    """Raise UserError for an output file in the model's folder that would replace a part of the model."""
+    if path.is_dir() or (path.exists() and path.suffix != ".jsonl"):
+        raise UserError(f"--output_file {path} is a part of the model; choose another name, such as predictions.jsonl")
+
+
 def read_queries(config: Config, catalog: Catalog) -> list[Query]:
     """The questions with their prompts."""
     if config.question:
         return [Query(text, tuple(catalog.prompt(text))) for text in config.question]
+    refuse_unfinished(Path(config.input_file).parent)
     data = read_faq(Path(config.input_file), need_intent=False)
     queries = []
     for record in data.records:
@@ -132,8 +140,8 @@ def check_length(prompts: Sequence[Sequence[int]], queries: Sequence[Query], mor
     worst = max(range(len(prompts)), key=lambda i: len(prompts[i]))
     if length and len(prompts[worst]) + more > length:
         raise UserError(
-            f"the question {queries[worst].question[:40]!r} makes {len(prompts[worst])} prompt tokens and up to {more} "
-            f"of answer, more than the model's {length}; shorten it, or train with fewer candidates"
+            f"the question {files.shown(queries[worst].question, 40)} makes {len(prompts[worst])} prompt tokens and up "
+            f"to {more} of answer, more than the model's {length}; shorten it, or train with fewer candidates"
         )
 
 
@@ -198,7 +206,7 @@ def run(config: Config) -> list[dict[str, Any]]:
     _, chat = checkpoints.load_chat_format(folder, config.mode or catalog.mode, config.trust_remote_code)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = checkpoints.load_trained(folder, checkpoints.choose_dtype(config.dtype), config.trust_remote_code, device)
-    model.to(device)
+    model = checkpoints.merged(model).to(device)
     pad = chat.tokenizer.pad_token_id or 0
     size = config.batch_size or chat.family.generation["batch_size"]
     generator = Generator(model, pad, size, config.reuse_prefix)
@@ -225,16 +233,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         config = Config(**(options | {"question": tuple(options["question"])}))
         with stdout_to_stderr():
             predictions = run(config)
-        text = "".join(json.dumps(found, ensure_ascii=False) + "\n" for found in predictions)
+        text = "".join(files.dumps(found) + "\n" for found in predictions)
         if not config.output_file:
-            sys.stdout.write(text)
+            files.write_stdout(text)
             return 0
-        target = Path(config.output_file)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        part = target.with_name(target.name + ".part")
-        part.write_text(text, encoding="utf-8")
-        part.replace(target)
-        log(f"predictions in {target}")
+        files.write_text(Path(config.output_file), text)
+        log(f"predictions in {config.output_file}")
         return 0
 
     return run_main(body)

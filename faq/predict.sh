@@ -31,7 +31,6 @@ read_settings "${BASH_SOURCE[0]}" "$@"
 : "${MODEL_NAME_OR_PATH:=$MOUNT_PATH/output_path}"
 mapfile -d '' -t settings < <(setting_flags CUDA_VISIBLE_DEVICES MOUNT_PATH)
 PYTHON=$(ensure_python "$HERE" "$HERE/requirements.txt") || exit 2
-offline_libraries
 has_gpu || tune_cpu
 if [ -n "$CUDA_VISIBLE_DEVICES" ]; then export CUDA_VISIBLE_DEVICES; else unset CUDA_VISIBLE_DEVICES; fi
 exec "$PYTHON" "$HERE/faq/predict.py" "${settings[@]}"

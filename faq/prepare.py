@@ -6,7 +6,6 @@ Prints what it made as one JSON object on stdout; says on stderr what it read an
 
 import argparse
 import json
-import os
 import sys
 from collections import defaultdict
 from collections.abc import Sequence
@@ -17,8 +16,10 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from faq.catalog import Catalog, load_catalog, wording_of
-from llmops import checkpoints
+from faq import prepared
+from faq.catalog import Catalog, wording_of
+from faq.prepared import OUTPUTS
+from llmops import checkpoints, files
 from llmops.chat_formats import FAMILIES
 from llmops.console import Parser, UserError, log, run_main, to_bool
 from llmops.faq_records import INTENTS_NAME, FaqFile, FaqRecord, read_faq
@@ -26,7 +27,6 @@ from llmops.records import Message
 
 LINES_SHOWN = 10
 LENGTHS_TRIED = 20  # of the longest questions: training checks every row
-OUTPUTS = ("train.jsonl", "test.jsonl", INTENTS_NAME)
 
 
 @dataclass(frozen=True)
@@ -108,13 +108,6 @@ def check(config: Config) -> None:
     for given in (config.data_file, config.test_data_file):
         if given and any(Path(given).resolve() == (output / name).resolve() for name in OUTPUTS):
             problems.append(f"{given} would be overwritten by its own result; move it out of --output_dir")
-    ours = (output / INTENTS_NAME).is_file()
-    theirs = [name for name in OUTPUTS[:2] if (output / name).exists()]
-    if theirs and not ours and not config.overwrite:
-        problems.append(
-            f"{output} holds {' and '.join(theirs)} that this command did not write; move them, choose another "
-            "--output_dir, or pass --overwrite true"
-        )
     if config.model_name_or_path:
         model = Path(config.model_name_or_path)
         if not (model / "config.json").is_file():
@@ -157,7 +150,8 @@ def without_conflicts(examples: Sequence[Example], skip_bad: bool, repeats_stay:
             conflicts.append((known, example))
     if conflicts:
         shown = "\n  ".join(
-            f"{b.place}: {b.question!r} has the intent {b.intent!r} here and {a.intent!r} in line {a.line}"
+            f"{b.place}: {files.shown(b.question)} has the intent {files.shown(b.intent)} here and "
+            f"{files.shown(a.intent)} in line {a.line}"
             for a, b in conflicts[:LINES_SHOWN]
         )
         text = f"{len(conflicts)} questions have two intents; decide on one each:\n  {shown}"
@@ -262,6 +256,9 @@ def run(config: Config) -> dict[str, Any]:
     """Read, check, split, write; what was made, as printed."""
     # 1. read every record
     check(config)
+    if not config.overwrite:
+        prepared.complete(Path(config.output_dir))
+        prepared.refuse_foreign(Path(config.output_dir))
     data = read_faq(Path(config.data_file), config.skip_bad_lines)
     log(f"{data.path}: {data.kind}, {len(data.records)} records")
     report_skipped(data)
@@ -306,7 +303,7 @@ def run(config: Config) -> dict[str, Any]:
         "test.jsonl": make_rows(test, catalog, 0 if config.test_data_file else ratio, config.seed),
     }
     # 4. all files, or none
-    write_outputs(Path(config.output_dir), rows, catalog)
+    write_outputs(config, rows, catalog)
     counts = {name.partition(".")[0]: len(found) for name, found in rows.items()}
     none_rows = sum(row["intent"] == none for row in rows["train.jsonl"])
     made = f"{counts['train']} rows to train on ({none_rows} of them {none}), {counts['test']} to test"
@@ -334,26 +331,17 @@ def check_known(test: list[Example], intents: dict[str, str], none: str, skip_ba
     return [e for e in test if e.intent in intents or e.intent == none]
 
 
-def write_outputs(folder: Path, rows: dict[str, list[dict[str, Any]]], catalog: Catalog) -> None:
-    """Write all files aside, then give them their names."""
-    folder.mkdir(parents=True, exist_ok=True)
-    texts = {name: "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in found) for name, found in rows.items()}
-    texts[INTENTS_NAME] = catalog.to_json()
-    for name, text in texts.items():
-        with open(folder / f"{name}.part", "w", encoding="utf-8") as stream:
-            stream.write(text)
-            stream.flush()
-            os.fsync(stream.fileno())
-    for name in texts:
-        (folder / f"{name}.part").replace(folder / name)
-    load_catalog(folder / INTENTS_NAME)  # what predict will read
+def write_outputs(config: Config, rows: dict[str, list[dict[str, Any]]], catalog: Catalog) -> None:
+    """Write all files, or none."""
+    texts = {name: "".join(files.dumps(row) + "\n" for row in found) for name, found in rows.items()}
+    prepared.write(Path(config.output_dir), texts | {INTENTS_NAME: catalog.to_json()}, config.overwrite)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse, run, print."""
 
     def body() -> int:
-        print(json.dumps(run(Config(**vars(build_parser().parse_args(argv)))), ensure_ascii=False))
+        files.print_json(run(Config(**vars(build_parser().parse_args(argv)))))
         return 0
 
     return run_main(body)

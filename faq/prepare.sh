@@ -34,7 +34,6 @@ read_settings "${BASH_SOURCE[0]}" "$@"
 
 if [ -n "$MODEL_NAME_OR_PATH" ]; then # its tokenizer is asked
     PYTHON=$(ensure_python "$HERE" "$HERE/requirements.txt") || exit 2
-    offline_libraries
     has_gpu || tune_cpu
 else
     PYTHON=$(project_python "$HERE") || exit 2

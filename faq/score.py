@@ -9,7 +9,6 @@ included when they are candidates (as in scikit-learn's default). The standard e
 """
 
 import argparse
-import json
 import math
 import sys
 from collections import Counter
@@ -20,7 +19,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from faq.catalog import load_catalog, wording_of
-from llmops import pictures
+from llmops import files, pictures
 from llmops.console import Parser, UserError, log, run_main
 from llmops.faq_records import INTENTS_NAME
 
@@ -38,20 +37,21 @@ def build_parser() -> argparse.ArgumentParser:
 
 def read_predictions(path: Path) -> list[dict[str, Any]]:
     """The lines of a file. Raises UserError for a line that is no prediction with a true intent."""
-    if not path.is_file():
-        raise UserError(f"{path} does not exist; faq/predict.sh --output_file writes such a file")
     found = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{path}:{number}: broken JSON: {error.msg}") from error
-        missing = [key for key in ("intent", "reference") if not isinstance(row, dict) or key not in row]
-        if missing:
+    cure = "faq/predict.sh --output_file writes such a file"
+    for number, row, problem in files.json_lines(path, "the predictions", cure):
+        if problem:
+            raise UserError(f"{path}:{number}: {problem}")
+        is_row = isinstance(row, dict)
+        wrong = [key for key in ("intent", "reference") if not is_row or not isinstance(row.get(key), str)]
+        if wrong:
             raise UserError(
-                f"{path}:{number}: no {missing[0]!r}; expected a prediction of faq/predict.sh for a question "
+                f"{path}:{number}: no {wrong[0]!r}; expected a prediction of faq/predict.sh for a question "
                 "whose true intent is known"
             )
+        flags = [key for key in ("known", "constrained") if not isinstance(row.get(key, True), bool)]
+        if flags:
+            raise UserError(f"{path}:{number}: {flags[0]!r} is {files.shown(row[flags[0]])}, expected true or false")
         found.append(row)
     if not found:
         raise UserError(f"{path} is empty; expected predictions of faq/predict.sh")
@@ -128,13 +128,14 @@ def draw(rows: Sequence[dict[str, Any]], result: dict[str, Any], path: Path) -> 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
     """Score every file, draw the first one's confusions; what is printed."""
-    files = [Path(name) for name in arguments.predictions]
-    read = [read_predictions(path) for path in files]
-    intents = Path(arguments.intents_file or files[0].with_name(INTENTS_NAME))
+    paths = [Path(name) for name in arguments.predictions]
+    read = [read_predictions(path) for path in paths]
+    intents = Path(arguments.intents_file or paths[0].with_name(INTENTS_NAME))
     given = arguments.intents_file or intents.is_file()
     none = load_catalog(intents).none if given else wording_of("auto").none
-    results = [{"file": str(path)} | score(rows, none) for path, rows in zip(files, read, strict=True)]
-    picture = Path(arguments.picture) if arguments.picture else files[0].with_suffix(".png")
+    results = [{"file": str(path)} | score(rows, none) for path, rows in zip(paths, read, strict=True)]
+    picture = Path(arguments.picture) if arguments.picture else paths[0].with_suffix(".png")
+    pictures.refuse_other(picture)
     if results[0]["most_confused"]:
         draw(read[0], results[0], picture)
         log(f"confusions drawn in {picture}")
@@ -145,7 +146,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Parse, run, print."""
 
     def body() -> int:
-        print(json.dumps(run(build_parser().parse_args(argv)), ensure_ascii=False))
+        files.print_json(run(build_parser().parse_args(argv)))
         return 0
 
     return run_main(body)

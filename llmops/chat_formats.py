@@ -11,7 +11,9 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from llmops.chat_templates import ChatTemplate, written_around
 from llmops.console import EXIT_USER_ERROR, UserError, log
+from llmops.control_tokens import ControlTokens
 from llmops.records import Message
 
 
@@ -25,10 +27,11 @@ class Rendered:
 
 @dataclass(frozen=True)
 class Piece:
-    """A run of text or one token, in a format that is laid out by id."""
+    """A run of text or, where it says so, one token by its name or id, in a format that is laid out by id."""
 
     content: str | int
     learned: bool = False
+    control: bool = False
 
 
 Layout = Callable[[Sequence[Message], bool], list[Piece]]
@@ -97,6 +100,11 @@ def read_families(folder: Path) -> dict[str, Family]:
     return families
 
 
+def control(token: str | int, learned: bool = False) -> Piece:
+    """A control token of the format."""
+    return Piece(token, learned, control=True)
+
+
 def glm_layout(messages: Sequence[Message], generate: bool) -> list[Piece]:
     """ChatGLM-6B: `[Round i]\\n问：q\\n答：` as text, [gMASK] sop, the answer, eop. Only the last answer is learned."""
     system, turns = split_system(messages)
@@ -107,21 +115,21 @@ def glm_layout(messages: Sequence[Message], generate: bool) -> list[Piece]:
     question = rounds[-1][0]["content"]
     # the vendor's chat API sends a single question bare and numbers rounds from 0
     prompt = f"{history}[Round {len(rounds) - 1}]\n问：{question}\n答：" if history else question
-    pieces = [Piece(system + prompt), Piece("[gMASK]"), Piece("<sop>")]
+    pieces = [Piece(system + prompt), control("[gMASK]"), control("<sop>")]
     if not generate:
-        pieces += [Piece(rounds[-1][1]["content"], True), Piece("<eop>", True)]
+        pieces += [Piece(rounds[-1][1]["content"], True), control("<eop>", True)]
     return pieces
 
 
 def glm2_layout(messages: Sequence[Message], generate: bool) -> list[Piece]:
     """ChatGLM2: `[gMASK]sop[Round i]\\n\\n问：q\\n\\n答：a</s>`, blank lines between rounds; the end token by id."""
     system, turns = split_system(messages)
-    pieces = [Piece("[gMASK]"), Piece("sop")]
+    pieces = [control("[gMASK]"), control("sop")]
     for i in range(0, len(turns), 2):
         lead = system if i == 0 else "\n\n"
         pieces.append(Piece(f"{lead}[Round {i // 2 + 1}]\n\n问：{turns[i]['content']}\n\n答："))
         if i + 1 < len(turns):
-            pieces += [Piece(turns[i + 1]["content"], True), Piece("</s>", True)]
+            pieces += [Piece(turns[i + 1]["content"], True), control("</s>", True)]
     return pieces
 
 
@@ -130,16 +138,16 @@ def glm3_layout(messages: Sequence[Message], generate: bool) -> list[Piece]:
 
     An answer ends with the next `<|user|>`, the last with eos.
     """
-    pieces = [Piece("[gMASK]"), Piece("sop")]
+    pieces = [control("[gMASK]"), control("sop")]
     for i, message in enumerate(messages):
         answer = message["role"] == "assistant"
         after_answer = i > 0 and messages[i - 1]["role"] == "assistant"
         pieces += [
-            Piece(f"<|{message['role']}|>", after_answer),
+            control(f"<|{message['role']}|>", after_answer),
             Piece("\n", answer),
             Piece(message["content"], answer),
         ]
-    pieces.append(Piece("<|assistant|>") if generate else Piece("</s>", True))
+    pieces.append(control("<|assistant|>") if generate else control("</s>", True))
     return pieces
 
 
@@ -149,10 +157,10 @@ def baichuan2_layout(messages: Sequence[Message], generate: bool) -> list[Piece]
     pieces = [Piece(system)] if system else []
     for message in turns:
         if message["role"] == "user":
-            pieces += [Piece(195), Piece(message["content"])]
+            pieces += [control(195), Piece(message["content"])]
         else:
-            pieces += [Piece(196), Piece(message["content"], True), Piece("</s>", True)]
-    return pieces + ([Piece(196)] if generate else [])
+            pieces += [control(196), Piece(message["content"], True), control("</s>", True)]
+    return pieces + ([control(196)] if generate else [])
 
 
 def split_system(messages: Sequence[Message]) -> tuple[str, list[Message]]:
@@ -173,6 +181,13 @@ LAYOUTS: dict[str, Layout] = {
     "glm3": glm3_layout,
     "baichuan2": baichuan2_layout,
 }
+# what the layouts insert by id
+OWN_TOKENS: dict[str, tuple[str | int, ...]] = {
+    "glm": ("[gMASK]", "<sop>", "<eop>"),
+    "glm2": ("[gMASK]", "sop", "</s>"),
+    "glm3": ("[gMASK]", "sop", "</s>", "<|system|>", "<|user|>", "<|assistant|>"),
+    "baichuan2": (195, 196, "</s>"),
+}
 TEMPLATES = Path(__file__).resolve().parent.parent / "faq" / "templates"
 try:
     FAMILIES = read_families(TEMPLATES)
@@ -184,23 +199,37 @@ MODES_TEXT = ", ".join(FAMILIES)
 
 
 class ChatFormat:
-    """Renders conversations for one tokenizer: by its own chat template, or by a family's entry."""
+    """Renders conversations for one tokenizer: by its own chat template, or by a family's entry.
 
-    def __init__(self, tokenizer: Any, family: Family = OWN) -> None:
+    Control tokens come from the format alone: their texts in a message are encoded as text, unless
+    `allow_special_tokens` lets the tokenizer take them for what they look like.
+    """
+
+    def __init__(self, tokenizer: Any, family: Family = OWN, allow_special_tokens: bool = False) -> None:
         self.tokenizer = tokenizer
         self.family = family
+        self.allow_special_tokens = allow_special_tokens
         self.layout = LAYOUTS[family.layout] if family.layout else None
         if family.chat_template:
             tokenizer.chat_template = family.chat_template
         self.name = family.name if family is not OWN else "the checkpoint's own chat template"
         if self.layout is None and not tokenizer.chat_template:
             raise UserError(f"the checkpoint has no chat template; pass --mode with its format, one of {MODES_TEXT}")
+        self.template = None if self.layout else ChatTemplate(tokenizer, self._template_name())
+        own = {self._token_text(token): self._special_id(token) for token in self._own_tokens()}
+        self.controls = ControlTokens(tokenizer, own, written_around(self.template) if self.template else ())
 
     def prompt(self, messages: Sequence[Message]) -> list[int]:
         """Token ids of the messages up to where the assistant begins to write; the last message is the user's."""
         if self.layout:
             return self._encode_pieces(self.layout(messages, True)).ids
-        return self._encode(self._text(messages, generate=True))
+        self.template.start(messages)
+        if self._trusted(messages):
+            text = self.template.text(messages, generate=True)
+            ids = self._encode(text)
+            if self._own_only(text, messages, True, ids):
+                return ids
+        return self.controls.encode_named(self.template.named(messages, True, self.controls))[0]
 
     def stop_ids(self) -> list[int]:
         """Tokens at which the assistant has finished: the end token and the family's own."""
@@ -217,44 +246,72 @@ class ChatFormat:
             if self.family.one_sample_per_answer:
                 return [self._encode_pieces(self.layout(messages[:end], False)) for end in ends]
             return [self._encode_pieces(self.layout(messages, False))]
-        spans = self._answer_spans(messages, ends)
-        if spans is not None:
-            return [self._encode_spans(self._text(messages), spans)]
-        return [self._encode_last_answer(messages[:end]) for end in ends]
+        self.template.start(messages)
+        samples = self._templated(messages, ends, False) if self._trusted(messages) else None
+        return samples or self._templated(messages, ends, True) or []
 
-    def _text(self, messages: Sequence[Message], generate: bool = False) -> str:
-        from jinja2.exceptions import TemplateError
+    def _trusted(self, messages: Sequence[Message]) -> bool:
+        """Whether the rendered messages may go to the tokenizer as they are."""
+        return self.allow_special_tokens or self.controls.first(messages) is None
 
-        try:
-            return self.tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=generate)
-        except TemplateError as error:
-            raise UserError(f"the checkpoint's chat template refuses a conversation: {error}") from error
+    def _own_only(self, text: str, messages: Sequence[Message], generate: bool, ids: Sequence[int]) -> bool:
+        """Whether all control tokens of a rendered and encoded conversation are the template's."""
+        if self.allow_special_tokens:
+            return True
+        if self.controls.checks and self.controls.count(ids) != len(self.controls.found(text)):
+            return False
+        return self.template.own_only(text, messages, generate, self.controls)
 
-    def _answer_spans(self, messages: Sequence[Message], ends: list[int]) -> list[tuple[int, int]] | None:
+    def _text(self, messages: Sequence[Message], generate: bool, named: bool) -> str:
+        if named:
+            return self.template.named(messages, generate, self.controls)
+        return self.template.text(messages, generate)
+
+    def _templated(self, messages: Sequence[Message], ends: list[int], named: bool) -> list[Rendered] | None:
+        """The samples by the template, with names for its control tokens or without.
+
+        None when a text without names has control tokens that are not the template's.
+        """
+        text = self._text(messages, False, named)
+        spans = self._answer_spans(messages, ends, text, named)
+        parts = [(messages, text, spans)] if spans is not None else [
+            (messages[:end], *self._last_answer(messages[:end], named)) for end in ends
+        ]  # fmt: skip
+        samples = []
+        for part, written, answers in parts:
+            sample = self._encode_spans(written, answers, named)
+            if not named and not self._own_only(written, part, False, sample.ids):
+                return None
+            samples.append(sample)
+        return samples
+
+    def _answer_spans(
+        self, messages: Sequence[Message], ends: list[int], text: str, named: bool
+    ) -> list[tuple[int, int]] | None:
         """Character spans of the answers in the full text, or None when the parts are not prefixes of the whole."""
-        text = self._text(messages)
         spans = []
         for end in ends:
-            before = self._text(messages[: end - 1], generate=True)
-            upto = self._text(messages[:end])
+            before = self._text(messages[: end - 1], True, named)
+            upto = text if end == len(messages) else self._text(messages[:end], False, named)
             if not (upto.startswith(before) and text.startswith(upto)):
                 return None
             spans.append((len(before), end_of_answer(upto)))
         return spans
 
-    def _encode_last_answer(self, messages: Sequence[Message]) -> Rendered:
-        before, text = self._text(messages[:-1], generate=True), self._text(messages)
+    def _last_answer(self, messages: Sequence[Message], named: bool) -> tuple[str, list[tuple[int, int]]]:
+        """The text that ends with an answer, and the answer's span in it."""
+        before, text = self._text(messages[:-1], True, named), self._text(messages, False, named)
         if not text.startswith(before):
             raise UserError(
                 "the checkpoint's chat template writes an answer differently from its own generation prompt, so its "
                 f"tokens cannot be found; pass --mode with one of {MODES_TEXT}"
             )
-        return self._encode_spans(text, [(len(before), end_of_answer(text))])
+        return text, [(len(before), end_of_answer(text))]
 
     def _encode(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
-    def _encode_spans(self, text: str, spans: list[tuple[int, int]]) -> Rendered:
+    def _encode_spans(self, text: str, spans: list[tuple[int, int]], named: bool) -> Rendered:
         """Encode the text as a whole and mark the tokens that overlap a span. Needs a fast tokenizer's offsets."""
         if not self.tokenizer.is_fast:
             ids: list[int] = []
@@ -262,50 +319,60 @@ class ChatFormat:
             cursor = 0
             for start, end in [*spans, (len(text), len(text))]:
                 for part, flag in ((text[cursor:start], False), (text[start:end], True)):
-                    encoded = self._encode(part) if part else []
+                    encoded = (self.controls.encode_named(part)[0] if named else self._encode(part)) if part else []
                     ids += encoded
                     learned += [flag] * len(encoded)
                 cursor = end
             return Rendered(ids, learned)
-        encoding = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-        learned = [False] * len(encoding["input_ids"])
+        if named:
+            ids, offsets = self.controls.encode_named(text)
+        else:
+            encoding = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+            ids, offsets = encoding["input_ids"], encoding["offset_mapping"]
+        learned = [False] * len(ids)
         position = 0
-        for i, (start, end) in enumerate(encoding["offset_mapping"]):
+        for i, (start, end) in enumerate(offsets):
             while position < len(spans) and spans[position][1] <= start:
                 position += 1
             if position == len(spans):
                 break
             learned[i] = end > spans[position][0] and start < spans[position][1]
-        return Rendered(encoding["input_ids"], learned)
+        return Rendered(ids, learned)
 
     def _encode_pieces(self, pieces: list[Piece]) -> Rendered:
         ids: list[int] = []
         learned: list[bool] = []
         for piece in pieces:
-            if isinstance(piece.content, int):
-                encoded = [piece.content]
-            elif is_special(piece.content):
+            if piece.control:
                 encoded = [self._special_id(piece.content)]
+            elif self.allow_special_tokens:
+                encoded = self._encode(str(piece.content))
             else:
-                encoded = self._encode(piece.content)
+                encoded = self.controls.encode_text(str(piece.content))
             ids += encoded
             learned += [piece.learned] * len(encoded)
         return Rendered(ids, learned)
 
-    def _special_id(self, token: str) -> int:
+    def _special_id(self, token: str | int) -> int:
+        if isinstance(token, int):
+            return token
         if token == "</s>":
             return self.tokenizer.eos_token_id
         if hasattr(self.tokenizer, "get_command"):  # ChatGLM2 and 3 keep their special ids outside the vocabulary
             return self.tokenizer.get_command(token)
         return self.tokenizer.convert_tokens_to_ids(token)
 
+    def _own_tokens(self) -> set[str | int]:
+        """What the format inserts by id."""
+        return {*OWN_TOKENS.get(self.family.layout, ()), *self.family.stop}
 
-SPECIAL = {"[gMASK]", "<sop>", "<eop>", "sop", "</s>", "<|system|>", "<|user|>", "<|assistant|>"}
+    def _token_text(self, token: str | int) -> str:
+        """The text of a token that the format inserts by id."""
+        named = getattr(self.tokenizer, "convert_ids_to_tokens", None)
+        return token if isinstance(token, str) else str(named(token) if named else token)
 
-
-def is_special(text: str) -> bool:
-    """Whether a piece is one of the tokens that must be inserted by id."""
-    return text in SPECIAL
+    def _template_name(self) -> str:
+        return "the checkpoint's chat template" if self.family is OWN else f"the chat template of {self.family.name}"
 
 
 def end_of_answer(text: str) -> int:

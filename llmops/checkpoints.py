@@ -2,7 +2,10 @@
 
 import json
 import os
-from collections.abc import Sequence
+import pickle
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +16,8 @@ from llmops.console import UserError, log
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 
 
 def is_adapter(folder: Path) -> bool:
@@ -85,11 +90,15 @@ def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> "PreTrained
 
 
 def load_chat_format(
-    folder: Path, mode: str = "auto", trust_remote_code: bool = False
+    folder: Path, mode: str = "auto", trust_remote_code: bool = False, allow_special_tokens: bool = False
 ) -> tuple["PreTrainedTokenizerBase", ChatFormat]:
-    """The tokenizer of a checkpoint folder and how its conversations are written."""
+    """The tokenizer of a checkpoint folder and how its conversations are written.
+
+    `allow_special_tokens`: the text of a control token in a message becomes that token.
+    """
     tokenizer = load_tokenizer(folder, trust_remote_code)
-    return tokenizer, ChatFormat(tokenizer, choose_family(folder, mode, bool(tokenizer.chat_template)))
+    family = choose_family(folder, mode, bool(tokenizer.chat_template))
+    return tokenizer, ChatFormat(tokenizer, family, allow_special_tokens)
 
 
 def choose_family(folder: Path, mode: str, has_template: bool | None = None) -> Family:
@@ -130,7 +139,7 @@ def load_model(
     With a GPU as `device` the weights go there one by one, and never all into the machine's memory.
     """
     auto_class = causal_class(folder, trust_remote_code)
-    try:
+    with reading_weights(f"the model in {folder}"):
         return auto_class.from_pretrained(
             str(folder),
             dtype=dtype,
@@ -139,8 +148,32 @@ def load_model(
             local_files_only=True,
             **({"device_map": {"": device}} if device is not None and device.type != "cpu" else {}),
         )
-    except (OSError, ValueError) as error:
-        raise UserError(f"the model in {folder} cannot be loaded ({first_line(error)})") from error
+
+
+def refused_pickle(error: pickle.UnpicklingError) -> str:
+    """Why torch would not load a pickle: the code it asks for, or that it is none."""
+    found = re.search(r"GLOBAL (\S+)", str(error))
+    if found:
+        return f"a file asks for {found[1]}, which weights do not need; nothing of it was run"
+    return "a .bin file is damaged, or no weights file"
+
+
+@contextmanager
+def reading_weights(what: str) -> Iterator[None]:
+    """Turn the errors of damaged and hostile weights into UserError. No code of a pickle runs: llmops/__init__.py."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except pickle.UnpicklingError as error:
+        reason = refused_pickle(error)
+        raise UserError(f"{what} cannot be loaded: {reason}; copy it again from a source you trust") from error
+    except RuntimeError as error:
+        if "PytorchStreamReader" not in str(error):  # out of memory and such
+            raise
+        raise UserError(f"{what} cannot be loaded: a .bin file is damaged; copy it again") from error
+    except (OSError, ValueError, EOFError, SafetensorError) as error:
+        raise UserError(f"{what} cannot be loaded ({first_line(error)})") from error
 
 
 def fixed_attention(model: "torch.nn.Module") -> str | None:
@@ -212,8 +245,16 @@ def load_trained(
 
     base = base_folder(folder)
     log(f"the adapter {folder} goes on {base}")
+    if not any((folder / name).is_file() for name in ADAPTER_WEIGHTS):
+        raise UserError(f"the adapter {folder} has no weights ({' or '.join(ADAPTER_WEIGHTS)}); copy the folder again")
     model = load_model(base, dtype, trust_remote_code, device=device)
-    return PeftModel.from_pretrained(model, str(folder), autocast_adapter_dtype=False)
+    with reading_weights(f"the adapter {folder}"):
+        return PeftModel.from_pretrained(model, str(folder), local_files_only=True, autocast_adapter_dtype=False)
+
+
+def merged(model: "torch.nn.Module") -> "torch.nn.Module":
+    """The model with its adapter added to its weights, for answering: half the kernels per token. No copy is made."""
+    return model.merge_and_unload() if hasattr(model, "merge_and_unload") else model
 
 
 def merge_adapter(

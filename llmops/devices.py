@@ -33,6 +33,8 @@ def driver_version(path: Path = DRIVER_FILE) -> str:
 
 def check_gpu() -> None:
     """Raise UserError when a GPU is here that torch cannot use, or torch sees one that this toolkit does not know."""
+    if os.environ.get("DS_ACCELERATOR") == "cpu":
+        return  # asked for, by chat_main.sh too where CUDA_VISIBLE_DEVICES is -1
     import torch
 
     usable = torch.cuda.is_available()
@@ -95,6 +97,8 @@ def prepare_process(environ: MutableMapping[str, str]) -> None:
     """
     if KEPT in environ:
         environ[VISIBLE] = environ[KEPT]
+    if environ.get("DS_ACCELERATOR") == "cpu":
+        environ[VISIBLE] = "-1"  # DeepSpeed's launcher numbers the processes in it
     beside = str(Path(sys.executable).parent)
     if shutil.which("ninja", path=environ.get("PATH", "")) is None:
         environ["PATH"] = os.pathsep.join(filter(None, (environ.get("PATH", ""), beside)))

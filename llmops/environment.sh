@@ -35,18 +35,103 @@ read_settings() {
         esac
         name=${1#--}
         name=${name^^}
-        [[ $1 == --* && " ${NAMES[*]} " == *" $name "* ]] || die "unknown argument $1; bash ${script##*/} --help lists every setting"
+        if [[ $1 != --* ]] || ! one_of "$name" "${NAMES[@]}"; then
+            die "unknown argument $1; bash ${script##*/} --help lists every setting"
+        fi
         [ $# -ge 2 ] || die "$1 needs a value; bash ${script##*/} --help lists every setting"
         printf -v "$name" '%s' "$2"
         shift 2
     done
+    check_settings
 }
 
-# setting_flags NAME...: the settings that have a value as flags, without the named ones, each ended by a NUL
+# one_of WORD WORDS...: whether the first is among the others
+one_of() {
+    local word=$1 other
+    shift
+    for other; do [ "$word" != "$other" ] || return 0; done
+    return 1
+}
+
+# The settings of all commands that are true or false; a command's own list is what it has of these.
+BOOLEANS=(CHAT_TEMPLATE CONSTRAIN DRY_RUN EXPLAIN GRADIENT_CHECKPOINTING LOAD_BEST_MODEL_AT_END MERGE_LORA NO_SSH OVERWRITE
+    OVERWRITE_OUTPUT_PATH PACKING RESUME REUSE_PREFIX SKIP_BAD_LINES TENSORBOARD TRUST_REMOTE_CODE WATCH)
+
+# check_settings: what this shell itself acts on, however it was set; the rest is checked by the Python program it is for.
+# After it a boolean is true or false, with the words that llmops/console.py takes.
+check_settings() {
+    local name
+    for name in "${NAMES[@]}"; do
+        case $name in
+        NUM_PROCESSES) check_number NUM_PROCESSES 1 1024 ;;
+        NODE_RANK) check_number NODE_RANK 0 65535 ;;
+        MASTER_PORT) check_number MASTER_PORT 1 65535 ;;
+        CUDA_VISIBLE_DEVICES) check_devices ;;
+        *) ! one_of "$name" "${BOOLEANS[@]}" || check_boolean "$name" ;;
+        esac
+    done
+}
+
+# shown_setting NAME: the flag and the value, for an error
+shown_setting() { printf -- "--%s is '%s'" "${1,,}" "${!1}"; }
+
+# trimmed TEXT: without blanks at both ends
+trimmed() {
+    local text=$1
+    text=${text#"${text%%[![:space:]]*}"}
+    printf '%s' "${text%"${text##*[![:space:]]}"}"
+}
+
+# check_boolean NAME: true, yes and 1 become true, false, no and 0 become false, in any case; an empty one is the default
+check_boolean() {
+    local value
+    value=$(trimmed "${!1}")
+    case ${value,,} in
+    true | yes | 1) printf -v "$1" true ;;
+    false | no | 0) printf -v "$1" false ;;
+    "") printf -v "$1" '' ;;
+    *) die "$(shown_setting "$1"), expected true or false" ;;
+    esac
+}
+
+# check_number NAME LOWEST HIGHEST: a whole number in these bounds, or empty
+check_number() {
+    local value
+    value=$(trimmed "${!1}")
+    if [ -n "$value" ]; then
+        if [[ ! $value =~ ^[0-9]{1,9}$ ]] || ((10#$value < $2 || 10#$value > $3)); then
+            die "$(shown_setting "$1"), expected a whole number from $2 to $3"
+        fi
+        value=$((10#$value))
+    fi
+    printf -v "$1" '%s' "$value"
+}
+
+# check_devices: CUDA_VISIBLE_DEVICES is empty, -1 (none), or GPUs by number or by UUID, each once
+check_devices() {
+    local device seen=() value=${CUDA_VISIBLE_DEVICES//[[:space:]]/}
+    CUDA_VISIBLE_DEVICES=$value
+    if [ -z "$value" ] || [ "$value" = -1 ]; then return; fi
+    while IFS= read -r -d , device; do
+        [[ $device =~ ^([0-9]{1,4}|(GPU|MIG)-[0-9A-Za-z/-]+)$ ]] ||
+            die "$(shown_setting CUDA_VISIBLE_DEVICES), expected GPUs such as 0,1 (numbers from 0 or UUIDs), or -1 for none"
+        ! one_of "$device" ${seen[@]+"${seen[@]}"} || die "$(shown_setting CUDA_VISIBLE_DEVICES), which names $device twice"
+        seen+=("$device")
+    done <<<"$value,"
+}
+
+# setting_flags NAME...: the settings that have a value as flags, without the named ones, each ended by a NUL. A value that
+# begins with a dash (-1e-5) is joined to its flag, or Python's argparse would take it for a flag.
 setting_flags() {
     local name
     for name in "${NAMES[@]}"; do
-        [[ " $* " == *" $name "* ]] || [ -z "${!name}" ] || printf '%s\0' "--${name,,}" "${!name}"
+        if [[ " $* " == *" $name "* || -z ${!name} ]]; then
+            continue
+        elif [[ ${!name} == -* ]]; then
+            printf '%s\0' "--${name,,}=${!name}"
+        else
+            printf '%s\0' "--${name,,}" "${!name}"
+        fi
     done
 }
 
@@ -85,7 +170,7 @@ demo_folder() {
     if [ "$1" = "$2/mnt" ] && [ ! -d "$1" ]; then printf '%s\n' "$2/mnt_demo"; else printf '%s\n' "$1/demo"; fi
 }
 
-# has_gpu: whether an NVIDIA device is there; CUDA_VISIBLE_DEVICES=-1 asks for the CPU
+# has_gpu: whether an NVIDIA device is there and CUDA_VISIBLE_DEVICES does not say none
 has_gpu() { [ "${CUDA_VISIBLE_DEVICES:-}" != -1 ] && { [ -e /dev/nvidiactl ] || [ -e /dev/dxg ]; }; }
 
 # tune_cpu: for work without a GPU; what the environment has already stays
@@ -99,8 +184,20 @@ tune_cpu() {
     export MALLOC_TOP_PAD_=${MALLOC_TOP_PAD_:-268435456}
 }
 
-# offline_libraries: nothing is fetched unless the environment says so
-offline_libraries() { export HF_HUB_OFFLINE="${HF_HUB_OFFLINE:-1}" TOKENIZERS_PARALLELISM="${TOKENIZERS_PARALLELISM:-true}"; }
+# start_processes PYTHON NUMBER SCRIPT ARGUMENTS...: the end of a shell whose work is shared by processes of one machine.
+# torchrun's own store would listen on every address of the machine: here its agent meets itself in a file, and the
+# processes meet on the loopback address (llmops/process_group.py).
+start_processes() {
+    local python=$1 number=$2 meeting status=0
+    shift 2
+    [ "$number" != 1 ] || exec "$python" "$@"
+    meeting=$(mktemp -d) || die "no temporary folder can be made; set TMPDIR to a folder that can be written to"
+    export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
+    forward "$python" -m torch.distributed.run --nnodes 1 --nproc-per-node "$number" --local-addr 127.0.0.1 \
+        --rdzv-backend c10d --rdzv-endpoint "$meeting/store" --rdzv-conf store_type=file "$@" || status=$?
+    rm -rf -- "$meeting"
+    exit "$status"
+}
 
 # project_python: any Python 3.11 or newer, preferring the one that will run the work; enough for --help and checks
 project_python() {

@@ -20,6 +20,7 @@ from llmops.records import Message, Problem, check_messages, problems_error
 
 LITERAL_LIMIT = 1 << 20  # characters of a list that is written as text
 INTENTS_NAME = "intents.json"  # beside the training data, and beside the model that learned it
+PREPARED_NAME = ".prepare.json"  # beside the training data: what faq/prepare wrote, and whether all of it
 QUESTION_KEYS = ("question", "text", "query", "问题")
 LIST_KEY = "input"
 INTENT_KEYS = ("intent", "category", "label", "意图")
@@ -54,6 +55,16 @@ class FaqFile:
     kind: str
     records: list[FaqRecord]
     problems: list[Problem]
+
+
+def refuse_unfinished(folder: Path) -> None:
+    """Raise UserError where faq/prepare was killed between its files: they may not belong together."""
+    path = folder / PREPARED_NAME
+    if path.is_file() and files.read_object(path, "faq/prepare's list of its files").get("state") == "writing":
+        raise UserError(
+            f"faq/prepare was killed while it wrote to {folder}, so {INTENTS_NAME} and the data there may not belong "
+            "together; run faq/prepare.sh again"
+        )
 
 
 def read_faq(path: Path, skip_bad_lines: bool = False, need_intent: bool = True) -> FaqFile:

@@ -10,7 +10,7 @@ from transformers.cache_utils import Cache
 
 from llmops import shared_prefix
 from llmops.checkpoints import fixed_attention
-from llmops.shared_prefix import Prefix, empty_cache, segments_of
+from llmops.shared_prefix import ROOM, GrowingLayer, Prefix, empty_cache, segments_of
 
 T = TypeVar("T")
 WORTH_A_PASS = 512  # tokens of padding that cost less than a pass more
@@ -64,19 +64,12 @@ class Passes:
             states.append(state)
         if any(prefix.length for prefix in prefixes):  # whole prompts beside short ends of others
             states = [state if state.prefixes[0].length else own_prefixes(state) for state in states]
-        return states[0] if len(parts) == 1 else self._join(states, parts)
-
-    def _join(self, states: list[State], parts: list[list[int]]) -> State:
-        """One state of several; `parts[i]` are the rows that those of `states[i]` become."""
+        if len(parts) == 1:
+            return states[0]
         order = [row for rows in parts for row in rows]
-        prompts = in_order([prompt for state in states for prompt in state.prompts], order)
-        prefixes = in_order([prefix for state in states for prefix in state.prefixes], order)
-        cache = empty_cache()
-        for number, layers in enumerate(zip(*(state.cache.layers for state in states if state.cache), strict=True)):
-            keys, values = [layer.keys for layer in layers], [layer.values for layer in layers]
-            cache.update(side_by_side(keys, order, 2), side_by_side(values, order, 2), number)
-        logits = side_by_side([state.logits for state in states], order)
-        return State(logits, prompts, prefixes, cache, side_by_side([state.valid for state in states], order, 1))
+        joined = merge([(state, list(range(len(state.prompts)))) for state in states], order)
+        joined.logits = side_by_side([state.logits for state in states], order)
+        return joined
 
     def ask(self, state: State, rows: list[int], paths: Sequence[tuple[int, ...]], keep: int = 0) -> torch.Tensor:
         """Logits [rows, V] after these rows' prompts and paths; the state stays as it was.
@@ -85,16 +78,7 @@ class Passes:
         """
         if state.cache is None:
             return self._plain([[*state.prompts[k], *path] for k, path in zip(rows, paths, strict=True)], keep)
-        return self.step(self.select(state, rows), list(paths), keep)
-
-    def select(self, state: State, rows: list[int]) -> State:
-        """The state of some rows, with a cache of their own."""
-        index = torch.tensor(rows, device=self.device)
-        cache = empty_cache()
-        for number, layer in enumerate(state.cache.layers if state.cache else []):
-            cache.update(layer.keys[index], layer.values[index], number)
-        prompts, prefixes = [state.prompts[k] for k in rows], [state.prefixes[k] for k in rows]
-        return State(state.logits, prompts, prefixes, cache, state.valid[index])
+        return self.step(merge([(state, rows)]), list(paths), keep)
 
     def step(self, state: State, new: Sequence[Sequence[int]], keep: int = 0) -> torch.Tensor:
         """Append tokens to every row of a state with a cache; the logits after them, as `_ask`."""
@@ -130,6 +114,45 @@ class Passes:
             inputs["logits_to_keep"] = keep or 1
         logits = self.model(input_ids=ids, **inputs).logits
         return logits[:, -keep:] if keep else logits[:, -1]
+
+
+def merge(
+    pieces: Sequence[tuple[State, list[int]]], order: Sequence[int] | None = None, consume: bool = False
+) -> State:
+    """One state of some rows of several, with a cache of its own; without the logits.
+
+    The rows follow one another, or row i stands at place `order[i]`. Columns that none of them needs are left out. The
+    pieces stay as they were, unless they are consumed: layer by layer, so that memory never holds everything twice.
+    """
+    states = [state for state, _ in pieces]
+    count = sum(len(rows) for _, rows in pieces)
+    order = range(count) if order is None else order
+    device = states[0].valid.device
+    index = [torch.tensor(rows, device=device) for _, rows in pieces]
+    places = torch.tensor(list(order), device=device).split([len(rows) for _, rows in pieces])
+    valid = [state.valid[rows] for state, rows in zip(states, index, strict=True)]
+    width = max((int(columns.sum(1).max()) for columns in valid if columns.numel()), default=0)
+
+    def gathered(tensors: list[torch.Tensor], room: int = 0) -> torch.Tensor:
+        """Rows [count, ..., width + room, ...] of tensors whose columns are dimension -2, aligned on the right."""
+        shape = list(tensors[0].shape)
+        shape[0], shape[-2] = count, width + room
+        whole = tensors[0].new_zeros(shape)
+        for tensor, rows, at in zip(tensors, index, places, strict=True):
+            used = min(width, tensor.shape[-2])
+            whole[at, ..., width - used : width, :] = tensor[rows, ..., tensor.shape[-2] - used :, :]
+        return whole
+
+    layers = []
+    for same in zip(*(state.cache.layers if state.cache else [] for state in states), strict=True):
+        both = (gathered([layer.keys for layer in same], ROOM), gathered([layer.values for layer in same], ROOM))
+        layers.append(GrowingLayer.of(*both, width))
+        for layer in same if consume else ():
+            layer.drop()
+    prompts = in_order([state.prompts[k] for state, rows in pieces for k in rows], order)
+    prefixes = in_order([state.prefixes[k] for state, rows in pieces for k in rows], order)
+    columns = gathered([state.valid[:, :, None] for state in states])[:, :, 0]
+    return State(torch.empty(0), prompts, prefixes, Cache(layers), columns)
 
 
 def own_prefixes(state: State) -> State:

@@ -1,15 +1,16 @@
 """What all pictures share: a font that has the texts' characters, files that appear when they are complete."""
 
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llmops.console import log
+from llmops import files
+from llmops.console import UserError, log
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+PNG = b"\x89PNG\r\n\x1a\n"  # how a PNG begins
 CHINESE_FONTS = (
     "Noto Sans CJK SC", "Noto Sans SC", "Source Han Sans SC", "Source Han Sans CN", "WenQuanYi Micro Hei",
     "WenQuanYi Zen Hei", "Microsoft YaHei", "SimHei", "PingFang SC", "Heiti SC", "Arial Unicode MS",
@@ -44,7 +45,18 @@ def save(figure: "Figure", path: Path) -> None:
     """Write a PNG that appears under its name when it is complete, and close the figure."""
     import matplotlib.pyplot as plt
 
-    staged = path.with_name(path.name + ".part")
-    figure.savefig(staged, format="png")
-    plt.close(figure)
-    shutil.move(staged, path)
+    try:
+        with files.writing(path, "wb") as stream:
+            figure.savefig(stream, format="png")
+    finally:
+        plt.close(figure)
+
+
+def refuse_other(path: Path) -> None:
+    """Raise UserError for a target that is there and is no PNG: a picture replaces nothing but a picture."""
+    if not path.exists():
+        return
+    with files.open_regular(path, "the picture's target") as stream:
+        start = stream.read(8)
+    if start and start != PNG:
+        raise UserError(f"{path} is there and is no PNG; a picture would replace it: choose another name")

@@ -98,6 +98,20 @@ AttentionMaskInterface.register(NAME, sdpa_mask)
 class GrowingLayer(DynamicLayer):
     """A layer's keys and values with room to grow: a token more does not copy those before it."""
 
+    @classmethod
+    def of(cls, keys: torch.Tensor, values: torch.Tensor, length: int) -> "GrowingLayer":
+        """A layer that holds the first `length` columns of tensors [B, kv_heads, C, d]; the rest is its room."""
+        layer = cls()
+        layer.lazy_initialization(keys, values)
+        layer.room = (keys, values)
+        layer.keys, layer.values = keys[:, :, :length], values[:, :, :length]
+        return layer
+
+    def drop(self) -> None:
+        """Let go of the tensors."""
+        self.keys = self.values = self.keys.new_empty(0)
+        self.room = (self.keys, self.values)
+
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:

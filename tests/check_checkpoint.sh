@@ -8,6 +8,6 @@ HERE=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
 source "$HERE/llmops/environment.sh"
 
 PYTHON=$(ensure_python "$HERE" "$HERE/requirements.txt") || exit 2
-export HF_HUB_OFFLINE="${HF_HUB_OFFLINE:-1}" GOMP_SPINCOUNT="${GOMP_SPINCOUNT:-1000}"
+export GOMP_SPINCOUNT="${GOMP_SPINCOUNT:-1000}"
 export PYTHONPATH="$HERE${PYTHONPATH:+:$PYTHONPATH}"
 PATH="$(dirname -- "$PYTHON"):$PATH" exec "$PYTHON" "$HERE/tests/check_checkpoint.py" "$@"

@@ -1,5 +1,6 @@
 """Fixtures: tiny checkpoints made once per session, conversations, and a way to run chat_main.sh as a user does."""
 
+import hashlib
 import json
 import os
 import subprocess
@@ -63,6 +64,12 @@ def small_data(tmp_path: Path, conversations: list[Messages]) -> Path:
     write_jsonl(datasets / "train.jsonl", conversations[:24])
     write_jsonl(datasets / "test.jsonl", read_messages(DEMO / "test.jsonl")[:8])
     return tmp_path / "mnt"
+
+
+def tree_hash(folder: Path) -> dict[str, str]:
+    """The SHA-256 of every file below a folder, but for lock files."""
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != ".lock")
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
 def environment() -> dict[str, str]:

@@ -44,6 +44,7 @@ def test_the_drivers_version(tmp_path: Path, text: str, version: str) -> None:
 def test_a_gpu_that_cannot_be_used_is_an_error(
     monkeypatch: pytest.MonkeyPatch, here: bool, usable: bool, cuda: str | None, hip: str | None, phrases: list[str]
 ) -> None:
+    monkeypatch.delenv("DS_ACCELERATOR")
     monkeypatch.setattr(devices, "has_gpu", lambda: here)
     monkeypatch.setattr(devices, "driver_version", lambda: "535.1")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: usable)
@@ -93,6 +94,9 @@ def test_a_process_finds_ninja_and_shares_the_cores(monkeypatch: pytest.MonkeyPa
     devices.prepare_process(chosen)
     assert chosen["OMP_NUM_THREADS"] == "7"
     assert "PYTORCH_ALLOC_CONF" not in chosen
+    on_cpu = {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "1"}  # the launcher's number of this process
+    devices.prepare_process(on_cpu)
+    assert on_cpu["CUDA_VISIBLE_DEVICES"] == "-1"
 
 
 def test_the_cpu_can_be_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:

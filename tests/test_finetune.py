@@ -218,27 +218,6 @@ def test_killed_at_any_moment_it_resumes_to_the_same_end(
     assert ends[1] == pytest.approx(ends[0], rel=1e-3)
 
 
-def test_sigterm_saves_and_a_damaged_checkpoint_is_passed_over(
-    small_data: Path, checkpoints: dict[str, Path], tmp_path: Path
-) -> None:
-    output = tmp_path / "out"
-    process = start(small_data, checkpoints["llama"], output)
-    wait_for(lambda: steps_done(output) >= 9, process)
-    process.send_signal(signal.SIGTERM)  # to the launcher alone, as `docker stop` does
-    assert process.wait(120) == 143
-    saved = checkpointing.list_checkpoints(output)
-    assert checkpointing.step_of(saved[-1]) >= 9
-    assert checkpointing.step_of(saved[-1]) % 4 or len(saved) > 1  # saved at the step it was in
-    assert checkpointing.damage(saved[-1]) is None
-    victim = next(saved[-1].glob("global_step*/*optim_states.pt"))
-    victim.write_bytes(victim.read_bytes()[:-100])
-    last = start(small_data, checkpoints["llama"], output)
-    assert last.wait(240) == 0
-    text = output.with_suffix(".err").read_text()
-    assert f"{saved[-1]} is damaged" in text
-    assert f"continuing from {saved[-2]}" in text
-
-
 def test_a_stop_file_ends_the_run_in_good_order(small_data: Path, checkpoints: dict[str, Path], tmp_path: Path) -> None:
     output = tmp_path / "out"
     process = start(small_data, checkpoints["llama"], output)

@@ -16,7 +16,8 @@ from conftest import ROOT, Messages, environment, teach
 
 from eval import evaluate_model_from_five_dimensions as command
 from eval.dimensions import cmrc2018
-from eval.engine import Engine, Processes, Settings
+from eval.engine import Engine, Settings
+from eval.processes import Processes
 from eval.report import draw_radar
 from eval.samples import Loaded, Sample, add_examples, draw
 from llmops.console import UserError
@@ -28,7 +29,7 @@ ALL = list(command.DIMENSIONS)
 def load(name: str, **options: Any) -> Loaded:
     """A dimension's shipped samples, whatever lies in mnt."""
     options = {"data_dir": str(command.SAMPLES)} | options
-    return command.load_data(command.DIMENSIONS[name], command.Options(**options))[0]
+    return command.load_data(command.DIMENSIONS[name], command.Options(**options)).loaded
 
 
 def call(
@@ -152,7 +153,7 @@ def test_batch_size_and_prefixes_change_nothing(checkpoints: dict[str, Path], ar
             str(checkpoints[architecture]), batch_size=size, reuse_prefix=reuse, gpu_id=-1, max_seq_len=2048
         )
         engine = Engine(settings, Processes())
-        answers.append(engine.answer("x", samples, [5] * len(samples)))
+        answers.append(engine.answer(engine.prepare("x", samples, 5)))
         if len(answers) == 1:
             engine.generator.model.set_attn_implementation("eager")
             for sample, answer in zip(samples[:9], answers[0], strict=False):
@@ -173,7 +174,7 @@ def test_plain_text_scores_what_is_written(checkpoints: dict[str, Path]) -> None
     assert "<|im_start|>" not in text
     assert text.endswith("答案：是")
     assert "答案：否\n\n下面" in text or "答案：是\n\n下面" in text
-    (answer,) = engine.answer("x", [sample], [1])
+    (answer,) = engine.answer(engine.prepare("x", [sample], 1))
     assert answer.loglikelihoods == pytest.approx(sum_of_logs(engine, sample), abs=1e-4)
 
 
@@ -227,7 +228,10 @@ def test_it_measures_what_it_says(capfd: pytest.CaptureFixture[str], scholar: Pa
     assert list(found) == ["evaluation_results", "diagnosis"]
     assert list(found["evaluation_results"]) == list(KNOWN)
     assert min(found["evaluation_results"].values()) > 0.9, found
-    assert found["diagnosis"] == {}  # the user's own data, everything read, nothing cut
+    for name, notes in found["diagnosis"].items():  # the user's own data, everything read, nothing cut, but few samples
+        (note,) = notes
+        assert note.startswith(f"{KNOWN[name] if name != 'innovation_capacity' else 10} samples: "), note
+        assert "95% interval 0." in note
     wrong = write_known(tmp_path / "wrong", True)
     code, shuffled, _ = call(capfd, scholar, list(KNOWN), options | {"data_dir": str(wrong), "output_path": ""})
     results = shuffled["evaluation_results"]
@@ -302,7 +306,7 @@ def test_what_a_reader_must_know_is_in_diagnosis(
 def test_radar_of_several_models(tmp_path: Path) -> None:
     models = [("one", dict(zip(ALL, (0.9, 0.5, 0.3, 0.2, 0.6), strict=True))), ("另一个", {ALL[0]: 0.4, ALL[3]: 0.8})]
     for count in (5, 2):
-        draw_radar(models, ALL[:count], tmp_path / f"{count}.png")
+        draw_radar(models, ALL[:count], tmp_path / f"{count}.png", dict.fromkeys(ALL, (0.25, 0.9)))
         assert (tmp_path / f"{count}.png").read_bytes().startswith(b"\x89PNG")
 
 

@@ -163,17 +163,18 @@ def test_rows_follow_from_memory() -> None:
 
 
 class Counting(torch.nn.Module):
-    """Counts the tokens that go through a model, and runs out of memory when a batch has too many rows."""
+    """Counts what goes through a model, and runs out of memory when a batch has too many rows, or in one pass."""
 
-    def __init__(self, model: PreTrainedModel, rows: int = 10**9) -> None:
+    def __init__(self, model: PreTrainedModel, rows: int = 10**9, fails_at: int = 0) -> None:
         super().__init__()
-        self.tokens, self.rows = 0, rows
+        self.tokens, self.passes, self.rows, self.fails_at = 0, 0, rows, fails_at
         model.register_forward_pre_hook(self.count, with_kwargs=True)
 
     def count(self, module: torch.nn.Module, args: tuple[object, ...], kwargs: dict[str, torch.Tensor]) -> None:
         """Before each pass."""
         self.tokens += kwargs["input_ids"].numel()
-        if len(kwargs["input_ids"]) > self.rows:
+        self.passes += 1
+        if len(kwargs["input_ids"]) > self.rows or self.passes == self.fails_at:
             raise torch.OutOfMemoryError("no memory left")
 
 
@@ -214,3 +215,37 @@ def test_out_of_memory_halves_the_batch(capsys: pytest.CaptureFixture[str]) -> N
     Counting(model, rows=0)
     with pytest.raises(RunStopped, match="does not suffice for one prompt of"):
         list(Generator(model, 0, 8, False).generate(prompts, 6, [END]))
+
+
+def test_answers_end_one_by_one() -> None:
+    """Short answers do not wait for a long one, waiting prompts take their places, and the texts stay the same."""
+    prompts = make_prompts()
+    limits = [40 if i in (3, 17) else 1 + i % 3 for i in range(len(prompts))]
+    alone = dict(Generator(make_model("llama"), 0, 1).generate(prompts, limits, [END]))
+    model = make_model("llama")
+    counting = Counting(model)
+    answers = list(Generator(model, 0, 4).generate(prompts, limits, [END]))
+    assert sorted(i for i, _ in answers) == list(range(len(prompts)))
+    assert {i for i, _ in answers[-2:]} == {3, 17}
+    for i, answer in answers:
+        assert (answer.ids, answer.ended) == (alone[i].ids, alone[i].ended)
+        assert answer.ended == (len(answer.ids) < limits[i])
+        assert answer.probability == pytest.approx(alone[i].probability, rel=1e-3)
+    # batch by batch, the long answers alone would take two times 40 passes of 4 rows
+    first = next(k for k, (i, _) in enumerate(answers) if i in (3, 17))
+    assert first == len(answers) - 2
+    assert counting.passes < 80
+
+
+def test_answers_survive_when_memory_runs_out_on_the_way(capsys: pytest.CaptureFixture[str]) -> None:
+    """A pass that fails in the middle of answers: they go on where they were, fewer at once."""
+    prompts = make_prompts()
+    expected = {i: answer.ids for i, answer in Generator(make_model("llama"), 0, 8).generate(prompts, 12, [END])}
+    model = make_model("llama")
+    Counting(model, fails_at=12)
+    generator = Generator(model, 0, 8)
+    answers = list(generator.generate(prompts, 12, [END]))
+    assert {i: answer.ids for i, answer in answers} == expected
+    assert len(answers) == len(prompts)
+    assert generator.batch_size == 4
+    assert "out of memory with 8 prompts at once" in capsys.readouterr().err

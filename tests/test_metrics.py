@@ -216,3 +216,25 @@ def test_summary_by_hand() -> None:
     for bad in ([], [0.5, float("nan")]):
         with pytest.raises(ValueError, match="at least one value"):
             metrics.summary(bad)
+
+
+def test_intervals_of_few_right_answers() -> None:
+    """Wilson's interval by its closed forms: all right n / (n + z^2), none z^2 / (n + z^2), and a printed case."""
+    z2 = 1.959964**2
+    assert metrics.summary([1] * 12)["interval_95"] == pytest.approx([12 / (12 + z2), 1])
+    assert metrics.summary([0] * 5)["interval_95"] == pytest.approx([0, z2 / (5 + z2)])
+    # 81 of 263: Newcombe 1998, table I, method 3
+    assert metrics.summary([1] * 81 + [0] * 182)["interval_95"] == pytest.approx([0.2553, 0.3662], abs=5e-5)
+    low, high = metrics.summary([0.5, 0.25] * 50)["interval_95"]  # no proportion: the bootstrap
+    assert 0.34 < low < 0.375 < high < 0.41
+
+
+def test_keyword_f1_and_language_by_hand() -> None:
+    assert metrics.keyword_f1("甲，乙、丙", "丙,丁") == pytest.approx(2 / 5)
+    assert metrics.keyword_f1("NBA，姚明", "姚明,nba") == 1
+    assert metrics.keyword_f1("", "甲") == metrics.keyword_f1("乙", "甲") == 0
+    for text, expected in [
+        ("图书馆", "zh"), ("GPT是什么", "zh"), ("H2O", "other"), ("Where is 北京?", "zh"), ("12", "other"),
+        ("A long English sentence that names 北京 once.", "other"), ("ラーメン", "zh"), ("", "other"),
+    ]:  # fmt: skip
+        assert metrics.language(text) == expected, text

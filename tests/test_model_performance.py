@@ -14,8 +14,9 @@ import pytest
 from conftest import ROOT, Messages, environment, write_jsonl
 
 from eval import metrics, model_performance_evaluation
-from eval.engine import Engine, Processes, Settings
+from eval.engine import Engine, Settings
 from eval.model_performance_evaluation import read_metrics, read_samples
+from eval.processes import Processes
 from llmops.console import UserError
 
 SCRIPT = ROOT / "eval" / "model_performance_evaluation.py"
@@ -93,7 +94,7 @@ def test_batch_size_and_prefixes_change_nothing(checkpoints: dict[str, Path], da
     for size, reuse in [(1, True), (3, True), (8, True), (1, False), (3, False), (8, False)]:
         settings = Settings(str(checkpoints[architecture]), batch_size=size, reuse_prefix=reuse, gpu_id=-1)
         engine = Engine(settings, Processes())
-        answers.append([answer.text for answer in engine.answer("x", samples, [6] * len(samples))])
+        answers.append([answer.text for answer in engine.answer(engine.prepare("x", samples, 6))])
     assert all(found == answers[0] for found in answers[1:])
 
 
@@ -241,3 +242,48 @@ def test_help_is_quick() -> None:
     )
     assert time.monotonic() - started < 1
     assert "--evaluation_metrics" in done.stdout
+
+
+def test_what_a_reader_must_know(
+    capfd: pytest.CaptureFixture[str], taught: Path, taught_data: Path, tmp_path: Path
+) -> None:
+    """A fixed limit of tokens whatever the references, answers that run into it counted, scores by language."""
+    arguments = ("--model_name_or_path", str(taught), "--evaluation_metrics", ALL, "--gpu_id", "-1")
+    code, found, errors = call(capfd, *arguments, "--dataset_path", str(taught_data), "--output_path", str(tmp_path))
+    assert code == 0
+    assert list(found["data"]["evaluation_results"]) == ALL.split(",")
+    report = json.loads((tmp_path / "eval_results.json").read_text(encoding="utf-8"))
+    assert report["max_new_tokens"] == 256
+    assert report["counts"]["answers_at_the_limit"] == 0
+    languages = report["by_language"]
+    rows = rows_of(tmp_path)
+    assert {name: part["samples"] for name, part in languages.items()} == {"zh": 4, "other": 4}
+    for name, part in languages.items():
+        own = [row["scores"] for row in rows if metrics.language(row["references"][0]) == name]
+        for metric in ALL.split(","):
+            assert part[metric] == pytest.approx(sum(scores[metric] for scores in own) / len(own), abs=1e-4)
+    assert "zh: samples 4, Acc " in errors
+    _, _, errors = call(capfd, *arguments, "--dataset_path", str(taught_data), "--max_new_tokens", "1")
+    assert " of 8 answers ran into the limit of tokens (--max_new_tokens)" in errors
+    code, found, _ = call(capfd, *arguments, "--dataset_path", str(taught_data), "--max_new_tokens", "0")
+    assert (code, found["msg"]) == (2, "--max_new_tokens is 0; expected 1 or more")
+
+
+def test_a_signal_says_how_far_it_was(checkpoints: dict[str, Path], data: Path, tmp_path: Path) -> None:
+    """The documented JSON with the signal's code, and the answers on disk."""
+    arguments = ("--model_name_or_path", str(checkpoints["llama"]), "--dataset_path", str(data), "--gpu_id", "-1")
+    process = subprocess.Popen(
+        [sys.executable, str(SCRIPT), *arguments, "--per_device_batch_size", "1", "--output_path", str(tmp_path)],
+        env=environment() | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    part = tmp_path / "samples" / "model_performance.process0.jsonl"
+    deadline = time.monotonic() + 90
+    while (not part.is_file() or part.read_bytes().count(b"\n") < 2) and time.monotonic() < deadline:
+        time.sleep(0.002)
+    process.send_signal(signal.SIGINT)
+    output = json.loads(process.communicate(timeout=60)[0])
+    assert process.returncode == output["code"] == 130
+    total = len({json.dumps(sample.messages) for sample in read_samples(data)})
+    kept = part.read_bytes().count(b"\n")
+    assert output["msg"].startswith(f"ended by Ctrl-C: {kept} of {total} answers are in {tmp_path}")
+    assert output["data"] == {"evaluation_results": {}}

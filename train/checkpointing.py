@@ -7,7 +7,7 @@ import os
 import re
 import shutil
 import zlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -110,10 +110,10 @@ def list_checkpoints(output: Path) -> list[Path]:
     return sorted(found, key=step_of)
 
 
-def newest_whole(output: Path, speaks: bool = True) -> Path | None:
-    """The newest checkpoint that is whole; damaged ones are named and passed over."""
+def newest_whole(output: Path, speaks: bool = True, judge: Callable[[Path], str | None] = damage) -> Path | None:
+    """The newest checkpoint that is whole; damaged ones, as `judge` finds them, are named and passed over."""
     for checkpoint in reversed(list_checkpoints(output)):
-        problem = damage(checkpoint)
+        problem = judge(checkpoint)
         if problem is None:
             return checkpoint
         if speaks:

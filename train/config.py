@@ -13,6 +13,7 @@ from typing import Any
 from llmops import checkpoints, files
 from llmops.chat_formats import FAMILIES
 from llmops.console import Parser, UserError, to_bool
+from train import deepspeed_file
 
 HERE = Path(__file__).resolve().parent
 DS_FILES = {"2": "ds_zero2.json", "3": "ds_zero3.json", "3_offload": "ds_zero3_offload.json"}
@@ -33,9 +34,15 @@ PEAK_LEARNING_RATES = {
 }
 
 
-def setting(default: Any, help: str, choices: Sequence[str] | None = None, min: float | None = None) -> Any:
-    """A dataclass field with its help text, allowed values and lower bound."""
-    return field(default=default, metadata={"help": help, "choices": choices, "min": min})
+def setting(
+    default: Any,
+    help: str,
+    choices: Sequence[str] | None = None,
+    min: float | None = None,
+    max: float | None = None,
+) -> Any:
+    """A dataclass field with its help text, allowed values and bounds."""
+    return field(default=default, metadata={"help": help, "choices": choices, "min": min, "max": max})
 
 
 @dataclass(frozen=True)
@@ -94,11 +101,15 @@ class Config:
     retention_file: str = setting("", "general conversations that measure forgetting; empty: train/retention.jsonl")
     logging_steps: int = setting(1, "optimizer steps between two lines of log.txt", min=1)
     tensorboard: bool = setting(True, "serve TensorBoard while training runs")
-    tensorboard_port: int = setting(6006, "port of the TensorBoard server", min=1)
+    tensorboard_host: str = setting("127.0.0.1", "address that TensorBoard listens on; 0.0.0.0: all, without a login")
+    tensorboard_port: int = setting(6006, "port of the TensorBoard server", min=1, max=65535)
     merge_lora: bool = setting(False, "also write output_path/merged, the base model with the adapter merged in")
     # behaviour
     dry_run: bool = setting(False, "check the data, show what is learned, estimate memory and time, train nothing")
     skip_bad_lines: bool = setting(False, "drop and count bad lines instead of stopping")
+    allow_special_tokens: bool = setting(
+        False, "let texts of control tokens in the data become these tokens; false: they are text"
+    )
     resume: bool = setting(True, "continue an interrupted run from its newest whole checkpoint")
     overwrite_output_path: bool = setting(False, "delete an earlier run in output_path and start again")
     trust_remote_code: bool = setting(False, "run Python code that the checkpoint's folder ships")
@@ -145,6 +156,7 @@ RESTARTABLE = frozenset(
         "resume",
         "overwrite_output_path",
         "tensorboard",
+        "tensorboard_host",
         "tensorboard_port",
         "merge_lora",
         "save_total_limit",
@@ -199,9 +211,11 @@ def find_problems(config: Config) -> list[str]:
     """Everything wrong with the settings and the paths they name, one sentence each."""
     problems = []
     for item in fields(Config):
-        low, value = item.metadata["min"], getattr(config, item.name)
+        low, high, value = item.metadata["min"], item.metadata["max"], getattr(config, item.name)
         if low is not None and not low <= value < float("inf"):
             problems.append(f"--{item.name} is {value}, expected at least {low}")
+        elif high is not None and value > high:
+            problems.append(f"--{item.name} is {value}, expected at most {high}")
     for name in ("lora_dropout", "warmup_ratio", "eval_ratio"):
         if getattr(config, name) >= 1:
             problems.append(f"--{name} is {getattr(config, name)}, expected less than 1")
@@ -212,10 +226,7 @@ def find_problems(config: Config) -> list[str]:
         problems.append("nothing to train: --max_steps and --num_train_epochs are 0")
     problems += path_problems(config)
     if config.deepspeed_file.is_file():
-        try:
-            files.read_object(config.deepspeed_file, "the DeepSpeed file", "mend it or leave --ds_file out")
-        except UserError as error:
-            problems.append(str(error))
+        problems += deepspeed_file.find_problems(config)
     return problems
 
 

@@ -17,11 +17,12 @@ from typing import Any
 
 import numpy as np
 
-from llmops import chat_formats, records
+from llmops import chat_formats, files, records
 from llmops.chat_formats import ChatFormat, Rendered
 from llmops.console import UserError, log, progress
 from llmops.records import Message
 
+RENDERING = ("chat_formats", "chat_templates", "control_tokens", "template_limits", "records")  # modules of llmops
 OUTCOMES = ("whole", "turns_cut", "answer_cut", "dropped")
 
 
@@ -60,6 +61,19 @@ def fit(chat: ChatFormat, messages: Sequence[Message], sample: Rendered, limit: 
     return sample, outcome
 
 
+def read_index(folder: Path) -> np.ndarray:
+    """`index.npy` of a cache folder. Raises UserError where it does not fit the folder's other files."""
+    try:
+        index = np.load(folder / "index.npy", allow_pickle=False)
+        sizes = [(folder / name).stat().st_size for name in ("ids.bin", "learned.bin")]
+    except (OSError, ValueError, EOFError) as error:
+        raise UserError(f"the cache {folder} is damaged ({error}); delete this folder") from error
+    whole = index.ndim == 2 and index.shape[1] == 2 and index.dtype == np.int64 and len(index) > 0
+    if not whole or sizes != [4 * index[-1, 0], index[-1, 0]] or (np.diff(index[:, 0], prepend=0) < 0).any():
+        raise UserError(f"the cache {folder} is damaged (its files do not fit each other); delete this folder")
+    return index
+
+
 class TokenDataset:
     """Tokenised conversations in a folder: `ids.bin` (int32), `learned.bin` (bool), `index.npy`, `meta.json`.
 
@@ -69,8 +83,8 @@ class TokenDataset:
 
     def __init__(self, folder: Path, indices: np.ndarray | None = None) -> None:
         self.folder = folder
-        self.meta: dict[str, Any] = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
-        index = np.load(folder / "index.npy")
+        self.meta: dict[str, Any] = files.read_object(folder / "meta.json", "the cache", "delete its folder")
+        index = read_index(folder)
         self._ends, self.lines = index[:, 0], index[:, 1]
         self._starts = np.concatenate([[0], self._ends[:-1]])
         self.indices = np.arange(len(index)) if indices is None else indices
@@ -121,6 +135,7 @@ class Source:
     max_seq_len: int
     skip_bad_lines: bool
     whole: bool = False  # a row that is too long is an error instead of being cut
+    allow_special_tokens: bool = False  # as the ChatFormat that renders has it
 
     def key(self) -> str:
         """A hash over the file, the tokenizer, the settings and the code that renders."""
@@ -128,7 +143,7 @@ class Source:
         import transformers
 
         digest = hashlib.sha256()
-        code = [Path(module.__file__ or "") for module in (chat_formats, records)] + [Path(__file__)]
+        code = [Path(records.__file__).with_name(f"{name}.py") for name in RENDERING] + [Path(__file__)]
         code += sorted(chat_formats.TEMPLATES.glob("*.json"))
         names = (
             "tokenizer",
@@ -154,6 +169,7 @@ class Source:
             self.max_seq_len,
             self.skip_bad_lines,
             self.whole,
+            self.allow_special_tokens,
             transformers.__version__,
             tokenizers.__version__,
         ]
@@ -175,7 +191,23 @@ def load_or_encode(source: Source, chat: ChatFormat, cache: Path, encodes: bool 
             encode_file(source, chat, folder)
         else:
             log(f"{source.path.name}: tokenised data read from the cache ({folder})")
-    return TokenDataset(folder)
+    dataset = TokenDataset(folder)
+    said = control_texts_said(dataset.meta)
+    if said:
+        log(f"{source.path.name}: {said}")
+    return dataset
+
+
+def control_texts_said(meta: dict[str, Any]) -> str:
+    """How many conversations hold the text of a control token and what becomes of it; "" for none."""
+    held = meta["control_texts"]
+    if not held["conversations"]:
+        return ""
+    count = f"{held['conversations']:,} of {meta['rows']:,} conversations hold the text of control tokens"
+    first = f"(first: line {held['line']}, {held['token']!r})"
+    if held["allowed"]:
+        return f"{count} {first}; they become these tokens (--allow_special_tokens true)"
+    return f"warning: {count} {first}; they are learned as text; --allow_special_tokens true makes them these tokens"
 
 
 def encode_file(source: Source, chat: ChatFormat, folder: Path) -> None:
@@ -186,6 +218,7 @@ def encode_file(source: Source, chat: ChatFormat, folder: Path) -> None:
         shutil.rmtree(staging)
     staging.mkdir()
     counts = dict.fromkeys(OUTCOMES, 0)
+    held: dict[str, Any] = {"conversations": 0, "line": 0, "token": "", "allowed": source.allow_special_tokens}
     index: list[tuple[int, int]] = []
     end = learned_tokens = 0
     with open(staging / "ids.bin", "wb") as ids_file, open(staging / "learned.bin", "wb") as learned_file:
@@ -195,6 +228,10 @@ def encode_file(source: Source, chat: ChatFormat, folder: Path) -> None:
                 samples = list(encode_conversation(chat, messages or [], source.max_seq_len))
             except UserError as error:
                 raise UserError(f"{source.path}:{number}: {error}") from error
+            token = chat.controls.first(messages or [])
+            if token is not None:
+                held["conversations"] += 1
+                held |= {} if held["line"] else {"line": number, "token": token}
             for sample, outcome in samples:
                 counts[outcome] += 1
                 if source.whole and outcome != "whole":
@@ -219,7 +256,7 @@ def encode_file(source: Source, chat: ChatFormat, folder: Path) -> None:
     np.save(staging / "index.npy", np.asarray(index, np.int64))
     meta = {
         "file": str(source.path), "rows": good, "bad_lines": bad, "samples": len(index), "tokens": end,
-        "learned_tokens": learned_tokens, **counts,
+        "learned_tokens": learned_tokens, **counts, "control_texts": held,
     }  # fmt: skip
     (staging / "meta.json").write_text(json.dumps(meta, indent=2), encoding="utf-8")
     staging.rename(folder)

@@ -4,7 +4,6 @@ python train/demo.py prepare FOLDER    make FOLDER/tiny-chat-model and FOLDER/da
 python train/demo.py report FOLDER     what the run in FOLDER/output_path learned
 """
 
-import json
 import os
 import shutil
 import sys
@@ -16,7 +15,9 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
+from llmops import files
 from llmops.console import UserError, has_gpu, log, progress, run_main
+from llmops.records import read_conversations
 from train.config import writable_problem
 
 MODEL_NAME = "tiny-chat-model"
@@ -25,9 +26,7 @@ BASE_STEPS = 120
 
 def texts_of(path: Path) -> list[str]:
     """Every message of a jsonl file of conversations."""
-    return [
-        m["content"] for line in path.read_text(encoding="utf-8").splitlines() for m in json.loads(line)["messages"]
-    ]
+    return [message["content"] for _, messages, _ in read_conversations(path) for message in messages or []]
 
 
 def prepare(folder: Path) -> None:
@@ -67,8 +66,8 @@ def make_base(folder: Path) -> None:
     model = tiny.make_model("llama", len(tokenizer), hidden=192, layers=4, heads=4, eos_id=tokenizer.eos_token_id)
     chat = ChatFormat(tokenizer)
     samples: list[dict[str, Any]] = []
-    for line in general.read_text(encoding="utf-8").splitlines():
-        for sample, _ in encode_conversation(chat, json.loads(line)["messages"], 256):
+    for _, messages, _ in read_conversations(general):
+        for sample, _ in encode_conversation(chat, messages or [], 256):
             if sample:
                 samples.append({"ids": np.asarray(sample.ids, np.int32), "learned": np.ones(len(sample.ids), bool)})
     collate = PaddedCollator(tokenizer.pad_token_id)
@@ -109,11 +108,8 @@ def report(folder: Path) -> None:
     transformers.logging.disable_progress_bar()
     warnings.filterwarnings("ignore", category=FutureWarning)
     output = folder / "output_path"
-    results = json.loads((output / "train_results.json").read_text(encoding="utf-8"))
-    test = [
-        json.loads(line)["messages"]
-        for line in (folder / "datasets" / "test.jsonl").read_text(encoding="utf-8").splitlines()
-    ]
+    results = files.read_object(output / "train_results.json")
+    test = [messages or [] for _, messages, _ in read_conversations(folder / "datasets" / "test.jsonl")]
     question, reference = next((m[0]["content"], m[1]["content"]) for m in test if m[0]["role"] == "user")
     log(
         f"""

@@ -13,7 +13,9 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from llmops import devices, records
-from llmops.console import run_main, stdout_to_stderr
+from llmops.console import log, run_main, stdout_to_stderr
+from llmops.faq_records import refuse_unfinished
+from train import deepspeed_file
 from train.config import Config, parse
 from train.run_folder import OutputFolder, earlier_run, say_finished
 
@@ -32,9 +34,13 @@ def check(config: Config) -> int:
             return 0
         say_finished(config, results)
         return EXIT_FINISHED
+    if config.scenario == "faq":
+        refuse_unfinished(Path(config.train_file).parent)
     for path in (config.test_path, Path(config.train_file), config.retention_path):
         if path:
             records.validate_file(path, config.skip_bad_lines)
+    for warning in deepspeed_file.warnings(config):
+        log(warning)
     return 0
 
 

@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from llmops import devices
 from llmops.console import run_main
+from llmops.process_group import free_port
 from train.run_folder import STOP_NAME
 
 
@@ -64,13 +65,6 @@ class Signals:
                 continue
         if not processes:
             sys.exit(128 + number)
-
-
-def free_port() -> int:
-    """A TCP port that nobody listens on at the moment."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def main() -> int:

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import pickle
 import signal
 import socket
 import threading
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import deepspeed
+import pydantic
 import torch
 import torch.distributed as dist
 import transformers
@@ -24,11 +26,11 @@ from transformers import DefaultFlowCallback, EarlyStoppingCallback, PrinterCall
 from transformers.integrations import TensorBoardCallback
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled, unset_hf_deepspeed_config
 
-from llmops import checkpoints, files
+from llmops import checkpoints, files, process_group
 from llmops.chat_formats import ChatFormat
 from llmops.console import RunStopped, UserError, log
 from llmops.faq_records import INTENTS_NAME
-from train import attention, checkpointing, ownership
+from train import attention, checkpointing, ownership, states
 from train.batches import PackedCollator, PaddedCollator
 from train.choices import RECORD, Choices, resolve
 from train.config import Config
@@ -85,14 +87,17 @@ def prepare_data(config: Config, encodes: bool) -> Data:
     transformers.logging.disable_progress_bar()
     warnings.filterwarnings("ignore", category=FutureWarning)  # the libraries' talk among themselves
     model = Path(config.model_name_or_path)
-    tokenizer, chat = checkpoints.load_chat_format(model, config.mode, config.trust_remote_code)
+    tokenizer, chat = checkpoints.load_chat_format(
+        model, config.mode, config.trust_remote_code, config.allow_special_tokens
+    )
     length = checkpoints.model_length(checkpoints.read_config(model)) or config.max_seq_len
     if length < config.max_seq_len and encodes:
         log(f"the model was made for {length} tokens, so that is the limit and not --max_seq_len {config.max_seq_len}")
 
     def load(path: Path, skip: bool) -> TokenDataset:
         whole = config.scenario == "faq" and path != config.retention_path
-        source = Source(path, model, config.mode, min(length, config.max_seq_len), skip, whole)
+        limit = min(length, config.max_seq_len)
+        source = Source(path, model, config.mode, limit, skip, whole, config.allow_special_tokens)
         return load_or_encode(source, chat, Path(config.output_path) / CACHE_NAME, encodes)
 
     train = load(Path(config.train_file), config.skip_bad_lines)
@@ -110,19 +115,17 @@ def join_processes() -> torch.device:
     # DeepSpeed looks in this table for a shared-memory operator, which CPU processes would compile at the first start
     # (gloo needs no compiler); left to itself it fills the table by trying every operator, seconds of it on a GPU
     deepspeed.ops.__compatible_ops__ = {}
-    os.environ.setdefault("RANK", "0")
-    for name, value in {
-        "LOCAL_RANK": "0",
-        "WORLD_SIZE": "1",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": "29500",
-    }.items():
+    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": process_group.LOOPBACK}
+    for name, value in alone.items():  # without the launcher
         os.environ.setdefault(name, value)
+    if "MASTER_PORT" not in os.environ:
+        os.environ["MASTER_PORT"] = str(process_group.free_port())
     device = torch.device("cpu")
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
-    deepspeed.init_distributed(timeout=LONGEST_WAIT)  # the Trainer's ddp_timeout comes too late for this group
+    # the Trainer's ddp_timeout comes too late for this group
+    deepspeed.init_distributed(timeout=LONGEST_WAIT, init_method=process_group.init_method())
     return device
 
 
@@ -282,7 +285,9 @@ def choose_checkpoint(config: Config, rank: int) -> str | None:
     """The checkpoint to go on from, the same in every process; None to begin at the first step."""
 
     def newest() -> str | None:
-        found = checkpointing.newest_whole(Path(config.output_path)) if config.resume else None
+        found = None
+        if config.resume:
+            found = checkpointing.newest_whole(Path(config.output_path), judge=states.problem)
         if found:
             checkpointing.check_world_size(found, dist.get_world_size() if dist.is_initialized() else 1)
         return str(found) if found else None
@@ -304,8 +309,11 @@ def train(config: Config, trainer: ChatTrainer, schedule: Schedule, rank: int) -
     schedule.catch_signals()
     started = time.monotonic()
     with (
-        TensorBoardServer(output / "tensorboard", config.tensorboard_port, config.tensorboard and rank == 0),
+        TensorBoardServer(
+            output / "tensorboard", config.tensorboard_host, config.tensorboard_port, config.tensorboard and rank == 0
+        ),
         explain_faults(config, trainer.split),
+        states.loadable(),
     ):
         trainer.train(resume_from_checkpoint=checkpoint)
     schedule.end_if_signalled()
@@ -314,9 +322,21 @@ def train(config: Config, trainer: ChatTrainer, schedule: Schedule, rank: int) -
 
 @contextmanager
 def explain_faults(config: Config, split: Split) -> Iterator[None]:
-    """Turn out of memory and a full disk into one sentence; every other error passes."""
+    """Turn out of memory, a full disk, a foreign state and a refused DeepSpeed file into one sentence."""
     try:
         yield
+    except pickle.UnpicklingError as error:
+        raise RunStopped(f"a state of the checkpoint {states.refusal(error)}; remove that checkpoint") from error
+    except pydantic.ValidationError as error:  # DeepSpeed's judgement of its file
+        found = "; ".join(f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors())
+        raise RunStopped(f"DeepSpeed refuses {config.deepspeed_file} ({found}); mend it") from error
+    except ValueError as error:
+        if "mismatch TrainingArguments" not in str(error):
+            raise
+        found = "; ".join(line.removeprefix("- ds ") for line in str(error).splitlines() if line.startswith("- "))
+        raise RunStopped(
+            f'{config.deepspeed_file} says otherwise than the settings ({found}); write "auto" there'
+        ) from error
     except (OSError, RuntimeError, MemoryError, SafetensorError) as error:
         text = str(error)
         memory = isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in text

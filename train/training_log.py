@@ -6,6 +6,7 @@ what the run chose by itself. A value that is no number of JSON is null, and `no
 """
 
 import ctypes
+import errno
 import os
 import signal
 import socket
@@ -150,37 +151,48 @@ def die_with_parent() -> None:
 
 
 class TensorBoardServer:
-    """A TensorBoard server that lives as long as this process; a context manager."""
+    """A TensorBoard server that lives as long as this process; a context manager.
 
-    def __init__(self, folder: Path, port: int, enabled: bool) -> None:
-        self.folder, self.port, self.enabled = folder, port, enabled
+    It has no login, so `host` is this machine's loopback address unless the user says otherwise.
+    """
+
+    def __init__(self, folder: Path, host: str, port: int, enabled: bool) -> None:
+        self.folder, self.host, self.port, self.enabled = folder, host, port, enabled
         self.process: subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> "TensorBoardServer":
         if not self.enabled:
             return self
-        with socket.socket() as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                probe.bind(("0.0.0.0", self.port))
-            except OSError:
-                log(f"warning: port {self.port} is taken, TensorBoard is not served; events are in {self.folder}")
-                return self
-        command = [
-            sys.executable,
-            "-m",
-            "tensorboard.main",
-            "--logdir",
-            str(self.folder),
-            "--port",
-            str(self.port),
-            "--bind_all",
-        ]
+        problem = self._problem()
+        if problem:
+            log(f"warning: {problem}, TensorBoard is not served; events are in {self.folder}")
+            return self
+        command = [sys.executable, "-m", "tensorboard.main", "--logdir", str(self.folder), "--host", self.host]
+        command += ["--port", str(self.port)]
         quiet = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
         environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
         self.process = subprocess.Popen(command, preexec_fn=die_with_parent, env=environment, **quiet)  # noqa: PLW1509
-        log(f"TensorBoard: http://localhost:{self.port} while training runs")
+        everywhere = self.host in ("0.0.0.0", "::")
+        shown = "localhost" if everywhere else f"[{self.host}]" if ":" in self.host else self.host
+        log(f"TensorBoard: http://{shown}:{self.port} while training runs")
         return self
+
+    def _problem(self) -> str | None:
+        """Why nothing can listen at this address, if so."""
+        try:
+            family, kind, protocol, _, address = socket.getaddrinfo(
+                self.host, self.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+            )[0]
+            with socket.socket(family, kind, protocol) as probe:
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                probe.bind(address)
+        except socket.gaierror:
+            return f"--tensorboard_host {self.host} is no address"
+        except OSError as error:
+            if error.errno == errno.EADDRINUSE:
+                return f"port {self.port} is taken"
+            return f"{self.host}:{self.port} cannot be used ({error.strerror})"
+        return None
 
     def __exit__(self, *_: object) -> None:
         if self.process:

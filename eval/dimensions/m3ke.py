@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from eval.dimensions.base import Dimension, Scores, read_jsonl, text_of
+from eval.dimensions.base import Dimension, Scores, all_right, read_jsonl, text_of
 from eval.samples import Loaded, Sample, accuracy_baselines
 from llmops.console import UserError
 
@@ -13,36 +13,53 @@ LETTERS = "ABCD"
 def read(path: Path) -> Loaded:
     """A folder of `<Subject>-<Cluster>-<Level>.jsonl` with the keys question, A, B, C, D, answer; or one such file.
 
-    For data/test the examples of data/dev serve as few-shot examples. Blank answers are an error: the public test set
-    has none, and a score of 0 would be wrong. An empty option is not offered as a choice.
+    For data/test the examples of data/dev serve as few-shot examples. The public test questions have blank answers and
+    cannot be scored: data/dev is scored then, and without it that is an error. An empty option is no choice.
     """
-    files = [path] if path.is_file() else sorted(path.glob("*.jsonl"))
-    samples, empty = [], 0
-    for file in files:
-        found, without = read_subject(file)
-        samples += found
-        empty += without
+    dev = path.with_name("dev") if path.name == "test" and path.with_name("dev").is_dir() else None
+    samples, empty, blank = read_folder(path)
+    notes = []
+    if blank and samples:
+        notes.append(f"{len(blank)} questions without an answer are left out")
+    if blank and not samples:
+        if dev is None:
+            raise UserError(
+                f"{blank[0]}: the answer is blank; M3KE's public test questions have none, so put data/dev beside "
+                "them, or fill the answers in"
+            )
+        notes.append(f"the {len(blank)} questions of {path.name} have no answers, so those of dev are scored")
+        path, dev = dev, None
+        samples, empty, blank = read_folder(path)
     examples: dict[str, list[Sample]] = {}
-    if path.name == "test" and path.with_name("dev").is_dir():
-        for file in sorted(path.with_name("dev").glob("*.jsonl")):
-            examples[file.stem] = read_subject(file)[0]
-    notes = [f"{empty} questions have an empty option, which is not offered"] if empty else []
-    return Loaded(samples, examples, notes)
+    for sample in read_folder(dev)[0] if dev else []:
+        examples.setdefault(sample.group, []).append(sample)
+    if empty:
+        notes.append(f"{empty} questions have an empty option, which is not offered")
+    return Loaded(samples, examples, notes, path)
 
 
-def read_subject(path: Path) -> tuple[list[Sample], int]:
-    """(questions of one file, how many of them have an empty option)."""
+def read_folder(path: Path) -> tuple[list[Sample], int, list[str]]:
+    """(questions with an answer, how many of them have an empty option, where those without an answer are)."""
+    samples, empty, blank = [], 0, []
+    for file in [path] if path.is_file() else sorted(path.glob("*.jsonl")):
+        found, few, unanswered = read_subject(file)
+        samples += found
+        empty += few
+        blank += unanswered
+    return samples, empty, blank
+
+
+def read_subject(path: Path) -> tuple[list[Sample], int, list[str]]:
+    """`read_folder` of one file."""
     subject = path.stem.split("-")[0].replace("_", " ")
     before = f"以下是关于“{subject}”的单项选择题，请只写出正确答案的字母。\n"
-    samples, empty = [], 0
+    samples, empty, blank = [], 0, []
     for number, record in read_jsonl(path):
         where = f"{path}:{number}"
         answer = text_of(record, "answer", where).strip().upper()
         if not answer:
-            raise UserError(
-                f"{where}: the answer is blank; M3KE's public test questions have none, so leave only data/dev there, "
-                "or fill the answers in"
-            )
+            blank.append(where)
+            continue
         options = {letter: text_of(record, letter, where).strip() for letter in LETTERS}
         choices = tuple(letter for letter in LETTERS if options[letter])
         if answer not in choices:
@@ -50,8 +67,11 @@ def read_subject(path: Path) -> tuple[list[Sample], int]:
         empty += len(choices) < len(LETTERS)
         lines = "".join(f"\n{letter}. {options[letter]}" for letter in choices)
         question = text_of(record, "question", where).strip()
-        samples.append(Sample(before, (answer,), question, f"{lines}\n答案：", choices=choices, group=path.stem))
-    return samples, empty
+        name = str(record.get("id", number - 1))
+        samples.append(
+            Sample(before, (answer,), question, f"{lines}\n答案：", choices=choices, group=path.stem, id=name)
+        )
+    return samples, empty, blank
 
 
 def score(prediction: str, sample: Sample) -> Scores:
@@ -80,5 +100,6 @@ DIMENSION = Dimension(
     metric="accuracy",
     score=score,
     baselines=baselines,
+    ceiling=all_right,
     by_group=True,
 )

@@ -35,7 +35,7 @@ def read(path: Path) -> Loaded:
         if not references or "" in references:
             raise UserError(f"{where}: 'target' has no text; expected a question or a list of them")
         passage = text_of(example, "input", where).strip()
-        samples.append(Sample(f"{prefix}\n\n", references, passage, "\nQuestion:"))
+        samples.append(Sample(f"{prefix}\n\n", references, passage, "\nQuestion:", id=str(number - 1)))
     return Loaded(samples)
 
 
@@ -44,11 +44,27 @@ def score(prediction: str, sample: Sample) -> Scores:
     return {"BLEU": metrics.bleu(clean(prediction), sample.references)}
 
 
+def ceiling(samples: Sequence[Sample]) -> tuple[str, list[float | None]]:
+    """BLEU of a question that another person wrote for the same passage, where there is one."""
+    by_passage: dict[str, list[str]] = {}
+    for sample in samples:
+        by_passage.setdefault(sample.passage, []).extend(sample.references)
+    found: list[float | None] = []
+    for sample in samples:
+        questions = list(dict.fromkeys(by_passage[sample.passage]))
+        scores = [metrics.bleu(one, [q for q in questions if q != one]) for one in questions if len(questions) > 1]
+        found.append(mean(scores) if scores else None)
+    return "another person's question", found
+
+
 def baselines(samples: Sequence[Sample], seed: int) -> Scores:
-    """BLEU of another passage's question."""
-    others = [sample.references[0] for sample in samples]
-    random.Random(seed).shuffle(others)
-    return {"a random question": mean([score(q, sample)["BLEU"] for q, sample in zip(others, samples, strict=True)])}
+    """BLEU of another sample's question."""
+    order = list(range(len(samples)))
+    random.Random(seed).shuffle(order)
+    if len(order) < 2:
+        return {"a random question": 0.0}
+    pairs = zip(order, [*order[1:], order[0]], strict=True)  # nobody is paired with itself
+    return {"a random question": mean([score(samples[j].references[0], samples[i])["BLEU"] for i, j in pairs])}
 
 
 TASK = "subtask001_quoref_question_generation"
@@ -61,5 +77,6 @@ DIMENSION = Dimension(
     metric="BLEU",
     score=score,
     baselines=baselines,
+    ceiling=ceiling,
     max_new_tokens=48,
 )

@@ -8,9 +8,11 @@ Written on transformers instead of sentence-transformers, which spends half of i
 """
 
 from collections.abc import Callable, Sequence
+from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
 
 from eval.similar.model_folder import DenseLayer, ModelFolder
+from llmops.checkpoints import refused_pickle
 from llmops.console import RunStopped, UserError, log, progress
 
 if TYPE_CHECKING:
@@ -42,6 +44,9 @@ class Encoder:
                 folder.transformer, dtype=self.dtype, output_loading_info=True, **more
             )
             self.dense = [load_dense(layer).to(self.device, self.dtype) for layer in folder.dense]
+        except UnpicklingError as error:
+            reason = refused_pickle(error)
+            raise UserError(f"{folder.folder} cannot be loaded: {reason}; copy it from a source you trust") from error
         except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
             reason = " ".join(str(error).split())[:200]
             raise UserError(

@@ -1,12 +1,12 @@
 """From similar texts to findings: which questions, which intents, in which of the two lists, in which order."""
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from eval.similar.questions import Questions
 from eval.similar.search import Pairs, cosines, norms_of
+from llmops import files
 from llmops.console import UserError
 
 if TYPE_CHECKING:
@@ -110,8 +110,8 @@ def json_parts(found: Findings) -> Iterator[str]:
     """The documented JSON object in parts, so that millions of pairs need no second copy."""
     yield '{"code": 0, "msg": "Success", "data": {"mismatched_intents": ['
     for k, entry in enumerate(mismatched(found)):
-        yield (", " if k else "") + json.dumps(entry, ensure_ascii=False)
+        yield (", " if k else "") + files.dumps(entry)
     yield '], "similar_intents": ['
     for k, entry in enumerate(similar(found)):
-        yield (", " if k else "") + json.dumps(entry, ensure_ascii=False)
+        yield (", " if k else "") + files.dumps(entry)
     yield "]}}\n"

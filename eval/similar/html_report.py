@@ -6,8 +6,10 @@ from pathlib import Path
 
 from eval.similar.findings import Findings
 from eval.similar.groups import Group, gather, suggestion
-from llmops.console import log
+from llmops import files
+from llmops.console import UserError, log
 
+TITLE = "相似问题与意图分析"  # also how a page of ours is told from other files
 SHOWN = 20_000  # pairs that a browser still scrolls through; the page says so when there are more
 OPEN = 3  # groups that are open at first
 
@@ -64,8 +66,7 @@ def write_report(
     """Write the page; it appears under its name when it is complete."""
     groups = gather(found)
     shares = share_out(groups)
-    part = path.with_name(path.name + ".part")
-    with open(part, "w", encoding="utf-8", errors="replace") as file:
+    with files.writing(path) as file:
         file.writelines(head(found, groups, data, model, threshold, intent_threshold))
         if sum(shares) < len(found.a):
             file.write(f'<p class="relabel">共 {len(found.a)} 对，本页显示每组最相似的若干对，合计 {sum(shares)} 对；'
@@ -77,7 +78,16 @@ def write_report(
                 file.writelines(section(found, group, share, number < OPEN))
         file.write('</div>\n<p id="none" hidden>没有符合条件的意图组。</p>\n')
         file.write(f"<script>{SCRIPT}</script>\n</body>\n</html>\n")
-    part.replace(path)
+
+
+def refuse_other(path: Path) -> None:
+    """Raise UserError for a target that is there and is no page of ours."""
+    if not path.exists():
+        return
+    with files.open_regular(path, "the page's target") as stream:
+        start = stream.read(1000).decode("utf-8", "replace")
+    if start and f"<title>{TITLE}</title>" not in start:
+        raise UserError(f"{path} is there and is no page of this command, which would replace it; choose another name")
 
 
 def share_out(groups: list[Group]) -> list[int]:
@@ -106,7 +116,7 @@ def head(
     yield (
         '<!DOCTYPE html>\n<html lang="zh-CN">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>相似问题与意图分析</title>\n<style>{STYLE}</style>\n</head>\n<body>\n<h1>相似问题与意图分析</h1>\n"
+        f"<title>{TITLE}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n<h1>{TITLE}</h1>\n"
     )
     yield (
         f'<p class="quiet">数据 {escape(data)} · 模型 {escape(model)} · 问题相似度 ≥ {threshold:g} · 意图相似度 ≥ '

@@ -1,0 +1,122 @@
+"""The files of faq/prepare in their folder: all of one start or none, never over what somebody else wrote or changed.
+
+.prepare.json says which files are the command's own, by SHA-256. While it says "writing", new files lie beside under
+names of their own and get theirs one after the other: a start that was killed in between is completed by the next.
+"""
+
+import hashlib
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+from faq.catalog import load_catalog
+from llmops import files
+from llmops.console import UserError, log
+from llmops.faq_records import INTENTS_NAME, PREPARED_NAME
+
+OUTPUTS = ("train.jsonl", "test.jsonl", INTENTS_NAME)
+LOCK_NAME = ".prepare.lock"
+
+
+def digest(path: Path) -> str:
+    """The SHA-256 of a file, "" where it is not there."""
+    if not path.exists():
+        return ""
+    with files.open_regular(path) as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def staged(folder: Path, name: str) -> Path:
+    """Where a new file waits for its name."""
+    return folder / f".{name}.new"
+
+
+def read_state(folder: Path) -> tuple[bool, dict[str, str]]:
+    """(whether a start was killed between its files, SHA-256 by name of what the command wrote)."""
+    path = folder / PREPARED_NAME
+    if not path.exists():
+        return False, {}
+    found = files.read_object(path, "faq/prepare's list of its files", "delete it to begin anew")
+    listed = found.get("files")
+    if found.get("state") not in ("writing", "done") or not isinstance(listed, dict):
+        raise UserError(f"{path} is no list of faq/prepare's files; delete it to begin anew")
+    return found["state"] == "writing", {name: str(value) for name, value in listed.items() if name in OUTPUTS}
+
+
+def complete(folder: Path) -> None:
+    """Give the files of a start that was killed in between their names."""
+    if not read_state(folder)[0]:
+        return
+    with locked(folder):
+        interrupted, listed = read_state(folder)
+        if not interrupted:
+            return
+        for name, expected in listed.items():
+            if digest(staged(folder, name)) == expected:
+                staged(folder, name).replace(folder / name)
+        wrong = [name for name, expected in listed.items() if digest(folder / name) != expected]
+        if wrong:
+            raise UserError(
+                f"an earlier start was killed while it wrote to {folder}, and {wrong[0]} is not what it wrote; look at "
+                f"it, then delete {folder / PREPARED_NAME} and pass --overwrite true"
+            )
+        write_state(folder, "done", listed)
+        log(f"an earlier start was killed while it wrote to {folder}; its files are whole now")
+
+
+def foreign_files(folder: Path) -> list[str]:
+    """What is wrong with each output that is there and that this command did not write, or that was changed since."""
+    _, listed = read_state(folder)
+    problems = []
+    for name in OUTPUTS:
+        found = digest(folder / name)
+        if not found or found == listed.get(name):
+            continue
+        how = "was changed since this command wrote it" if name in listed else "this command did not write"
+        problems.append(f"{name} that {how}")
+    return [] if problems and not listed and is_older_version(folder) else problems
+
+
+def is_older_version(folder: Path) -> bool:
+    """Whether version 0.1 of this command wrote here: it left no list, but an intents.json that only it writes."""
+    try:
+        load_catalog(folder / INTENTS_NAME)
+    except UserError:
+        return False
+    return True
+
+
+def write(folder: Path, texts: Mapping[str, str], overwrite: bool) -> None:
+    """Write all files, or none. Raises UserError when another start writes there, or a file is not ours to replace."""
+    files.make_folder(folder, "the output folder")
+    with locked(folder):
+        if not overwrite:
+            refuse_foreign(folder)
+        for name, text in texts.items():
+            files.write_text(staged(folder, name), text)
+        listed = {name: digest(staged(folder, name)) for name in texts}
+        write_state(folder, "writing", listed)
+        for name in texts:
+            staged(folder, name).replace(folder / name)
+        files.fsync_entry(folder)
+        write_state(folder, "done", listed)
+
+
+def refuse_foreign(folder: Path) -> None:
+    """Raise UserError when an output would replace what this command did not write, or what was changed since."""
+    problems = foreign_files(folder)
+    if problems:
+        raise UserError(
+            f"{folder} holds {' and '.join(problems)}; move what you want to keep, choose another --output_dir, or "
+            "pass --overwrite true"
+        )
+
+
+def write_state(folder: Path, state: str, listed: Mapping[str, str]) -> None:
+    """Say which files are ours, and whether all of them are in place."""
+    files.write_json(folder / PREPARED_NAME, {"state": state, "files": dict(listed)})
+
+
+def locked(folder: Path) -> AbstractContextManager[None]:
+    """Keep another start out of the folder."""
+    return files.lock(folder / LOCK_NAME, f"another faq/prepare is writing to {folder}; wait for it and start again")

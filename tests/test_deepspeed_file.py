@@ -1,0 +1,90 @@
+"""DeepSpeed files of users: what is refused before anything is loaded, and what is warned about."""
+
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from train import deepspeed_file
+from train.config import DS_FILES, Config
+
+GOOD: dict[str, Any] = {
+    "bf16": {"enabled": "auto"},
+    "zero_optimization": {"stage": 2},
+    "gradient_accumulation_steps": "auto",
+    "gradient_clipping": "auto",
+    "train_batch_size": "auto",
+    "train_micro_batch_size_per_gpu": "auto",
+}
+
+
+def config_with(path: Path, content: Any, **settings: Any) -> Config:
+    """Settings with a DeepSpeed file of this content (text as it is)."""
+    path.write_text(content if isinstance(content, str) else json.dumps(content), encoding="utf-8")
+    return replace(Config(), ds_file=str(path), **settings)
+
+
+@pytest.mark.parametrize("stage", DS_FILES)
+def test_our_own_files_are_good(stage: str) -> None:
+    config = replace(Config(), zero_stage=stage)
+    assert deepspeed_file.find_problems(config) == []
+    assert deepspeed_file.warnings(config) == []
+
+
+@pytest.mark.parametrize(
+    ("content", "phrase"),
+    [
+        ("null", "holds a JSON NoneType, expected an object"),
+        ("[]", "holds a JSON list, expected an object"),
+        ("{", "is not JSON"),
+        ({"zero_optimization": {"stage": "x"}}, "zero_optimization.stage is 'x', expected 0, 1, 2 or 3"),
+        ({"zero_optimization": {"stage": "2"}}, "zero_optimization.stage is '2', expected 0, 1, 2 or 3"),
+        ({"zero_optimization": {"stage": 4}}, "zero_optimization.stage is 4"),
+        ({"zero_optimization": {"stage": True}}, "zero_optimization.stage is true"),
+        ({"zero_optimization": 2}, "zero_optimization is 2, expected a JSON object"),
+        ({"zero_optimization": {"offload_optimizer": "cpu"}}, "zero_optimization.offload_optimizer is 'cpu', expected"),
+        (
+            {"zero_optimization": {"offload_param": {"device": "disk"}}},
+            "device is 'disk', expected none or cpu or nvme",
+        ),
+        ({"zero_optimization": {"reduce_bucket_size": "big"}}, "zero_optimization.reduce_bucket_size is 'big'"),
+        ({"gradient_accumulation_steps": "four"}, "gradient_accumulation_steps is 'four', expected a whole number"),
+        ({"train_micro_batch_size_per_gpu": 0}, "train_micro_batch_size_per_gpu is 0, expected a whole number"),
+        ({"gradient_clipping": -1}, "gradient_clipping is -1, expected a number of at least 0"),
+        ({"bf16": {"enabled": "yes"}}, "bf16.enabled is 'yes', expected true, false"),
+        ({"bf16": {"enabled": True}, "fp16": {"enabled": True}}, "bf16 and fp16 are both enabled"),
+        ({"optimizer": {"params": {}}}, "optimizer.type is null, expected a name"),
+        ({"scheduler": "cosine"}, "scheduler is 'cosine', expected a JSON object"),
+        ({"gradient_accumulation_steps": 8}, "gradient_accumulation_steps is 8 and --gradient_accumulation_steps is 4"),
+        ({"gradient_clipping": 0.5}, 'gradient_clipping is 0.5 and --max_grad_norm is 1; write "auto"'),
+    ],
+)
+def test_wrong_files_are_one_sentence_each(tmp_path: Path, content: Any, phrase: str) -> None:
+    given = content if isinstance(content, str) else GOOD | content
+    problems = deepspeed_file.find_problems(config_with(tmp_path / "ds.json", given))
+    assert len(problems) == 1
+    assert re.search(re.escape(phrase), problems[0]), problems
+    assert str(tmp_path / "ds.json") in problems[0]
+
+
+def test_a_number_format_that_is_not_that_of_the_settings(tmp_path: Path) -> None:
+    config = config_with(tmp_path / "ds.json", GOOD | {"bf16": {"enabled": True}}, dtype="fp32")
+    assert "bf16.enabled is true and --dtype is fp32" in deepspeed_file.find_problems(config)[0]
+    assert deepspeed_file.find_problems(replace(config, dtype="bf16")) == []
+    assert deepspeed_file.find_problems(replace(config, dtype="auto")) == []
+
+
+def test_what_is_missing_is_warned_about(tmp_path: Path) -> None:
+    config = config_with(tmp_path / "ds.json", {"zero_optimization": {"stage": 1}}, dtype="bf16")
+    assert deepspeed_file.find_problems(config) == []
+    told = " ".join(deepspeed_file.warnings(config))
+    for phrase in (
+        "takes 1 and not --gradient_accumulation_steps 4",
+        "takes 0 and not --max_grad_norm 1",
+        "bf16 is missing",
+    ):
+        assert phrase in told
+    assert deepspeed_file.warnings(replace(config, gradient_accumulation_steps=1, max_grad_norm=0, dtype="fp32")) == []

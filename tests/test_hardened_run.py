@@ -1,0 +1,156 @@
+"""One run of two processes that SIGTERM ends: what it listens on, what it saves, what the next start makes of harm."""
+
+import ipaddress
+import json
+import os
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from conftest import DEMO, FAST, ROOT, environment, read_messages, write_jsonl
+
+from llmops.process_group import free_port
+from train import checkpointing, states
+
+
+class Hostile:
+    """Pickles as a call of os.system that makes a file."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> tuple[Callable[[str], int], tuple[str]]:
+        return os.system, (f"touch '{self.mark}'",)
+
+
+def addresses(process: psutil.Process) -> set[tuple[str, int]]:
+    """(address, port) of everything that a process and those below it listen on."""
+    found = set()
+    for one in [process, *process.children(recursive=True)]:
+        try:
+            connections = one.net_connections("inet")
+        except psutil.NoSuchProcess:
+            continue
+        found |= {tuple(item.laddr) for item in connections if item.status == psutil.CONN_LISTEN}
+    return found
+
+
+def command(mount: Path, model: Path, *more: str) -> list[str]:
+    """A run of two processes that saves at every second step and would not end by itself soon."""
+    return [
+        "bash", str(ROOT / "chat_main.sh"), "--mount_path", str(mount), "--model_name_or_path", str(model), *FAST,
+        "--num_processes", "2", "--num_train_epochs", "100", "--eval_steps", "2", "--save_total_limit", "3", *more,
+    ]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def interrupted(
+    tmp_path_factory: pytest.TempPathFactory, checkpoints: dict[str, Path]
+) -> tuple[Path, set[tuple[str, int]], int]:
+    """(output_path of a run that was ended by SIGTERM, what it listened on, TensorBoard's port)."""
+    mount, port = tmp_path_factory.mktemp("mnt"), free_port()
+    write_jsonl(mount / "datasets" / "train.jsonl", read_messages(DEMO / "train.jsonl")[:24])
+    write_jsonl(mount / "datasets" / "test.jsonl", read_messages(DEMO / "test.jsonl")[:2])
+    output = mount / "output_path"
+    arguments = command(mount, checkpoints["llama"], "--tensorboard", "true", "--tensorboard_port", str(port))
+    process = subprocess.Popen(
+        arguments, env=environment(), stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+    )
+    found: set[tuple[str, int]] = set()
+    end = time.monotonic() + 120
+    while len(checkpointing.list_checkpoints(output)) < 3 or port not in {number for _, number in found}:
+        assert process.poll() is None, process.stderr.read().decode()[-3000:]
+        assert time.monotonic() < end, found
+        found |= addresses(psutil.Process(process.pid))
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)  # to the launcher alone, as `docker stop` does
+    process.communicate(timeout=60)
+    assert process.returncode == 143
+    assert checkpointing.damage(checkpointing.list_checkpoints(output)[-1]) is None
+    return output, found, port
+
+
+def test_a_run_listens_on_loopback_alone(interrupted: tuple[Path, set[tuple[str, int]], int]) -> None:
+    """torch's store, gloo and TensorBoard, with nothing set by the user."""
+    _, found, port = interrupted
+    assert len(found) >= 4  # the store, gloo in both processes, TensorBoard
+    assert ("127.0.0.1", port) in found
+    assert [address for address, _ in found if not ipaddress.ip_address(address).is_loopback] == []
+
+
+def make_hostile(checkpoint: Path, name: str, mark: Path) -> None:
+    """Put a call into a state that is otherwise as it was, and mend the manifest: whoever can write there can do so."""
+    path = checkpoint / name
+    whole: Any = torch.load(path, weights_only=False)  # our own file
+    torch.save({**whole, "hostile": Hostile(mark)}, path)
+    manifest = json.loads((checkpoint / checkpointing.MANIFEST).read_text())
+    manifest["files"][name] = checkpointing.fingerprint(path)
+    (checkpoint / checkpointing.MANIFEST).write_text(json.dumps(manifest))
+
+
+@pytest.fixture
+def trusting(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch.load as a library's caller has it, so that the test can read what it changes."""
+    monkeypatch.delenv("TORCH_FORCE_WEIGHTS_ONLY_LOAD")
+
+
+def test_no_state_runs_code(
+    interrupted: tuple[Path, set[tuple[str, int]], int], tmp_path: Path, trusting: None
+) -> None:
+    """Every pickle that a resume loads, one after the other; also without the variable that holds torch to it."""
+    newest = checkpointing.list_checkpoints(interrupted[0])[-1]
+    assert states.problem(newest) is None
+    names = [path.relative_to(newest) for pattern in states.PATTERNS for path in newest.glob(pattern)]
+    assert len(names) == 6  # scheduler, two generators, weights, two optimizers
+    for name in map(str, names):
+        copy = shutil.copytree(newest, tmp_path / newest.name)
+        make_hostile(copy, name, tmp_path / "mark")
+        assert checkpointing.damage(copy) is None
+        assert f"{name} asks for posix.system" in (states.problem(copy) or "")
+        shutil.rmtree(copy)
+    assert not (tmp_path / "mark").exists()
+
+
+def test_a_resume_passes_damaged_and_hostile_checkpoints_over(
+    interrupted: tuple[Path, set[tuple[str, int]], int],
+    checkpoints: dict[str, Path],
+    tmp_path: Path,
+    trusting: None,
+) -> None:
+    output, mark = interrupted[0], tmp_path / "mark"
+    whole, cut, hostile = checkpointing.list_checkpoints(output)[-3:]
+    victim = next(cut.glob("global_step*/*optim_states.pt"))
+    victim.write_bytes(victim.read_bytes()[:-100])
+    for path in hostile.glob("global_step*/*optim_states.pt"):
+        make_hostile(hostile, str(path.relative_to(hostile)), mark)
+    end = checkpointing.step_of(whole) + 1
+    settings = json.loads((output / "finetune_config.json").read_text())
+    (output / "finetune_config.json").write_text(json.dumps(settings | {"max_steps": end}))
+    done = subprocess.run(
+        command(output.parent, checkpoints["llama"], "--max_steps", str(end)), env=environment(),
+        stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=240, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert f"{hostile} is damaged" in done.stderr
+    assert "asks for posix.system" in done.stderr
+    assert f"{cut} is damaged ({victim.relative_to(cut)} was changed or cut)" in done.stderr
+    assert f"continuing from {whole}" in done.stderr
+    assert not mark.exists()
+
+
+def test_deepspeed_states_of_fp16_load(tmp_path: Path) -> None:
+    """The loss scaling that fp16 keeps; it cannot be trained without a GPU."""
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
+
+    scaler = DynamicLossScaler(2**16, 2, 1000, 1, 2, False, dtype=torch.float16)
+    torch.save({"loss_scaler": scaler}, tmp_path / "state.pt")
+    with states.loadable():
+        found = torch.load(tmp_path / "state.pt", weights_only=True)["loss_scaler"]
+    assert vars(found) == vars(scaler)

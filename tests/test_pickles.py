@@ -1,0 +1,93 @@
+"""Files that a model, an adapter or a cache is read from, with code in them: none of it runs, and it is said."""
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from pickle import UnpicklingError
+
+import numpy as np
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+
+from eval.similar.encoder import load_dense
+from eval.similar.model_folder import DenseLayer
+from llmops import checkpoints as loading
+from llmops.console import UserError
+from train.dataset import TokenDataset
+
+
+class Hostile:
+    """Pickles as a call of os.system that makes a file."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> tuple[Callable[[str], int], tuple[str]]:
+        return os.system, (f"touch '{self.mark}'",)
+
+
+@pytest.fixture
+def mark(tmp_path: Path) -> Path:
+    """What the hostile code would make."""
+    return tmp_path / "mark"
+
+
+def test_torch_is_held_to_weights_whatever_is_asked_for(tmp_path: Path, mark: Path) -> None:
+    torch.save(Hostile(mark), tmp_path / "state.pt")
+    with pytest.raises(Exception, match=r"posix\.system"):
+        torch.load(tmp_path / "state.pt", weights_only=False)
+    assert not mark.exists()
+
+
+def test_weights_of_a_model(tmp_path: Path, mark: Path, checkpoints: dict[str, Path]) -> None:
+    folder = shutil.copytree(checkpoints["llama"], tmp_path / "model")
+    (folder / "model.safetensors").unlink()
+    torch.save({"model.norm.weight": Hostile(mark)}, folder / "pytorch_model.bin")
+    with pytest.raises(UserError, match=r"asks for posix\.system, which weights do not need"):
+        loading.load_model(folder, torch.float32)
+    (folder / "pytorch_model.bin").write_bytes(b"PK\x03\x04 and no weights")
+    with pytest.raises(UserError, match="cannot be loaded"):
+        loading.load_model(folder, torch.float32)
+    assert not mark.exists()
+
+
+def test_weights_of_an_adapter(tmp_path: Path, mark: Path, checkpoints: dict[str, Path]) -> None:
+    model = loading.load_model(checkpoints["llama"], torch.float32)
+    get_peft_model(model, LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM")).save_pretrained(tmp_path)
+    settings = json.loads((tmp_path / "adapter_config.json").read_text())
+    settings["base_model_name_or_path"] = str(checkpoints["llama"])
+    (tmp_path / "adapter_config.json").write_text(json.dumps(settings))
+    (tmp_path / "adapter_model.safetensors").unlink()
+    with pytest.raises(UserError, match="has no weights"):
+        loading.load_trained(tmp_path, torch.float32)
+    torch.save({"weight": Hostile(mark)}, tmp_path / "adapter_model.bin")
+    with pytest.raises(UserError, match=r"asks for posix\.system"):
+        loading.load_trained(tmp_path, torch.float32)
+    assert not mark.exists()
+
+
+def test_weights_of_a_dense_layer(tmp_path: Path, mark: Path) -> None:
+    """Of an embedding model; the command says it in one sentence (eval/similar/encoder.py)."""
+    torch.save({"linear.weight": Hostile(mark)}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(UnpicklingError, match=r"posix\.system") as caught:
+        load_dense(DenseLayer(tmp_path, "Tanh"))
+    assert "asks for posix.system" in loading.refused_pickle(caught.value)
+    assert not mark.exists()
+
+
+def test_caches(tmp_path: Path, mark: Path) -> None:
+    """Tokenised data and embeddings are plain arrays; an array of objects is a pickle."""
+    objects = np.array([Hostile(mark)], dtype=object)
+    for name in ("ids.bin", "learned.bin"):
+        (tmp_path / name).write_bytes(b"")
+    (tmp_path / "meta.json").write_text("{}")
+    np.save(tmp_path / "index.npy", objects, allow_pickle=True)
+    with pytest.raises(UserError, match="is damaged"):
+        TokenDataset(tmp_path)
+    np.save(tmp_path / "index.npy", np.array([[5, 1]]))
+    with pytest.raises(UserError, match="do not fit each other"):
+        TokenDataset(tmp_path)
+    assert not mark.exists()

@@ -1,0 +1,149 @@
+"""The DeepSpeed file: what is wrong with it, and where it says otherwise than the settings. Standard library only.
+
+DeepSpeed's documentation of these keys: https://www.deepspeed.ai/docs/config-json/
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from llmops import files
+from llmops.console import UserError
+
+if TYPE_CHECKING:
+    from train.config import Config
+
+WHAT = "the DeepSpeed file"
+AUTO = "auto"  # the Trainer fills in our setting
+STAGES = (0, 1, 2, 3)
+DEVICES = ("none", "cpu", "nvme")
+COUNTS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "steps_per_print")
+SECTIONS = ("zero_optimization", "bf16", "fp16", "optimizer", "scheduler", "activation_checkpointing", "aio")
+# our setting, the key, and what DeepSpeed takes where the key is missing; batch sizes are always ours (session.py)
+SETTINGS = (
+    ("per_device_train_batch_size", "train_micro_batch_size_per_gpu", None),
+    ("gradient_accumulation_steps", "gradient_accumulation_steps", None),
+    ("max_grad_norm", "gradient_clipping", 0),
+)
+DTYPES = ("bf16", "fp16")
+
+
+def find_problems(config: Config) -> list[str]:
+    """Everything wrong with the DeepSpeed file in force, one sentence each."""
+    path = config.deepspeed_file
+    try:
+        found = files.read_object(path, WHAT, "mend it or leave --ds_file out")
+    except UserError as error:
+        return [str(error)]
+    return [f"{WHAT} {path}: {problem}" for problem in shape_problems(found) or disagreements(found, config)]
+
+
+def shape_problems(found: dict[str, Any]) -> list[str]:
+    """Values that are not of the kind that DeepSpeed takes."""
+    problems = [expected(key, found[key], "a JSON object") for key in SECTIONS if not is_object(found.get(key, {}))]
+    problems += [
+        expected(key, found[key], f'a whole number of at least 1, or "{AUTO}"')
+        for key in COUNTS
+        if key in found and not is_auto(found[key]) and not (type(found[key]) is int and found[key] >= 1)
+    ]
+    clipping = found.get("gradient_clipping", 0)
+    if not is_auto(clipping) and not (is_number(clipping) and clipping >= 0):
+        problems.append(expected("gradient_clipping", clipping, f'a number of at least 0, or "{AUTO}"'))
+    if problems:
+        return problems
+    return zero_problems(found.get("zero_optimization", {})) + enabled_problems(found) + type_problems(found)
+
+
+def zero_problems(zero: dict[str, Any]) -> list[str]:
+    """The section zero_optimization: its stage, and where it offloads to."""
+    problems = []
+    stage = zero.get("stage", 0)
+    if type(stage) is not int or stage not in STAGES:
+        problems.append(expected("zero_optimization.stage", stage, "0, 1, 2 or 3"))
+    for key in ("offload_optimizer", "offload_param"):
+        part = zero.get(key)
+        if part is None:
+            continue
+        if not is_object(part):
+            problems.append(expected(f"zero_optimization.{key}", part, "a JSON object"))
+        elif part.get("device", "none") not in DEVICES:
+            problems.append(expected(f"zero_optimization.{key}.device", part["device"], " or ".join(DEVICES)))
+    for key, value in zero.items():
+        sized = key.endswith(("_size", "_threshold", "_max_live_parameters", "_max_reuse_distance"))
+        if sized and not is_auto(value) and not (is_number(value) and value >= 0):
+            problems.append(expected(f"zero_optimization.{key}", value, f'a number of at least 0, or "{AUTO}"'))
+    return problems
+
+
+def enabled_problems(found: dict[str, Any]) -> list[str]:
+    """The sections of the number formats: enabled is true, false or auto, and not in both."""
+    values = {key: found.get(key, {}).get("enabled", False) for key in DTYPES}
+    problems = [
+        expected(f"{key}.enabled", value, f'true, false or "{AUTO}"')
+        for key, value in values.items()
+        if not isinstance(value, bool) and not is_auto(value)
+    ]
+    if all(value is True for value in values.values()):
+        problems.append("bf16 and fp16 are both enabled, expected one of them at most")
+    return problems
+
+
+def type_problems(found: dict[str, Any]) -> list[str]:
+    """The sections optimizer and scheduler: a type by name, parameters as an object."""
+    problems = []
+    for key in ("optimizer", "scheduler"):
+        part = found.get(key)
+        if part is None:
+            continue
+        if not isinstance(part.get("type"), str):
+            problems.append(expected(f"{key}.type", part.get("type"), "a name"))
+        if not is_object(part.get("params", {})):
+            problems.append(expected(f"{key}.params", part["params"], "a JSON object"))
+    return problems
+
+
+def disagreements(found: dict[str, Any], config: Config) -> list[str]:
+    """Numbers that are not those of the settings: the Trainer refuses such a file when everything is loaded."""
+    problems = []
+    for setting, key, _ in SETTINGS:
+        value, ours = found.get(key, AUTO), getattr(config, setting)
+        if not is_auto(value) and value != ours:
+            problems.append(f'{key} is {value} and --{setting} is {ours:g}; write "{AUTO}" or pass --{setting} {value}')
+    for key in DTYPES:
+        value = found.get(key, {}).get("enabled", AUTO)
+        if config.dtype != "auto" and not is_auto(value) and value != (config.dtype == key):
+            problems.append(f'{key}.enabled is {str(value).lower()} and --dtype is {config.dtype}; write "{AUTO}"')
+    return problems
+
+
+def warnings(config: Config) -> list[str]:
+    """Settings that the DeepSpeed file leaves out, so that DeepSpeed's own default is in force instead."""
+    found = files.read_object(config.deepspeed_file, WHAT)
+    told = []
+    for setting, key, default in SETTINGS:
+        ours = getattr(config, setting)
+        if key not in found and default is not None and default != ours:
+            told.append(f'{key} is missing, so DeepSpeed takes {default} and not --{setting} {ours:g}; write "{AUTO}"')
+    if config.dtype in DTYPES and config.dtype not in found:
+        told.append(f'{config.dtype} is missing, so DeepSpeed takes fp32; write {{"enabled": "{AUTO}"}}')
+    return [f"warning: {WHAT} {config.deepspeed_file}: {sentence}" for sentence in told]
+
+
+def expected(key: str, value: Any, wanted: str) -> str:
+    """The sentence for a value of the wrong kind."""
+    return f"{key} is {files.shown(value)}, expected {wanted}"
+
+
+def is_auto(value: Any) -> bool:
+    """Whether the Trainer fills in this value."""
+    return value == AUTO
+
+
+def is_number(value: Any) -> bool:
+    """Whether a JSON value is a number that DeepSpeed can hold (true and false, NaN and Infinity are none)."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1 << 63
+
+
+def is_object(value: Any) -> bool:
+    """Whether a JSON value is an object."""
+    return isinstance(value, dict)
