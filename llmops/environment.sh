@@ -54,7 +54,7 @@ one_of() {
 }
 
 # The settings of all commands that are true or false; a command's own list is what it has of these.
-BOOLEANS=(CHAT_TEMPLATE CONSTRAIN DRY_RUN EXPLAIN GRADIENT_CHECKPOINTING LOAD_BEST_MODEL_AT_END MERGE_LORA NO_SSH OVERWRITE
+BOOLEANS=(CHAT_TEMPLATE CONSTRAIN DRY_RUN EXPLAIN LOAD_BEST_MODEL_AT_END MERGE_LORA NO_SSH OVERWRITE
     OVERWRITE_OUTPUT_PATH PACKING RESUME REUSE_PREFIX SKIP_BAD_LINES TENSORBOARD TRUST_REMOTE_CODE WATCH)
 
 # check_settings: what this shell itself acts on, however it was set; the rest is checked by the Python program it is for.
