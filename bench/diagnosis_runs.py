@@ -232,7 +232,7 @@ def make_run(spec: Spec, work: Path) -> Path:
         per_device_train_batch_size=spec.batch, gradient_accumulation_steps=1, per_device_eval_batch_size=32,
         max_seq_len=256, learning_rate=spec.learning_rate, max_steps=spec.steps, lr_scheduler_type=spec.schedule,
         warmup_ratio=0.05, eval_steps=spec.eval_steps, logging_steps=spec.logging_steps, tensorboard=False,
-        gradient_checkpointing=False, dtype="fp32", seed=spec.seed,
+        gradient_checkpointing="false", dtype="fp32", seed=spec.seed,
     )  # fmt: skip
     data = session.prepare_data(config, encodes=True)
     trainer, schedule = session.build_trainer(config, data)

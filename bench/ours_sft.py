@@ -51,7 +51,7 @@ def main() -> None:
             per_device_train_batch_size=micro, gradient_accumulation_steps=accumulation, max_seq_len=args.max_length,
             learning_rate=LEARNING_RATE, num_train_epochs=1, max_steps=args.max_steps or -1,
             lr_scheduler_type="constant", warmup_ratio=0.0,
-            gradient_checkpointing=False, packing=args.packing == "on", dtype="fp32",
+            gradient_checkpointing="false", packing=args.packing == "on", dtype="fp32",
         )  # fmt: skip
         data = session.prepare_data(config, encodes=True)
         trainer, schedule = session.build_trainer(config, data)

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from eval.similar import ngrams
-from llmops import files
+from llmops import devices, files
 from llmops.console import (
     FailureJson,
     Parser,
@@ -131,8 +131,7 @@ def choose_device(gpu_id: int) -> str:
         return "cpu"
     import torch
 
-    if not torch.cuda.is_available():
-        return "cpu"
+    devices.check_gpu()
     if gpu_id >= torch.cuda.device_count():
         raise UserError(
             f"--gpu_id {gpu_id} does not exist; this machine shows {torch.cuda.device_count()} GPUs, from 0"

@@ -18,7 +18,7 @@ from eval.processes import Processes
 from eval.prompts import Fitter, Prepared, Request
 from eval.rendering import Renderer
 from eval.samples import Answer, Sample
-from llmops import checkpoints, files
+from llmops import checkpoints, devices, files
 from llmops.console import UserError, has_gpu, log, progress
 
 if TYPE_CHECKING:
@@ -101,11 +101,15 @@ def choose_device(gpu_id: int, processes: Processes) -> "torch.device":
     """The device of this process: the GPU asked for, one GPU per process when there are several, else the CPU."""
     import torch
 
-    if gpu_id < 0 or not torch.cuda.is_available():
+    if gpu_id < 0:
+        return torch.device("cpu")
+    devices.check_gpu()
+    if not torch.cuda.is_available():
         return torch.device("cpu")
     number = processes.local_rank if processes.count > 1 else gpu_id
     if number >= torch.cuda.device_count():
         raise UserError(f"gpu_id {number} does not exist; this machine shows {torch.cuda.device_count()} GPUs, from 0")
+    torch.cuda.set_device(number)  # else every process opens a context on GPU 0 as well
     return torch.device("cuda", number)
 
 
@@ -139,7 +143,7 @@ class Engine:
         """The loaded model."""
         from llmops.generation import Generator
 
-        model = load(self.settings, self.dtype)
+        model = checkpoints.merged(load(self.settings, self.dtype, self.device))
         model.to(self.device)
         pad = self.renderer.tokenizer.pad_token_id or 0
         generator = Generator(model, pad, self.settings.batch_size, self.settings.reuse_prefix)
@@ -241,9 +245,9 @@ def cpu_dtype(name: str) -> str:
     return "fp32" if name == "auto" else name
 
 
-def load(settings: Settings, dtype: "torch.dtype") -> "torch.nn.Module":
+def load(settings: Settings, dtype: "torch.dtype", device: "torch.device") -> "torch.nn.Module":
     """The model with its adapter. An adapter folder is a model too; `adapter` goes on the model that is named."""
-    model = checkpoints.load_trained(Path(settings.model), dtype, settings.trust_remote_code)
+    model = checkpoints.load_trained(Path(settings.model), dtype, settings.trust_remote_code, device)
     if not settings.adapter:
         return model
     return checkpoints.put_adapter(model, Path(settings.adapter))

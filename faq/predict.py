@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from faq.catalog import Catalog, load_catalog
-from llmops import checkpoints, files
+from llmops import checkpoints, devices, files
 from llmops.chat_formats import FAMILIES, ChatFormat
 from llmops.console import Parser, UserError, has_gpu, log, progress, run_main, stdout_to_stderr, to_bool
 from llmops.faq_records import INTENTS_NAME, read_faq, refuse_unfinished
@@ -199,12 +199,14 @@ def run(config: Config) -> list[dict[str, Any]]:
 
     from llmops.generation import Generator
 
+    devices.check_gpu()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     folder = Path(config.model_name_or_path)
     _, chat = checkpoints.load_chat_format(folder, config.mode or catalog.mode, config.trust_remote_code)
-    model = checkpoints.load_trained(folder, checkpoints.choose_dtype(config.dtype), config.trust_remote_code)
-    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = checkpoints.load_trained(folder, checkpoints.choose_dtype(config.dtype), config.trust_remote_code, device)
+    model = checkpoints.merged(model).to(device)
     pad = chat.tokenizer.pad_token_id or 0
     size = config.batch_size or chat.family.generation["batch_size"]
     generator = Generator(model, pad, size, config.reuse_prefix)

@@ -171,16 +171,21 @@ def choose_dtype(name: str) -> "torch.dtype":
     import torch
 
     if name == "auto":
-        name = "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "fp32"
+        real = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
+        name = "bf16" if real else "fp32"  # emulated, as on Turing, it is slower than fp32
     if name == "fp16" and not torch.cuda.is_available():
         raise UserError("--dtype fp16 needs a GPU; use --dtype fp32 (or bf16)")
     return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[name]
 
 
 def load_model(
-    folder: Path, dtype: "torch.dtype", trust_remote_code: bool = False, attention: str | None = None
-) -> "PreTrainedModel":
-    """The causal language model of a checkpoint folder. `.bin` weights load with weights_only; nothing is fetched."""
+    folder: Path, dtype: "torch.dtype", trust_remote_code: bool = False, attention: str | None = None,
+    device: "torch.device | None" = None,
+) -> "PreTrainedModel":  # fmt: skip
+    """The causal language model of a checkpoint folder. `.bin` weights load with weights_only; nothing is fetched.
+
+    With a GPU as `device` the weights go there one by one, and never all into the machine's memory.
+    """
     auto_class = causal_class(folder, trust_remote_code)
     check_files(folder, MODEL_FILES)
     with loading(f"the model in {folder}"):
@@ -191,6 +196,7 @@ def load_model(
             attn_implementation=attention,
             local_files_only=True,
             output_loading_info=True,
+            **({"device_map": {"": device}} if device is not None and device.type != "cpu" else {}),
         )
     trained = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     missing = sorted(trained & set(found["missing_keys"]))  # buffers (inv_freq) are computed while the model is built
@@ -265,13 +271,15 @@ def choose_lora_layers(model: "torch.nn.Module", wanted: str, defaults: Sequence
     return names
 
 
-def load_trained(folder: Path, dtype: "torch.dtype", trust_remote_code: bool = False) -> "PreTrainedModel":
-    """A whole model, or an adapter on the base model that its adapter_config.json names."""
+def load_trained(
+    folder: Path, dtype: "torch.dtype", trust_remote_code: bool = False, device: "torch.device | None" = None
+) -> "PreTrainedModel":
+    """A whole model, or an adapter on the base model that its adapter_config.json names, in the base model's dtype."""
     if not is_adapter(folder):
-        return load_model(folder, dtype, trust_remote_code)
+        return load_model(folder, dtype, trust_remote_code, device=device)
     base = base_folder(folder)
     log(f"the adapter {folder} goes on {base}")
-    return put_adapter(load_model(base, dtype, trust_remote_code), folder)
+    return put_adapter(load_model(base, dtype, trust_remote_code, device=device), folder)
 
 
 def put_adapter(model: "PreTrainedModel", folder: Path) -> "PreTrainedModel":
@@ -290,7 +298,7 @@ def put_adapter(model: "PreTrainedModel", folder: Path) -> "PreTrainedModel":
     cure = f"check that it was trained on this model, or {COPY}"
     with loading(f"the adapter {folder}", cure), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Found missing adapter keys")  # said below, as an error
-        adapted = PeftModel.from_pretrained(model, str(folder), local_files_only=True)
+        adapted = PeftModel.from_pretrained(model, str(folder), local_files_only=True, autocast_adapter_dtype=False)
         wanted = set(get_peft_model_state_dict(adapted, save_embedding_layers=False))
         may_be = set(get_peft_model_state_dict(adapted, save_embedding_layers=True))
         given = set(load_peft_weights(str(folder), device="cpu", local_files_only=True))
@@ -303,13 +311,19 @@ def put_adapter(model: "PreTrainedModel", folder: Path) -> "PreTrainedModel":
     return adapted
 
 
+def merged(model: "torch.nn.Module") -> "torch.nn.Module":
+    """The model with its adapter added to its weights, for answering: half the kernels per token. No copy is made."""
+    return model.merge_and_unload() if hasattr(model, "merge_and_unload") else model
+
+
 def merge_adapter(
     folder: Path, target: Path, dtype: "torch.dtype", prompts: Sequence[list[int]], trust_remote_code: bool = False
 ) -> float:
     """Merge the adapter in `folder` into its base model, save it as `target`, check that the saved model answers alike.
 
-    Returns the largest difference of logits over `prompts`, relative to the largest logit. The folder appears when it
-    is complete. Raises UserError when the saved model's next tokens differ beyond rounding.
+    Returns the largest difference of logits over `prompts`, relative to the largest logit. No two models are in memory
+    at once. The folder appears when it is complete. Raises UserError when the saved model's next tokens differ beyond
+    rounding.
     """
     import shutil
 
@@ -321,7 +335,9 @@ def merge_adapter(
     staging = target.with_name(target.name + ".part")
     if staging.exists():
         shutil.rmtree(staging)
-    model.merge_and_unload().save_pretrained(staging)
+    model = model.merge_and_unload()  # in the place of the weights; PEFT's layers are gone
+    model.save_pretrained(staging)
+    del model
     load_tokenizer(folder, trust_remote_code).save_pretrained(staging)
     merged = load_model(staging, dtype, trust_remote_code).eval()
     worst = 0.0

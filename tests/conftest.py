@@ -160,3 +160,24 @@ def teach(folder: Path, conversations: Sequence[Messages], steps: int, hidden: i
         optimizer.step()
     model.save_pretrained(folder)
     return folder
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what is in tests/gpu, and skip it with its reason where torch sees no GPU."""
+    mine = [item for item in items if ROOT / "tests" / "gpu" in item.path.parents]
+    if not mine:
+        return
+    import torch
+
+    for item in mine:
+        item.add_marker(pytest.mark.gpu)
+        if not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU, and torch sees none"))
+
+
+@pytest.fixture
+def gpu() -> Any:
+    """The first GPU."""
+    import torch
+
+    return torch.device("cuda", 0)

@@ -6,8 +6,10 @@ A batch is a dict:
     attention_mask int64 [rows, T]      padded batches only
     layout         attention.Layout     packed batches only (rows = 1)
     rows, columns  int64 [n]            where the logits stand that predict each learned token
+    kept           int64 [m]            padded batches only: the columns in `columns`, each once, in order
+    kept_columns   int64 [n]            padded batches only: where each of `columns` stands in `kept`
     labels         int64 [n]            the learned tokens, aligned with rows and columns (not shifted)
-    tokens         int64 []             tokens of the conversations, as a plain padding-free run would process them
+    tokens         int                  tokens of the conversations, as a plain padding-free run would process them
 """
 
 from collections.abc import Sequence
@@ -30,9 +32,13 @@ def first_learned(sample: Sample) -> int:
 class PackedCollator:
     """One row without padding; equal prompt beginnings are stored once."""
 
-    def __init__(self, share_prefixes: bool = True, block_tokens: int = BLOCK_TOKENS) -> None:
+    def __init__(
+        self, share_prefixes: bool = True, block_tokens: int = BLOCK_TOKENS, flex: bool = False, pad_id: int = 0
+    ) -> None:
         self.share_prefixes = share_prefixes
         self.block_tokens = block_tokens
+        self.flex = flex
+        self.pad_id = pad_id
 
     def __call__(self, samples: Sequence[Sample]) -> dict[str, Any]:
         builder = _TreeBuilder(samples, self.share_prefixes)
@@ -44,14 +50,18 @@ class PackedCollator:
             columns.append(places[targets - 1])
             labels.append(sample["ids"][targets])
         column = torch.from_numpy(np.concatenate(columns))
+        layout = Layout(roots, builder.length, self.block_tokens, self.flex)
+        more = len(layout.end) - builder.length  # FlexAttention's tiles are full
+        ids = np.concatenate([*builder.ids, np.full(more, self.pad_id)]).astype(np.int64)
+        positions = np.concatenate([*builder.positions, np.zeros(more, np.int64)])
         return {
-            "input_ids": torch.from_numpy(np.concatenate(builder.ids).astype(np.int64))[None],
-            "position_ids": torch.from_numpy(np.concatenate(builder.positions))[None],
-            "layout": Layout(roots, builder.length, self.block_tokens),
+            "input_ids": torch.from_numpy(ids)[None],
+            "position_ids": torch.from_numpy(positions)[None],
+            "layout": layout,
             "rows": torch.zeros_like(column),
             "columns": column,
             "labels": torch.from_numpy(np.concatenate(labels).astype(np.int64)),
-            "tokens": torch.tensor(sum(len(sample["ids"]) for sample in samples)),
+            "tokens": sum(len(sample["ids"]) for sample in samples),
         }
 
 
@@ -136,14 +146,17 @@ class PaddedCollator:
             rows.append(np.full(len(targets), i))
             columns.append(targets - 1 + offset)
             labels.append(sample["ids"][targets])
+        kept, kept_columns = np.unique(np.concatenate(columns), return_inverse=True)
         return {
             "input_ids": torch.from_numpy(ids),
             "position_ids": torch.from_numpy(positions),
             "attention_mask": torch.from_numpy(mask),
             "rows": torch.from_numpy(np.concatenate(rows)),
             "columns": torch.from_numpy(np.concatenate(columns)),
+            "kept": torch.from_numpy(kept),
+            "kept_columns": torch.from_numpy(kept_columns),
             "labels": torch.from_numpy(np.concatenate(labels).astype(np.int64)),
-            "tokens": torch.tensor(sum(len(sample["ids"]) for sample in samples)),
+            "tokens": sum(len(sample["ids"]) for sample in samples),
         }
 
 
@@ -153,11 +166,29 @@ def target_losses(model: torch.nn.Module, batch: dict[str, Any]) -> torch.Tensor
     if "layout" in batch:
         logits = model(**inputs, use_cache=False, logits_to_keep=batch["columns"]).logits[0]
     elif accepts_logits_to_keep(model):
-        kept, column = torch.unique(batch["columns"], return_inverse=True)
+        kept, column = batch["kept"], batch["kept_columns"]
         logits = model(**inputs, use_cache=False, logits_to_keep=kept).logits[batch["rows"], column]
     else:
         logits = model(**inputs, use_cache=False).logits[batch["rows"], batch["columns"]]
-    return torch.nn.functional.cross_entropy(logits.float(), batch["labels"], reduction="none")
+    return token_losses(logits, batch["labels"])
+
+
+def token_losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Cross entropy in float32 [n] of logits [n, V].
+
+    On a GPU in one kernel that keeps no copy of the logits in float32 (14 bytes a logit become 4) and computes the
+    softmax anew in the backward pass; on a CPU that would be slower than torch's own, which keeps it.
+    """
+    if logits.device.type == "cpu":
+        return torch.nn.functional.cross_entropy(logits.float(), labels, reduction="none")
+    from deepspeed.runtime.chunked_cross_entropy import chunked_cross_entropy
+
+    return chunked_cross_entropy(logits, labels, reduction="none")
+
+
+def to_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    """The batch on a device; from page-locked memory the copies do not wait for the GPU."""
+    return {key: value.to(device, non_blocking=True) if hasattr(value, "to") else value for key, value in batch.items()}
 
 
 def accepts_logits_to_keep(model: torch.nn.Module) -> bool:

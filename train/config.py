@@ -27,6 +27,7 @@ FAQ_DEFAULTS = {
     "gradient_accumulation_steps": 1,
     "per_device_eval_batch_size": 32,
 }
+RECOMPUTE_WORDS = {"auto": None, "true": 1, "yes": 1, "false": 0, "no": 0}
 PEAK_LEARNING_RATES = {
     "general": {"lora": 1e-4, "all": 1e-5},
     "faq": {"lora": 2e-4, "all": 2e-5},
@@ -67,8 +68,11 @@ class Config:
     lora_dim: int = setting(16, "LoRA rank", min=1)
     lora_alpha: float = setting(32, "LoRA scaling numerator (scale = alpha / rank)", min=0)
     lora_dropout: float = setting(0.05, "dropout before the LoRA layers", min=0)
-    per_device_train_batch_size: int = setting(4, "conversations per device and micro-batch", min=1)
-    gradient_accumulation_steps: int = setting(4, "micro-batches per optimizer step", min=1)
+    per_device_train_batch_size: int = setting(4, "conversations per device and accumulation step", min=1)
+    gradient_accumulation_steps: int = setting(4, "accumulation steps per optimizer step", min=1)
+    micro_batch_tokens: int = setting(
+        0, "tokens that go through a device at once; 0: on a GPU what fits, else per_device_train_batch_size", min=0
+    )
     per_device_eval_batch_size: int = setting(8, "conversations per device while evaluating", min=1)
     max_seq_len: int = setting(
         1024, "longest conversation in tokens; longer ones are cut by the rule in the README", min=8
@@ -79,7 +83,9 @@ class Config:
     zero_stage: str = setting("2", "DeepSpeed ZeRO stage", list(DS_FILES))
     ds_file: str = setting("", "your own DeepSpeed JSON instead of train/ds_zero*.json")
     dtype: str = setting("auto", "auto: bf16 where the device has it, else fp32", ["auto", "bf16", "fp16", "fp32"])
-    gradient_checkpointing: bool = setting(True, "recompute activations: less memory, about a third more time")
+    gradient_checkpointing: str = setting(
+        "auto", "recompute layers, for memory: auto (as few as fit), true (all), false, or N for one layer in N"
+    )
     packing: bool = setting(True, "no padding, shared prompt prefixes stored once; false: plain padded batches")
     max_grad_norm: float = setting(1.0, "gradient clipping; 0: none", min=0)
     lr_scheduler_type: str = setting("cosine", "learning rate schedule", ["cosine", "linear", "constant"])
@@ -119,6 +125,12 @@ class Config:
         return self.learning_rate or PEAK_LEARNING_RATES[self.scenario][self.train_type]
 
     @property
+    def recompute(self) -> int | None:
+        """--gradient_checkpointing as a number: every so-manieth layer is recomputed, 0: none; None for auto."""
+        text = self.gradient_checkpointing.lower()
+        return RECOMPUTE_WORDS[text] if text in RECOMPUTE_WORDS else int(text)
+
+    @property
     def deepspeed_file(self) -> Path:
         """The DeepSpeed configuration in force."""
         return Path(self.ds_file) if self.ds_file else HERE / DS_FILES[self.zero_stage]
@@ -153,6 +165,8 @@ RESTARTABLE = frozenset(
         "per_device_eval_batch_size",
         "load_best_model_at_end",
         "trust_remote_code",
+        "gradient_checkpointing",
+        "micro_batch_tokens",
     ]
 )
 
@@ -205,6 +219,9 @@ def find_problems(config: Config) -> list[str]:
     for name in ("lora_dropout", "warmup_ratio", "eval_ratio"):
         if getattr(config, name) >= 1:
             problems.append(f"--{name} is {getattr(config, name)}, expected less than 1")
+    layers = config.gradient_checkpointing.lower()
+    if layers not in RECOMPUTE_WORDS and not (layers.isascii() and layers.isdecimal()):
+        problems.append(f"--gradient_checkpointing is {layers}, expected auto, true, false or a whole number from 1")
     if config.max_steps == 0 or (config.max_steps < 0 and config.num_train_epochs == 0):
         problems.append("nothing to train: --max_steps and --num_train_epochs are 0")
     problems += path_problems(config)

@@ -111,12 +111,6 @@ def disagreements(found: dict[str, Any], config: Config) -> list[str]:
         value, ours = found.get(key, AUTO), getattr(config, setting)
         if not is_auto(value) and value != ours:
             problems.append(f'{key} is {value} and --{setting} is {ours:g}; write "{AUTO}" or pass --{setting} {value}')
-    accumulation = config.gradient_accumulation_steps
-    if "gradient_accumulation_steps" not in found and accumulation != 1:
-        problems.append(
-            "gradient_accumulation_steps is missing, which means 1, and --gradient_accumulation_steps is "
-            f'{accumulation}; write "{AUTO}"'
-        )
     for key in DTYPES:
         value = found.get(key, {}).get("enabled", AUTO)
         if config.dtype != "auto" and not is_auto(value) and value != (config.dtype == key):

@@ -1,112 +1,52 @@
 """--dry_run true: validate the data, show what is learned, estimate memory and time; no weight is loaded.
 
-Memory of the weights' states: Rajbhandari et al. 2020 (ZeRO), section 3. Activations: Korthikanti et al. 2022,
-"Reducing Activation Recomputation in Large Transformer Models", section 4, without the attention matrix, which the
-attention kernels do not store. Work: 2 FLOP per weight and token forward, twice that backward (Kaplan et al. 2020).
+Memory: `train.estimates`. Time: some of the run's own micro-batches through one and through three layers of the model's
+class with random weights, on this device; what that cannot hold is reckoned: 2 FLOP per weight and token forward, twice
+that backward (Kaplan et al. 2020).
 """
 
 import math
 import os
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
+import torch
 
 from llmops import checkpoints
 from llmops.console import duration, log
-from llmops.loading import loading
+from train import attention, session
+from train.batches import PackedCollator, PaddedCollator, target_losses, to_device
+from train.choices import Choices, free_memory, resolve
 from train.config import Config
 from train.dataset import TokenDataset, describe
+from train.estimates import GIB, Shape, empty_model, memory_parts, model_shape
+from train.session import Data
+from train.steps import Split, StepCollator
 
 EXAMPLES = 3
+SAMPLED_STEPS = 20
+TIMED_TOKENS = 1024  # of the micro-batch that is timed, if there is one that has so few
 MODEL_FLOPS_UTILISATION = 0.4  # published figures for tuned GPU training lie at 0.4 to 0.6
-GIB = 2**30
 
 
 @dataclass(frozen=True)
-class Shape:
-    """What the estimates need to know of a model. Counts of weights; `head` is vocabulary size."""
+class Rates:
+    """Seconds per token of the rows that are computed: a training pass and an evaluation; per optimizer step."""
 
-    weights: int
-    trained: int
-    hidden: int
-    layers: int
-    vocabulary: int
-
-
-def model_shape(config: Config) -> Shape:
-    """Count the weights of the model on the meta device, with LoRA where it is trained with LoRA."""
-    import torch
-    from accelerate import init_empty_weights
-    from transformers import AutoConfig
-
-    folder = Path(config.model_name_or_path)
-    auto_class = checkpoints.causal_class(folder, config.trust_remote_code)
-    with loading(f"the model's configuration in {folder}"):
-        settings = AutoConfig.from_pretrained(
-            str(folder), trust_remote_code=config.trust_remote_code, local_files_only=True
-        )
-        with init_empty_weights():
-            model = auto_class.from_config(settings, trust_remote_code=config.trust_remote_code)
-    weights = trained = sum(p.numel() for p in model.parameters())
-    if config.train_type == "lora":
-        layers = checkpoints.choose_lora_layers(
-            model, config.lora_module_name, checkpoints.lora_defaults(folder, config.mode)
-        )
-        head = model.get_output_embeddings()
-        trained = sum(
-            config.lora_dim * (module.in_features + module.out_features)
-            for name, module in model.named_modules()
-            if isinstance(module, torch.nn.Linear) and module is not head and name.rpartition(".")[2] in layers
-        )
-    text = settings.get_text_config()
-    return Shape(weights, trained, text.hidden_size, text.num_hidden_layers, text.vocab_size)
-
-
-def memory_parts(
-    config: Config, shape: Shape, processes: int, tokens: int, learned: int, width: int
-) -> dict[str, float]:
-    """Peak memory per device in bytes, by part.
-
-    `tokens`, `learned`: of the largest micro-batch; `width`: bytes per weight.
-    """
-    stage3 = config.zero_stage.startswith("3")
-    offload = config.zero_stage == "3_offload"
-    frozen = shape.weights - (shape.trained if config.train_type == "all" else 0)
-    master = 8 if width == 4 else 12  # Adam's two moments, and the fp32 copy in mixed precision
-    per_layer = tokens * shape.hidden * 34 / 2 * width  # 34 sbh bytes at two bytes per number
-    if config.gradient_checkpointing:
-        activations = shape.layers * tokens * shape.hidden * width + per_layer
-    else:
-        activations = shape.layers * per_layer
-    resident = 0.0 if offload else 1.0
-    return {
-        "weights": ((frozen if config.train_type == "lora" else 0) + shape.trained)
-        * width
-        / (processes if stage3 else 1)
-        * resident,
-        "gradients": shape.trained * width / processes * resident,
-        "optimizer states": shape.trained * master / processes * resident,
-        "activations": activations,
-        "logits": learned * shape.vocabulary * (width + 3 * 4),  # as computed, and in fp32 with softmax and gradient
-    }
-
-
-def largest_batch(config: Config, data: TokenDataset) -> tuple[int, int]:
-    """(tokens, learned tokens) of the worst micro-batch: the longest conversations together, nothing shared."""
-    size = config.per_device_train_batch_size
-    longest = np.argsort(-data.lengths, kind="stable")[:size]
-    return int(data.lengths[longest].sum()), sum(int(data[int(i)]["learned"].sum()) for i in longest)
+    train: float
+    evaluate: float
+    step: float
+    source: str
 
 
 def measured_flops() -> float:
     """FLOP/s of this machine's device in a matrix product of the kind that training does."""
-    import torch
-
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     size = 4096 if device == "cuda" else 768
@@ -123,21 +63,94 @@ def measured_flops() -> float:
     return 2 * size**3 * rounds / (time.perf_counter() - started)
 
 
-def packed_tokens(config: Config, data: TokenDataset) -> float:
-    """Share of tokens that packed batches compute, sampled over up to 20 batches: below 1 where prompts are shared."""
-    if not config.packing:
-        return 1.0
-    from train.batches import PackedCollator
+class Sample:
+    """Some of the run's own steps: what their micro-batches look like."""
 
-    size = config.per_device_train_batch_size
-    order = np.random.default_rng(config.seed).permutation(len(data))[: 20 * size]
-    collate = PackedCollator()
-    computed = plain = 0
-    for start in range(0, len(order), size):
-        batch = collate([data[int(i)] for i in order[start : start + size]])
-        computed += batch["input_ids"].shape[1]
-        plain += int(batch["tokens"])
-    return computed / plain
+    def __init__(self, config: Config, data: TokenDataset, split: Split, processes: int) -> None:
+        size = config.per_device_train_batch_size * config.gradient_accumulation_steps * processes
+        order = np.random.default_rng(config.seed).permutation(len(data))
+        steps = [order[start : start + size] for start in range(0, min(len(order), SAMPLED_STEPS * size), size)]
+        collate = PackedCollator() if config.packing and not config.neftune_noise_alpha else PaddedCollator(0)
+        self.batches = [
+            batch
+            for rank in range(processes)
+            for step in steps
+            for batch in StepCollator(collate, split, rank, processes)([data[int(i)] for i in step])["batches"]
+            if batch["tokens"]
+        ]
+        self.computed = sum(batch["input_ids"].numel() for batch in self.batches)
+        self.plain = sum(batch["tokens"] for batch in self.batches)
+
+    @property
+    def share(self) -> float:
+        """Tokens that are computed over tokens of the conversations: below 1 where prompts are shared."""
+        return self.computed / self.plain
+
+
+def measured_rates(
+    config: Config, shape: Shape, dtype: torch.dtype, device: torch.device, sample: Sample, recompute: int
+) -> Rates:
+    """Time micro-batches through one layer and through three; half the difference is what a layer takes.
+
+    Falls back on the product of matrices where three layers do not fit into half of the free memory.
+    """
+    batch = min(sample.batches, key=lambda batch: abs(batch["input_ids"].numel() - TIMED_TOKENS))
+    tokens = batch["input_ids"].numel()
+    per_weight = adam_seconds(device)
+    update = shape.trained * per_weight
+    three = (shape.weights / shape.layers * 3 + 2 * shape.vocabulary * shape.hidden) * shape.width
+    if three * 2 > free_memory(device) / 2 or config.trust_remote_code:
+        flops = measured_flops() * (1.0 if device.type == "cpu" else MODEL_FLOPS_UTILISATION / 0.7)
+        forward = 2 * shape.weights / flops
+        passes = 2 + (config.train_type == "all") + (1 / recompute if recompute else 0)
+        return Rates(forward * passes, forward, update, f"this machine's {flops / 1e12:.2f} TFLOP/s")
+    one, more = timed(config, dtype, device, batch)
+    layer = [max(0.0, b - a) / 2 for a, b in zip(one, more, strict=True)]  # (forward and backward, forward alone)
+    both, forward = (a + slope * (shape.layers - 1) for a, slope in zip(one, layer, strict=True))
+    if recompute:
+        both += layer[1] * (shape.layers // recompute)
+    return Rates(both / tokens, forward / tokens, update, f"layers timed on this machine ({tokens:,} tokens)")
+
+
+def timed(
+    config: Config, dtype: torch.dtype, device: torch.device, batch: dict[str, Any]
+) -> tuple[list[float], list[float]]:
+    """[seconds of forward and backward, seconds of a forward pass without gradients] of one layer, and of three.
+
+    In turn and the best of each, so that what else runs here spoils none alone.
+    """
+    batch = to_device(batch, device)
+    models = [empty_model(config, dtype, layers, device) for layers in (1, 3)]
+    best = [[math.inf, math.inf], [math.inf, math.inf]]
+    for model in models:
+        base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        if "layout" in batch and attention.supports_packing(base) is None:
+            base.set_attn_implementation(attention.NAME)
+    for attempt in range(4):
+        for model, seconds in zip(models, best, strict=True):
+            found = [
+                seconds_of(lambda m=model: target_losses(m, batch).mean().backward(), device),
+                seconds_of(torch.no_grad()(lambda m=model: target_losses(m, batch)), device),
+            ]
+            seconds[:] = [min(pair) for pair in zip(seconds, found, strict=True)] if attempt else seconds
+    return best[0], best[1]
+
+
+def seconds_of(work: Callable[[], Any], device: torch.device) -> float:
+    """The seconds of a piece of work."""
+    started = time.perf_counter()
+    work()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - started
+
+
+def adam_seconds(device: torch.device) -> float:
+    """Seconds that DeepSpeed's optimizer step takes per trained weight: AdamW, and as much memory moved again."""
+    weight = torch.zeros(4_000_000, device=device, requires_grad=True)
+    weight.grad = torch.ones_like(weight)
+    optimizer = torch.optim.AdamW([weight], lr=1e-4)
+    return 2 * min(seconds_of(optimizer.step, device) for _ in range(4)) / weight.numel()
 
 
 def show_example(tokenizer: Any, ids: np.ndarray, learned: np.ndarray, color: bool) -> str:
@@ -153,8 +166,6 @@ def show_example(tokenizer: Any, ids: np.ndarray, learned: np.ndarray, color: bo
 
 def run(config: Config) -> None:
     """Print all of it on stderr."""
-    from train import session
-
     data = session.prepare_data(config, encodes=True)
     log(f"\nchat format: {data.chat.name}\ntrain: {describe(data.train.meta)}")
     lengths = data.train.lengths
@@ -173,50 +184,60 @@ def run(config: Config) -> None:
             f"{len(one['ids'])} tokens, {int(one['learned'].sum())} learned"
         )
         log(f"{head}\n{show_example(data.tokenizer, one['ids'], one['learned'], color)}")
-    estimate(config, data.train)
+    estimate(config, data)
 
 
-def estimate(config: Config, data: TokenDataset) -> None:
+def estimate(config: Config, data: Data) -> None:
     """Print the estimates of memory and time, with what they rest on."""
-    import torch
+    on_gpu = torch.cuda.is_available()
+    device = torch.device("cuda" if on_gpu else "cpu")
+    processes = int(os.environ.get("NUM_PROCESSES") or 0) or max(1, torch.cuda.device_count())
+    dtype = checkpoints.choose_dtype(config.dtype)
+    shape = model_shape(config, dtype)
+    choices = resolve(config, dtype, data.train, device, processes)
+    log(f"\nmodel: {shape.weights:,} weights, {shape.trained:,} trained ({config.train_type})\n{choices.words()}")
+    sample = Sample(config, data.train, choices.split, processes)
+    tell_memory(config, shape, choices, sample, processes, device)
+    rates = measured_rates(config, shape, dtype, device, sample, choices.recompute)
+    tell_time(config, data, sample, rates, processes, on_gpu)
+    log("nothing was trained (--dry_run true)")
 
-    shape = model_shape(config)
-    gpus = torch.cuda.device_count()
-    processes = int(os.environ.get("NUM_PROCESSES") or 0) or max(1, gpus)
-    width = 4 if checkpoints.choose_dtype(config.dtype) == torch.float32 else 2
-    tokens, learned = largest_batch(config, data)
-    parts = memory_parts(config, shape, processes, tokens, learned, width)
+
+def tell_memory(
+    config: Config, shape: Shape, choices: Choices, sample: Sample, processes: int, device: torch.device
+) -> None:
+    """The memory of the largest micro-batch among the sampled ones."""
+    on_gpu = device.type == "cuda"
+    largest = max(sample.batches, key=lambda batch: batch["input_ids"].numel())
+    tokens, learned = largest["input_ids"].numel(), max(len(batch["labels"]) for batch in sample.batches)
+    framework = 1.5 * GIB if on_gpu else float(psutil.Process().memory_info().rss)  # all libraries are loaded here
+    parts = memory_parts(config, shape, processes, tokens, learned, choices.recompute, on_gpu)
+    parts["framework"] = framework
     total = sum(parts.values())
-    log(f"\nmodel: {shape.weights:,} weights, {shape.trained:,} trained ({config.train_type})")
     log(
-        f"memory per {'GPU' if gpus else 'process'}, estimated for {processes} process(es), "
-        f"ZeRO {config.zero_stage}: {total / GIB:.2f} GiB, beside the framework's own 1 to 2 GiB"
+        f"memory per {'GPU' if on_gpu else 'process'}, estimated for {processes} process(es), "
+        f"ZeRO {config.zero_stage}, micro-batches of {tokens:,} tokens: {total / GIB:.2f} GiB"
     )
     log("  " + ", ".join(f"{name} {size / GIB:.2f}" for name, size in parts.items()) + " GiB")
-    if gpus:
-        capacity = torch.cuda.get_device_properties(0).total_memory
-        verdict = (
-            "fits"
-            if total < 0.9 * capacity
-            else "will probably not fit: lower the batch or the length, or use --zero_stage 3"
-        )
-        log(f"  {torch.cuda.get_device_name(0)} has {capacity / GIB:.0f} GiB: {verdict}")
-    share = packed_tokens(config, data)
-    epoch_tokens = int(data.lengths.sum())
+    if on_gpu:
+        capacity = torch.cuda.get_device_properties(device).total_memory
+        verdict = "fits" if total < 0.95 * capacity else "will probably not fit: use --zero_stage 3 or 3_offload"
+        log(f"  {torch.cuda.get_device_name(device)} has {capacity / GIB:.0f} GiB: {verdict}")
+
+
+def tell_time(config: Config, data: Data, sample: Sample, rates: Rates, processes: int, on_gpu: bool) -> None:
+    """The time of all steps and of the evaluations between them."""
     per_step = config.per_device_train_batch_size * config.gradient_accumulation_steps * processes
-    steps = (
-        config.max_steps
-        if config.max_steps > 0
-        else math.ceil(config.num_train_epochs * math.ceil(len(data) / per_step))
-    )
-    computed = steps * per_step / len(data) * epoch_tokens * share
-    # forward, backward to the inputs, backward to the weights (LoRA: of the adapters only), forward again
-    passes = 2 + (config.train_type == "all") + config.gradient_checkpointing
-    flops = measured_flops() * (1.0 if not gpus else MODEL_FLOPS_UTILISATION / 0.7)
-    seconds = 2 * shape.weights * computed * passes / flops / (processes if gpus else 1)
-    saved = f"; shared prefixes leave {share:.0%} of the tokens to compute" if share < 0.98 else ""
+    per_epoch = math.ceil(len(data.train) / per_step)
+    steps = config.max_steps if config.max_steps > 0 else math.ceil(config.num_train_epochs * per_epoch)
+    computed = steps * per_step / len(data.train) * int(data.train.lengths.sum()) * sample.share
+    evaluations = 1 + math.ceil(steps / per_epoch) + (steps // config.eval_steps if config.eval_steps else 0)
+    held_out = int(data.test.lengths.sum() + data.retention.lengths.sum()) * evaluations
+    devices = processes if on_gpu else 1  # processes on a CPU share its cores
+    training = computed * rates.train / devices + steps * rates.step
+    evaluating = held_out * sample.share * rates.evaluate / devices
+    saved = f"; shared prefixes leave {sample.share:.0%} of the tokens to compute" if sample.share < 0.98 else ""
     log(
-        f"time: {steps:,} steps of {per_step} conversations, {computed:,.0f} tokens{saved}: "
-        f"about {duration(seconds)} plus evaluation, from this machine's measured {flops / 1e12:.2f} TFLOP/s"
+        f"time: {steps:,} steps of {per_step} conversations, {computed:,.0f} tokens{saved}: about "
+        f"{duration(training)}, and {duration(evaluating)} for {evaluations} evaluations; from {rates.source}"
     )
-    log("nothing was trained (--dry_run true)")

@@ -12,8 +12,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from llmops import files, records
-from llmops.console import has_gpu, log, run_main, stdout_to_stderr
+from llmops import devices, files, records
+from llmops.console import log, run_main, stdout_to_stderr
 from llmops.faq_records import refuse_unfinished
 from train import deepspeed_file
 from train.config import Config, parse
@@ -48,7 +48,7 @@ def run(config: Config) -> dict[str, Any]:
     """Train as configured; the results that train_results.json holds. Runs in every process."""
     # 1. who am I, is there something to do
     rank, local_rank = int(os.environ.get("RANK", "0")), int(os.environ.get("LOCAL_RANK", "0"))
-    limit_threads()
+    devices.prepare_process(os.environ)
     results = earlier_run(config)
     if results:
         if rank == 0:
@@ -61,6 +61,7 @@ def run(config: Config) -> dict[str, Any]:
     # 2. from here on the heavy libraries
     from train import session
 
+    devices.check_gpu()
     with OutputFolder(config, rank), session.watch_launcher():
         data = session.prepare_data(config, encodes=local_rank == 0)
         trainer, schedule = session.build_trainer(config, data)
@@ -72,16 +73,6 @@ def run(config: Config) -> dict[str, Any]:
     return results
 
 
-def limit_threads() -> None:
-    """Share the cores among the processes of this machine; must come before torch is imported."""
-    if os.environ.get("DS_ACCELERATOR") == "cpu":
-        os.environ["CUDA_VISIBLE_DEVICES"] = "-1"  # DeepSpeed's launcher numbers the processes in it
-    if not has_gpu():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
-        processes = int(os.environ.get("LOCAL_SIZE", "1"))
-        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // processes)))
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse, run, and turn the end into an exit code."""
 
@@ -91,8 +82,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             return check(config)
         with stdout_to_stderr():
             if config.dry_run:
+                devices.prepare_process(os.environ)
                 from train import dry_run
 
+                devices.check_gpu()
                 dry_run.run(config)
             else:
                 run(config)

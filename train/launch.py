@@ -16,6 +16,8 @@ from deepspeed.launcher import runner
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from llmops import devices
+from llmops.console import run_main
 from llmops.process_group import free_port
 from train.run_folder import STOP_NAME
 
@@ -65,13 +67,15 @@ class Signals:
             sys.exit(128 + number)
 
 
-def main() -> None:
+def main() -> int:
     """Run DeepSpeed's launcher on this program's arguments."""
+    devices.check_gpu()
     os.environ["LLMOPS_LAUNCHER_PID"] = str(os.getpid())
     os.environ["LLMOPS_LAUNCHER_HOST"] = socket.gethostname()
     argv = sys.argv[1:]
     if not any(item.startswith(("--master_port", "--hostfile")) for item in argv):
         argv = ["--master_port", str(free_port()), *argv]  # several runs on one machine
+    argv = devices.for_launcher(os.environ, argv)
     signals = Signals(argv)
     signals.install()
     try:
@@ -80,7 +84,8 @@ def main() -> None:
         if signals.received and end.code:
             sys.exit(128 + signals.received)
         raise
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_main(main))

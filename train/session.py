@@ -8,11 +8,12 @@ import socket
 import threading
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import deepspeed
 import pydantic
@@ -23,7 +24,7 @@ from safetensors import SafetensorError
 from torch.utils.tensorboard import SummaryWriter
 from transformers import DefaultFlowCallback, EarlyStoppingCallback, PrinterCallback, TrainingArguments, set_seed
 from transformers.integrations import TensorBoardCallback
-from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled, unset_hf_deepspeed_config
 
 from llmops import checkpoints, files, process_group
 from llmops.chat_formats import ChatFormat
@@ -31,14 +32,19 @@ from llmops.console import RunStopped, UserError, log
 from llmops.faq_records import INTENTS_NAME
 from train import attention, checkpointing, ownership, states
 from train.batches import PackedCollator, PaddedCollator
+from train.choices import RECORD, Choices, resolve
 from train.config import Config
 from train.dataset import Source, TokenDataset, load_or_encode
+from train.estimates import add_lora
 from train.run_folder import CACHE_NAME, CONFIG_NAME, LOG_NAME, PICTURE_NAME, RESULTS_NAME, STOP_NAME, data_digest
+from train.steps import Split
 from train.trainer import ChatTrainer, Schedule, barrier
 from train.training_log import TensorBoardServer, TokenCounter, TrainingLog, plot, read_log
 
 LAUNCHER_PID = "LLMOPS_LAUNCHER_PID"
 NEVER = 10**9
+LONGEST_WAIT = timedelta(hours=2)  # of processes for each other: loading a large model from a slow disk takes a while
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -117,22 +123,65 @@ def check_tokens(model: Path, data: TokenDataset) -> None:
         )
 
 
-def training_arguments(config: Config, dtype: torch.dtype) -> TrainingArguments:
-    """Our settings in the Trainer's words; evaluation, saving and logging follow our own Schedule."""
-    # DeepSpeed would compile a shared-memory operator for CPU processes at the first start; gloo needs no compiler
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+def join_processes() -> torch.device:
+    """Make this process one of the run's, with a device of its own; without the launcher it is the only one."""
+    # DeepSpeed looks in this table for a shared-memory operator, which CPU processes would compile at the first start
+    # (gloo needs no compiler); left to itself it fills the table by trying every operator, seconds of it on a GPU
+    deepspeed.ops.__compatible_ops__ = {}
     alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": process_group.LOOPBACK}
     for name, value in alone.items():  # without the launcher
         os.environ.setdefault(name, value)
     if "MASTER_PORT" not in os.environ:
         os.environ["MASTER_PORT"] = str(process_group.free_port())
-    # before the arguments: ZeRO 3 partitions the weights while they are loaded
-    deepspeed.init_distributed(init_method=process_group.init_method())
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    # the Trainer's ddp_timeout comes too late for this group
+    deepspeed.init_distributed(timeout=LONGEST_WAIT, init_method=process_group.init_method())
+    return device
+
+
+def agree(choose: Callable[[], T], rank: int) -> T:
+    """What the first process chooses, in every process; its UserError, too."""
+    chosen: list[Any] = [None]
+    if rank == 0:
+        try:
+            chosen[0] = choose()
+        except UserError as error:
+            chosen[0] = error
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.broadcast_object_list(chosen, src=0)
+    if isinstance(chosen[0], UserError):
+        raise chosen[0]
+    return chosen[0]
+
+
+def deepspeed_settings(config: Config, processes: int) -> dict[str, Any]:
+    """The DeepSpeed JSON, its batch sizes left to the Trainer: a step is one batch there, cut up by `train.steps`.
+
+    Raises UserError for sizes that are not those of the settings.
+    """
+    found = files.read_object(config.deepspeed_file, "the DeepSpeed file")
+    size, steps = config.per_device_train_batch_size, config.gradient_accumulation_steps
+    expected = {
+        "train_micro_batch_size_per_gpu": size, "gradient_accumulation_steps": steps,
+        "train_batch_size": size * steps * processes,
+    }  # fmt: skip
+    for name, value in expected.items():
+        if found.get(name, "auto") not in ("auto", value):
+            raise UserError(
+                f"{config.deepspeed_file} says {name} {found[name]} and the settings make it {value}; write auto there"
+            )
+    return found | dict.fromkeys(expected, "auto")
+
+
+def training_arguments(config: Config, dtype: torch.dtype, choices: Choices) -> TrainingArguments:
+    """Our settings in the Trainer's words; evaluation, saving and logging follow our own Schedule."""
     return TrainingArguments(
         output_dir=config.output_path,
-        per_device_train_batch_size=config.per_device_train_batch_size,
+        per_device_train_batch_size=config.per_device_train_batch_size * config.gradient_accumulation_steps,
         per_device_eval_batch_size=config.per_device_eval_batch_size,
-        gradient_accumulation_steps=config.gradient_accumulation_steps,
         learning_rate=config.peak_learning_rate,
         num_train_epochs=config.num_train_epochs,
         max_steps=config.max_steps,
@@ -145,9 +194,9 @@ def training_arguments(config: Config, dtype: torch.dtype) -> TrainingArguments:
         neftune_noise_alpha=config.neftune_noise_alpha or None,
         bf16=dtype == torch.bfloat16,
         fp16=dtype == torch.float16,
-        activation_checkpointing=config.gradient_checkpointing,
-        activation_checkpointing_kwargs={"use_reentrant": False},
-        deepspeed=files.read_object(config.deepspeed_file, "the DeepSpeed file"),
+        activation_checkpointing=choices.recompute > 0,
+        activation_checkpointing_kwargs={"use_reentrant": False, "every_n_layers": choices.recompute},
+        deepspeed=deepspeed_settings(config, dist.get_world_size()),
         use_cpu=not torch.cuda.is_available(),
         seed=config.seed,
         eval_strategy="steps",
@@ -162,74 +211,80 @@ def training_arguments(config: Config, dtype: torch.dtype) -> TrainingArguments:
         disable_tqdm=True,
         remove_unused_columns=False,
         dataloader_pin_memory=torch.cuda.is_available(),
-        ddp_timeout=7200,
+        ddp_timeout=int(LONGEST_WAIT.total_seconds()),
     )
 
 
-def load_for_training(config: Config, dtype: torch.dtype) -> torch.nn.Module:
-    """The base model, with LoRA layers on it unless every weight is trained."""
+def load_for_training(config: Config, dtype: torch.dtype, device: torch.device) -> torch.nn.Module:
+    """The base model, with LoRA layers on it unless every weight is trained.
+
+    Straight onto a GPU, unless ZeRO 3 cuts the weights up while they are loaded.
+    """
     folder = Path(config.model_name_or_path)
-    model = checkpoints.load_model(folder, dtype, config.trust_remote_code)
+    place = None if is_deepspeed_zero3_enabled() else device
+    model = checkpoints.load_model(folder, dtype, config.trust_remote_code, device=place)
     model.config.use_cache = False
     if config.train_type == "all":
         return model
-    from peft import LoraConfig, get_peft_model
-
-    layers = checkpoints.choose_lora_layers(
-        model, config.lora_module_name, checkpoints.lora_defaults(folder, config.mode)
-    )
-    lora = LoraConfig(
-        r=config.lora_dim, lora_alpha=config.lora_alpha, lora_dropout=config.lora_dropout, target_modules=layers,
-        task_type="CAUSAL_LM",
-    )  # fmt: skip
-    model = get_peft_model(model, lora)
+    model = add_lora(config, model)
     model.peft_config["default"].base_model_name_or_path = str(folder.resolve())
     return model
 
 
 def choose_collator(
-    config: Config, model: torch.nn.Module, tokenizer: Any, speaks: bool
-) -> PackedCollator | PaddedCollator:
-    """Packed batches where they were asked for and the model can take them; says so when it cannot."""
+    config: Config, model: torch.nn.Module, tokenizer: Any, device: torch.device, dtype: torch.dtype
+) -> tuple[PackedCollator | PaddedCollator, str]:
+    """Packed batches where they were asked for and the model can take them, and how attention is computed."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    reason = attention.supports_packing(base) if config.packing else None
+    reason = attention.supports_packing(base) if config.packing else "that was asked for"
     if config.packing and config.neftune_noise_alpha:
         reason = "NEFTune's noise is defined per padded row"
-    if config.packing and reason is None:
-        base.set_attn_implementation(attention.NAME)
-        return PackedCollator()
-    if reason and speaks:
-        log(f"packing is off: {reason}; using padded batches of similar lengths")
-    return PaddedCollator(tokenizer.pad_token_id, left=tokenizer.padding_side == "left" and not tokenizer.is_fast)
+    if reason:
+        left = tokenizer.padding_side == "left" and not tokenizer.is_fast
+        how = "padded batches of similar lengths"
+        return PaddedCollator(tokenizer.pad_token_id, left), f"{how}; packing is off: {reason}"
+    base.set_attn_implementation(attention.NAME)
+    why_blocks = attention.why_no_flex(base, device, dtype)
+    how = f"packed rows, SDPA in blocks, because {why_blocks}" if why_blocks else "packed rows, FlexAttention"
+    return PackedCollator(flex=why_blocks is None, pad_id=tokenizer.pad_token_id), how
 
 
 def build_trainer(config: Config, data: Data) -> tuple[ChatTrainer, Schedule]:
     """Model, DeepSpeed and Trainer, ready to train."""
     dtype = checkpoints.choose_dtype(config.dtype)
-    arguments = training_arguments(config, dtype)  # starts torch.distributed, and ZeRO 3's partitioned loading
+    device = join_processes()
+    rank, world = dist.get_rank(), dist.get_world_size()
+    choices = agree(lambda: resolve(config, dtype, data.train, device, world), rank)
+    arguments = training_arguments(config, dtype, choices)  # starts ZeRO 3's partitioned loading
     set_seed(config.seed)
-    model = load_for_training(config, dtype)
+    model = load_for_training(config, dtype, device)
     speaks = arguments.process_index == 0
+    collator, how = choose_collator(config, model, data.tokenizer, device, dtype)
+    chosen = choices.to_json() | {
+        "attention": how,
+        "cross_entropy": "one kernel" if device.type == "cuda" else "torch's",
+        "dtype": str(dtype)[6:],
+    }
     if speaks:
         sizes = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in model.parameters()]
         count = [sum(size for size, _ in sizes), sum(size for size, trained in sizes if trained)]
         log(
             f"{data.chat.name}; {count[0]:,} weights, {count[1]:,} trained ({config.train_type}), {str(dtype)[6:]}, "
-            f"{arguments.world_size} process{'es' if arguments.world_size > 1 else ''}, "
-            f"ZeRO from {config.deepspeed_file.name}"
+            f"{world} process{'es' if world > 1 else ''}, ZeRO from {config.deepspeed_file.name}; "
+            f"{choices.words()}; {how}"
         )
-    collator = choose_collator(config, model, data.tokenizer, speaks)
     tokens = TokenCounter()
     output = Path(config.output_path)
     trainer = ChatTrainer(
         model, arguments, collator, data.train, data.test, processing_class=data.tokenizer,
         retention=data.retention, tokens=tokens, keep=config.save_total_limit,
-        grouped=isinstance(collator, PaddedCollator),
+        grouped=isinstance(collator, PaddedCollator), split=choices.split,
     )  # fmt: skip
+    trainer.chosen = chosen
     schedule = Schedule(config.eval_steps, trainer.evaluate_and_compare, output / STOP_NAME)
     for replaced in (DefaultFlowCallback, PrinterCallback):
         trainer.remove_callback(replaced)
-    trainer.add_callback(TrainingLog(output, speaks, arguments.local_process_index == 0, tokens))
+    trainer.add_callback(TrainingLog(output, speaks, arguments.local_process_index == 0, tokens, chosen))
     trainer.add_callback(schedule)
     if config.early_stopping_patience:
         trainer.add_callback(EarlyStoppingCallback(config.early_stopping_patience))
@@ -241,20 +296,16 @@ def build_trainer(config: Config, data: Data) -> tuple[ChatTrainer, Schedule]:
 
 def choose_checkpoint(config: Config, rank: int) -> str | None:
     """The checkpoint to go on from, the same in every process; None to begin at the first step."""
-    choice: list[Any] = [None]
-    if rank == 0 and config.resume:
-        newest = checkpointing.newest_whole(Path(config.output_path), judge=states.problem)
-        if newest:
-            try:
-                checkpointing.check_world_size(newest, dist.get_world_size() if dist.is_initialized() else 1)
-                choice[0] = str(newest)
-            except UserError as error:
-                choice[0] = error
-    if dist.is_initialized() and dist.get_world_size() > 1:
-        dist.broadcast_object_list(choice, src=0)
-    if isinstance(choice[0], UserError):
-        raise choice[0]
-    return choice[0]
+
+    def newest() -> str | None:
+        found = None
+        if config.resume:
+            found = checkpointing.newest_whole(Path(config.output_path), judge=states.problem)
+        if found:
+            checkpointing.check_world_size(found, dist.get_world_size() if dist.is_initialized() else 1)
+        return str(found) if found else None
+
+    return agree(newest, rank)
 
 
 def train(config: Config, trainer: ChatTrainer, schedule: Schedule, rank: int) -> None:
@@ -263,7 +314,8 @@ def train(config: Config, trainer: ChatTrainer, schedule: Schedule, rank: int) -
     barrier()
     checkpoint = choose_checkpoint(config, rank)
     if rank == 0:
-        files.write_json(output / CONFIG_NAME, config.to_json() | {"train_sha256": data_digest(config)})
+        more = {"train_sha256": data_digest(config), RECORD: trainer.chosen}
+        files.write_json(output / CONFIG_NAME, config.to_json() | more)
         if checkpoint:
             log(f"continuing from {checkpoint}")
     trainer.ended = checkpoint is not None and checkpointing.read_manifest(Path(checkpoint)).ended
@@ -273,7 +325,7 @@ def train(config: Config, trainer: ChatTrainer, schedule: Schedule, rank: int) -
         TensorBoardServer(
             output / "tensorboard", config.tensorboard_host, config.tensorboard_port, config.tensorboard and rank == 0
         ),
-        explain_faults(config),
+        explain_faults(config, trainer.split),
         states.loadable(),
     ):
         trainer.train(resume_from_checkpoint=checkpoint)
@@ -282,7 +334,7 @@ def train(config: Config, trainer: ChatTrainer, schedule: Schedule, rank: int) -
 
 
 @contextmanager
-def explain_faults(config: Config) -> Iterator[None]:
+def explain_faults(config: Config, split: Split) -> Iterator[None]:
     """Turn out of memory, a full disk, a foreign state and a refused DeepSpeed file into one sentence."""
     try:
         yield
@@ -306,9 +358,10 @@ def explain_faults(config: Config) -> Iterator[None]:
         )
         if memory:
             raise RunStopped(
-                f"out of memory at batch {config.per_device_train_batch_size} and length {config.max_seq_len}; lower "
-                "--per_device_train_batch_size (and raise --gradient_accumulation_steps), lower --max_seq_len, or use "
-                "--gradient_checkpointing true, --zero_stage 3 or 3_offload"
+                f"out of memory at {micro_batch(split)} and length {config.max_seq_len}; pass --micro_batch_tokens "
+                f"{max(256, (split.tokens or split.rows * config.max_seq_len) // 2)} (it changes nothing that is "
+                "learned) or --gradient_checkpointing true and start again to continue, use --zero_stage 3 or "
+                "3_offload, or lower --max_seq_len"
             ) from error
         if full:
             raise RunStopped(
@@ -316,6 +369,11 @@ def explain_faults(config: Config) -> Iterator[None]:
                 "and start again to continue"
             ) from error
         raise
+
+
+def micro_batch(split: Split) -> str:
+    """The largest micro-batch in words."""
+    return f"micro-batches of {split.tokens} tokens" if split.tokens else f"batch {split.rows}"
 
 
 def finish(config: Config, trainer: ChatTrainer, rank: int) -> dict[str, Any]:

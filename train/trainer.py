@@ -11,14 +11,15 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from accelerate.utils import send_to_device
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from llmops.console import EXIT_TERMINATED, RunStopped, Terminated, log
 from train import checkpointing, ownership
-from train.batches import target_losses
+from train.batches import target_losses, to_device
 from train.dataset import TokenDataset
+from train.steps import Split, StepCollator, StepSampler
 from train.training_log import TokenCounter
 
 
@@ -30,9 +31,10 @@ def barrier() -> None:
 
 def all_sum(values: list[float], device: torch.device) -> list[float]:
     """Element-wise sum over all processes."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return values
     total = torch.tensor(values, dtype=torch.float64, device=device)
-    if dist.is_initialized() and dist.get_world_size() > 1:
-        dist.all_reduce(total)
+    dist.all_reduce(total)
     return total.tolist()
 
 
@@ -55,34 +57,83 @@ class EpochSampler(torch.utils.data.Sampler[int]):
         return iter(torch.randperm(len(self), generator=generator).tolist())
 
 
+def host_copy(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The tensors of a state dict in host memory, each memory once: tied weights stay tied."""
+    copies: dict[tuple[int, torch.Size], torch.Tensor] = {}
+    for tensor in state.values():
+        place = (tensor.data_ptr(), tensor.shape)
+        if place not in copies:
+            copies[place] = tensor.cpu()
+    return {name: copies[tensor.data_ptr(), tensor.shape] for name, tensor in state.items()}
+
+
 class ChatTrainer(Trainer):
-    """Trains on batches of `train.batches`.
+    """Trains on whole steps of `train.steps`: an item of its loader is an optimizer step, cut into micro-batches here.
 
     The loss is the sum over learned tokens divided by their number in the whole optimizer step, over all
-    micro-batches and processes; evaluation is the mean over all learned tokens of a set.
+    micro-batches and processes; evaluation is the mean over all learned tokens of a set. Between two optimizer steps
+    nothing asks a tensor for its value, so a GPU is never waited for: counts are made where the data is.
     """
 
     def __init__(
-        self, *args: Any, retention: TokenDataset, tokens: TokenCounter, keep: int, grouped: bool, **kwargs: Any
-    ) -> None:
+        self, *args: Any, retention: TokenDataset, tokens: TokenCounter, keep: int, grouped: bool, split: Split,
+        **kwargs: Any,
+    ) -> None:  # fmt: skip
         super().__init__(*args, **kwargs)
         self.retention = retention
         self.tokens = tokens
         self.keep = keep
         self.grouped = grouped
+        self.split = split
+        self.chosen: dict[str, Any] = {}  # what the run chose by itself, for the record
         self.output = Path(self.args.output_dir)
         self.seconds = 0.0
         self._staging = False
         self.ended = False  # the checkpoint that this start goes on from was the last one
         self.asked_to_end: Callable[[], bool] = lambda: False
-        # the Trainer counts `labels` over the step for us; ours are aligned already, not shifted
-        self.model_accepts_loss_kwargs = True
-        self._loss_shifts_labels = False
 
     def _get_train_sampler(self, train_dataset: TokenDataset | None = None) -> torch.utils.data.Sampler:
         dataset = train_dataset if train_dataset is not None else self.train_dataset
-        size = self.args.train_batch_size * self.args.gradient_accumulation_steps if self.grouped else None
+        size = self.args.train_batch_size * self.args.world_size if self.grouped else None
         return EpochSampler(dataset.lengths, self.args.seed, size, epoch=lambda: int((self.state.epoch or 0) + 1e-6))
+
+    def get_train_dataloader(self) -> torch.utils.data.DataLoader:
+        """One item per optimizer step, the same conversations in every process; on a GPU a worker makes them ready."""
+        args, on_gpu = self.args, self.args.device.type == "cuda"
+        return torch.utils.data.DataLoader(
+            self.train_dataset,
+            batch_sampler=StepSampler(self._get_train_sampler(), args.train_batch_size * args.world_size),
+            collate_fn=StepCollator(self.data_collator, self.split, args.process_index, args.world_size),
+            num_workers=1 if on_gpu else 0,
+            pin_memory=on_gpu,
+        )
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[dict[str, Any]], num_batches: int, device: torch.device
+    ) -> tuple[list[dict[str, Any]], None]:
+        """The next step; it knows its number of learned tokens itself."""
+        return [next(epoch_iterator)], None
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """Not counted: the Trainer's estimate knows neither shared prefixes nor LoRA."""
+        return 0
+
+    def training_step(
+        self, model: torch.nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
+    ) -> torch.Tensor:
+        """Forward and backward of every micro-batch of a step; DeepSpeed's optimizer steps after the last one."""
+        model.train()
+        total = torch.zeros((), device=self.args.device)
+        last = len(inputs["batches"]) - 1
+        for i, batch in enumerate(inputs["batches"]):
+            self.tokens.local += batch["tokens"]
+            loss = self.compute_loss(model, to_device(batch, self.args.device), num_items_in_batch=inputs["learned"])
+            total += loss.detach()
+            if i == last:
+                self._stop_if_broken(total)
+            self.accelerator.gradient_state._set_sync_gradients(i == last)
+            self.accelerator.backward(loss, scale_wrt_gas=False)
+        return total
 
     def compute_loss(
         self,
@@ -95,15 +146,13 @@ class ChatTrainer(Trainer):
 
         Times the number of processes, because DeepSpeed averages over them.
         """
-        self.tokens.local += int(inputs["tokens"])
-        loss = target_losses(model, inputs).sum() / num_items_in_batch * self.args.world_size
-        self._stop_if_broken(loss.detach())
-        return loss
+        share = inputs.get("weight", 1.0) * self.args.world_size / num_items_in_batch
+        return target_losses(model, inputs).sum() * share
 
     def _stop_if_broken(self, loss: torch.Tensor) -> None:
-        """NaN, inf and (in fp16) 0 end the run with advice, before they reach the weights."""
-        value = float(loss)
-        if math.isfinite(value) and not (self.args.fp16 and value == 0):
+        """NaN and inf in any of a step's micro-batches end the run with advice, before they reach the weights."""
+        value = float(loss)  # the one wait of a step, when all that is left is its last backward pass
+        if math.isfinite(value):
             return
         found = f"the loss is {value} at step {self.state.global_step + 1}"
         advice = (
@@ -118,7 +167,7 @@ class ChatTrainer(Trainer):
         size, world, rank = self.args.per_device_eval_batch_size, self.args.world_size, self.args.process_index
         order = np.argsort(-dataset.lengths, kind="stable")  # longest first: memory runs out early or never
         rounds = math.ceil(len(order) / (size * world))
-        total, count = 0.0, 0
+        total, count = torch.zeros((), dtype=torch.float64, device=self.args.device), 0
         was_training = self.model_wrapped.training
         self.model_wrapped.eval()
         with torch.no_grad():
@@ -127,13 +176,13 @@ class ChatTrainer(Trainer):
                 chosen = order[start : start + size]
                 empty = len(chosen) == 0  # every process runs as many forward passes (ZeRO 3 gathers in step)
                 batch = self.data_collator([dataset[int(j)] for j in (order[-1:] if empty else chosen)])
-                losses = target_losses(self.model_wrapped, send_to_device(batch, self.args.device))
+                losses = target_losses(self.model_wrapped, to_device(batch, self.args.device))
                 if not empty:
-                    total += float(losses.double().sum())
+                    total += losses.double().sum()
                     count += len(losses)
         self.model_wrapped.train(was_training)
-        total, count = all_sum([total, float(count)], self.args.device)
-        return total / count
+        summed, number = all_sum([total.item(), float(count)], self.args.device)
+        return summed / number
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Loss on the held-out and on the retention conversations; logged and handed to the callbacks."""
@@ -165,6 +214,18 @@ class ChatTrainer(Trainer):
 
     def _get_output_dir(self, trial: Any) -> str:
         return str(self.output / checkpointing.STAGING) if self._staging else super()._get_output_dir(trial)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write the model; below ZeRO 3 on the first process alone, and without a copy of what is not written.
+
+        The Trainer's own way copies the whole model on every process first, frozen weights included.
+        """
+        if is_deepspeed_zero3_enabled():
+            super().save_model(output_dir, _internal_call)
+        elif self.args.should_save:
+            whole = self.args.device.type == "cuda" and isinstance(self.model, PreTrainedModel)
+            # ZeRO's weights are views of one buffer, which save_pretrained would copy where they are: on the GPU
+            self._save(output_dir, state_dict=host_copy(self.model.state_dict()) if whole else None)
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
         """Save aside, then give the checkpoint its name; a kill or a full disk leaves the earlier ones whole."""

@@ -1,7 +1,8 @@
 """What a run tells: log.txt, TensorBoard events and server, a progress line, the picture of the loss curves.
 
 log.txt is one JSON object per line: step, epoch, loss, learning_rate, grad_norm, tokens_per_second, elapsed,
-remaining (seconds); evaluation lines have eval_loss and retention_loss.
+remaining (seconds); evaluation lines have eval_loss and retention_loss. The first line, of step 0, says in `chosen`
+what the run chose by itself. A value that is no number of JSON is null, and `not_finite` names it: inf, -inf or nan.
 """
 
 import ctypes
@@ -21,6 +22,8 @@ from llmops import files, pictures
 from llmops.console import duration, log
 from train.run_folder import LOG_NAME
 
+CHOSEN = "chosen"
+
 
 def read_log(path: Path) -> list[dict[str, Any]]:
     """The lines of a log.txt; a last line that was cut by a kill, and what is no line of ours, is left out."""
@@ -33,11 +36,14 @@ def read_log(path: Path) -> list[dict[str, Any]]:
 class TrainingLog(TrainerCallback):
     """Writes log.txt and the progress line on the first process; one line at the start and the end on every node."""
 
-    def __init__(self, output: Path, main: bool, speaks: bool, tokens: "TokenCounter") -> None:
+    def __init__(
+        self, output: Path, main: bool, speaks: bool, tokens: "TokenCounter", chosen: dict[str, Any] | None = None
+    ) -> None:
         self.path = output / LOG_NAME
         self.main = main
         self.speaks = speaks
         self.tokens = tokens
+        self.chosen = chosen or {}
         self.bar: Any = None
         self.started = self.marked = time.monotonic()
         self.first_step = 0
@@ -50,6 +56,8 @@ class TrainingLog(TrainerCallback):
         self.first_step = state.global_step
         if self.main:
             kept = [line for line in read_log(self.path) if state.global_step and line["step"] <= state.global_step]
+            first = {"step": 0, "epoch": 0.0, CHOSEN: self.chosen, "elapsed": 0.0, "remaining": None}
+            kept = [first, *(line for line in kept if CHOSEN not in line)]
             files.write_text(self.path, "".join(files.dumps(line) + "\n" for line in kept))
             from tqdm import tqdm
 
@@ -83,7 +91,10 @@ class TrainingLog(TrainerCallback):
         line: dict[str, Any] = {"step": state.global_step, "epoch": round(state.epoch or 0, 4)}
         for key in ("loss", "learning_rate", "grad_norm", "eval_loss", "retention_loss"):
             if key in logs:
-                line[key] = files.finite(float(logs[key]))  # the norm of an fp16 step that overflowed is infinite
+                value = float(logs[key])
+                line[key] = files.finite(value)
+                if line[key] is None:  # such as the norm of an fp16 step that overflowed
+                    line.setdefault("not_finite", {})[key] = str(value)
         if rate is not None:
             line["tokens_per_second"] = round(rate, 1)
         line["elapsed"] = round(elapsed, 2)

@@ -1,0 +1,110 @@
+"""What stands between a machine's GPUs and torch: drivers, builds, and how processes are told their GPUs.
+
+A GPU that is there and cannot be used is an error of one sentence: work that takes minutes on it would take days on the
+CPU, without a word. `CUDA_VISIBLE_DEVICES=-1` asks for the CPU.
+"""
+
+import os
+import re
+import shutil
+import sys
+from collections.abc import MutableMapping
+from pathlib import Path
+
+from llmops.console import UserError, has_gpu
+
+VISIBLE = "CUDA_VISIBLE_DEVICES"
+KEPT = "LLMOPS_VISIBLE_DEVICES"  # what VISIBLE was, where DeepSpeed's launcher cannot read it
+DRIVER_FILE = Path("/proc/driver/nvidia/version")
+OLDEST_DRIVER = {"11": "450", "12": "525", "13": "580"}  # by CUDA's major version (its release notes, table 2)
+ON_CPU = f"set {VISIBLE}=-1 to work on the CPU"
+ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+
+
+def driver_version(path: Path = DRIVER_FILE) -> str:
+    """The NVIDIA driver's version as the kernel tells it; empty when it does not."""
+    try:
+        text = path.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
+    found = re.search(r"Kernel Module\D*?(?:for \S+)?\s+(\d+\.[\d.]+)", text)
+    return found[1] if found else ""
+
+
+def check_gpu() -> None:
+    """Raise UserError when a GPU is here that torch cannot use, or torch sees one that this toolkit does not know."""
+    if os.environ.get("DS_ACCELERATOR") == "cpu":
+        return  # asked for, by chat_main.sh too where CUDA_VISIBLE_DEVICES is -1
+    import torch
+
+    usable = torch.cuda.is_available()
+    hip, cuda = getattr(torch.version, "hip", None), torch.version.cuda
+    if usable == has_gpu() and not (usable and hip):
+        return
+    if usable and hip:
+        raise UserError(
+            f"torch {torch.__version__} is built for ROCm {hip} and sees {torch.cuda.get_device_name(0)}; expected an "
+            "NVIDIA GPU or none; install torch for CUDA, or set HIP_VISIBLE_DEVICES=-1 to work on the CPU"
+        )
+    if usable:
+        raise UserError(
+            f"torch sees {torch.cuda.get_device_name(0)}, but neither /dev/nvidiactl nor /dev/dxg is here; start the "
+            f"container with --gpus all, or {ON_CPU}"
+        )
+    driver = driver_version()
+    named = f"an NVIDIA GPU is here, with driver {driver or '(version not told)'}"
+    if hip or not cuda:
+        build = f"for ROCm {hip}" if hip else "for the CPU"
+        raise UserError(f"{named}, but torch {torch.__version__} is built {build}; install it for CUDA, or {ON_CPU}")
+    oldest = OLDEST_DRIVER.get(cuda.split(".")[0])
+    wants = f", which wants driver {oldest} or newer" if oldest else ""
+    raise UserError(
+        f"{named}, and torch {torch.__version__} for CUDA {cuda}{wants} cannot use it ({why_not()}); update the "
+        f"driver, install torch for an older CUDA, or {ON_CPU}"
+    )
+
+
+def why_not() -> str:
+    """What CUDA says about a GPU that cannot be used."""
+    import torch
+
+    try:
+        torch.cuda.init()
+    except (RuntimeError, AssertionError) as error:
+        return (str(error).strip().splitlines() or ["no reason told"])[0][:200]
+    return "no device is visible"
+
+
+def for_launcher(environ: MutableMapping[str, str], argv: list[str]) -> list[str]:
+    """DeepSpeed's launcher reads numbers only: names of GPUs (UUID, MIG) and -1 are kept aside for the processes.
+
+    Returns the launcher's arguments, with one process for each name. Raises UserError for several MIG instances.
+    """
+    names = [name.strip() for name in environ.get(VISIBLE, "").split(",") if name.strip()]
+    if all(name.isdecimal() for name in names):
+        return argv
+    if len(names) > 1 and any(name.startswith("MIG") for name in names):
+        raise UserError(f"{VISIBLE} names {len(names)} MIG instances; CUDA shows a process only one of them: name one")
+    environ[KEPT] = environ.pop(VISIBLE)
+    return argv if names == ["-1"] or "--num_gpus" in argv else ["--num_gpus", str(len(names)), *argv]
+
+
+def prepare_process(environ: MutableMapping[str, str]) -> None:
+    """Set up a training process's surroundings; must come before torch is imported. What is set already stays.
+
+    The cores are shared among the processes of this machine (DeepSpeed's CPUAdam uses them with a GPU, too), and tools
+    beside the interpreter are found: ninja, for DeepSpeed's operators, in an environment that is not active.
+    """
+    if KEPT in environ:
+        environ[VISIBLE] = environ[KEPT]
+    if environ.get("DS_ACCELERATOR") == "cpu":
+        environ[VISIBLE] = "-1"  # DeepSpeed's launcher numbers the processes in it
+    beside = str(Path(sys.executable).parent)
+    if shutil.which("ninja", path=environ.get("PATH", "")) is None:
+        environ["PATH"] = os.pathsep.join(filter(None, (environ.get("PATH", ""), beside)))
+    processes = int(environ.get("LOCAL_SIZE", "1"))
+    environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // processes)))
+    if not has_gpu():
+        environ.setdefault("DS_ACCELERATOR", "cpu")
+    elif not any(name in environ for name in ALLOCATOR):
+        environ[ALLOCATOR[0]] = "expandable_segments:True"  # rows of many lengths leave fewer gaps in the memory

@@ -1,0 +1,116 @@
+"""What stands between GPUs and torch, as far as it can be seen without a GPU."""
+
+import os
+import shutil
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+import torch
+
+from eval.engine import choose_device
+from eval.processes import Processes
+from llmops import checkpoints, devices
+from llmops.console import UserError, has_gpu
+
+
+@pytest.mark.parametrize(
+    ("text", "version"),
+    [
+        ("NVRM version: NVIDIA UNIX x86_64 Kernel Module  535.104.05  Sat Aug 19 01:15:15 UTC 2023\n", "535.104.05"),
+        ("NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  570.86.15  Release Build  (dvs)\n", "570.86.15"),
+        ("something else", ""),
+    ],
+)
+def test_the_drivers_version(tmp_path: Path, text: str, version: str) -> None:
+    (tmp_path / "version").write_text(text)
+    assert devices.driver_version(tmp_path / "version") == version
+    assert devices.driver_version(tmp_path / "missing") == ""
+
+
+@pytest.mark.parametrize(
+    ("here", "usable", "cuda", "hip", "phrases"),
+    [
+        (True, False, "13.0", None, ["driver 535.1", "CUDA 13.0", "driver 580 or newer", "CUDA_VISIBLE_DEVICES=-1"]),
+        (True, False, None, None, ["driver 535.1", "built for the CPU", "CUDA_VISIBLE_DEVICES=-1"]),
+        (True, False, None, "7.1", ["driver 535.1", "built for ROCm 7.1"]),
+        (False, True, None, "7.1", ["built for ROCm 7.1", "sees Radeon", "HIP_VISIBLE_DEVICES=-1"]),
+        (False, True, "13.0", None, ["sees Radeon", "/dev/nvidiactl", "--gpus all"]),
+        (True, True, "13.0", None, []),
+        (False, False, "13.0", None, []),
+        (False, False, None, None, []),
+    ],
+)
+def test_a_gpu_that_cannot_be_used_is_an_error(
+    monkeypatch: pytest.MonkeyPatch, here: bool, usable: bool, cuda: str | None, hip: str | None, phrases: list[str]
+) -> None:
+    monkeypatch.delenv("DS_ACCELERATOR")
+    monkeypatch.setattr(devices, "has_gpu", lambda: here)
+    monkeypatch.setattr(devices, "driver_version", lambda: "535.1")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: usable)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Radeon")
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    monkeypatch.setattr(torch.version, "hip", hip, raising=False)
+    if not phrases:
+        devices.check_gpu()
+        return
+    with pytest.raises(UserError) as error:
+        devices.check_gpu()
+    for phrase in phrases:
+        assert phrase in str(error.value)
+    if not usable:
+        with pytest.raises(UserError, match="driver 535"):
+            choose_device(0, Processes())
+
+
+def test_names_of_gpus_pass_the_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert devices.for_launcher(environ := {"CUDA_VISIBLE_DEVICES": "0,2"}, ["x"]) == ["x"]
+    assert environ == {"CUDA_VISIBLE_DEVICES": "0,2"}
+    assert devices.for_launcher({}, ["x"]) == ["x"]
+    names = "GPU-8932f937-d72c,GPU-aa"
+    assert devices.for_launcher(environ := {"CUDA_VISIBLE_DEVICES": names}, ["x"]) == ["--num_gpus", "2", "x"]
+    assert environ == {devices.KEPT: names}
+    assert devices.for_launcher({"CUDA_VISIBLE_DEVICES": "-1"}, ["--num_gpus", "3"]) == ["--num_gpus", "3"]
+    assert devices.for_launcher({"CUDA_VISIBLE_DEVICES": "MIG-1"}, []) == ["--num_gpus", "1"]
+    with pytest.raises(UserError, match="2 MIG instances"):
+        devices.for_launcher({"CUDA_VISIBLE_DEVICES": "MIG-1,MIG-2"}, [])
+    process = {devices.KEPT: names, "CUDA_VISIBLE_DEVICES": "0,1"}  # as DeepSpeed's launcher leaves it
+    devices.prepare_process(process)
+    assert process["CUDA_VISIBLE_DEVICES"] == names
+
+
+def test_a_process_finds_ninja_and_shares_the_cores(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    cores = len(os.sched_getaffinity(0))
+    for gpu in (False, True):
+        monkeypatch.setattr(devices, "has_gpu", lambda: gpu)  # noqa: B023
+        environ = {"PATH": str(tmp_path), "LOCAL_SIZE": "2"}
+        devices.prepare_process(environ)
+        assert environ["OMP_NUM_THREADS"] == str(max(1, cores // 2))
+        assert shutil.which("ninja", path=str(tmp_path)) is None
+        assert shutil.which("ninja", path=environ["PATH"]) is not None
+        assert environ.get("PYTORCH_ALLOC_CONF") == ("expandable_segments:True" if gpu else None)
+        assert environ.get("DS_ACCELERATOR") == (None if gpu else "cpu")
+    chosen = {"PYTORCH_CUDA_ALLOC_CONF": "backend:native", "OMP_NUM_THREADS": "7"}
+    devices.prepare_process(chosen)
+    assert chosen["OMP_NUM_THREADS"] == "7"
+    assert "PYTORCH_ALLOC_CONF" not in chosen
+    on_cpu = {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "1"}  # the launcher's number of this process
+    devices.prepare_process(on_cpu)
+    assert on_cpu["CUDA_VISIBLE_DEVICES"] == "-1"
+
+
+def test_the_cpu_can_be_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")
+    assert not has_gpu()
+
+
+def test_only_real_bf16_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
+    assert checkpoints.choose_dtype("auto") == torch.float32
+
+
+def test_the_process_group_waits_two_hours() -> None:
+    from train.session import LONGEST_WAIT
+
+    assert timedelta(hours=2) == LONGEST_WAIT

@@ -1,0 +1,147 @@
+"""What a run chooses by itself: gradient checkpointing, the split of a step into micro-batches, the kernels.
+
+Chosen once by the first process, written down in output_path and kept when the run is continued, because the split
+decides which numbers dropout draws. `docs/speed.md` says what is chosen when.
+"""
+
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import torch
+
+from llmops import files
+from train.config import Config
+from train.dataset import TokenDataset
+from train.estimates import GIB, Shape, memory_parts, model_shape, state_parts
+from train.run_folder import CONFIG_NAME
+from train.steps import Split
+
+RECORD = "resolved"  # the key in CONFIG_NAME
+MOST_TOKENS = 16384  # more in a micro-batch are no faster
+ENOUGH_TOKENS = 8192  # fewer are slower, more hardly faster; recomputing layers costs more than half of this does
+FEWEST_TOKENS = 4096
+EVERY = (0, 4, 2, 1)  # none, each fourth, each second, each layer recomputed
+RESERVE = 2 * GIB  # of a GPU: the context, NCCL, kernels' work space
+USABLE = 0.9  # of the rest; the allocator loses some to fragments
+SAMPLE = 512  # conversations that tell how much of a conversation is learned
+
+
+@dataclass(frozen=True)
+class Choices:
+    """The resolved choices. `recompute`: every so-manieth layer is recomputed, 0: none."""
+
+    recompute: int
+    split: Split
+
+    def to_json(self) -> dict[str, Any]:
+        """As they are written down."""
+        return {"gradient_checkpointing": self.recompute} | {
+            f"micro_batch_{name}": value for name, value in asdict(self.split).items()
+        }
+
+    def words(self) -> str:
+        """For people."""
+        recomputed = {0: "no layer recomputed", 1: "every layer recomputed"}.get(
+            self.recompute, f"one layer in {self.recompute} recomputed"
+        )
+        rows = f"{self.split.rows} conversations" if self.split.rows else ""
+        tokens = f"{self.split.tokens:,} tokens" if self.split.tokens else ""
+        return f"micro-batches of up to {' and '.join(filter(None, (rows, tokens))) or 'a whole step'}, {recomputed}"
+
+
+def read_record(output: Path) -> dict[str, Any]:
+    """What an earlier start of this run chose; empty when there was none."""
+    path = output / CONFIG_NAME
+    record = files.read_object(path, "the settings of the run").get(RECORD) if path.is_file() else None
+    return record if isinstance(record, dict) else {}
+
+
+def resolve(config: Config, dtype: torch.dtype, data: TokenDataset, device: torch.device, processes: int) -> Choices:
+    """What was asked for, else what an earlier start chose, else what fits into the memory that is free now."""
+    record = {} if config.overwrite_output_path else read_record(Path(config.output_path))
+    every = record.get("gradient_checkpointing") if config.recompute is None else config.recompute
+    rows, tokens = config.per_device_train_batch_size, config.micro_batch_tokens
+    if tokens:
+        rows = 0
+    elif record:
+        rows, tokens = record.get("micro_batch_rows", rows), record.get("micro_batch_tokens", 0)
+    elif device.type == "cuda":
+        rows = 0
+    if every is not None and (rows or tokens):
+        return Choices(every, Split(rows, tokens))
+    room = Room(config, model_shape(config, dtype), data, processes, free_memory(device), device.type == "cuda")
+    if rows or tokens:
+        return Choices(room.least_recomputing(*largest_micro_batch(data, rows, tokens)), Split(rows, tokens))
+    return room.best(every)
+
+
+def free_memory(device: torch.device) -> float:
+    """Bytes that this process may use: of the GPU, or its share of the machine's memory."""
+    if device.type == "cuda":
+        return (torch.cuda.mem_get_info(device)[0] - RESERVE) * USABLE
+    return psutil.virtual_memory().available * USABLE / int(os.environ.get("LOCAL_SIZE", "1"))
+
+
+def largest_micro_batch(data: TokenDataset, rows: int, tokens: int) -> tuple[int, int]:
+    """(tokens, learned tokens) of the worst micro-batch of a split, when nothing is shared."""
+    longest = np.argsort(-data.lengths, kind="stable")[: rows or SAMPLE]
+    ends = np.cumsum(data.lengths[longest])
+    if tokens:
+        longest = longest[: max(1, int(np.searchsorted(ends, tokens, side="right")))]
+    return int(data.lengths[longest].sum()), sum(int(data[int(i)]["learned"].sum()) for i in longest)
+
+
+def learned_share(data: TokenDataset) -> float:
+    """The greatest share of learned tokens among some conversations."""
+    places = np.linspace(0, len(data) - 1, min(SAMPLE, len(data)), dtype=np.int64)
+    return max(float(data[int(i)]["learned"].mean()) for i in places)
+
+
+class Room:
+    """What fits into `free` bytes of this run."""
+
+    def __init__(
+        self, config: Config, shape: Shape, data: TokenDataset, processes: int, free: float, on_gpu: bool
+    ) -> None:
+        self.config, self.shape, self.data = config, shape, data
+        self.processes, self.free, self.on_gpu = processes, free, on_gpu
+
+    def least_recomputing(self, tokens: int, learned: int) -> int:
+        """The fewest layers to recompute so that a micro-batch of this size fits; every one when none does."""
+        for every in self._every():
+            parts = memory_parts(self.config, self.shape, self.processes, tokens, learned, every, self.on_gpu)
+            if sum(parts.values()) <= self.free:
+                return every
+        return 1
+
+    def best(self, every: int | None) -> Choices:
+        """The fastest pair of recomputing and split that fits; `every` when that was asked for."""
+        config = self.config
+        step = config.per_device_train_batch_size * config.gradient_accumulation_steps
+        longest = int(self.data.lengths.max())
+        wanted = max(longest, min(MOST_TOKENS, int(np.sort(self.data.lengths)[-step:].sum())))
+        candidates = self._every() if every is None else (every,)
+        for candidate in candidates:
+            tokens = self.tokens(candidate)
+            enough = FEWEST_TOKENS if candidate == 0 else ENOUGH_TOKENS
+            if tokens >= max(longest, min(wanted, enough)):
+                return Choices(candidate, Split(0, max(longest, min(wanted, tokens))))
+        return Choices(candidates[-1], Split(0, max(longest, min(wanted, self.tokens(candidates[-1])))))
+
+    def tokens(self, every: int) -> int:
+        """How many tokens of a micro-batch fit."""
+        share, probe = learned_share(self.data), 1024
+        states = 0.0 if self.config.zero_stage == "3_offload" else sum(
+            state_parts(self.config, self.shape, self.processes).values()
+        )  # fmt: skip
+        layer = self.shape.weights / self.shape.layers * self.shape.width if self.config.zero_stage[0] == "3" else 0
+        per_token = (self.shape.activations(probe, every) + self.shape.logits(int(probe * share), self.on_gpu)) / probe
+        return max(0, int((self.free - states - 2 * layer) / per_token))
+
+    def _every(self) -> tuple[int, ...]:
+        """Checkpoints' own code knows all layers or none."""
+        return (0, 1) if self.config.trust_remote_code else EVERY
