@@ -255,6 +255,7 @@ def load(settings: Settings, dtype: "torch.dtype", device: "torch.device") -> "t
 
 def fingerprint(folders: Sequence[Path], *more: str) -> str:
     """Names a model: the files of its folders with size and time of change. Another model has another one."""
-    found = sorted({files.real(path) for folder in folders for pattern in WEIGHTS for path in folder.glob(pattern)})
+    present = {path for folder in folders for pattern in WEIGHTS for path in folder.glob(pattern)}
+    found = sorted({files.real(path) for path in present if files.is_file(path)})  # loading tells about the others
     stats: list[Any] = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in found]
     return hashlib.sha256(json.dumps([stats, more]).encode()).hexdigest()[:24]

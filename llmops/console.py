@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from types import TracebackType
-from typing import TypeVar
+from typing import Any, TypeVar
 
 T = TypeVar("T")
 
@@ -44,6 +44,14 @@ def to_bool(text: str) -> bool:
 
 class Parser(argparse.ArgumentParser):
     """argparse whose errors are one UserError."""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As argparse's; a value that is -- alone is refused, of which argparse makes an empty list."""
+        for argument in sys.argv[1:] if args is None else args:
+            flag, _, value = argument.partition("=")
+            if flag.startswith("--") and value == "--":
+                self.error(f"argument {flag}: found --, expected a value")
+        return super().parse_known_args(args, namespace)
 
     def error(self, message: str) -> None:  # type: ignore[override]
         raise UserError(f"{message}; --help lists every setting")

@@ -16,6 +16,11 @@ VARIABLES = dict(re.findall(r'^([A-Z_]+)="\$\{\1:-(.*)\}" ', SCRIPT, re.MULTILIN
 PATHS = {"model_name_or_path", "train_file", "output_path"}  # chat_main.sh derives these from MOUNT_PATH
 
 
+def test_two_dashes_are_no_value() -> None:
+    with pytest.raises(UserError, match="argument --test_file: found --, expected a value"):
+        parse(["--test_file=--"])
+
+
 def test_chat_main_has_every_setting_with_the_same_default() -> None:
     for item in fields(Config):
         assert item.name.upper() in VARIABLES, item.name

@@ -269,6 +269,8 @@ def run_cases(numbers: Sequence[int], given: argparse.Namespace, chosen: Sequenc
             case = set_up(waiting.pop(), given, chosen)
             start(case, mains[case.subject.command])
             running[case.pid] = case
+        if not running:
+            break
         pid, status = os.waitpid(-1, os.WNOHANG)
         for case in running.values():
             if not pid and time.monotonic() - case.started > LIMIT:

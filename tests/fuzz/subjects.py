@@ -258,6 +258,12 @@ def heavy_subjects() -> list[Subject]:
             Subject(f"{name} (predict)", "predict", argv, f"prepared/{name}", form, ("model", "prepared"), "lines",
                     **model)
         )  # fmt: skip
+    flags: dict[str, Any] = {"heavy": True, "flags": True, "writes": ("*",), "keeps": ("*",)}
+    argv = ("--model_name_or_path", "model", *performance)
+    needs = ("model", "test.jsonl")
+    found.append(Subject("settings of performance", "performance", argv, needs=needs, speaks="always", **flags))
+    argv = ("--model_name_or_path", "model", *predict)
+    found.append(Subject("settings of predict", "predict", argv, needs=("model", "prepared"), speaks="lines", **flags))
     return found + embedder_subjects() + cache_subjects() + dimension_subjects()
 
 
@@ -303,7 +309,8 @@ def dimension_subjects() -> list[Subject]:
         found.append(
             Subject(f"data of {dimension}", "five", argv, f"benchmarks/{file}", form, ("model", "benchmarks"), **shared)
         )
-    options = CPU_OPTIONS | {"limit": 1, "compare_with": ["compared"]}
+    every = {"seed": 0, "num_fewshot": 1, "mode": "auto", "dtype": "auto", "chat_template": True, "reuse_prefix": True}
+    options = CPU_OPTIONS | every | {"limit": 1, "compare_with": ["compared"]}
     argv = ("model", '["inference_ability"]', json.dumps(options))
     needs = ("model", "benchmarks", "compared")
     found.append(Subject("compare_with", "five", argv, "compared/eval_results.json", "json", needs, **shared))
