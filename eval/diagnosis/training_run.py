@@ -270,14 +270,14 @@ class TrainingRun:
         gone = [self.curves[name].cut(step, epoch) for name in CURVES]
         self.restarts += any(gone)
 
-    def add_columns(self, roles: Sequence[str], rows: Sequence[Sequence[bytes]], data: str = "") -> bool:
-        """Take in many readings of one shape at once; False (and nothing taken) when they are not plainly in order."""
+    def add_columns(self, roles: Sequence[str], texts: Sequence[Sequence[bytes]], data: str = "") -> bool:
+        """Take in many readings of one shape at once, a column per role; False (and nothing taken) when they are not
+        plainly in order.
+        """
         if self._pending or len(self._offsets) > 1 or (data and not self.choose_data(data)):
             return False
         try:
-            columns = {
-                role: list(map(float, column)) for role, column in zip(roles, zip(*rows, strict=True), strict=False)
-            }
+            columns = {role: list(map(float, column)) for role, column in zip(roles, texts, strict=False)}
         except ValueError:
             return False
         columns.pop("rank", None)
@@ -286,7 +286,7 @@ class TrainingRun:
             return False  # NaN and inf are in their sum
         if not self._in_order(steps, epochs):
             return False
-        count, start = len(rows), self.readings
+        count, start = len(texts[0]), self.readings
         heading = self._heading if steps and not epochs else None
         places = (steps or [None] * count, epochs or [heading] * count)
         for role, values in columns.items():
