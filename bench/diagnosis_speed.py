@@ -17,7 +17,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 COMMAND = [sys.executable, str(HERE.parent / "eval" / "diagnosis_monitoring.py")]
 COUNT = 1_000_000
-LENGTHS = {"hf": 550_000, "hf_bars": 1_100_000, "state": 720_000, "state_indented": 600_000}
+LENGTHS = {"hf_bars": 1_100_000, "state": 920_000, "state_indented": 700_000}
 
 
 def losses(count: int) -> Iterator[tuple[int, float, float]]:

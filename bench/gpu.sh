@@ -37,5 +37,4 @@ if [ -n "$lacking" ]; then
     PYTHON=$WORK/env/bin/python
 fi
 has_gpu || tune_cpu
-offline_libraries
 exec "$PYTHON" "$HERE/bench/gpu.py" --work "$WORK" "$@"

@@ -102,7 +102,7 @@ def read_family(path: Path) -> dict[str, Any]:
     known = {item.name: item for item in fields(Family) if item.name != "name"}
     for key, value in found.items():
         if key not in known:
-            raise UserError(f"{path}: unknown key {files.shown(key)}; expected some of {', '.join(known)}")
+            raise UserError(f"{path}: unknown key {files.plain(key)}; expected some of {', '.join(known)}")
         default = known[key].default
         if key == "faq":
             good, expected = is_texts_by_name(value), "an object of texts"

@@ -55,7 +55,7 @@ def base_folder(folder: Path) -> Path:
         if is_whole(candidate) and not is_adapter(candidate):
             return candidate
     raise UserError(
-        f"the adapter {folder} was trained on {files.shown(name, 200)}, which is not there, nor is {moved}; put "
+        f"the adapter {folder} was trained on {files.plain(name, 200)}, which is not there, nor is {moved}; put "
         "the base model at one of these places"
     )
 

@@ -250,6 +250,11 @@ def shown(value: Any, limit: int = 60) -> str:
     return text[:limit] + ("…" if len(text) > limit else "")
 
 
+def plain(text: str, limit: int = 60) -> str:
+    """A text for an error message as it is, when it is short and printable; else as `shown` writes it."""
+    return text if len(text) <= limit and text.isprintable() else shown(text, limit)
+
+
 def json_lines(path: Path, what: str = "the file", cure: str = "") -> Iterator[JsonLine]:
     """Every line that is not blank, parsed; the file opens at once, the lines are read as they are asked for.
 

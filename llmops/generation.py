@@ -257,6 +257,8 @@ class Generator:
 
     def _groups(self, prompts: Sequence[Sequence[int]]) -> Iterator[tuple[list[int], int]]:
         """Rows that share a beginning and its length, longest first; rows that share nothing come last."""
+        if not prompts:
+            return
         groups = group_by_prefix(prompts) if self.plain_because is None else [(range(len(prompts)), 0)]
         for rows, shared in groups:
             yield sorted(rows, key=lambda i: -len(prompts[i])), shared

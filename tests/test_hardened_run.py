@@ -22,6 +22,7 @@ from llmops.console import RunStopped
 from llmops.process_group import free_port
 from train import checkpointing, session, states
 from train.config import Config
+from train.steps import Split
 
 
 class Hostile:
@@ -174,10 +175,10 @@ def test_deepspeed_states_of_fp16_load(tmp_path: Path) -> None:
     ],
 )
 def test_faults_of_states_and_deepspeed_files_are_sentences(error: Exception, phrase: str) -> None:
-    with pytest.raises(RunStopped, match=phrase), session.explain_faults(Config()):
+    with pytest.raises(RunStopped, match=phrase), session.explain_faults(Config(), Split()):
         raise error
 
 
 def test_what_deepspeed_itself_refuses_is_a_sentence() -> None:
-    with pytest.raises(RunStopped, match=r"DeepSpeed refuses .*reduce_scatter"), session.explain_faults(Config()):
+    with pytest.raises(RunStopped, match=r"DeepSpeed refuses .*reduce_scatter"), session.explain_faults(Config(), Split()):
         DeepSpeedZeroConfig(reduce_scatter="maybe")

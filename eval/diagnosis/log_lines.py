@@ -191,7 +191,8 @@ def reading_of(texts: dict[str, bytes], data: str = "", passed: str = "", bar: b
 
 # --- the shape that most lines of a log have, as one expression -------------------------------------------------------
 SCALAR = re.compile(rb"(?<![\w.])(?:" + NUMBER + rb"|null|None)(?![\w.])")
-ANY_SCALAR = rb"[-+0-9A-Za-z.]++"
+ANY_SCALAR = rb"[-+0-9A-Za-z.]+"
+IN_SCALAR = re.compile(rb"[-+0-9A-Za-z.]")
 
 
 class Shape(NamedTuple):
@@ -216,11 +217,9 @@ def shape_of(line: bytes) -> Shape | None:
             continue
         role, end = wanted.get(scalar.start(), (None, scalar.end()))
         parts.append(literal(line[position : scalar.start()]))
-        if role:
-            parts.append(b"(" + ANY_SCALAR + b")")
-            roles.append(role)
-        else:
-            parts.append(ANY_SCALAR)
+        value = ANY_SCALAR if IN_SCALAR.match(line, end) else ANY_SCALAR + b"+"  # possessive: nothing to give back
+        parts.append(b"(" + value + b")" if role else value)
+        roles += [role] if role else []
         position = end
     if len(roles) != len(wanted):
         return None

@@ -118,10 +118,10 @@ class LogReader:
 
     def _add_rows(self, shape: Shape, rows: list[tuple[bytes, ...]]) -> None:
         """Take in rows of a shape: in columns where they are in order, else those that repeat the one before once."""
-        if self.run.add_columns(shape.roles, rows, shape.data):
+        if self.run.add_columns(shape.roles, list(zip(*rows, strict=True)), shape.data):
             return
         once = [row for row, _ in groupby(rows)]
-        if len(once) < len(rows) and self.run.add_columns(shape.roles, once, shape.data):
+        if len(once) < len(rows) and self.run.add_columns(shape.roles, list(zip(*once, strict=True)), shape.data):
             self.run.repeated += len(rows) - len(once)
             return
         for row in rows:
@@ -141,22 +141,25 @@ class LogReader:
             return block
         lines = [line for line in block.split(b"\n") if line]
         rows = [line.strip(b"|").split(table.delimiter) for line in lines]
-        whole = next((i for i, row in enumerate(rows) if len(row) != table.width), len(rows))
+        whole = len(rows)
+        if set(map(len, rows)) != {table.width}:
+            whole = next(i for i, row in enumerate(rows) if len(row) != table.width) if rows else 0
         roles = [role for role, places in table.columns.items() if len(places) == 1]
-        if len(roles) < len(table.columns):
+        if len(roles) < len(table.columns) or not whole:
             return block
-        places = [table.columns[role][0] for role in roles]
-        picked = [[row[place] for place in places] for row in rows[:whole]]
-        done = 0
-        for filled, group in groupby(picked, key=lambda cells: tuple(map(bool, cells))):
-            some = list(group)
-            own = [role for role, there in zip(roles, filled, strict=True) if there]
-            cells = some if all(filled) else [[cell for cell in row if cell] for row in some]
-            told = [role for role in own if role.endswith("loss")]
-            if not told or not self.run.add_columns(own, cells, table.data if "eval_loss" in told else ""):
-                for line in lines[done : done + len(some)]:
+        cells = list(zip(*rows[:whole], strict=True))
+        columns = [cells[table.columns[role][0]] for role in roles]
+        start = 0
+        for filled, group in groupby(zip(*(map(bool, column) for column in columns), strict=True)):
+            stop = start + sum(1 for _ in group)
+            own = [(role, column) for role, column, there in zip(roles, columns, filled, strict=True) if there]
+            told = [role for role, _ in own if role.endswith("loss")]
+            texts = [column[start:stop] for _, column in own]
+            data = table.data if "eval_loss" in told else ""
+            if not told or not self.run.add_columns([role for role, _ in own], texts, data):
+                for line in lines[start:stop]:
                     self._read_line(line)
-            done += len(some)
+            start = stop
         return b"\n".join(lines[whole:])
 
     def _read_line(self, line: bytes) -> None:

@@ -1,7 +1,7 @@
 """Lines whose names and values do not explain themselves, a row each: what tells the shape, and what it says.
 
 A row is looked at when its mark is in a line; the first whose expression matches has the say. Everything else is read
-by log_lines.py. Sources are the tools' own printing code, read there; examples stand in tests/test_diagnosis_shapes.py.
+by log_lines.py. The shapes are as the tools print them; examples stand in tests/test_diagnosis_shapes.py.
 """
 
 import math

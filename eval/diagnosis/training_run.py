@@ -65,6 +65,7 @@ class TrainingRun:
         self._recent: deque[Key] = deque(maxlen=REMEMBERED)
         self._known: set[Key] = set()
         self._places: Counter[tuple[str, float | None]] = Counter()  # (curve, position) of what is known
+        self._columns: list[tuple[str, list[list[float | None]], list[float]]] = []  # to be remembered, when needed
         self._pending: list[Told] = []  # lines that fall back, until it shows what they are
         self._interleaved = False
 
@@ -136,6 +137,7 @@ class TrainingRun:
         return curve.values[-1] if curve.values else curve.cells[-1].last if curve.cells else None
 
     def _take(self, reading: Reading, values: dict[str, float]) -> None:
+        self._remember_columns()
         epoch = reading.epoch if reading.epoch is not None else self._heading
         if epoch is None and "loss" not in values:
             epoch = self._epoch  # an evaluation of what was told last
@@ -152,10 +154,10 @@ class TrainingRun:
         elif own and self._falls(told) and self._told_before(told):
             self._pending = [told]
         else:
-            self._remember(keys, step)
+            self._remember(keys)
             self._append(told, own)
 
-    def _remember(self, keys: Sequence[Key], step: float | None) -> None:
+    def _remember(self, keys: Sequence[Key]) -> None:
         for key in keys:
             if len(self._recent) == REMEMBERED:
                 old = self._recent[0]
@@ -167,6 +169,13 @@ class TrainingRun:
             self._recent.append(key)
             self._known.add(key)
             self._places[key[0], key[1] if key[1] is not None else key[2]] += 1
+
+    def _remember_columns(self) -> None:
+        """Remember the end of the last columns, as far as nothing came after it that is remembered anyway."""
+        if self._columns:
+            for role, places, column in self._columns:
+                self._remember([(role, *key) for key in zip(*places, column, strict=True)])
+            self._columns = []
 
     # --- places
     def _place_step(self, step: float | None, epoch: float | None, values: dict[str, float]) -> float | None:
@@ -224,7 +233,7 @@ class TrainingRun:
             return
         for told in pending:
             raw = told.step - self._offsets[-1][1] if told.step is not None else None
-            self._remember([(name, raw, told.epoch, value) for name, value in told.values.items()], told.step)
+            self._remember([(name, raw, told.epoch, value) for name, value in told.values.items()])
             self._append(told, True)
 
     def settled(self) -> "TrainingRun":
@@ -270,14 +279,14 @@ class TrainingRun:
         gone = [self.curves[name].cut(step, epoch) for name in CURVES]
         self.restarts += any(gone)
 
-    def add_columns(self, roles: Sequence[str], rows: Sequence[Sequence[bytes]], data: str = "") -> bool:
-        """Take in many readings of one shape at once; False (and nothing taken) when they are not plainly in order."""
+    def add_columns(self, roles: Sequence[str], texts: Sequence[Sequence[bytes]], data: str = "") -> bool:
+        """Take in many readings of one shape at once, a column per role; False (and nothing taken) when they are not
+        plainly in order.
+        """
         if self._pending or len(self._offsets) > 1 or (data and not self.choose_data(data)):
             return False
         try:
-            columns = {
-                role: list(map(float, column)) for role, column in zip(roles, zip(*rows, strict=True), strict=False)
-            }
+            columns = {role: list(map(float, column)) for role, column in zip(roles, texts, strict=False)}
         except ValueError:
             return False
         columns.pop("rank", None)
@@ -286,15 +295,18 @@ class TrainingRun:
             return False  # NaN and inf are in their sum
         if not self._in_order(steps, epochs):
             return False
-        count, start = len(rows), self.readings
+        count, start = len(texts[0]), self.readings
         heading = self._heading if steps and not epochs else None
         places = (steps or [None] * count, epochs or [heading] * count)
+        if count < REMEMBERED:
+            self._remember_columns()
+        self._columns = []
         for role, values in columns.items():
             self.curves[role].extend(range(start, start + count), *places, values)
             if role in self.broken:
                 self.broken[role] = 0
-                recent = zip(*(column[-REMEMBERED:] for column in (*places, values)), strict=True)
-                self._remember([(role, *key) for key in recent], None)
+                recent = [list(column[-REMEMBERED:]) for column in places]
+                self._columns.append((role, recent, values[-REMEMBERED:]))
         self._stepped |= bool(steps) and "loss" in columns
         self._step = self._raw_step = steps[-1] if steps else self._step
         self._epoch = epochs[-1] if epochs else self._epoch if heading is None else heading
