@@ -22,8 +22,7 @@ from train.steps import Split
 
 RECORD = "resolved"  # the key in CONFIG_NAME
 MOST_TOKENS = 16384  # more in a micro-batch are no faster
-ENOUGH_TOKENS = 8192  # fewer are slower, more hardly faster; recomputing layers costs more than half of this does
-FEWEST_TOKENS = 4096
+ENOUGH_TOKENS = 4096  # fewer leave a GPU waiting; for more of them no layer is recomputed, which costs a third and more
 EVERY = (0, 4, 2, 1)  # none, each fourth, each second, each layer recomputed
 RESERVE = 2 * GIB  # of a GPU: the context, NCCL, kernels' work space
 USABLE = 0.9  # of the rest; the allocator loses some to fragments
@@ -127,8 +126,7 @@ class Room:
         candidates = self._every() if every is None else (every,)
         for candidate in candidates:
             tokens = self.tokens(candidate)
-            enough = FEWEST_TOKENS if candidate == 0 else ENOUGH_TOKENS
-            if tokens >= max(longest, min(wanted, enough)):
+            if tokens >= max(longest, min(wanted, ENOUGH_TOKENS)):
                 return Choices(candidate, Split(0, max(longest, min(wanted, tokens))))
         return Choices(candidates[-1], Split(0, max(longest, min(wanted, self.tokens(candidates[-1])))))
 
