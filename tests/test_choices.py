@@ -46,7 +46,7 @@ def seven_billion(train_type: str) -> estimates.Shape:
 @pytest.mark.parametrize(
     ("train_type", "gib", "recompute", "tokens"),
     [
-        # a token keeps 4.86 MB, with one layer in four recomputed 3.8, in two 2.7, with all 0.54; LoRA's rest is 13.2 GiB
+        # a token keeps 4.86 MB, with one layer in four recomputed 3.8, in two 2.7, with all 0.54; LoRA: 13.2 GiB beside
         ("lora", 75, 0, 13600), ("lora", 40, 0, 5900), ("lora", 31, 4, 5050), ("lora", 26, 2, 5100),
         ("lora", 22, 1, 16384), ("all", 75, 1, 1000), ("all", 300, 0, 16384),
     ],

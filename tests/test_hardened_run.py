@@ -180,5 +180,6 @@ def test_faults_of_states_and_deepspeed_files_are_sentences(error: Exception, ph
 
 
 def test_what_deepspeed_itself_refuses_is_a_sentence() -> None:
-    with pytest.raises(RunStopped, match=r"DeepSpeed refuses .*reduce_scatter"), session.explain_faults(Config(), Split()):
+    refused = pytest.raises(RunStopped, match=r"DeepSpeed refuses .*reduce_scatter")
+    with refused, session.explain_faults(Config(), Split()):
         DeepSpeedZeroConfig(reduce_scatter="maybe")
