@@ -100,6 +100,8 @@ def check(config: Config) -> None:
     for name in ("test_ratio", "out_of_scope_ratio"):
         if not 0 <= getattr(config, name) < 1:
             problems.append(f"--{name} is {getattr(config, name)}, expected at least 0 and less than 1")
+    if config.max_seq_len < 1:
+        problems.append(f"--max_seq_len is {config.max_seq_len}, expected at least 1")
     if config.variants < 1:
         problems.append(f"--variants is {config.variants}, expected at least 1")
     if not config.test_data_file and config.test_ratio == 0:

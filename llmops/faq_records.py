@@ -145,6 +145,9 @@ def check_record(raw: Any, line: int, index: int, need_intent: bool) -> tuple[Fa
         return None, "the intent is empty; expected its name, or 不符合 for a question that none fits"
     if intent and "\n" in intent:
         return None, newline_problem(intent)
+    for key in (*REPLY_KEYS, *INSTRUCTION_KEYS):
+        if not isinstance(raw.get(key, ""), str | None):
+            return None, f"{files.shown(key)} is {files.shown(raw[key])}, expected a text"
     reply, instruction = (first_text(raw, keys) or "" for keys in (REPLY_KEYS, INSTRUCTION_KEYS))
     return FaqRecord(line, index, questions, intent or "", reply, instruction), None
 

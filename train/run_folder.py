@@ -4,6 +4,7 @@ Standard library only.
 """
 
 import hashlib
+import os
 import shutil
 from contextlib import ExitStack
 from pathlib import Path
@@ -69,7 +70,7 @@ def earlier_run(config: Config) -> dict[str, Any] | None:
     """
     output = Path(config.output_path)
     refuse_foreign(config)
-    if config.overwrite_output_path or not files.is_file(output / CONFIG_NAME):
+    if config.overwrite_output_path or not os.path.lexists(output / CONFIG_NAME):
         return None
     saved = files.read_object(output / CONFIG_NAME, "the settings of the run", ownership.choose_another(output))
     now = config.to_json() | {"train_sha256": data_digest(config)}
