@@ -10,7 +10,7 @@ import torch
 
 from llmops import checkpoints, records
 from llmops.chat_formats import ChatFormat
-from train.batches import PaddedCollator
+from train.batches import PaddedCollator, to_device
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 ENTRY = ROOT / "tests" / "check_checkpoint.py"
@@ -105,7 +105,7 @@ class Subject:
         tokenizer = self.tokenizer
         left = tokenizer.padding_side == "left" and not tokenizer.is_fast
         batch = PaddedCollator(tokenizer.pad_token_id, left)(self.samples[:3])
-        return {key: value.to(self.device) for key, value in batch.items()}
+        return to_device(batch, self.device)
 
 
 def difference(found: torch.Tensor, expected: torch.Tensor) -> float:
