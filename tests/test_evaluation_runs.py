@@ -371,6 +371,21 @@ def test_whole_checkouts_are_read_as_they_are(tmp_path: Path) -> None:
     assert data.loaded.notes == ["1 questions without an answer are left out"]
 
 
+def test_linked_folders_are_entered(tmp_path: Path) -> None:
+    """A data folder of links to checkouts elsewhere."""
+    checkout = tmp_path / "elsewhere" / "BIG-bench" / command.quoref.CHECKOUT / command.quoref.TASK
+    checkout.mkdir(parents=True)
+    task = {"examples": [{"input": "Passage: a", "target": "Why?"}]}
+    (checkout / "task.json").write_text(json.dumps(task), encoding="utf-8")
+    write_lines(tmp_path / "elsewhere" / "M3KE" / "data" / "dev" / "A-B-C.jsonl", [question(0, "A")])
+    (tmp_path / "data").mkdir()
+    for name in ("BIG-bench", "M3KE"):
+        (tmp_path / "data" / name).symlink_to(tmp_path / "elsewhere" / name)
+    for name in ("command_compliance", "innovation_capacity"):
+        data = command.load_data(command.DIMENSIONS[name], command.Options(data_dir=str(tmp_path / "data")))
+        assert len(data.loaded.samples) == 1
+
+
 def test_files_without_answers_are_refused(tmp_path: Path) -> None:
     """TNEWS's test file, whose keywords are of another kind, under the dev file's name or alone."""
     row = {"id": 0, "sentence": "标题", "keywords": "甲,乙"}

@@ -67,7 +67,7 @@ DIMENSION = Dimension(
     name="inference_ability",
     dataset="AFQMC",
     files=(
-        "afqmc/dev.json", "afqmc*/dev.json*", "afqmc*/*dev*.json*", "*afqmc*dev*.json*", "**/afqmc/validation*.parquet",
+        "afqmc/dev.json", "afqmc*/dev.json*", "afqmc*/*dev*.json*", "*afqmc*dev*.json*", "*/afqmc/validation*.parquet",
     ),
     get="AFQMC of the CLUE benchmark: dev.json in a folder afqmc",
     unscored=("afqmc*/test.json",),

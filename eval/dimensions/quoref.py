@@ -68,10 +68,13 @@ def baselines(samples: Sequence[Sample], seed: int) -> Scores:
 
 
 TASK = "subtask001_quoref_question_generation"
+CHECKOUT = "bigbench/benchmark_tasks/natural_instructions"  # ** enters no linked folder, so its place is said
 DIMENSION = Dimension(
     name="command_compliance",
     dataset=f"BIG-bench {TASK}",
-    files=(f"bigbench/{TASK}/task.json", f"**/{TASK}/task.json", f"**/*{TASK}*.json"),
+    files=(
+        f"bigbench/{TASK}/task.json", f"*/{CHECKOUT}/{TASK}/task.json", f"**/{TASK}/task.json", f"**/*{TASK}*.json",
+    ),
     get=f"BIG-bench's natural_instructions task {TASK}: its task.json in a folder bigbench/{TASK}",
     read=read,
     metric="BLEU",
@@ -79,4 +82,4 @@ DIMENSION = Dimension(
     baselines=baselines,
     ceiling=ceiling,
     max_new_tokens=48,
-)
+)  # fmt: skip
