@@ -22,7 +22,7 @@ LORA = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_pr
 
 def many(count: int = 16) -> list[Sample]:
     """Conversations with long and short common beginnings, and some that share nothing."""
-    samples = [one for shape in SHAPES for one in random_samples(shape) if len(one["ids"]) < 400]
+    samples = [one for shape in SHAPES for one in random_samples(shape) if len(one["ids"]) < 200]
     return [samples[i] for i in np.random.default_rng(0).permutation(len(samples))[:count]]
 
 
@@ -59,8 +59,9 @@ def test_the_split_changes_nothing(checkpoints: dict[str, Path], trained: str, p
     tokens = max(len(one["ids"]) for one in samples)
     _, expected_loss, expected = of_all_processes(model, collator, samples, Split(), 1)
     counts = set()
-    for split in (Split(1), Split(2), Split(4), Split(16), Split(0, tokens)):
-        for world in (1, 2):
+    splits = (Split(1), Split(2), Split(4), Split(16), Split(0, tokens))
+    for world, tried in ((1, splits), (2, (Split(2), Split(0, tokens)))):
+        for split in tried:
             count, loss, found = of_all_processes(model, collator, samples, split, world)
             counts.add(count)
             assert loss == pytest.approx(expected_loss, rel=1e-6)
@@ -71,7 +72,7 @@ def test_the_split_changes_nothing(checkpoints: dict[str, Path], trained: str, p
 @pytest.mark.parametrize("padded", [True, False])
 def test_plans_hold_what_they_promise(padded: bool) -> None:
     rng = np.random.default_rng(1)
-    for _ in range(200):
+    for _ in range(100):
         count = int(rng.integers(1, 40))
         samples = [sample(rng.integers(3, 9, int(n)).tolist(), ([7, 8], [])) for n in rng.integers(1, 90, count)]
         split = Split(int(rng.integers(0, 6)), int(rng.choice([0, 50, 120, 1000])))
