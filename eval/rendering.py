@@ -78,6 +78,11 @@ class Renderer:
             question = [{"role": "user", "content": "?"}]
             rendered = self.chat.conversation([*question, {"role": "assistant", "content": answer}])[-1]
             self.known[answer] = [i for i, learned in zip(rendered.ids, rendered.learned, strict=True) if learned]
+            if not self.known[answer]:
+                raise UserError(
+                    f"the chat format ({self.chat.name}) writes no answer into a conversation; mend the model's chat "
+                    "template, name another mode, or turn chat_template off to ask in plain text"
+                )
         return self.known[answer]
 
     def _stop_ids(self) -> set[int]:

@@ -119,7 +119,8 @@ def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> "PreTrained
             f"the tokenizer of {folder} has no end token, so answers would never end; set eos_token in its "
             f"tokenizer_config.json or {COPY}"
         )
-    if tokenizer.pad_token_id is None:
+    known = read_config(folder).get("vocab_size")
+    if tokenizer.pad_token_id is None or (isinstance(known, int) and tokenizer.pad_token_id >= known):
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
     return tokenizer
 

@@ -90,8 +90,8 @@ def damage(checkpoint: Path) -> str | None:
         return f"its manifest cannot be read ({error})"
     for name, expected in manifest.files.items():
         path = checkpoint / name
-        if not path.is_file():
-            return f"{name} is missing"
+        if not files.is_file(path):
+            return f"{name[:200]} is missing"
         if fingerprint(path) != expected:
             return f"{name} was changed or cut"
     return None

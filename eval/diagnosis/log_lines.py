@@ -30,6 +30,7 @@ PAIR = re.compile(
 )
 QUOTED = re.compile(rb"(['\"])([\w ./-]{1,60})\1\s*:\s*(" + NUMBER + rb")(?![\w.])")
 INTERESTING = re.compile(rb"(?i)loss|step|epoch|iter|train|xent|nll|val|test|dev|entropy|" + either("损失"))
+NEAR = 500  # bytes beside a value: words further away do not tell what it is, and nobody's line costs its square
 SIDE = re.compile(
     rb"(?i)(?<![\w./-])(?:(?P<train>" + "|".join(TRAIN_WORDS).encode() + rb")|(?P<eval>"
     + "|".join(EVAL_WORDS).encode() + rb"))(?:_\d+)?(?![\w/-]|\.\w)(?!\s+(?:tokens|samples|labels|examples|steps)\b)"
@@ -133,6 +134,7 @@ def find_pairs(line: bytes) -> tuple[dict[str, Pair], str]:
     for text, begin, start, end in pairs:
         before += line[done:begin]
         done = end
+        before = before[-NEAR:]
         name = name_of(text)
         if text in JOINED and before.lower().endswith(JOINED[text][0]):
             name = JOINED[text][1]
@@ -141,7 +143,7 @@ def find_pairs(line: bytes) -> tuple[dict[str, Pair], str]:
             continue
         if name.role in ("loss", "eval_loss"):
             side = side_of(before) or side
-            name = in_its_line(name, line, side, before, line[last:])
+            name = in_its_line(name, line, side, before, line[last : last + NEAR])
             before = b""
         else:
             before += line[begin:start]  # "Test: [10/20] loss: 2.5", but not "val_accuracy: 0.4 loss: 2.5"

@@ -43,6 +43,7 @@ class Encoder:
                 folder.transformer, dtype=self.dtype, output_loading_info=True, **more
             )
         self.dense = [load_dense(layer).to(self.device, self.dtype) for layer in folder.dense]
+        self.check_widths()
         lost = [name for name in found["missing_keys"] if "pooler" not in name and "position_ids" not in name]
         if lost:
             raise UserError(
@@ -58,6 +59,19 @@ class Encoder:
             from torch.utils.mkldnn import to_mkldnn
 
             self.model = to_mkldnn(self.model)
+
+    def check_widths(self) -> None:
+        """Raise UserError for a dense layer that does not take what comes out of the one before it."""
+        config = self.model.config
+        width = getattr(config, "hidden_size", 0) * len(self.folder.pooling)
+        for layer, dense in zip(self.folder.dense, self.dense, strict=True):
+            weight = next(parameter for parameter in dense.parameters() if parameter.dim() == 2)
+            if width and weight.shape[1] != width:
+                raise UserError(
+                    f"the dense layer {layer.folder} takes {weight.shape[1]} numbers and gets {width}; copy the folder "
+                    "again"
+                )
+            width = weight.shape[0]
 
     def longest(self) -> int:
         """Tokens of a text that are read: as sentence-transformers has it, never more than the model's positions."""
