@@ -136,3 +136,12 @@ def test_log_lines_are_strict_json_after_an_overflow(tmp_path: Path) -> None:
     assert lines[0]["chosen"] == {"gradient_checkpointing": 0, "micro_batch_rows": 4, "micro_batch_tokens": 0}
     assert lines[1]["grad_norm"] is None
     assert lines[1]["not_finite"] == {"grad_norm": "inf"}
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen2"])
+def test_a_model_of_two_layers_is_estimated_with_three(checkpoints: dict[str, Path], architecture: str) -> None:
+    """The time of a layer is the difference of two depths, and a small model may have fewer than the larger one."""
+    config = Config(model_name_or_path=str(checkpoints[architecture]))
+    model = estimates.empty_model(config, torch.float32, layers=3)
+    assert model.config.num_hidden_layers == 3
+    assert len(getattr(model.config, "layer_types", None) or [0, 0, 0]) == 3

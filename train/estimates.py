@@ -86,8 +86,9 @@ def empty_model(
         if layers:
             text = settings.get_text_config()
             text.num_hidden_layers = layers
-            if getattr(text, "layer_types", None):
-                text.layer_types = text.layer_types[:layers]
+            kinds = getattr(text, "layer_types", None)
+            if kinds:  # a model may have fewer layers than are asked for
+                text.layer_types = [kinds[i % len(kinds)] for i in range(layers)]
     with loading(f"the model's configuration in {folder}"), torch.device(device):
         model = auto_class.from_config(settings, trust_remote_code=config.trust_remote_code, dtype=dtype)
     return add_lora(config, model) if config.train_type == "lora" else model
