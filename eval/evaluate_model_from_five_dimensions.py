@@ -73,10 +73,10 @@ def read_dimensions(text: str) -> list[Dimension]:
 def find_data(dimension: Dimension, data_dir: str) -> tuple[Path, bool]:
     """(where the data is, whether it is the shipped sample)."""
     if data_dir:
-        found = dimension.find(Path(data_dir))
+        found = dimension.find(Path(data_dir)) if files.is_folder(Path(data_dir)) else None
         if found:
             return found, SAMPLES.resolve() in found.resolve().parents
-        raise UserError(f"{data_dir} has no {dimension.dataset}; put there {dimension.get}")
+        raise UserError(f"{files.plain(data_dir, 200)} has no {dimension.dataset}; put there {dimension.get}")
     mounted = Path(os.environ.get("MOUNT_PATH") or ROOT / "mnt") / "datasets" / "eval"
     found = dimension.find(mounted)
     if found:

@@ -212,7 +212,7 @@ def problem_of_stdout(case: Case, code: int, said: str) -> str:
     """Why stdout is not what the command documents, or ""."""
     wanted = case.subject.speaks
     try:
-        rows = [json.loads(line, parse_constant=strict) for line in said.splitlines()] if said else []
+        rows = [json.loads(line, parse_constant=strict) for line in said.rstrip("\n").split("\n")] if said else []
     except ValueError as error:
         return f"stdout is no strict JSON lines ({error}): {said[-200:]!r}"
     if said and not said.endswith("\n"):
