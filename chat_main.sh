@@ -18,6 +18,8 @@ MODEL_NAME_OR_PATH="${MODEL_NAME_OR_PATH:-}"     # base model; empty: MOUNT_PATH
 MODE="${MODE:-auto}"                             # chat format: auto glm glm2 glm3 baichuan2_13b qwen1.5 llama2
 TRAIN_FILE="${TRAIN_FILE:-}"                     # empty: MOUNT_PATH/datasets/train.jsonl
 TEST_FILE="${TEST_FILE:-}"                       # empty: test.jsonl beside it, else a held-out part
+LEARN="${LEARN:-all}"                            # which answers are learned: all, or those after the last question
+ENABLE_THINKING="${ENABLE_THINKING:-}"           # what a thinking model's template is told: true, false; empty: nothing
 OUTPUT_PATH="${OUTPUT_PATH:-}"                   # empty: MOUNT_PATH/output_path
 # --- settings: how -----------------------------------------------------------------------------------------------------
 TRAIN_TYPE="${TRAIN_TYPE:-lora}"                               # lora (a small adapter) or all (every weight)

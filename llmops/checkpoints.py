@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 COPY = "copy the checkpoint again"
+RUN_SETTINGS = "finetune_config.json"  # of the run that trained a model, in its folder
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt",
     "*.model", "chat_template.jinja",
@@ -126,15 +127,27 @@ def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> "PreTrained
 
 
 def load_chat_format(
-    folder: Path, mode: str = "auto", trust_remote_code: bool = False, allow_special_tokens: bool = False
-) -> tuple["PreTrainedTokenizerBase", ChatFormat]:
+    folder: Path, mode: str = "auto", trust_remote_code: bool = False, allow_special_tokens: bool = False,
+    thinking: bool | None = None,
+) -> tuple["PreTrainedTokenizerBase", ChatFormat]:  # fmt: skip
     """The tokenizer of a checkpoint folder and how its conversations are written.
 
-    `allow_special_tokens`: the text of a control token in a message becomes that token.
+    `allow_special_tokens`: the text of a control token in a message becomes that token. `thinking`: what the template
+    gets as `enable_thinking`; None: what the run that trained the model told it.
     """
     tokenizer = load_tokenizer(folder, trust_remote_code)
     family = choose_family(folder, mode, bool(tokenizer.chat_template))
-    return tokenizer, ChatFormat(tokenizer, family, allow_special_tokens)
+    thinking = recorded_thinking(folder) if thinking is None else thinking
+    return tokenizer, ChatFormat(tokenizer, family, allow_special_tokens, thinking)
+
+
+def recorded_thinking(folder: Path) -> bool | None:
+    """What the run that wrote a folder (or its parent: merged/, checkpoint-N/) told the template about thinking."""
+    for place in (folder, files.real(folder).parent):
+        if files.is_file(place / RUN_SETTINGS):
+            told = files.read_object(place / RUN_SETTINGS, "the settings of the run").get("enable_thinking")
+            return {"true": True, "false": False}.get(str(told).lower())
+    return None
 
 
 def check_files(folder: Path, patterns: Sequence[str]) -> None:

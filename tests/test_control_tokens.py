@@ -18,7 +18,7 @@ from eval.rendering import Renderer
 from eval.samples import Sample
 from llmops import checkpoints as loader
 from llmops import legacy, tiny
-from llmops.chat_formats import FAMILIES, ChatFormat
+from llmops.chat_formats import FAMILIES, Asked, ChatFormat
 from llmops.console import UserError
 from train.config import Config
 from train.dataset import Source, load_or_encode
@@ -215,7 +215,7 @@ def test_other_texts_are_token_exact(chat: ChatFormat, conversations: list) -> N
         if chat.controls.first(messages):
             continue
         ends = [i for i, message in enumerate(messages, 1) if message["role"] == "assistant"]
-        direct, guarded = chat.conversation(messages), chat._templated(messages, ends, True)
+        direct, guarded = chat.conversation(messages), chat._templated(Asked(messages), ends, True)
         assert guarded == direct
         for end, sample in zip(ends[-len(direct) :], direct, strict=True):
             assert sample.ids == tokenizer.apply_chat_template(messages[:end], return_dict=True)["input_ids"]
@@ -316,6 +316,7 @@ def test_templates_that_look_into_texts() -> None:
 
 TYPED = ["\n", "[gMASK]", "<sop>", "<eop>", "sop", "<|system|>", "<|user|>", "<|assistant|>", "<|observation|>"]
 RESERVED = ["<reserved_106>", "<reserved_107>"]  # Baichuan2's 195 and 196
+
 
 @pytest.fixture(scope="module")
 def typed_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -454,7 +455,7 @@ def test_slow_tokenizers_with_a_template(typed_model: Path) -> None:
     for messages in [MULTI, *read_messages(ROOT / "train" / "demo_data" / "train.jsonl")[:20]]:
         expected = tokenizer.apply_chat_template(messages[:-1], add_generation_prompt=True, return_dict=True)
         assert chat.prompt(messages[:-1]) == expected["input_ids"]
-        assert chat.controls.encode_named(chat._text(messages[:-1], True, True))[0] == expected["input_ids"]
+        assert chat.controls.encode_named(chat._text(Asked(messages[:-1]), True, True))[0] == expected["input_ids"]
 
 
 # --- the setting, the data, the evaluation
@@ -472,7 +473,7 @@ def test_allow_special_tokens(
     found = {}
     for allow in (False, True):
         tokenizer, chat = loading(folder, allow)
-        source = Source(data, folder, "auto", 256, False, allow_special_tokens=allow)
+        source = Source((data,), folder, "auto", 256, False, allow_special_tokens=allow)
         dataset = load_or_encode(source, chat, tmp_path / "cache")
         found[allow] = [tokenizer.convert_ids_to_tokens(dataset[i]["ids"].tolist()) for i in range(5)]
         said = capfd.readouterr().err

@@ -34,7 +34,7 @@ def eval_loss_of(folder: Path, data: Path, base: Path) -> float:
     """The loss of the saved model, loaded afresh and computed the plain way, on a jsonl file."""
     model = loading.load_trained(folder, torch.float32).eval()
     _, chat = loading.load_chat_format(folder)
-    samples = load_or_encode(Source(data, base, "auto", 256, False), chat, data.parent / "cache")
+    samples = load_or_encode(Source((data,), base, "auto", 256, False), chat, data.parent / "cache")
     with torch.no_grad():
         return float(target_losses(model, PaddedCollator(0)([samples[i] for i in range(len(samples))])).mean())
 

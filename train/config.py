@@ -10,9 +10,10 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from llmops import checkpoints, files
+from llmops import checkpoints, data_files, files
 from llmops.chat_formats import FAMILIES
 from llmops.console import Parser, UserError, to_bool
+from llmops.records import LEARN
 from train import deepspeed_file
 
 HERE = Path(__file__).resolve().parent
@@ -56,10 +57,15 @@ class Config:
     model_name_or_path: str = setting("mnt/Llama-2-13b-chat-hf", "folder of the base chat model")
     mode: str = setting("auto", "chat format; auto: the checkpoint's own template, else by model type", list(FAMILIES))
     train_file: str = setting(
-        "mnt/datasets/train.jsonl", "conversations to learn, one JSON object with messages per line"
+        "mnt/datasets/train.jsonl",
+        "conversations to learn: json, jsonl, csv, tsv, parquet, arrow or a saved dataset; several with commas, globs",
     )
     test_file: str = setting(
         "", "held-out conversations; empty: test.jsonl beside train_file, else a part of train_file"
+    )
+    learn: str = setting("all", "which answers are learned: all, or those after the last question", LEARN)
+    enable_thinking: str = setting(
+        "", "what a thinking model's chat template is told: true or false; empty: nothing", ["", "true", "false"]
     )
     output_path: str = setting("mnt/output_path", "where the model, checkpoints, log.txt and pictures go")
     # how to train
@@ -125,6 +131,11 @@ class Config:
         return self.learning_rate or PEAK_LEARNING_RATES[self.scenario][self.train_type]
 
     @property
+    def thinking(self) -> bool | None:
+        """--enable_thinking as the chat template gets it; None: not at all."""
+        return to_bool(self.enable_thinking) if self.enable_thinking else None
+
+    @property
     def recompute(self) -> int | None:
         """--gradient_checkpointing as a number: every so-manieth layer is recomputed, 0: none; None for auto."""
         text = self.gradient_checkpointing.lower()
@@ -141,12 +152,17 @@ class Config:
         return Path(self.retention_file) if self.retention_file else HERE / "retention.jsonl"
 
     @property
-    def test_path(self) -> Path | None:
-        """The held-out file, or None when a part of the training file is held out."""
+    def train_files(self) -> list[Path]:
+        """The files of conversations that are learned. Raises UserError for a pattern that matches nothing."""
+        return data_files.list_files(self.train_file)
+
+    @property
+    def test_files(self) -> list[Path]:
+        """The held-out files; none when a part of the training data is held out."""
         if self.test_file:
-            return Path(self.test_file)
-        beside = Path(self.train_file).with_name("test.jsonl")
-        return beside if files.is_file(beside) else None
+            return data_files.list_files(self.test_file)
+        beside = self.train_files[0].with_name("test.jsonl")
+        return [beside] if files.is_file(beside) and beside not in self.train_files else []
 
 
 # Settings that may differ between two starts of the same run: they change neither what is learned nor in which order.
@@ -243,11 +259,14 @@ def path_problems(config: Config) -> list[str]:
         problems.append(f"the model folder {model} has no config.json; expected a Hugging Face checkpoint folder")
     else:
         problems += family_problem(config, model)
-    problems += file_problem(config.train_file, "the training data", "put it there or pass --train_file")
-    if config.test_path:
-        problems += file_problem(
-            str(config.test_path), "the test data", "leave --test_file out to hold out training data"
-        )
+    broken = data_files.problems_of(config.train_file, "the training data", "put it there or pass --train_file")
+    problems += broken
+    if config.test_file or not broken:
+        tested = config.test_file or ",".join(map(str, config.test_files))
+        cure = "leave --test_file out to hold out training data"
+        problems += data_files.problems_of(tested, "the test data", cure) if tested else []
+        if not tested and config.eval_ratio == 0:
+            problems.append("there is no test file and --eval_ratio is 0; give one of the two")
     elif config.eval_ratio == 0:
         problems.append("there is no test file and --eval_ratio is 0; give one of the two")
     problems += file_problem(str(config.retention_path), "the retention file", "leave --retention_file out for ours")

@@ -180,8 +180,7 @@ def run(config: Config) -> None:
     for i in range(min(EXAMPLES, len(data.train))):
         one = data.train[i]
         head = (
-            f"--- example {i + 1}, line {data.train.lines[data.train.indices[i]]}: "
-            f"{len(one['ids'])} tokens, {int(one['learned'].sum())} learned"
+            f"--- example {i + 1}, {data.train.place(i)}: {len(one['ids'])} tokens, {int(one['learned'].sum())} learned"
         )
         log(f"{head}\n{show_example(data.tokenizer, one['ids'], one['learned'], color)}")
     estimate(config, data)

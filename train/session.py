@@ -88,27 +88,30 @@ def prepare_data(config: Config, encodes: bool) -> Data:
     warnings.filterwarnings("ignore", category=FutureWarning)  # the libraries' talk among themselves
     model = Path(config.model_name_or_path)
     tokenizer, chat = checkpoints.load_chat_format(
-        model, config.mode, config.trust_remote_code, config.allow_special_tokens
+        model, config.mode, config.trust_remote_code, config.allow_special_tokens, config.thinking
     )
     length = checkpoints.model_length(checkpoints.read_config(model)) or config.max_seq_len
     if length < config.max_seq_len and encodes:
         log(f"the model was made for {length} tokens, so that is the limit and not --max_seq_len {config.max_seq_len}")
 
-    def load(path: Path, skip: bool) -> TokenDataset:
-        whole = config.scenario == "faq" and path != config.retention_path
+    def load(paths: list[Path], skip: bool, general: bool = False) -> TokenDataset:
+        whole = config.scenario == "faq" and not general
         limit = min(length, config.max_seq_len)
-        source = Source(path, model, config.mode, limit, skip, whole, config.allow_special_tokens)
+        learn = "all" if general else config.learn
+        source = Source(
+            tuple(paths), model, config.mode, limit, skip, whole, config.allow_special_tokens, config.thinking, learn
+        )
         return load_or_encode(source, chat, Path(config.output_path) / CACHE_NAME, encodes)
 
-    train = load(Path(config.train_file), config.skip_bad_lines)
+    train = load(config.train_files, config.skip_bad_lines)
     check_tokens(model, train)
-    if config.test_path:
-        test = load(config.test_path, config.skip_bad_lines)
+    if config.test_files:
+        test = load(config.test_files, config.skip_bad_lines)
     else:
         train, test = train.split(config.eval_ratio, config.seed)
         if encodes:
             log(f"no test file: {len(test):,} of {len(train) + len(test):,} conversations are held out")
-    return Data(train, test, load(config.retention_path, False), tokenizer, chat)
+    return Data(train, test, load([config.retention_path], False, general=True), tokenizer, chat)
 
 
 def check_tokens(model: Path, data: TokenDataset) -> None:
@@ -408,7 +411,7 @@ def finish(config: Config, trainer: ChatTrainer, rank: int) -> dict[str, Any]:
         names = checkpointing.model_files(checkpoint)
         ownership.claim(output, names)
         checkpointing.link_files(checkpoint, output, names)
-        intents = Path(config.train_file).with_name(INTENTS_NAME)
+        intents = config.train_files[0].with_name(INTENTS_NAME)
         if config.scenario == "faq" and intents.is_file():  # the model can then be asked without its training data
             files.write_text(output / INTENTS_NAME, files.read_text(intents))
         files.write_json(output / RESULTS_NAME, results)
