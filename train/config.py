@@ -104,6 +104,10 @@ class Config:
     eval_steps: int = setting(0, "evaluate and save every N steps as well as at every epoch; 0: epochs only", min=0)
     save_total_limit: int = setting(2, "newest checkpoints kept; the best one is always kept", min=1)
     load_best_model_at_end: bool = setting(True, "output_path gets the best evaluated weights; false: the last")
+    replay_ratio: float = setting(
+        0.0, "share of every optimizer step's conversations that are general ones, against forgetting", min=0
+    )
+    replay_file: str = setting("", "general conversations to learn again; empty: train/replay.jsonl")
     retention_file: str = setting("", "general conversations that measure forgetting; empty: train/retention.jsonl")
     logging_steps: int = setting(1, "optimizer steps between two lines of log.txt", min=1)
     tensorboard: bool = setting(True, "serve TensorBoard while training runs")
@@ -155,6 +159,13 @@ class Config:
     def train_files(self) -> list[Path]:
         """The files of conversations that are learned. Raises UserError for a pattern that matches nothing."""
         return data_files.list_files(self.train_file)
+
+    @property
+    def replay_files(self) -> list[Path]:
+        """The general conversations that are learned again; none without --replay_ratio."""
+        if not self.replay_ratio:
+            return []
+        return data_files.list_files(self.replay_file) if self.replay_file else [HERE / "replay.jsonl"]
 
     @property
     def test_files(self) -> list[Path]:
@@ -232,7 +243,7 @@ def find_problems(config: Config) -> list[str]:
             problems.append(f"--{item.name} is {value}, expected at least {low}")
         elif high is not None and value > high:
             problems.append(f"--{item.name} is {value}, expected at most {high}")
-    for name in ("lora_dropout", "warmup_ratio", "eval_ratio"):
+    for name in ("lora_dropout", "warmup_ratio", "eval_ratio", "replay_ratio"):
         if getattr(config, name) >= 1:
             problems.append(f"--{name} is {getattr(config, name)}, expected less than 1")
     layers = config.gradient_checkpointing.lower()
@@ -269,10 +280,28 @@ def path_problems(config: Config) -> list[str]:
             problems.append("there is no test file and --eval_ratio is 0; give one of the two")
     elif config.eval_ratio == 0:
         problems.append("there is no test file and --eval_ratio is 0; give one of the two")
+    problems += replay_problems(config)
     problems += file_problem(str(config.retention_path), "the retention file", "leave --retention_file out for ours")
     problems += file_problem(str(config.deepspeed_file), "the DeepSpeed file", "leave --ds_file out for ours")
     output = Path(config.output_path)
     return problems + place_problem(output, model) + writable_problem(output)
+
+
+def replay_problems(config: Config) -> list[str]:
+    """What is wrong with the conversations that are to be replayed, and with their share."""
+    if not config.replay_ratio:
+        given = "--replay_file is given and --replay_ratio is 0; pass the share of each step that it gets, such as 0.25"
+        return [given] if config.replay_file else []
+    problems = data_files.problems_of(config.replay_file, "the replay file", "leave --replay_file out for ours") if (
+        config.replay_file) else []  # fmt: skip
+    if not problems and any(files.is_same(path, config.retention_path) for path in config.replay_files):
+        problems.append(
+            f"{config.retention_path} is learned again (--replay_file) and measures forgetting (--retention_file), so "
+            "it would measure nothing; choose another one for either"
+        )
+    if config.per_device_train_batch_size * config.gradient_accumulation_steps == 1:
+        problems.append("--replay_ratio needs steps of two conversations at least; raise --gradient_accumulation_steps")
+    return problems
 
 
 def file_problem(path: str, what: str, cure: str) -> list[str]:

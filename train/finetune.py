@@ -36,7 +36,7 @@ def check(config: Config) -> int:
         return EXIT_FINISHED
     if config.scenario == "faq":
         refuse_unfinished(config.train_files[0].parent)
-    for paths in (config.test_files, config.train_files, [config.retention_path]):
+    for paths in (config.test_files, config.train_files, config.replay_files, [config.retention_path]):
         if paths:
             data_files.check_files(paths, config.skip_bad_lines)
     for warning in deepspeed_file.warnings(config):

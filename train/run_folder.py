@@ -27,7 +27,7 @@ RESULTS_KEYS = ("eval_loss_before", "eval_loss", "best_step", "steps")
 
 def data_digest(config: Config) -> str:
     """A hash of the training data."""
-    return data_files.digest(config.train_files)
+    return data_files.digest([*config.train_files, *config.replay_files])
 
 
 def own_names(output: Path) -> set[str]:

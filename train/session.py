@@ -26,7 +26,7 @@ from transformers import DefaultFlowCallback, EarlyStoppingCallback, PrinterCall
 from transformers.integrations import TensorBoardCallback
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled, unset_hf_deepspeed_config
 
-from llmops import checkpoints, files, process_group
+from llmops import checkpoints, data_files, files, process_group
 from llmops.chat_formats import ChatFormat
 from llmops.console import RunStopped, UserError, log
 from llmops.faq_records import INTENTS_NAME
@@ -36,6 +36,7 @@ from train.choices import RECORD, Choices, resolve
 from train.config import Config
 from train.dataset import Source, TokenDataset, load_or_encode
 from train.estimates import add_lora
+from train.replay import Joined, replayed
 from train.run_folder import CACHE_NAME, CONFIG_NAME, LOG_NAME, PICTURE_NAME, RESULTS_NAME, STOP_NAME, data_digest
 from train.steps import Split
 from train.trainer import ChatTrainer, Schedule, barrier
@@ -56,6 +57,12 @@ class Data:
     retention: TokenDataset
     tokenizer: Any
     chat: ChatFormat
+    replay: TokenDataset | None = None
+
+    @property
+    def learned(self) -> TokenDataset | Joined:
+        """All that is learned."""
+        return self.train if self.replay is None else Joined(self.train, self.replay)
 
 
 @contextmanager
@@ -111,7 +118,8 @@ def prepare_data(config: Config, encodes: bool) -> Data:
         train, test = train.split(config.eval_ratio, config.seed)
         if encodes:
             log(f"no test file: {len(test):,} of {len(train) + len(test):,} conversations are held out")
-    return Data(train, test, load([config.retention_path], False, general=True), tokenizer, chat)
+    replay = load(config.replay_files, False, general=True) if config.replay_files else None
+    return Data(train, test, load([config.retention_path], False, general=True), tokenizer, chat, replay)
 
 
 def check_tokens(model: Path, data: TokenDataset) -> None:
@@ -257,7 +265,7 @@ def build_trainer(config: Config, data: Data) -> tuple[ChatTrainer, Schedule]:
     dtype = checkpoints.choose_dtype(config.dtype)
     device = join_processes()
     rank, world = dist.get_rank(), dist.get_world_size()
-    choices = agree(lambda: resolve(config, dtype, data.train, device, world), rank)
+    choices = agree(lambda: resolve(config, dtype, data.learned, device, world), rank)
     arguments = training_arguments(config, dtype, choices)  # starts ZeRO 3's partitioned loading
     set_seed(config.seed)
     model = load_for_training(config, dtype, device)
@@ -276,12 +284,15 @@ def build_trainer(config: Config, data: Data) -> tuple[ChatTrainer, Schedule]:
             f"{world} process{'es' if world > 1 else ''}, ZeRO from {config.deepspeed_file.name}; "
             f"{choices.words()}; {how}"
         )
+        if data.replay is not None:
+            log(replay_words(config, data, world))
     tokens = TokenCounter()
     output = Path(config.output_path)
     trainer = ChatTrainer(
         model, arguments, collator, data.train, data.test, processing_class=data.tokenizer,
         retention=data.retention, tokens=tokens, keep=config.save_total_limit,
-        grouped=isinstance(collator, PaddedCollator), split=choices.split,
+        grouped=isinstance(collator, PaddedCollator), split=choices.split, replay=data.replay,
+        replay_ratio=config.replay_ratio,
     )  # fmt: skip
     trainer.chosen = chosen
     schedule = Schedule(config.eval_steps, trainer.evaluate_and_compare, output / STOP_NAME)
@@ -295,6 +306,15 @@ def build_trainer(config: Config, data: Data) -> tuple[ChatTrainer, Schedule]:
         trainer.add_callback(TensorBoardCallback(SummaryWriter(str(output / "tensorboard"))))
     trainer.asked_to_end = lambda: bool(schedule.signal)
     return trainer, schedule
+
+
+def replay_words(config: Config, data: Data, processes: int) -> str:
+    """What of each step is replayed, for people."""
+    size = config.per_device_train_batch_size * config.gradient_accumulation_steps * processes
+    return (
+        f"against forgetting, {replayed(size, config.replay_ratio)} of the {size} conversations of every step are "
+        f"general ones ({len(data.replay or ()):,} of {data_files.name_of(config.replay_files)}; --replay_ratio)"
+    )
 
 
 def choose_checkpoint(config: Config, rank: int) -> str | None:
