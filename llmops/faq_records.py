@@ -79,8 +79,8 @@ def read_faq(path: Path, skip_bad_lines: bool = False, need_intent: bool = True)
 
     `need_intent` False: questions to be classified, whose intent may be missing.
     """
-    refuse_exported(path)
     shape, rows = raw_records(path)
+    refuse_exported(path)
     records: list[FaqRecord] = []
     problems: list[Problem] = []
     keys: dict[str, None] = {}
