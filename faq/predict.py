@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from faq.catalog import Catalog, load_catalog
 from llmops import checkpoints, devices, files
-from llmops.chat_formats import FAMILIES, ChatFormat
+from llmops.chat_formats import ChatFormat, families
 from llmops.console import Parser, UserError, has_gpu, log, progress, run_main, stdout_to_stderr, to_bool
 from llmops.faq_records import INTENTS_NAME, read_faq, refuse_unfinished
 from llmops.records import Message
@@ -63,7 +63,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--input_file", default="", help="questions: test.jsonl of prepare.py, or JSON or csv as prepare.py reads it")
     add("--question", action="append", default=[], help="a question; may be given several times")
     add("--output_file", default="", help="write the predictions there instead of to stdout")
-    add("--mode", default="", choices=["", *FAMILIES], help="chat format; empty: the mode in the intents file")
+    add("--mode", default="", choices=["", *families()], help="chat format; empty: the mode in the intents file")
     add("--constrain", type=to_bool, default=True, metavar="true|false", help="answer known intents only")
     add("--reuse_prefix", type=to_bool, default=True, metavar="true|false",
         help="compute what all prompts share once; false: each prompt anew")  # fmt: skip

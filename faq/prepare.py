@@ -20,7 +20,7 @@ from faq import prepared
 from faq.catalog import Catalog, wording_of
 from faq.prepared import OUTPUTS
 from llmops import checkpoints, files
-from llmops.chat_formats import FAMILIES
+from llmops.chat_formats import families
 from llmops.console import Parser, UserError, log, run_main, to_bool
 from llmops.faq_records import INTENTS_NAME, FaqFile, FaqRecord, read_faq
 from llmops.records import Message
@@ -77,7 +77,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--data_file", required=True, help="questions with intents: JSON lines, a JSON array, or csv")
     add("--test_data_file", default="", help="questions to test with; empty: a part of data_file is held out")
     add("--output_dir", default="mnt/datasets", help="folder for train.jsonl, test.jsonl, intents.json")
-    add("--mode", default="auto", choices=list(FAMILIES), help="whose prompt wording: a file of faq/templates")
+    add("--mode", default="auto", choices=list(families()), help="whose prompt wording: a file of faq/templates")
     add("--model_name_or_path", default="", help="base model; if given, the prompts' length is checked with it")
     add("--max_seq_len", type=int, default=2048, help="longest prompt and answer in tokens")
     add("--instruction", default="", help="instead of the template's instruction")

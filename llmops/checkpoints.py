@@ -66,7 +66,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     config = files.read_object(path, "the model's config.json", COPY)
     kind = config.get("model_type", "")
     if not isinstance(kind, str):
-        raise UserError(f"{path}: model_type is {files.shown(kind)}, expected a name such as \"llama\"; {COPY}")
+        raise UserError(f'{path}: model_type is {files.shown(kind)}, expected a name such as "llama"; {COPY}')
     classes = config.get("auto_map", {})
     if not isinstance(classes, dict) or not all(map(is_reference, classes.values())):
         raise UserError(f"{path}: auto_map is {files.shown(classes)}, expected names of classes; {COPY}")
@@ -164,7 +164,7 @@ def lora_defaults(folder: Path, mode: str = "auto") -> Sequence[str] | None:
     if family.lora_layers:
         return family.lora_layers
     model_type = read_config(folder).get("model_type")
-    return next((f.lora_layers for f in chat_formats.FAMILIES.values() if model_type in f.model_types), None)
+    return next((f.lora_layers for f in chat_formats.families().values() if model_type in f.model_types), None)
 
 
 def choose_dtype(name: str) -> "torch.dtype":

@@ -11,7 +11,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 from eval.rendering import Renderer
 from llmops import checkpoints as loader
 from llmops import template_limits, tiny
-from llmops.chat_formats import FAMILIES, ChatFormat
+from llmops.chat_formats import ChatFormat, families
 from llmops.console import UserError
 from llmops.template_limits import LimitedTemplate
 from train.dataset import Source, load_or_encode
@@ -156,7 +156,7 @@ TOOLS = (
 )
 
 
-FAMILY_TEMPLATES = [family.chat_template for family in FAMILIES.values() if family.chat_template]
+FAMILY_TEMPLATES = [family.chat_template for family in families().values() if family.chat_template]
 
 
 @pytest.mark.parametrize("source", [TOOLS, tiny.TEMPLATE, *FAMILY_TEMPLATES])

@@ -5,13 +5,13 @@ Standard library only, so that `--help` and most errors are instant. The names a
 
 import argparse
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from llmops import checkpoints, files
-from llmops.chat_formats import FAMILIES
+from llmops.chat_formats import families
 from llmops.console import Parser, UserError, to_bool
 from train import deepspeed_file
 
@@ -37,11 +37,11 @@ PEAK_LEARNING_RATES = {
 def setting(
     default: Any,
     help: str,
-    choices: Sequence[str] | None = None,
+    choices: Iterable[str] | Callable[[], Iterable[str]] | None = None,
     min: float | None = None,
     max: float | None = None,
 ) -> Any:
-    """A dataclass field with its help text, allowed values and bounds."""
+    """A dataclass field with its help text, allowed values (or what tells them) and bounds."""
     return field(default=default, metadata={"help": help, "choices": choices, "min": min, "max": max})
 
 
@@ -54,7 +54,7 @@ class Config:
         "general", "what the data is: conversations, or FAQ questions with intents", ["general", "faq"]
     )
     model_name_or_path: str = setting("mnt/Llama-2-13b-chat-hf", "folder of the base chat model")
-    mode: str = setting("auto", "chat format; auto: the checkpoint's own template, else by model type", list(FAMILIES))
+    mode: str = setting("auto", "chat format; auto: the checkpoint's own template, else by model type", families)
     train_file: str = setting(
         "mnt/datasets/train.jsonl", "conversations to learn, one JSON object with messages per line"
     )
@@ -182,12 +182,13 @@ def build_parser() -> argparse.ArgumentParser:
         shown = f" (default: {default})" if item.default != "" else ""
         if item.name in FAQ_DEFAULTS:
             shown = f" (default: {default}, faq: {FAQ_DEFAULTS[item.name]})"
+        choices = item.metadata["choices"]
         parser.add_argument(
             f"--{item.name}",
             type=kind,
             default=argparse.SUPPRESS,  # Config and FAQ_DEFAULTS have the defaults
             metavar="true|false" if kind is to_bool else None,
-            choices=item.metadata["choices"],
+            choices=list(choices()) if callable(choices) else choices,
             help=(item.metadata["help"] + shown).replace("%", "%%"),
         )
     parser.add_argument("--check", action="store_true", help="check settings, paths and data, then end")

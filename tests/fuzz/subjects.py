@@ -121,9 +121,7 @@ def prepare_with_templates(argv: Sequence[str]) -> int:
     from llmops.console import run_main
 
     def body() -> int:
-        found = chat_formats.read_families(Path("templates"))
-        chat_formats.FAMILIES.clear()
-        chat_formats.FAMILIES.update(found)
+        chat_formats.TEMPLATES = Path("templates")
         return prepare.main(argv)
 
     return run_main(body)
