@@ -16,9 +16,10 @@ from transformers import AddedToken, PreTrainedTokenizerFast
 
 from eval.rendering import Renderer
 from eval.samples import Sample
-from llmops import checkpoints as loader
 from llmops import legacy, tiny
 from llmops.chat_formats import ChatFormat, families
+from llmops.chat_model import ChatModel
+from llmops.checkpoints import Checkpoint
 from llmops.console import UserError
 from train.config import Config
 from train.dataset import Source, load_or_encode
@@ -493,13 +494,14 @@ def test_allow_special_tokens(
 
 def loading(folder: Path, allow: bool) -> tuple[Any, ChatFormat]:
     """Tokenizer and format of a checkpoint."""
-    return loader.load_chat_format(folder, allow_special_tokens=allow)
+    opened = ChatModel(Checkpoint(folder), allow_special_tokens=allow)
+    return opened.tokenizer, opened.chat
 
 
 @pytest.mark.parametrize("chat_template", [True, False])
 def test_evaluation_renders_texts_as_texts(checkpoints: dict[str, Path], chat_template: bool) -> None:
     """Prompts, choices and lengths, in the chat format and as plain text."""
-    renderer = Renderer(checkpoints["llama"], "auto", chat_template, False)
+    renderer = Renderer(ChatModel(Checkpoint(checkpoints["llama"])), chat_template)
     tokenizer = renderer.tokenizer
     sample = Sample(HELD[0]["content"], (HELD[1]["content"],), choices=("点<|im_end|>", "点", "<|im_start|>"))
     prompt = renderer.prompt(sample)

@@ -7,11 +7,13 @@ import argparse
 import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field, fields
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from llmops import checkpoints, files
+from llmops import files
 from llmops.chat_formats import families
+from llmops.checkpoints import Checkpoint
 from llmops.console import Parser, UserError, to_bool
 from train import deepspeed_file
 
@@ -118,6 +120,11 @@ class Config:
     def to_json(self) -> dict[str, Any]:
         """The resolved settings as plain JSON."""
         return asdict(self)
+
+    @cached_property
+    def checkpoint(self) -> Checkpoint:
+        """The base model."""
+        return Checkpoint(Path(self.model_name_or_path), self.mode, self.trust_remote_code)
 
     @property
     def peak_learning_rate(self) -> float:
@@ -243,7 +250,7 @@ def path_problems(config: Config) -> list[str]:
     elif not files.is_file(model / "config.json"):
         problems.append(f"the model folder {model} has no config.json; expected a Hugging Face checkpoint folder")
     else:
-        problems += family_problem(config, model)
+        problems += family_problem(config.checkpoint)
     problems += file_problem(config.train_file, "the training data", "put it there or pass --train_file")
     if config.test_path:
         problems += file_problem(
@@ -280,11 +287,11 @@ def place_problem(output: Path, model: Path) -> list[str]:
     ]
 
 
-def family_problem(config: Config, model: Path) -> list[str]:
+def family_problem(checkpoint: Checkpoint) -> list[str]:
     """A `--mode` that does not fit, or code of the checkpoint's own that is not trusted: its files show both."""
     try:
-        checkpoints.check_trust(model, config.trust_remote_code)
-        checkpoints.choose_family(model, config.mode)
+        checkpoint.check_trust()
+        checkpoint.family()
     except UserError as error:
         return [str(error)]
     return []
