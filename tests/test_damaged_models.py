@@ -2,21 +2,27 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
 import pytest
 import torch
+from conftest import ROOT
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
-from llmops import loading
+from eval import model_performance_evaluation
+from faq import predict, prepare
+from llmops import chat_formats, checkpoints, loading
 from llmops.chat_formats import TEMPLATES, read_families
 from llmops.chat_model import ChatModel, load_tokenizer
 from llmops.checkpoints import Checkpoint
 from llmops.console import RunStopped, UserError
 from llmops.generation import Generator
+from train import finetune
 
 
 @pytest.fixture
@@ -173,6 +179,33 @@ def test_bases_of_adapters(adapter: Path) -> None:
         _ = Checkpoint(adapter).config
 
 
+def test_weights_that_are_no_numbers_are_not_merged(adapter: Path) -> None:
+    for path in (adapter.parent / "model").glob("*token*"):
+        shutil.copy(path, adapter)
+    weights = load_file(adapter / "adapter_model.safetensors")
+    save_file(
+        {name: torch.full_like(weight, torch.nan) for name, weight in weights.items()},
+        adapter / "adapter_model.safetensors",
+    )
+    target = adapter / "merged"
+    with pytest.raises(UserError, match=r"differs from base \+ adapter by nan"):
+        ChatModel(Checkpoint(adapter)).save_merged(target, torch.float32, [[1, 2], [3]])
+    assert not target.exists()
+
+
+def test_a_checkpoints_config_is_read_once(adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[Path] = []
+    monkeypatch.setattr(
+        checkpoints, "read_config", lambda path: read.append(path) or {"vocab_size": 9, "seq_length": 7}
+    )
+    checkpoint = Checkpoint(adapter)
+    checkpoint.check_trust()
+    assert (checkpoint.length, checkpoint.vocabulary, checkpoint.family().name) == (7, 9, "auto")
+    assert checkpoint.lora_layers is None
+    assert read == [adapter.parent / "model" / "config.json"]
+    assert (checkpoint.is_whole, checkpoint.adapters, checkpoint.base.adapters) == (False, [adapter], [])
+
+
 @pytest.mark.parametrize(
     ("change_of", "sentence"),
     [
@@ -199,3 +232,33 @@ def test_templates_need_the_common_one(tmp_path: Path) -> None:
     (folder / "auto.json").unlink()
     with pytest.raises(UserError, match=r"has no auto.json"):
         read_families(folder)
+
+
+def test_a_damaged_template_is_an_error_of_the_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], request: pytest.FixtureRequest
+) -> None:
+    """Of each command that knows modes, and not of the modules that are imported."""
+    folder = Path(shutil.copytree(TEMPLATES, tmp_path / "templates"))
+    change(folder / "glm3.json", surprise=1)
+    monkeypatch.setattr(chat_formats, "TEMPLATES", folder)
+    request.addfinalizer(chat_formats.families.cache_clear)
+    chat_formats.families.cache_clear()
+    for command in (finetune, predict, prepare, model_performance_evaluation):
+        assert command.main(["--help"]) == 2
+        said = capsys.readouterr()
+        assert "error: " in said.err
+        assert "glm3.json: unknown key surprise" in said.err
+        assert said.out == "" or json.loads(said.out)["code"] == 2
+
+
+def test_checkpoints_are_known_without_torch(adapter: Path) -> None:
+    code = (
+        "import sys; from pathlib import Path; from llmops.chat_model import Checkpoint;"
+        "found = Checkpoint(Path(sys.argv[1])); found.check_trust(); print(found.length, found.family().name);"
+        "sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(adapter)], capture_output=True, text=True, cwd=ROOT, check=False
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.endswith(" auto\n")
