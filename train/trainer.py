@@ -232,6 +232,8 @@ class ChatTrainer(Trainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         super()._save(output_dir, state_dict)
+        if not self.args.should_save:  # ZeRO 3 gathers on every process, one writes
+            return
         make_portable(Path(output_dir or self.output), self.checkpoint.base.folder, self.checkpoint.folder)
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
