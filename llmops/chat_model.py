@@ -14,6 +14,7 @@ from llmops.chat_formats import ChatFormat
 from llmops.checkpoints import COPY, Checkpoint, check_files
 from llmops.console import UserError, log
 from llmops.loading import loading
+from llmops.portable import make_portable
 
 if TYPE_CHECKING:
     import torch
@@ -109,7 +110,7 @@ class ChatModel:
         model = merged(model)
         model.save_pretrained(staging)
         del model
-        load_tokenizer(self.checkpoint).save_pretrained(staging)  # as it is on the disk, without a family's template
+        make_portable(staging, self.checkpoint.base.folder, self.checkpoint.folder)
         saved = Checkpoint(staging, trust_remote_code=self.checkpoint.trust_remote_code)
         after = next_logits(load_weights(saved, dtype).eval(), prompts)
         gaps = [(b - a).abs().max() / a.abs().max() for a, b in zip(before, after, strict=True)]

@@ -274,6 +274,7 @@ def build_trainer(config: Config, data: Data) -> tuple[ChatTrainer, Schedule]:
         model, arguments, collator, data.train, data.test, processing_class=data.model.tokenizer,
         retention=data.retention, tokens=tokens, keep=config.save_total_limit,
         grouped=isinstance(collator, PaddedCollator), split=choices.split,
+        checkpoint=data.model.checkpoint,
     )  # fmt: skip
     trainer.chosen = chosen
     schedule = Schedule(config.eval_steps, trainer.evaluate_and_compare, output / STOP_NAME)
