@@ -261,7 +261,7 @@ def truth_callback(config: Any, data: Any, trainer: Any, path: Path) -> Any:
     from train.dataset import Source, load_or_encode
 
     def load(name: str) -> Any:
-        source = Source(Path(config.train_file).with_name(name), Path(config.model_name_or_path), "auto", 256, False)
+        source = Source((Path(config.train_file).with_name(name),), Path(config.model_name_or_path), "auto", 256, False)
         return load_or_encode(source, data.model.chat, path.parent / "cache")
 
     questions, taught, skills = (load(name) for name in ("truth.jsonl", "taught.jsonl", "skills_truth.jsonl"))

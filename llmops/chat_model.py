@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from llmops import files
 from llmops.chat_formats import ChatFormat
-from llmops.checkpoints import COPY, Checkpoint, check_files
+from llmops.checkpoints import COPY, Checkpoint, check_files, recorded_thinking
 from llmops.console import UserError, log
 from llmops.loading import loading
 from llmops.portable import make_portable
@@ -35,11 +35,15 @@ class ChatModel:
 
     Each part is read when it is first asked for, the tokenizer long before the weights, and what is wrong with its
     files is a UserError. `allow_special_tokens`: the text of a control token in a message becomes that token.
+    `thinking`: what the template gets as `enable_thinking`; None: what the run that trained the model told it.
     """
 
-    def __init__(self, checkpoint: Checkpoint, allow_special_tokens: bool = False) -> None:
+    def __init__(
+        self, checkpoint: Checkpoint, allow_special_tokens: bool = False, thinking: bool | None = None
+    ) -> None:
         self.checkpoint = checkpoint
         self.allow_special_tokens = allow_special_tokens
+        self.thinking = thinking
 
     @cached_property
     def tokenizer(self) -> "PreTrainedTokenizerBase":
@@ -50,7 +54,8 @@ class ChatModel:
     def chat(self) -> ChatFormat:
         """How conversations are written."""
         family = self.checkpoint.family(bool(self.tokenizer.chat_template))
-        return ChatFormat(self.tokenizer, family, self.allow_special_tokens)
+        thinking = recorded_thinking(self.checkpoint.folder) if self.thinking is None else self.thinking
+        return ChatFormat(self.tokenizer, family, self.allow_special_tokens, thinking)
 
     def weights(
         self, dtype: "torch.dtype", device: "torch.device | None" = None, attention: str | None = None

@@ -12,6 +12,7 @@ from llmops.chat_formats import Family
 from llmops.console import UserError
 
 COPY = "copy the checkpoint again"
+RUN_SETTINGS = "finetune_config.json"  # of the run that trained a model, in its folder
 SIZES = ("hidden_size", "num_hidden_layers", "num_layers", "num_attention_heads", "vocab_size")
 LENGTHS = ("max_position_embeddings", "seq_length", "model_max_length", "max_sequence_length")
 
@@ -133,6 +134,15 @@ def is_reference(value: Any) -> bool:
     """Whether a value of an auto_map names a class: "file.Class", or several such (a tokenizer's, slow and fast)."""
     listed = value if isinstance(value, list) else [value]
     return bool(listed) and all(item is None or isinstance(item, str) for item in listed)
+
+
+def recorded_thinking(folder: Path) -> bool | None:
+    """What the run that wrote a folder (or its parent: merged/, checkpoint-N/) told the template about thinking."""
+    for place in (folder, files.real(folder).parent):
+        if files.is_file(place / RUN_SETTINGS):
+            told = files.read_object(place / RUN_SETTINGS, "the settings of the run").get("enable_thinking")
+            return {"true": True, "false": False}.get(str(told).lower())
+    return None
 
 
 def check_files(folder: Path, patterns: Sequence[str]) -> None:

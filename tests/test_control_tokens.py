@@ -17,7 +17,7 @@ from transformers import AddedToken, PreTrainedTokenizerFast
 from eval.rendering import Renderer
 from eval.samples import Sample
 from llmops import legacy, tiny
-from llmops.chat_formats import ChatFormat, families
+from llmops.chat_formats import Asked, ChatFormat, families
 from llmops.chat_model import ChatModel
 from llmops.checkpoints import Checkpoint
 from llmops.console import UserError
@@ -216,7 +216,7 @@ def test_other_texts_are_token_exact(chat: ChatFormat, conversations: list) -> N
         if chat.controls.first(messages):
             continue
         ends = [i for i, message in enumerate(messages, 1) if message["role"] == "assistant"]
-        direct, guarded = chat.conversation(messages), chat._templated(messages, ends, True)
+        direct, guarded = chat.conversation(messages), chat._templated(Asked(messages), ends, True)
         assert guarded == direct
         for end, sample in zip(ends[-len(direct) :], direct, strict=True):
             assert sample.ids == tokenizer.apply_chat_template(messages[:end], return_dict=True)["input_ids"]
@@ -456,7 +456,7 @@ def test_slow_tokenizers_with_a_template(typed_model: Path) -> None:
     for messages in [MULTI, *read_messages(ROOT / "train" / "demo_data" / "train.jsonl")[:20]]:
         expected = tokenizer.apply_chat_template(messages[:-1], add_generation_prompt=True, return_dict=True)
         assert chat.prompt(messages[:-1]) == expected["input_ids"]
-        assert chat.controls.encode_named(chat._text(messages[:-1], True, True))[0] == expected["input_ids"]
+        assert chat.controls.encode_named(chat._text(Asked(messages[:-1]), True, True))[0] == expected["input_ids"]
 
 
 # --- the setting, the data, the evaluation
@@ -474,7 +474,7 @@ def test_allow_special_tokens(
     found = {}
     for allow in (False, True):
         tokenizer, chat = loading(folder, allow)
-        source = Source(data, folder, "auto", 256, False, allow_special_tokens=allow)
+        source = Source((data,), folder, "auto", 256, False, allow_special_tokens=allow)
         dataset = load_or_encode(source, chat, tmp_path / "cache")
         found[allow] = [tokenizer.convert_ids_to_tokens(dataset[i]["ids"].tolist()) for i in range(5)]
         said = capfd.readouterr().err

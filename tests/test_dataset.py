@@ -10,6 +10,7 @@ from llmops.chat_formats import ChatFormat
 from llmops.chat_model import ChatModel
 from llmops.checkpoints import Checkpoint
 from llmops.console import UserError
+from llmops.records import Conversation
 from train.dataset import Source, TokenDataset, encode_conversation, load_or_encode
 
 LONG = [
@@ -29,30 +30,30 @@ def chat(checkpoints: dict[str, Path]) -> ChatFormat:
 def test_oldest_turns_go_first_and_the_system_message_stays(chat: ChatFormat) -> None:
     (whole,) = chat.conversation(LONG)
     (shorter,) = chat.conversation([LONG[0], *LONG[3:]])
-    ((sample, outcome),) = encode_conversation(chat, LONG, len(whole.ids) - 1)
+    ((sample, outcome),) = encode_conversation(chat, Conversation(LONG), len(whole.ids) - 1)
     assert outcome == "turns_cut"
     assert sample is not None
     assert (sample.ids, sample.learned) == (shorter.ids, shorter.learned)
-    ((sample, outcome),) = encode_conversation(chat, LONG, len(whole.ids))
+    ((sample, outcome),) = encode_conversation(chat, Conversation(LONG), len(whole.ids))
     assert outcome == "whole"
 
 
 def test_a_single_pair_loses_the_end_of_its_answer(chat: ChatFormat) -> None:
     (shorter,) = chat.conversation([LONG[0], *LONG[3:]])
-    ((sample, outcome),) = encode_conversation(chat, LONG, len(shorter.ids) - 5)
+    ((sample, outcome),) = encode_conversation(chat, Conversation(LONG), len(shorter.ids) - 5)
     assert outcome == "answer_cut"
     assert sample is not None
     assert sample.ids == shorter.ids[:-5]
 
 
 def test_a_prompt_that_fills_the_length_is_dropped(chat: ChatFormat) -> None:
-    ((sample, outcome),) = encode_conversation(chat, LONG[:3], 12)
+    ((sample, outcome),) = encode_conversation(chat, Conversation(LONG[:3]), 12)
     assert (sample, outcome) == (None, "dropped")
 
 
 def source(path: Path, model: Path, **changes: object) -> Source:
     return Source(
-        **({"path": path, "model": model, "mode": "auto", "max_seq_len": 64, "skip_bad_lines": False} | changes)
+        **({"paths": (path,), "model": model, "mode": "auto", "max_seq_len": 64, "skip_bad_lines": False} | changes)
     )
 
 
@@ -127,7 +128,7 @@ def test_damaged_tokens_are_made_anew(
     capsys: pytest.CaptureFixture[str], name: str, how: str,
 ) -> None:  # fmt: skip
     path = write_jsonl(tmp_path / "train.jsonl", conversations[:4])
-    source = Source(path, checkpoints["llama"], "auto", 256, False)
+    source = Source((path,), checkpoints["llama"], "auto", 256, False)
     whole = load_or_encode(source, chat, tmp_path / "cache")
     expected = [(whole[i]["ids"].tolist(), whole[i]["learned"].tolist()) for i in range(len(whole))]
     harmed = whole.folder / name

@@ -33,9 +33,9 @@ def losses(run: Run, output: Path, *arguments: str, **options: str) -> list[floa
 
 def eval_loss_of(folder: Path, data: Path, base: Path) -> float:
     """The loss of the saved model, loaded afresh and computed the plain way, on a jsonl file."""
-    model = ChatModel(Checkpoint(folder)).load(torch.float32).eval()
-    chat = ChatModel(Checkpoint(folder)).chat
-    samples = load_or_encode(Source(data, base, "auto", 256, False), chat, data.parent / "cache")
+    opened = ChatModel(Checkpoint(folder))
+    chat, model = opened.chat, opened.load(torch.float32).eval()
+    samples = load_or_encode(Source((data,), base, "auto", 256, False), chat, data.parent / "cache")
     with torch.no_grad():
         return float(target_losses(model, PaddedCollator(0)([samples[i] for i in range(len(samples))])).mean())
 

@@ -199,7 +199,7 @@ def test_data_and_commands_say_where(tmp_path: Path, checkpoints: dict[str, Path
     data = write_jsonl(tmp_path / "train.jsonl", [ASKED, ASKED * 2])
     chat = ChatModel(Checkpoint(folder)).chat
     with pytest.raises(UserError, match=f"train.jsonl:2: {NAME} makes a text or a list of more than 1,000,220 char"):
-        load_or_encode(Source(data, folder, "auto", 256, False), chat, tmp_path / "cache")
+        load_or_encode(Source((data,), folder, "auto", 256, False), chat, tmp_path / "cache")
     (folder / "chat_template.jinja").write_text("{% for %}", encoding="utf-8")
     with pytest.raises(UserError, match=f"^{NAME} is no Jinja template that can be used: Expected an expression"):
         _ = ChatModel(Checkpoint(folder)).chat

@@ -26,7 +26,7 @@ from transformers import DefaultFlowCallback, EarlyStoppingCallback, PrinterCall
 from transformers.integrations import TensorBoardCallback
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled, unset_hf_deepspeed_config
 
-from llmops import devices, files, process_group
+from llmops import data_files, devices, files, process_group
 from llmops.chat_model import ChatModel
 from llmops.checkpoints import Checkpoint
 from llmops.console import RunStopped, UserError, log
@@ -37,6 +37,7 @@ from train.choices import RECORD, Choices, resolve
 from train.config import Config
 from train.dataset import Source, TokenDataset, load_or_encode
 from train.estimates import add_lora
+from train.replay import Joined, replayed
 from train.run_folder import CACHE_NAME, CONFIG_NAME, LOG_NAME, PICTURE_NAME, RESULTS_NAME, STOP_NAME, data_digest
 from train.steps import Split
 from train.trainer import ChatTrainer, Schedule, barrier
@@ -56,6 +57,12 @@ class Data:
     test: TokenDataset
     retention: TokenDataset
     model: ChatModel
+    replay: TokenDataset | None = None
+
+    @property
+    def learned(self) -> TokenDataset | Joined:
+        """All that is learned."""
+        return self.train if self.replay is None else Joined(self.train, self.replay)
 
 
 @contextmanager
@@ -87,27 +94,32 @@ def prepare_data(config: Config, encodes: bool) -> Data:
     transformers.logging.disable_progress_bar()
     warnings.filterwarnings("ignore", category=FutureWarning)  # the libraries' talk among themselves
     checkpoint = config.checkpoint
-    model = ChatModel(checkpoint, config.allow_special_tokens)
+    model = ChatModel(checkpoint, config.allow_special_tokens, config.thinking)
     chat = model.chat
     length = checkpoint.length or config.max_seq_len
     if length < config.max_seq_len and encodes:
         log(f"the model was made for {length} tokens, so that is the limit and not --max_seq_len {config.max_seq_len}")
 
-    def load(path: Path, skip: bool) -> TokenDataset:
-        whole = config.scenario == "faq" and path != config.retention_path
+    def load(paths: list[Path], skip: bool, general: bool = False) -> TokenDataset:
+        whole = config.scenario == "faq" and not general
         limit = min(length, config.max_seq_len)
-        source = Source(path, checkpoint.folder, config.mode, limit, skip, whole, config.allow_special_tokens)
+        learn = "all" if general else config.learn
+        source = Source(
+            tuple(paths), checkpoint.folder, config.mode, limit, skip, whole, config.allow_special_tokens,
+            config.thinking, learn,
+        )  # fmt: skip
         return load_or_encode(source, chat, Path(config.output_path) / CACHE_NAME, encodes)
 
-    train = load(Path(config.train_file), config.skip_bad_lines)
+    train = load(config.train_files, config.skip_bad_lines)
     check_tokens(checkpoint, train)
-    if config.test_path:
-        test = load(config.test_path, config.skip_bad_lines)
+    if config.test_files:
+        test = load(config.test_files, config.skip_bad_lines)
     else:
         train, test = train.split(config.eval_ratio, config.seed)
         if encodes:
             log(f"no test file: {len(test):,} of {len(train) + len(test):,} conversations are held out")
-    return Data(train, test, load(config.retention_path, False), model)
+    replay = load(config.replay_files, False, general=True) if config.replay_files else None
+    return Data(train, test, load([config.retention_path], False, general=True), model, replay)
 
 
 def check_tokens(checkpoint: Checkpoint, data: TokenDataset) -> None:
@@ -249,7 +261,7 @@ def build_trainer(config: Config, data: Data) -> tuple[ChatTrainer, Schedule]:
     dtype = devices.choose_dtype(config.dtype)
     device = join_processes()
     rank, world = dist.get_rank(), dist.get_world_size()
-    choices = agree(lambda: resolve(config, dtype, data.train, device, world), rank)
+    choices = agree(lambda: resolve(config, dtype, data.learned, device, world), rank)
     arguments = training_arguments(config, dtype, choices)  # starts ZeRO 3's partitioned loading
     set_seed(config.seed)
     model = load_for_training(config, data.model, dtype, device)
@@ -268,13 +280,15 @@ def build_trainer(config: Config, data: Data) -> tuple[ChatTrainer, Schedule]:
             f"{str(dtype)[6:]}, {world} process{'es' if world > 1 else ''}, ZeRO from {config.deepspeed_file.name}; "
             f"{choices.words()}; {how}"
         )
+        if data.replay is not None:
+            log(replay_words(config, data, world))
     tokens = TokenCounter()
     output = Path(config.output_path)
     trainer = ChatTrainer(
         model, arguments, collator, data.train, data.test, processing_class=data.model.tokenizer,
         retention=data.retention, tokens=tokens, keep=config.save_total_limit,
-        grouped=isinstance(collator, PaddedCollator), split=choices.split,
-        checkpoint=data.model.checkpoint,
+        grouped=isinstance(collator, PaddedCollator), split=choices.split, replay=data.replay,
+        replay_ratio=config.replay_ratio, checkpoint=data.model.checkpoint,
     )  # fmt: skip
     trainer.chosen = chosen
     schedule = Schedule(config.eval_steps, trainer.evaluate_and_compare, output / STOP_NAME)
@@ -288,6 +302,15 @@ def build_trainer(config: Config, data: Data) -> tuple[ChatTrainer, Schedule]:
         trainer.add_callback(TensorBoardCallback(SummaryWriter(str(output / "tensorboard"))))
     trainer.asked_to_end = lambda: bool(schedule.signal)
     return trainer, schedule
+
+
+def replay_words(config: Config, data: Data, processes: int) -> str:
+    """What of each step is replayed, for people."""
+    size = config.per_device_train_batch_size * config.gradient_accumulation_steps * processes
+    return (
+        f"against forgetting, {replayed(size, config.replay_ratio)} of the {size} conversations of every step are "
+        f"general ones ({len(data.replay or ()):,} of {data_files.name_of(config.replay_files)}; --replay_ratio)"
+    )
 
 
 def choose_checkpoint(config: Config, rank: int) -> str | None:
@@ -404,7 +427,7 @@ def finish(config: Config, trainer: ChatTrainer, rank: int) -> dict[str, Any]:
         names = checkpointing.model_files(checkpoint)
         ownership.claim(output, names)
         checkpointing.link_files(checkpoint, output, names)
-        intents = Path(config.train_file).with_name(INTENTS_NAME)
+        intents = config.train_files[0].with_name(INTENTS_NAME)
         if config.scenario == "faq" and intents.is_file():  # the model can then be asked without its training data
             files.write_text(output / INTENTS_NAME, files.read_text(intents))
         files.write_json(output / RESULTS_NAME, results)

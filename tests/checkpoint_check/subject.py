@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from llmops import records
+from llmops import data_files
 from llmops.chat_formats import ChatFormat
 from llmops.chat_model import ChatModel
 from llmops.checkpoints import Checkpoint
@@ -101,7 +101,8 @@ class Subject:
     @cached_property
     def samples(self) -> list[dict[str, np.ndarray]]:
         """Training samples of the demo's first conversations."""
-        rows = (messages for _, messages, _ in records.read_conversations(DEMO / "train.jsonl") if messages)
+        found = data_files.read_conversations(DEMO / "train.jsonl")
+        rows = (read.conversation.messages for read in found if read.conversation)
         rendered = [
             one for _, messages in zip(range(4), rows, strict=False) for one in self.chat.conversation(messages)
         ]

@@ -167,7 +167,9 @@ def make_run(folder: Path) -> None:
         write(staged / "trainer_state.json", json.dumps({"global_step": step, "log_history": []}))
         checkpointing.publish(staged, output / f"checkpoint-{step}", 1)
     chat = ChatModel(Checkpoint(folder / "model")).chat
-    data = load_or_encode(Source(folder / "train.jsonl", folder / "model", "auto", 256, False), chat, output / "cache")
+    data = load_or_encode(
+        Source((folder / "train.jsonl",), folder / "model", "auto", 256, False), chat, output / "cache"
+    )
     data.folder.rename(output / "cache" / "tokens")
 
 

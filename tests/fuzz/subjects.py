@@ -103,7 +103,7 @@ def tokens(argv: Sequence[str]) -> int:
 
     def body() -> int:
         chat = ChatModel(Checkpoint(Path("model"))).chat
-        source = Source(Path("train.jsonl"), Path("model"), "auto", 256, False)
+        source = Source((Path("train.jsonl"),), Path("model"), "auto", 256, False)
         kept = Path(argv[0])
         (kept / "tokens").rename(kept / f"train-{source.key()}")
         data = load_or_encode(source, chat, kept)
