@@ -11,12 +11,13 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from test_similar_questions import write_embedding_model
 
-from eval.similar.encoder import load_dense
-from eval.similar.model_folder import DenseLayer
 from llmops.chat_model import ChatModel
 from llmops.checkpoints import Checkpoint
 from llmops.console import UserError
+from llmops.embedding.encoder import Encoder
+from llmops.embedding.folder import read_folder
 from train.dataset import TokenDataset
 
 
@@ -76,11 +77,16 @@ def test_weights_of_an_adapter(tmp_path: Path, mark: Path, checkpoints: dict[str
     assert not mark.exists()
 
 
-def test_weights_of_a_dense_layer(tmp_path: Path, mark: Path) -> None:
-    """Of an embedding model; the command says it in one sentence (eval/similar/encoder.py)."""
-    torch.save({"linear.weight": Hostile(mark)}, tmp_path / "pytorch_model.bin")
-    with pytest.raises(UserError, match=r"asks for posix\.system"):
-        load_dense(DenseLayer(tmp_path, "Tanh"))
+def test_weights_of_an_embedding_model(tmp_path: Path, mark: Path) -> None:
+    """Of its transformer and of a module after it."""
+    whole = write_embedding_model(tmp_path / "model", "mean", "Tanh")
+    for module in ("", "2_Dense"):
+        folder = shutil.copytree(whole, tmp_path / f"harmed{module}")
+        (folder / module / "model.safetensors").unlink()
+        hostile = {"linear.weight": Hostile(mark), "more": torch.zeros(2000)}
+        torch.save(hostile, folder / module / "pytorch_model.bin")
+        with pytest.raises(UserError, match=r"asks for posix\.system"):
+            Encoder(read_folder(folder), "cpu", "fp32", False)
     assert not mark.exists()
 
 

@@ -14,8 +14,9 @@ import pytest
 from conftest import ROOT, SHARED, environment
 
 from eval import analyze_similar_questions_and_intents as command
-from eval.similar import encoder, html_report, ngrams, search
-from eval.similar.model_folder import read_folder
+from eval.similar import html_report, search
+from llmops.embedding import encoder, ngrams
+from llmops.embedding.folder import read_folder
 
 SCRIPT = ROOT / "eval" / "analyze_similar_questions_and_intents.py"
 SAMPLE = ROOT / "eval" / "eval_datasets" / "faq_similar" / "combine_data.json"
@@ -251,11 +252,23 @@ def test_vectors_are_those_of_one_text_at_a_time(tmp_path: Path, pooling: str, d
 
 
 def test_vectors_are_sentence_transformers(tmp_path: Path) -> None:
-    library = pytest.importorskip("sentence_transformers", reason="sentence-transformers is not installed")
-    for pooling, dense in [(name, "") for name in POOLINGS] + [("mean", "Tanh"), ("", "")]:
-        folder = write_embedding_model(tmp_path / f"model{pooling}{dense}", pooling, dense)
+    """Also those of several poolings, with a prompt that is left out of them, and of cut vectors."""
+    import sentence_transformers as library
+
+    cases = [(name, "", {}) for name in POOLINGS] + [("mean", "Tanh", {}), ("", "", {})]
+    cases += [("cls", "", {"pooling_mode": ["cls", "max"], "include_prompt": False})]
+    for number, (pooling, dense, more) in enumerate(cases):
+        folder = write_embedding_model(tmp_path / f"model{number}", pooling, dense)
+        if more:
+            settings = {"word_embedding_dimension": 32} | more
+            (folder / "1_Pooling" / "config.json").write_text(json.dumps(settings))
+            general = {"prompts": {"q": "怎么 "}, "default_prompt_name": "q", "truncate_dim": 24}
+            (folder / "config_sentence_transformers.json").write_text(json.dumps(general))
         wanted = library.SentenceTransformer(str(folder), device="cpu").encode(TEXTS, normalize_embeddings=True)
-        found = encoder.Encoder(read_folder(folder), "cpu", "fp32", False).encode(TEXTS)
+        made = encoder.Encoder(read_folder(folder), "cpu", "fp32", False)
+        made.tokens_per_batch = 60
+        found = made.encode(TEXTS)
+        assert found.shape == wanted.shape == (len(TEXTS), 24 if more else 20 if dense else 32)
         assert np.abs(found - wanted).max() < 1e-5, pooling
 
 
@@ -428,6 +441,14 @@ def test_nothing_found_is_an_answer_too(capfd: pytest.CaptureFixture[str], tmp_p
     assert plot.is_file()
 
 
+def save_dense(path: Path, inputs: int, outputs: int) -> None:
+    """The weights of a dense layer."""
+    import torch
+    from safetensors.torch import save_file
+
+    save_file({"linear.weight": torch.ones(outputs, inputs), "linear.bias": torch.ones(outputs)}, path)
+
+
 def make_wrong(kind: str, model: Path, folder: Path) -> Path:
     """A file or a model folder that cannot be used."""
     good = SAMPLE.read_text(encoding="utf-8").splitlines(keepends=True)
@@ -453,6 +474,18 @@ def make_wrong(kind: str, model: Path, folder: Path) -> Path:
             (path / "config.json").write_text(json.dumps(config | {"is_encoder_decoder": True}))
         elif kind == "STATIC":
             (path / "modules.json").write_text('[{"path": "", "type": "sentence_transformers.models.StaticEmbedding"}]')
+        elif kind == "CODE":
+            modules = json.loads((path / "modules.json").read_text())
+            modules[1]["type"] = "modeling.Pooling"
+            (path / "modules.json").write_text(json.dumps(modules))
+            (path / "modeling.py").write_text("raise SystemExit('this code was run')")
+        elif kind == "WIDTH":
+            (path / "3_Dense").mkdir()
+            (path / "3_Dense" / "config.json").write_text('{"in_features": 9, "out_features": 4}')
+            save_dense(path / "3_Dense" / "model.safetensors", 9, 4)
+            modules = json.loads((path / "modules.json").read_text())
+            more = {"idx": 3, "name": "3", "path": "3_Dense", "type": "sentence_transformers.models.Dense"}
+            (path / "modules.json").write_text(json.dumps([*modules, more]))
         elif kind == "NO_WEIGHTS":
             (path / "model.safetensors").unlink()
         elif kind == "CUT":
@@ -490,6 +523,8 @@ def make_wrong(kind: str, model: Path, folder: Path) -> Path:
         (["--model_path", "T5"], "encoder-decoder"),
         (["--model_path", "STATIC"], "consists of StaticEmbedding"),
         (["--model_path", "POOLING"], "the pooling is"),
+        (["--model_path", "CODE"], "code of its own (modeling.Pooling), which is not run"),
+        (["--model_path", "WIDTH"], "cannot be multiplied (1x32 and 9x4)"),
         (["--model_path", "NO_WEIGHTS"], "holds no weights"),
         (["--model_path", "CUT"], "the embedding model"),
         (["--model_path", "LAYERS"], "its weights lack"),
