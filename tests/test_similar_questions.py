@@ -449,6 +449,21 @@ def save_dense(path: Path, inputs: int, outputs: int) -> None:
     save_file({"linear.weight": torch.ones(outputs, inputs), "linear.bias": torch.ones(outputs)}, path)
 
 
+def add_module(kind: str, path: Path) -> None:
+    """A module that is code of the folder's, or whose width does not fit."""
+    modules = json.loads((path / "modules.json").read_text())
+    if kind == "CODE":
+        modules[1]["type"] = "modeling.Pooling"
+        (path / "modeling.py").write_text("raise SystemExit('this code was run')")
+    else:
+        (path / "3_Dense").mkdir()
+        (path / "3_Dense" / "config.json").write_text('{"in_features": 9, "out_features": 4}')
+        save_dense(path / "3_Dense" / "model.safetensors", 9, 4)
+        more = {"idx": 3, "name": "3", "path": "3_Dense", "type": "sentence_transformers.models.Dense"}
+        modules.append(more)
+    (path / "modules.json").write_text(json.dumps(modules))
+
+
 def make_wrong(kind: str, model: Path, folder: Path) -> Path:
     """A file or a model folder that cannot be used."""
     good = SAMPLE.read_text(encoding="utf-8").splitlines(keepends=True)
@@ -474,18 +489,6 @@ def make_wrong(kind: str, model: Path, folder: Path) -> Path:
             (path / "config.json").write_text(json.dumps(config | {"is_encoder_decoder": True}))
         elif kind == "STATIC":
             (path / "modules.json").write_text('[{"path": "", "type": "sentence_transformers.models.StaticEmbedding"}]')
-        elif kind == "CODE":
-            modules = json.loads((path / "modules.json").read_text())
-            modules[1]["type"] = "modeling.Pooling"
-            (path / "modules.json").write_text(json.dumps(modules))
-            (path / "modeling.py").write_text("raise SystemExit('this code was run')")
-        elif kind == "WIDTH":
-            (path / "3_Dense").mkdir()
-            (path / "3_Dense" / "config.json").write_text('{"in_features": 9, "out_features": 4}')
-            save_dense(path / "3_Dense" / "model.safetensors", 9, 4)
-            modules = json.loads((path / "modules.json").read_text())
-            more = {"idx": 3, "name": "3", "path": "3_Dense", "type": "sentence_transformers.models.Dense"}
-            (path / "modules.json").write_text(json.dumps([*modules, more]))
         elif kind == "NO_WEIGHTS":
             (path / "model.safetensors").unlink()
         elif kind == "CUT":
@@ -495,6 +498,8 @@ def make_wrong(kind: str, model: Path, folder: Path) -> Path:
             (path / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 3}))
         elif kind == "POOLING":
             (path / "1_Pooling" / "config.json").write_text('{"pooling_mode": "sum"}')
+        elif kind in ("CODE", "WIDTH"):
+            add_module(kind, path)
     return path
 
 
