@@ -61,8 +61,8 @@ def encoding(texts: list[str], rounds: int) -> tuple[dict[str, Any], np.ndarray]
     """Texts per second of both, alternating; the best round of each."""
     from sentence_transformers import SentenceTransformer
 
-    from eval.similar.encoder import Encoder
-    from eval.similar.model_folder import read_folder
+    from llmops.embedding.encoder import Encoder
+    from llmops.embedding.folder import read_folder
 
     peer = SentenceTransformer(str(model_folder()), device="cpu")
     ours = Encoder(read_folder(model_folder()), "cpu", "fp32", False)

@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from eval.similar import ngrams
 from llmops import devices, files
 from llmops.console import (
     FailureJson,
@@ -31,12 +30,13 @@ from llmops.console import (
     stdout_to_stderr,
     to_bool,
 )  # fmt: skip
+from llmops.embedding import ngrams
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from eval.similar.encoder import Encoder
     from eval.similar.findings import Findings
+    from llmops.embedding.encoder import Encoder
 
 
 @dataclass(frozen=True)
@@ -148,14 +148,14 @@ def vectors_of(config: Config, texts: list[str], device: str) -> "np.ndarray":
     if config.model_path == ngrams.NAME:
         log(f"{ngrams.NAME} compares wording, not meaning; name a sentence embedding model with --model_path")
         return ngrams.ngram_vectors(texts)
-    from eval.similar.embeddings import Cache, default_cache, embed
-    from eval.similar.model_folder import read_folder
+    from llmops.embedding.cache import Cache, default_cache, embed
+    from llmops.embedding.folder import read_folder
 
-    folder = read_folder(Path(config.model_path))
+    folder = read_folder(Path(config.model_path), config.trust_remote_code)
     place = Path(config.cache_dir) if config.cache_dir else default_cache()
 
     def load() -> "Encoder":
-        from eval.similar.encoder import Encoder
+        from llmops.embedding.encoder import Encoder
 
         return Encoder(folder, device, config.dtype, config.trust_remote_code)
 
@@ -169,9 +169,9 @@ def run(config: Config) -> "Findings":
     from eval.similar.questions import read_questions
 
     if config.model_path != ngrams.NAME:
-        from eval.similar.model_folder import read_folder
+        from llmops.embedding.folder import read_folder
 
-        read_folder(Path(config.model_path))
+        read_folder(Path(config.model_path), config.trust_remote_code)
     questions = read_questions(config.data_file_path, config.skip_bad_lines)
     # 2. one vector per different text, intents included
     device = choose_device(config.gpu_id)

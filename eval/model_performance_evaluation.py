@@ -26,7 +26,7 @@ from eval.processes import Processes
 from eval.prompts import Prepared
 from eval.samples import Answer, Sample, draw, rows_of, summarise
 from llmops import data_files, files
-from llmops.chat_formats import FAMILIES
+from llmops.chat_formats import families
 from llmops.console import FailureJson, Parser, Terminated, UserError, log, run_main, stdout_to_stderr, to_bool
 from llmops.data_files import list_files, read_chunks, read_conversations
 from llmops.records import Problem, problems_error
@@ -71,7 +71,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--output_path", default="", help="folder for eval_results.json and the answers; empty: nothing is written")
     add("--limit", type=int, default=0, help="evaluate so many samples, drawn with the seed; 0: all")
     add("--seed", type=int, default=0, help="of the draw and the bootstrap")
-    add("--mode", default="auto", choices=list(FAMILIES), help="chat format; auto: the checkpoint's own")
+    add("--mode", default="auto", choices=list(families()), help="chat format; auto: the checkpoint's own")
     add("--chat_template", type=to_bool, default=True, metavar="true|false", help="false: ask in plain text")
     add("--reuse_prefix", type=to_bool, default=True, metavar="true|false",
         help="compute what prompts share once; false: each prompt anew")  # fmt: skip

@@ -7,12 +7,13 @@ whose role tokens must be inserted by id). Sources of the formats: the vendors' 
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from llmops import files
 from llmops.chat_templates import ChatTemplate, no_tools, written_around
-from llmops.console import EXIT_USER_ERROR, UserError, log
+from llmops.console import UserError
 from llmops.control_tokens import ControlTokens
 from llmops.records import Message
 
@@ -227,13 +228,18 @@ OWN_TOKENS: dict[str, tuple[str | int, ...]] = {
     "baichuan2": (195, 196, "</s>"),
 }
 TEMPLATES = Path(__file__).resolve().parent.parent / "faq" / "templates"
-try:
-    FAMILIES = read_families(TEMPLATES)
-except UserError as error:  # a user's own file: every command reads it before it can parse its arguments
-    log(f"error: {error}")
-    raise SystemExit(EXIT_USER_ERROR) from error
-OWN = FAMILIES["auto"]  # the checkpoint's own chat template
-MODES_TEXT = ", ".join(FAMILIES)
+OWN = "auto"  # the mode of the checkpoint's own chat template
+
+
+@cache
+def families() -> dict[str, Family]:
+    """The families of TEMPLATES by mode, read when they are first asked for. Raises UserError for a damaged file."""
+    return read_families(TEMPLATES)
+
+
+def modes_text() -> str:
+    """Every mode, for people."""
+    return ", ".join(families())
 
 
 @dataclass(frozen=True)
@@ -256,17 +262,21 @@ class ChatFormat:
     """
 
     def __init__(
-        self, tokenizer: Any, family: Family = OWN, allow_special_tokens: bool = False, thinking: bool | None = None
+        self,
+        tokenizer: Any,
+        family: Family | None = None,
+        allow_special_tokens: bool = False,
+        thinking: bool | None = None,
     ) -> None:
         self.tokenizer = tokenizer
-        self.family = family
+        self.family = family = family or families()[OWN]
         self.allow_special_tokens = allow_special_tokens
         self.layout = LAYOUTS[family.layout] if family.layout else None
         if family.chat_template:
             tokenizer.chat_template = family.chat_template
-        self.name = family.name if family is not OWN else "the checkpoint's own chat template"
+        self.name = family.name if family.name != OWN else "the checkpoint's own chat template"
         if self.layout is None and not tokenizer.chat_template:
-            raise UserError(f"the checkpoint has no chat template; pass --mode with its format, one of {MODES_TEXT}")
+            raise UserError(f"the checkpoint has no chat template; pass --mode with its format, one of {modes_text()}")
         variables = {} if thinking is None else {"enable_thinking": thinking}
         self.template = None if self.layout else ChatTemplate(tokenizer, self._template_name(), variables)
         own = {self._token_text(token): self._special_id(token) for token in self._own_tokens()}
@@ -313,7 +323,7 @@ class ChatFormat:
         """Raise UserError for tools in a format that does not write them."""
         if not tools and all(message["role"] != "tool" and "tool_calls" not in message for message in messages):
             return
-        if self.template is None or self.family is not OWN:
+        if self.template is None or self.family.name != OWN:
             raise no_tools(f"the format {self.family.name}", ["tools"])
         self.template.start(messages)
         self.template.check_tools(messages, tools)
@@ -396,7 +406,7 @@ class ChatFormat:
             )
         raise UserError(
             "the checkpoint's chat template writes an answer differently from its own generation prompt, so its "
-            f"tokens cannot be found; pass --mode with one of {MODES_TEXT}"
+            f"tokens cannot be found; pass --mode with one of {modes_text()}"
         )
 
     def _encode(self, text: str) -> list[int]:
@@ -455,7 +465,9 @@ class ChatFormat:
         return token if isinstance(token, str) else str(named(token) if named else token)
 
     def _template_name(self) -> str:
-        return "the checkpoint's chat template" if self.family is OWN else f"the chat template of {self.family.name}"
+        return (
+            "the checkpoint's chat template" if self.family.name == OWN else f"the chat template of {self.family.name}"
+        )
 
 
 def overlapping(offsets: Sequence[tuple[int, int]], spans: Sequence[tuple[int, int]]) -> list[bool]:
@@ -476,24 +488,25 @@ def end_of_answer(text: str) -> int:
 
 
 def choose_family(mode: str, config: dict[str, Any], tokenizer_text: str, has_template: bool | None) -> Family:
-    """The family of a checkpoint; OWN for its own template.
+    """The family of a checkpoint; that of the mode OWN for its own template.
 
     `config` is config.json, `tokenizer_text` what the tokenizer's files say; `has_template` None: not known yet.
     Raises UserError for a mode that does not fit or an `auto` that finds nothing.
     """
-    if mode not in FAMILIES:
-        raise UserError(f"unknown mode {mode!r}; expected one of {MODES_TEXT} (a file of {TEMPLATES})")
-    if mode != "auto":
-        misfit = FAMILIES[mode].misfit(config, tokenizer_text)
+    known = families()
+    if mode not in known:
+        raise UserError(f"unknown mode {mode!r}; expected one of {modes_text()} (a file of {TEMPLATES})")
+    if mode != OWN:
+        misfit = known[mode].misfit(config, tokenizer_text)
         if misfit:
             raise UserError(f"--mode {mode} {misfit}; pass --mode auto or the mode that fits")
-        return FAMILIES[mode]
+        return known[mode]
     if has_template is not False:
-        return OWN
-    for family in FAMILIES.values():
+        return known[OWN]
+    for family in known.values():
         if family.model_types and not family.misfit(config, tokenizer_text):
             return family
     raise UserError(
         f"the checkpoint (model_type {config.get('model_type', '')!r}) has no chat template and is of no family with a "
-        f"known format ({MODES_TEXT}); put a chat_template.jinja with its format into the checkpoint's folder"
+        f"known format ({modes_text()}); put a chat_template.jinja with its format into the checkpoint's folder"
     )

@@ -16,9 +16,10 @@ from transformers import AddedToken, PreTrainedTokenizerFast
 
 from eval.rendering import Renderer
 from eval.samples import Sample
-from llmops import checkpoints as loader
 from llmops import legacy, tiny
-from llmops.chat_formats import FAMILIES, Asked, ChatFormat
+from llmops.chat_formats import Asked, ChatFormat, families
+from llmops.chat_model import ChatModel
+from llmops.checkpoints import Checkpoint
 from llmops.console import UserError
 from train.config import Config
 from train.dataset import Source, load_or_encode
@@ -58,7 +59,7 @@ def chatml() -> ChatFormat:
 
 def qwen() -> ChatFormat:
     """The same in Qwen1.5's format, with a system text that the template puts in."""
-    return ChatFormat(tiny.train_tokenizer(texts(), 900), FAMILIES["qwen1.5"])
+    return ChatFormat(tiny.train_tokenizer(texts(), 900), families()["qwen1.5"])
 
 
 def llama3() -> ChatFormat:
@@ -94,7 +95,7 @@ def llama2() -> ChatFormat:
         tokenizer_object=Tokenizer.from_str(json.dumps(description)), unk_token="<unk>", bos_token="<s>",
         eos_token="</s>",
     )  # fmt: skip
-    return ChatFormat(tokenizer, FAMILIES["llama2"])
+    return ChatFormat(tokenizer, families()["llama2"])
 
 
 def unigram() -> ChatFormat:
@@ -363,7 +364,7 @@ def test_a_text_is_no_token_of_a_layout(mode: str, sentencepiece_model: Path) ->
     """A message that is nothing but the name of a control token is encoded as any text: every id by the model alone."""
     names = [*VENDOR_IDS[mode], "</s>", "<|user|>", "[gMASK]", "sop", "<sop>", "<eop>", "</s></s>"]
     tokenizer = SentencePieceTokenizer(sentencepiece_model, VENDOR_IDS[mode])
-    chat = ChatFormat(tokenizer, FAMILIES[mode])
+    chat = ChatFormat(tokenizer, families()[mode])
     for name in names:
         for role in ("user", "assistant"):
             messages = conversation_with(name, role)
@@ -393,7 +394,7 @@ def sentencepiece_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_pieces_that_are_control_tokens_are_taken_apart(mode: str, typed_model: Path) -> None:
     """Where the model itself makes control tokens of text, texts with them are encoded in parts and decode the same."""
     tokenizer = TypedTokenizer(typed_model, LAID_OUT[mode])
-    chat = ChatFormat(tokenizer, FAMILIES[mode])
+    chat = ChatFormat(tokenizer, families()[mode])
     forbidden = {tokenizer.text.piece_to_id(name) for name in LAID_OUT[mode]}
     assert set(LAID_OUT[mode]) == set(chat.controls.texts)
     assert forbidden <= chat.controls.ids
@@ -410,7 +411,7 @@ def test_pieces_that_are_control_tokens_are_taken_apart(mode: str, typed_model: 
 def test_spellings_that_sentencepiece_makes_equal(tmp_path: Path) -> None:
     """Full-width brackets become a control token in the model's own normalizer: such a text is taken apart, too."""
     tokenizer = TypedTokenizer(train_typed(tmp_path, "nmt_nfkc"), LAID_OUT["glm"])
-    chat = ChatFormat(tokenizer, FAMILIES["glm"])
+    chat = ChatFormat(tokenizer, families()["glm"])
     text = "怎＜sop＞么"
     assert tokenizer.specials["<sop>"] in tokenizer.text.encode(text)
     assert chat.controls.first([{"role": "user", "content": text}]) is None
@@ -493,13 +494,14 @@ def test_allow_special_tokens(
 
 def loading(folder: Path, allow: bool) -> tuple[Any, ChatFormat]:
     """Tokenizer and format of a checkpoint."""
-    return loader.load_chat_format(folder, allow_special_tokens=allow)
+    opened = ChatModel(Checkpoint(folder), allow_special_tokens=allow)
+    return opened.tokenizer, opened.chat
 
 
 @pytest.mark.parametrize("chat_template", [True, False])
 def test_evaluation_renders_texts_as_texts(checkpoints: dict[str, Path], chat_template: bool) -> None:
     """Prompts, choices and lengths, in the chat format and as plain text."""
-    renderer = Renderer(checkpoints["llama"], "auto", chat_template, False)
+    renderer = Renderer(ChatModel(Checkpoint(checkpoints["llama"])), chat_template)
     tokenizer = renderer.tokenizer
     sample = Sample(HELD[0]["content"], (HELD[1]["content"],), choices=("点<|im_end|>", "点", "<|im_start|>"))
     prompt = renderer.prompt(sample)

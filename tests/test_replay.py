@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from conftest import ROOT, read_messages, write_jsonl
 
-from llmops import checkpoints as loader
+from llmops.chat_model import ChatModel
+from llmops.checkpoints import Checkpoint
 from llmops.console import UserError
 from train.config import Config, find_problems, parse
 from train.dataset import Source, load_or_encode
@@ -19,7 +20,7 @@ from train.steps import StepSampler
 def joined(checkpoints: dict[str, Path], conversations: list, tmp_path_factory: pytest.TempPathFactory) -> Joined:
     """22 training conversations and 5 that are replayed."""
     folder = tmp_path_factory.mktemp("replay")
-    _, chat = loader.load_chat_format(checkpoints["llama"])
+    chat = ChatModel(Checkpoint(checkpoints["llama"])).chat
     general = read_messages(ROOT / "train" / "replay.jsonl")[:5]
     parts = []
     for name, rows in (("train", conversations[:22]), ("general", general)):

@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 from conftest import chat_main
 
-from llmops import checkpoints as loader
 from llmops import data_files, shapes
-from llmops.chat_formats import FAMILIES, LAYOUTS, ChatFormat, Rendered
+from llmops.chat_formats import LAYOUTS, ChatFormat, Rendered, families
+from llmops.chat_model import ChatModel
+from llmops.checkpoints import Checkpoint
 from llmops.console import UserError
 from llmops.records import BadRow
 from train.dataset import Source, load_or_encode
@@ -91,7 +92,7 @@ AS_OBJECT, AS_TEXT = (TOOL_TEMPLATE.replace("ARGUMENTS", f"c.function.arguments{
 
 @pytest.fixture(scope="module")
 def chat(checkpoints: dict[str, Path]) -> ChatFormat:
-    return loader.load_chat_format(checkpoints["llama"])[1]
+    return ChatModel(Checkpoint(checkpoints["llama"])).chat
 
 
 def rendered(chat: ChatFormat, row: Row) -> list[Rendered]:
@@ -117,7 +118,7 @@ def test_one_conversation_in_every_shape(chat: ChatFormat, name: str) -> None:
 @pytest.fixture(scope="module", params=[AS_OBJECT, AS_TEXT], ids=["object", "text"])
 def tool_chat(checkpoints: dict[str, Path], request: pytest.FixtureRequest) -> ChatFormat:
     """A template that knows tools and wants a call's arguments as an object, or as text."""
-    tokenizer, _ = loader.load_chat_format(checkpoints["llama"])
+    tokenizer = ChatModel(Checkpoint(checkpoints["llama"])).tokenizer
     tokenizer.chat_template = request.param
     return ChatFormat(tokenizer)
 
@@ -148,11 +149,12 @@ def test_control_tokens_in_tools_are_text(tool_chat: ChatFormat) -> None:
 
 
 def test_formats_without_tools_refuse(checkpoints: dict[str, Path]) -> None:
-    tokenizer, plain = loader.load_chat_format(checkpoints["llama"])
+    opened = ChatModel(Checkpoint(checkpoints["llama"]))
+    tokenizer, plain = opened.tokenizer, opened.chat
     with pytest.raises(UserError, match="writes no descriptions of tools and no tool calls, so they would be lost"):
         rendered(plain, TOOL_TURNS["messages"])
     with pytest.raises(UserError, match=r"the format qwen1\.5 writes no tools"):
-        rendered(ChatFormat(tokenizer, FAMILIES["qwen1.5"]), TOOL_TURNS["messages"])
+        rendered(ChatFormat(tokenizer, families()["qwen1.5"]), TOOL_TURNS["messages"])
 
 
 @pytest.mark.parametrize(

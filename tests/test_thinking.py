@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from llmops import checkpoints as loader
 from llmops import files, shapes
 from llmops.chat_formats import ChatFormat, Rendered
+from llmops.chat_model import ChatModel
+from llmops.checkpoints import Checkpoint
 from llmops.console import UserError
 
 # earlier turns lose their thinking; the last one always gets a block, an empty one too; the prompt closes it on request
@@ -79,7 +80,7 @@ class Chats:
     """Formats of one tokenizer by template."""
 
     def __init__(self, folder: Path) -> None:
-        self.tokenizer, _ = loader.load_chat_format(folder)
+        self.tokenizer = ChatModel(Checkpoint(folder)).tokenizer
 
     def __call__(self, template: str, thinking: bool | None = None) -> ChatFormat:
         self.tokenizer.chat_template = template
@@ -135,7 +136,8 @@ def test_what_a_run_was_told_is_told_again(checkpoints: dict[str, Path], tmp_pat
     (folder / "chat_template.jinja").write_text(QWEN3, encoding="utf-8")
     for value, closed in (("false", True), ("", False)):
         files.write_json(tmp_path / "finetune_config.json", {"enable_thinking": value})
-        tokenizer, chat = loader.load_chat_format(folder)
+        opened = ChatModel(Checkpoint(folder))
+        tokenizer, chat = opened.tokenizer, opened.chat
         assert ("</think>" in tokenizer.decode(chat.prompt(ANSWERED[:1]))) == closed
 
 

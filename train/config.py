@@ -5,13 +5,15 @@ Standard library only, so that `--help` and most errors are instant. The names a
 
 import argparse
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field, fields
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from llmops import checkpoints, data_files, files
-from llmops.chat_formats import FAMILIES
+from llmops import data_files, files
+from llmops.chat_formats import families
+from llmops.checkpoints import Checkpoint
 from llmops.console import Parser, UserError, to_bool
 from llmops.records import LEARN
 from train import deepspeed_file
@@ -38,11 +40,11 @@ PEAK_LEARNING_RATES = {
 def setting(
     default: Any,
     help: str,
-    choices: Sequence[str] | None = None,
+    choices: Iterable[str] | Callable[[], Iterable[str]] | None = None,
     min: float | None = None,
     max: float | None = None,
 ) -> Any:
-    """A dataclass field with its help text, allowed values and bounds."""
+    """A dataclass field with its help text, allowed values (or what tells them) and bounds."""
     return field(default=default, metadata={"help": help, "choices": choices, "min": min, "max": max})
 
 
@@ -55,7 +57,7 @@ class Config:
         "general", "what the data is: conversations, or FAQ questions with intents", ["general", "faq"]
     )
     model_name_or_path: str = setting("mnt/Llama-2-13b-chat-hf", "folder of the base chat model")
-    mode: str = setting("auto", "chat format; auto: the checkpoint's own template, else by model type", list(FAMILIES))
+    mode: str = setting("auto", "chat format; auto: the checkpoint's own template, else by model type", families)
     train_file: str = setting(
         "mnt/datasets/train.jsonl",
         "conversations to learn: json, jsonl, csv, tsv, parquet, arrow or a saved dataset; several with commas, globs",
@@ -132,6 +134,11 @@ class Config:
     def to_json(self) -> dict[str, Any]:
         """The resolved settings as plain JSON."""
         return asdict(self)
+
+    @cached_property
+    def checkpoint(self) -> Checkpoint:
+        """The base model."""
+        return Checkpoint(Path(self.model_name_or_path), self.mode, self.trust_remote_code)
 
     @property
     def peak_learning_rate(self) -> float:
@@ -215,12 +222,13 @@ def build_parser() -> argparse.ArgumentParser:
         shown = f" (default: {default})" if item.default != "" else ""
         if item.name in FAQ_DEFAULTS:
             shown = f" (default: {default}, faq: {FAQ_DEFAULTS[item.name]})"
+        choices = item.metadata["choices"]
         parser.add_argument(
             f"--{item.name}",
             type=kind,
             default=argparse.SUPPRESS,  # Config and FAQ_DEFAULTS have the defaults
             metavar="true|false" if kind is to_bool else None,
-            choices=item.metadata["choices"],
+            choices=list(choices()) if callable(choices) else choices,
             help=(item.metadata["help"] + shown).replace("%", "%%"),
         )
     parser.add_argument("--check", action="store_true", help="check settings, paths and data, then end")
@@ -275,7 +283,7 @@ def path_problems(config: Config) -> list[str]:
     elif not files.is_file(model / "config.json"):
         problems.append(f"the model folder {model} has no config.json; expected a Hugging Face checkpoint folder")
     else:
-        problems += family_problem(config, model)
+        problems += family_problem(config.checkpoint)
     broken = data_files.problems_of(config.train_file, "the training data", "put it there or pass --train_file")
     problems += broken
     if config.test_file or not broken:
@@ -333,11 +341,11 @@ def place_problem(output: Path, model: Path) -> list[str]:
     ]
 
 
-def family_problem(config: Config, model: Path) -> list[str]:
+def family_problem(checkpoint: Checkpoint) -> list[str]:
     """A `--mode` that does not fit, or code of the checkpoint's own that is not trusted: its files show both."""
     try:
-        checkpoints.check_trust(model, config.trust_remote_code)
-        checkpoints.choose_family(model, config.mode)
+        checkpoint.check_trust()
+        checkpoint.family()
     except UserError as error:
         return [str(error)]
     return []

@@ -97,10 +97,11 @@ def answer(folder: Path, question: str) -> str:
     """What the model in a folder says to a question."""
     import torch
 
-    from llmops import checkpoints
+    from llmops.chat_model import ChatModel
+    from llmops.checkpoints import Checkpoint
 
-    _, chat = checkpoints.load_chat_format(folder)
-    model = checkpoints.load_trained(folder, torch.float32).eval()
+    opened = ChatModel(Checkpoint(folder))
+    chat, model = opened.chat, opened.load(torch.float32).eval()
     prompt = torch.tensor([chat.prompt([{"role": "user", "content": question}])])
     out = model.generate(input_ids=prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=64, do_sample=False)
     return chat.tokenizer.decode(out[0, prompt.shape[1] :], skip_special_tokens=True).strip()

@@ -18,7 +18,7 @@ import numpy as np
 import psutil
 import torch
 
-from llmops import checkpoints
+from llmops import devices
 from llmops.console import duration, log
 from train import attention, session
 from train.batches import PackedCollator, PaddedCollator, target_losses, to_device
@@ -172,7 +172,7 @@ def show_example(tokenizer: Any, ids: np.ndarray, learned: np.ndarray, color: bo
 def run(config: Config) -> None:
     """Print all of it on stderr."""
     data = session.prepare_data(config, encodes=True)
-    log(f"\nchat format: {data.chat.name}\ntrain: {describe(data.train.meta)}")
+    log(f"\nchat format: {data.model.chat.name}\ntrain: {describe(data.train.meta)}")
     lengths = data.train.lengths
     marks = np.percentile(lengths, [0, 50, 90, 99, 100], method="nearest")
     log(
@@ -191,7 +191,7 @@ def run(config: Config) -> None:
         head = (
             f"--- example {i + 1}, {data.train.place(i)}: {len(one['ids'])} tokens, {int(one['learned'].sum())} learned"
         )
-        log(f"{head}\n{show_example(data.tokenizer, one['ids'], one['learned'], color)}")
+        log(f"{head}\n{show_example(data.model.tokenizer, one['ids'], one['learned'], color)}")
     estimate(config, data)
 
 
@@ -205,7 +205,7 @@ def estimate(config: Config, data: Data) -> None:
     on_gpu = torch.cuda.is_available()
     device = torch.device("cuda" if on_gpu else "cpu")
     processes = process_count()
-    dtype = checkpoints.choose_dtype(config.dtype)
+    dtype = devices.choose_dtype(config.dtype)
     shape = model_shape(config, dtype)
     choices = resolve(config, dtype, data.learned, device, processes)
     log(f"\nmodel: {shape.weights:,} weights, {shape.trained:,} trained ({config.train_type})\n{choices.words()}")

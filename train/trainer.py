@@ -15,7 +15,9 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerContr
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
+from llmops.checkpoints import Checkpoint
 from llmops.console import EXIT_TERMINATED, RunStopped, Terminated, log
+from llmops.portable import make_portable
 from train import checkpointing, ownership
 from train.batches import target_losses, to_device
 from train.dataset import TokenDataset
@@ -78,7 +80,7 @@ class ChatTrainer(Trainer):
 
     def __init__(
         self, *args: Any, retention: TokenDataset, tokens: TokenCounter, keep: int, grouped: bool, split: Split,
-        replay: TokenDataset | None = None, replay_ratio: float = 0.0, **kwargs: Any,
+        checkpoint: Checkpoint, replay: TokenDataset | None = None, replay_ratio: float = 0.0, **kwargs: Any,
     ) -> None:  # fmt: skip
         super().__init__(*args, **kwargs)
         self.retention = retention
@@ -89,6 +91,7 @@ class ChatTrainer(Trainer):
         self.keep = keep
         self.grouped = grouped
         self.split = split
+        self.checkpoint = checkpoint  # what the training begins with
         self.chosen: dict[str, Any] = {}  # what the run chose by itself, for the record
         self.output = Path(self.args.output_dir)
         self.seconds = 0.0
@@ -235,6 +238,12 @@ class ChatTrainer(Trainer):
             whole = self.args.device.type == "cuda" and isinstance(self.model, PreTrainedModel)
             # ZeRO's weights are views of one buffer, which save_pretrained would copy where they are: on the GPU
             self._save(output_dir, state_dict=host_copy(self.model.state_dict()) if whole else None)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        if not self.args.should_save:  # ZeRO 3 gathers on every process, one writes
+            return
+        make_portable(Path(output_dir or self.output), self.checkpoint.base.folder, self.checkpoint.folder)
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
         """Save aside, then give the checkpoint its name; a kill or a full disk leaves the earlier ones whole."""

@@ -12,6 +12,10 @@ from llmops.console import UserError
 if TYPE_CHECKING:
     import numpy as np
 
+# Vectors that are computed again in other company (a cache that was lost, another batch size) differ in their last
+# bits, about 1e-7: cosines that agree to this many decimals rank by their place in the file, the same in every run.
+COSINE_DECIMALS = 4
+
 
 @dataclass(frozen=True)
 class Findings:
@@ -69,7 +73,7 @@ def find(
     a, b = np.where(swapped, b, a), np.where(swapped, a, b)
     intent_a, intent_b = np.where(swapped, intent_b, intent_a), np.where(swapped, intent_a, intent_b)
     between = intent_cosines(intent_vectors, intent_a, intent_b)
-    order = np.lexsort((q.order[b], q.order[a], -cosine))
+    order = np.lexsort((q.order[b], q.order[a], -np.round(cosine, COSINE_DECIMALS)))
     text_of = np.repeat(q.node_text, q.count)
     a, b, cosine, intent_a, intent_b, between = (x[order] for x in (a, b, cosine, intent_a, intent_b, between))
     return Findings(q, a, b, cosine, intent_a, intent_b, between, between >= intent_threshold, text_of)

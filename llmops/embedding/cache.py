@@ -1,6 +1,6 @@
 """Vectors of texts: from the cache where they are known, from the model where not.
 
-The cache has a folder per model (named by its contents, see model_folder.identity) with files that are never changed:
+The cache has a folder per model (named by its contents, see folder.identity) with files that are never changed:
 each holds the vectors that one run added, and appears under its name when it is complete. A text's key is a hash of it,
 and beside it stands a checksum of its vector.
 """
@@ -12,15 +12,15 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from eval.similar.model_folder import ModelFolder, identity
 from llmops import files
 from llmops.console import RunStopped, UserError, log
+from llmops.embedding.folder import ModelFolder, identity
 from llmops.loading import cause
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from eval.similar.encoder import Encoder
+    from llmops.embedding.encoder import Encoder
 
 KEY_BYTES = 16
 SUM_BYTES = 4  # CRC-32 of the vector, beside its key
@@ -148,7 +148,7 @@ def embed(texts: Sequence[str], cache: Cache, load: "Callable[[], Encoder]") -> 
     if not len(missing):
         assert vectors is not None
         return vectors
-    from eval.similar.encoder import bar
+    from llmops.embedding.encoder import bar
 
     encoder = load()
     done, end = bar(len(missing))
