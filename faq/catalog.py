@@ -1,7 +1,7 @@
 """intents.json: the candidate intents, their replies, the wording of the prompts; the one source of every FAQ prompt.
 
-A variant is a candidate list with some intents left out, whose questions then have no fitting intent. There are few,
-so that rows go on sharing their prompts' beginnings.
+A variant is a candidate list with some intents left out, whose questions then have no fitting intent, or a list that
+rows of the data brought with them. Rows with the same list share their prompts' beginnings.
 """
 
 from dataclasses import asdict, dataclass, field
@@ -35,6 +35,8 @@ class Wording:
 class Catalog:
     """The intents with their replies, in the order of the prompt; `left_out[k]` are those that variant k lacks.
 
+    `lists` are candidate lists that the data's rows brought with them, in their own order; variants after those of
+    `left_out`.
     `wording` is None for data whose prompts were made elsewhere.
     """
 
@@ -43,6 +45,12 @@ class Catalog:
     intents: dict[str, str]
     left_out: list[list[str]] = field(default_factory=list)
     none_reply: str = ""
+    lists: list[list[str]] = field(default_factory=list)
+
+    @property
+    def variants(self) -> int:
+        """How many candidate lists there are beside that of all intents."""
+        return len(self.left_out) + len(self.lists)
 
     @property
     def none(self) -> str:
@@ -51,6 +59,8 @@ class Catalog:
 
     def candidates(self, variant: int | None = None) -> list[str]:
         """The intents that a variant of the prompt lists."""
+        if variant is not None and variant >= len(self.left_out):
+            return [intent for intent in self.lists[variant - len(self.left_out)] if intent != self.none]
         absent = set() if variant is None else set(self.left_out[variant])
         return [intent for intent in self.intents if intent not in absent]
 
@@ -138,7 +148,7 @@ def check_places(text: str, allowed: set[str], where: str) -> None:
 def load_catalog(path: Path) -> Catalog:
     """Read intents.json. Raises UserError when it is not there or not one."""
     values = files.read_object(path, f"the {INTENTS_NAME}", "faq/prepare.sh writes it, or pass --intents_file")
-    checks = {"mode": is_mode, "intents": is_texts, "left_out": is_lists, "none_reply": is_text}
+    checks = {"mode": is_mode, "intents": is_texts, "left_out": is_lists, "none_reply": is_text, "lists": is_lists}
     unknown = [key for key in values if key not in {*checks, "wording"}]
     missing = [key for key in ("mode", "wording", "intents") if key not in values]
     wrong = [key for key, good in checks.items() if key in values and not good(values[key])]

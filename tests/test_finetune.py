@@ -149,7 +149,9 @@ LONG_RUN = (
     "--eval_steps",
     "4",
     "--per_device_train_batch_size",
-    "2",
+    "4",
+    "--replay_ratio",  # two of the four: what is replayed has an order to go on with, too
+    "0.5",
     "--lora_dropout",
     "0.1",
 )
@@ -293,13 +295,14 @@ def test_faults_are_one_sentence(train_run: Run, arguments: list[str], code: int
 
 
 def test_dry_run_shows_what_is_learned(train_run: Run, small_data: Path) -> None:
-    done = train_run("--dry_run", "true")
+    done = train_run("--dry_run", "true", "--replay_ratio", "0.25")
     assert done.returncode == 0, done.stderr[-2000:]
     first = json.loads((small_data / "datasets" / "train.jsonl").read_text(encoding="utf-8").splitlines()[0])[
         "messages"
     ]
     assert f"⟦{first[-1]['content']}<|im_end|>⟧" in done.stderr
-    for phrase in ("tokens per conversation", "memory per process", "time:", "nothing was trained"):
+    assert "1 of the 4 conversations of every step are general ones (100 of replay.jsonl" in done.stderr
+    for phrase in ("tokens per conversation", "memory per process", "time: 16 steps of 4", "nothing was trained"):
         assert phrase in done.stderr
     assert not (small_data / "output_path" / "log.txt").exists()
 
