@@ -35,7 +35,8 @@ class Wording:
 class Catalog:
     """The intents with their replies, in the order of the prompt; `left_out[k]` are those that variant k lacks.
 
-    `wording` is None for data whose prompts were made elsewhere.
+    `wording` is None for data whose prompts were made elsewhere. `decision` holds the calibration and the threshold
+    that faq/score found, and is {} before.
     """
 
     mode: str
@@ -43,6 +44,7 @@ class Catalog:
     intents: dict[str, str]
     left_out: list[list[str]] = field(default_factory=list)
     none_reply: str = ""
+    decision: dict[str, float] = field(default_factory=dict)
 
     @property
     def none(self) -> str:
@@ -138,7 +140,13 @@ def check_places(text: str, allowed: set[str], where: str) -> None:
 def load_catalog(path: Path) -> Catalog:
     """Read intents.json. Raises UserError when it is not there or not one."""
     values = files.read_object(path, f"the {INTENTS_NAME}", "faq/prepare.sh writes it, or pass --intents_file")
-    checks = {"mode": is_mode, "intents": is_texts, "left_out": is_lists, "none_reply": is_text}
+    checks = {
+        "mode": is_mode,
+        "intents": is_texts,
+        "left_out": is_lists,
+        "none_reply": is_text,
+        "decision": is_decision,
+    }
     unknown = [key for key in values if key not in {*checks, "wording"}]
     missing = [key for key in ("mode", "wording", "intents") if key not in values]
     wrong = [key for key, good in checks.items() if key in values and not good(values[key])]
@@ -174,3 +182,9 @@ def is_texts(value: Any) -> bool:
 def is_lists(value: Any) -> bool:
     """Whether a value is a list of lists of texts."""
     return isinstance(value, list) and all(isinstance(names, list) and all(map(is_text, names)) for names in value)
+
+
+def is_decision(value: Any) -> bool:
+    """Whether a value is a calibration with a threshold, or nothing."""
+    numbers = isinstance(value, dict) and all(type(number) in (int, float) for number in value.values())
+    return numbers and (not value or (value.get("temperature", 0) > 0 and {"shift", "threshold"} <= set(value)))

@@ -441,12 +441,22 @@ def test_nothing_found_is_an_answer_too(capfd: pytest.CaptureFixture[str], tmp_p
     assert plot.is_file()
 
 
-def save_dense(path: Path, inputs: int, outputs: int) -> None:
-    """The weights of a dense layer."""
+def change_modules(folder: Path, kind: str) -> None:
+    """A module whose code the folder brings, or a dense layer that takes another width."""
     import torch
     from safetensors.torch import save_file
 
-    save_file({"linear.weight": torch.ones(outputs, inputs), "linear.bias": torch.ones(outputs)}, path)
+    modules = json.loads((folder / "modules.json").read_text())
+    if kind == "CODE":
+        modules[1]["type"] = "modeling.Pooling"
+        (folder / "modeling.py").write_text("raise SystemExit('this code was run')")
+    else:
+        modules.append({"idx": 3, "name": "3", "path": "3_Dense", "type": "sentence_transformers.models.Dense"})
+        (folder / "3_Dense").mkdir()
+        (folder / "3_Dense" / "config.json").write_text('{"in_features": 9, "out_features": 4}')
+        weights = {"linear.weight": torch.ones(4, 9), "linear.bias": torch.ones(4)}
+        save_file(weights, folder / "3_Dense" / "model.safetensors")
+    (folder / "modules.json").write_text(json.dumps(modules))
 
 
 def make_wrong(kind: str, model: Path, folder: Path) -> Path:
@@ -474,18 +484,8 @@ def make_wrong(kind: str, model: Path, folder: Path) -> Path:
             (path / "config.json").write_text(json.dumps(config | {"is_encoder_decoder": True}))
         elif kind == "STATIC":
             (path / "modules.json").write_text('[{"path": "", "type": "sentence_transformers.models.StaticEmbedding"}]')
-        elif kind == "CODE":
-            modules = json.loads((path / "modules.json").read_text())
-            modules[1]["type"] = "modeling.Pooling"
-            (path / "modules.json").write_text(json.dumps(modules))
-            (path / "modeling.py").write_text("raise SystemExit('this code was run')")
-        elif kind == "WIDTH":
-            (path / "3_Dense").mkdir()
-            (path / "3_Dense" / "config.json").write_text('{"in_features": 9, "out_features": 4}')
-            save_dense(path / "3_Dense" / "model.safetensors", 9, 4)
-            modules = json.loads((path / "modules.json").read_text())
-            more = {"idx": 3, "name": "3", "path": "3_Dense", "type": "sentence_transformers.models.Dense"}
-            (path / "modules.json").write_text(json.dumps([*modules, more]))
+        elif kind in ("CODE", "WIDTH"):
+            change_modules(path, kind)
         elif kind == "NO_WEIGHTS":
             (path / "model.safetensors").unlink()
         elif kind == "CUT":
