@@ -18,6 +18,8 @@ MODEL_NAME_OR_PATH="${MODEL_NAME_OR_PATH:-}"     # base model; empty: MOUNT_PATH
 MODE="${MODE:-auto}"                             # chat format: auto glm glm2 glm3 baichuan2_13b qwen1.5 llama2
 TRAIN_FILE="${TRAIN_FILE:-}"                     # empty: MOUNT_PATH/datasets/train.jsonl
 TEST_FILE="${TEST_FILE:-}"                       # empty: test.jsonl beside it, else a held-out part
+LEARN="${LEARN:-all}"                            # which answers are learned: all, or those after the last question
+ENABLE_THINKING="${ENABLE_THINKING:-}"           # what a thinking model's template is told: true, false; empty: nothing
 OUTPUT_PATH="${OUTPUT_PATH:-}"                   # empty: MOUNT_PATH/output_path
 # --- settings: how -----------------------------------------------------------------------------------------------------
 TRAIN_TYPE="${TRAIN_TYPE:-lora}"                               # lora (a small adapter) or all (every weight)
@@ -49,6 +51,8 @@ EVAL_RATIO="${EVAL_RATIO:-0.1}"                          # held-out share when t
 EVAL_STEPS="${EVAL_STEPS:-0}"                            # also evaluate and save every N steps; 0: every epoch only
 SAVE_TOTAL_LIMIT="${SAVE_TOTAL_LIMIT:-2}"                # newest checkpoints kept, beside the best one
 LOAD_BEST_MODEL_AT_END="${LOAD_BEST_MODEL_AT_END:-true}" # output_path gets the best weights; false: the last
+REPLAY_RATIO="${REPLAY_RATIO:-0}"                        # share of each step that is general data, against forgetting
+REPLAY_FILE="${REPLAY_FILE:-}"                           # general conversations to learn again; empty: ours
 RETENTION_FILE="${RETENTION_FILE:-}"                     # general conversations that measure forgetting; empty: ours
 LOGGING_STEPS="${LOGGING_STEPS:-1}"                      # steps between two lines of log.txt
 TENSORBOARD="${TENSORBOARD:-true}"                       # serve TensorBoard while training runs

@@ -178,7 +178,8 @@ def make_base(folder: Path, name: str) -> None:
     """A tiny Llama that has learned the skills and general conversations, and if informed, something of the library."""
     import torch
 
-    from llmops import checkpoints
+    from llmops.chat_model import ChatModel
+    from llmops.checkpoints import Checkpoint
     from train.batches import PaddedCollator, target_losses
 
     practice = exercises(6000, "base")
@@ -191,8 +192,8 @@ def make_base(folder: Path, name: str) -> None:
     texts += [m["content"] for topic in library() for messages in topic for m in messages]
     staging = folder.with_name(folder.name + ".part")
     tiny.write_checkpoint(staging, texts, vocab_size=600, hidden=BASES[name], layers=2, heads=4, seed=1)
-    _, chat = checkpoints.load_chat_format(staging)
-    model = checkpoints.load_model(staging, torch.float32)
+    opened = ChatModel(Checkpoint(staging))
+    chat, model = opened.chat, opened.weights(torch.float32)
     rendered = [chat.conversation(messages)[-1] for messages in practice]
     samples = [{"ids": torch.tensor(r.ids).numpy(), "learned": torch.tensor(r.learned).numpy()} for r in rendered]
     collate, draw = PaddedCollator(0), random.Random(0)
@@ -260,8 +261,8 @@ def truth_callback(config: Any, data: Any, trainer: Any, path: Path) -> Any:
     from train.dataset import Source, load_or_encode
 
     def load(name: str) -> Any:
-        source = Source(Path(config.train_file).with_name(name), Path(config.model_name_or_path), "auto", 256, False)
-        return load_or_encode(source, data.chat, path.parent / "cache")
+        source = Source((Path(config.train_file).with_name(name),), Path(config.model_name_or_path), "auto", 256, False)
+        return load_or_encode(source, data.model.chat, path.parent / "cache")
 
     questions, taught, skills = (load(name) for name in ("truth.jsonl", "taught.jsonl", "skills_truth.jsonl"))
 

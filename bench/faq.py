@@ -18,7 +18,9 @@ sys.path.insert(0, str(HERE.parent))
 
 from faq.catalog import INTENTS_NAME, load_catalog
 from faq.predict import candidate_tokens
-from llmops import checkpoints, tiny
+from llmops import tiny
+from llmops.chat_model import ChatModel
+from llmops.checkpoints import Checkpoint
 from llmops.choice_search import Tree
 from llmops.console import log
 from llmops.generation import Generator
@@ -78,13 +80,14 @@ def compare(output: Path, datasets: Path, count: int) -> dict[str, Any]:
     import torch
 
     catalog = load_catalog(datasets / INTENTS_NAME)
-    _, chat = checkpoints.load_chat_format(output)
+    opened = ChatModel(Checkpoint(output))
+    chat = opened.chat
     rows = [json.loads(line) for line in (datasets / "test.jsonl").read_text(encoding="utf-8").splitlines()][:count]
     prompts = [chat.prompt(row["messages"][:-1]) for row in rows]
     tree = Tree(candidate_tokens(chat, rows[0]["messages"][:-1], catalog.answers()))
 
     def load() -> Any:
-        return checkpoints.load_trained(output, torch.float32).eval()
+        return opened.load(torch.float32).eval()
 
     ours = Generator(load(), chat.tokenizer.pad_token_id, batch_size=64)
     seconds, chosen = timed(
@@ -146,7 +149,7 @@ def count_weights(folder: Path) -> int:
     """Weights of a checkpoint."""
     import torch
 
-    return sum(p.numel() for p in checkpoints.load_model(folder, torch.float32).parameters())
+    return sum(p.numel() for p in ChatModel(Checkpoint(folder)).weights(torch.float32).parameters())
 
 
 if __name__ == "__main__":

@@ -36,7 +36,7 @@ RECOMMENDATIONS = {
     ("underfitting", HIGH): "建议增大训练周期数，提高学习率，增大模型容量或LoRA秩，检查数据质量，并重新训练。",
     ("underfitting", MEDIUM): "建议适当增加训练周期数或提高学习率，并继续观察训练损失。",
     ("catastrophic_forgetting", HIGH): "建议回退到上个版本并调整参数。",
-    ("catastrophic_forgetting", MEDIUM): "建议降低学习率，在训练数据中混入通用数据，并继续观察保留集损失。",
+    ("catastrophic_forgetting", MEDIUM): "建议降低学习率，用--replay_ratio混入通用数据，并继续观察保留集损失。",
 }
 DIVERGED = "建议降低学习率，检查数据和数值精度（fp16可换成bf16），并重新训练：损失没有下降。"
 

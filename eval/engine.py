@@ -18,7 +18,9 @@ from eval.processes import Processes
 from eval.prompts import Fitter, Prepared, Request
 from eval.rendering import Renderer
 from eval.samples import Answer, Sample
-from llmops import checkpoints, devices, files
+from llmops import devices, files
+from llmops.chat_model import ChatModel
+from llmops.checkpoints import Checkpoint
 from llmops.console import UserError, has_gpu, log, progress
 
 if TYPE_CHECKING:
@@ -50,16 +52,14 @@ class Settings:
     output_path: str = ""
 
 
-def check(settings: Settings) -> Path:
-    """The folder that is loaded, when everything that can be known before loading is right."""
-    model = Path(settings.model)
-    if not checkpoints.is_whole(model) and not checkpoints.is_adapter(model):
-        raise UserError(f"{model} holds no model; expected a checkpoint folder or an adapter's folder")
-    folder = model
-    if settings.adapter:
-        folder = Path(settings.adapter)
-        if not checkpoints.is_adapter(folder):
-            raise UserError(f"{folder} holds no adapter; expected a folder with adapter_config.json")
+def check(settings: Settings) -> Checkpoint:
+    """The model that is loaded, when everything that can be known before loading is right."""
+    adapter = Path(settings.adapter) if settings.adapter else None
+    checkpoint = Checkpoint(Path(settings.model), settings.mode, settings.trust_remote_code, adapter)
+    if not checkpoint.is_whole and not checkpoint.is_adapter:
+        raise UserError(f"{checkpoint.folder} holds no model; expected a checkpoint folder or an adapter's folder")
+    if adapter and not Checkpoint(adapter).is_adapter:
+        raise UserError(f"{adapter} holds no adapter; expected a folder with adapter_config.json")
     if settings.max_seq_len < 0:
         raise UserError(f"max_seq_len is {settings.max_seq_len}; expected a whole number from 1")
     if settings.batch_size < 0:
@@ -70,7 +70,7 @@ def check(settings: Settings) -> Path:
         raise UserError(f"gpu_id {settings.gpu_id} does not exist: no GPU is visible here; 0 and -1 run on the CPU")
     if settings.output_path:
         check_writable(Path(settings.output_path))
-    return folder
+    return checkpoint
 
 
 def check_writable(folder: Path) -> None:
@@ -117,7 +117,7 @@ class Engine:
     """A model that answers samples. Its tokenizer is there at once, its weights when they are first asked for."""
 
     def __init__(self, settings: Settings, processes: Processes) -> None:
-        self.folder = check(settings)
+        checkpoint = check(settings)
         if not has_gpu():
             os.environ.setdefault("DS_ACCELERATOR", "cpu")
             if "OMP_WAIT_POLICY" not in os.environ:  # as tune_cpu in llmops/environment.sh, which says why
@@ -130,28 +130,23 @@ class Engine:
         self.processes = processes
         self.device = choose_device(settings.gpu_id, processes)
         on_gpu = self.device.type == "cuda"
-        self.dtype = checkpoints.choose_dtype(settings.dtype if on_gpu else cpu_dtype(settings.dtype))
-        base = Path(settings.model)
-        self.renderer = Renderer(base, settings.mode, settings.chat_template, settings.trust_remote_code)
-        name = fingerprint([self.folder, base, checkpoints.base_folder(base)], str(self.dtype))
-        model_length = checkpoints.model_length(checkpoints.read_config(base))
-        self.fitter = Fitter(self.renderer, name, settings.max_seq_len, model_length)
+        self.dtype = devices.choose_dtype(settings.dtype if on_gpu else cpu_dtype(settings.dtype))
+        self.model = ChatModel(checkpoint)
+        self.renderer = Renderer(self.model, settings.chat_template)
+        name = fingerprint([checkpoint.folder, checkpoint.base.folder, *checkpoint.adapters], str(self.dtype))
+        self.fitter = Fitter(self.renderer, name, settings.max_seq_len, checkpoint.length)
         self.answers = Answers(Path(settings.output_path) if settings.output_path else None, processes.rank)
 
     @cached_property
     def generator(self) -> "Generator":
         """The loaded model."""
-        from llmops.generation import Generator
-
-        model = checkpoints.merged(load(self.settings, self.dtype, self.device))
-        model.to(self.device)
-        pad = self.renderer.tokenizer.pad_token_id or 0
-        generator = Generator(model, pad, self.settings.batch_size, self.settings.reuse_prefix)
+        settings = self.settings
+        generator = self.model.generator(self.dtype, self.device, settings.batch_size, settings.reuse_prefix)
         if self.processes.first:
             name = self.renderer.chat.name if self.renderer.chat else "plain text"
             because = generator.plain_because
             log(
-                f"{self.settings.model} on {self.device}, {str(self.dtype).removeprefix('torch.')}, {name}"
+                f"{settings.model} on {self.device}, {str(self.dtype).removeprefix('torch.')}, {name}"
                 + (f"; every prompt computed anew, because {because}" if because else "")
             )
         return generator
@@ -243,14 +238,6 @@ def made(text: str, loglikelihoods: list[float], ended: bool, new_tokens: int) -
 def cpu_dtype(name: str) -> str:
     """float32 on the CPU unless something was asked for."""
     return "fp32" if name == "auto" else name
-
-
-def load(settings: Settings, dtype: "torch.dtype", device: "torch.device") -> "torch.nn.Module":
-    """The model with its adapter. An adapter folder is a model too; `adapter` goes on the model that is named."""
-    model = checkpoints.load_trained(Path(settings.model), dtype, settings.trust_remote_code, device)
-    if not settings.adapter:
-        return model
-    return checkpoints.put_adapter(model, Path(settings.adapter))
 
 
 def fingerprint(folders: Sequence[Path], *more: str) -> str:

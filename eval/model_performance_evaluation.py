@@ -26,9 +26,10 @@ from eval.processes import Processes
 from eval.prompts import Prepared
 from eval.samples import Answer, Sample, draw, rows_of, summarise
 from llmops import files
-from llmops.chat_formats import FAMILIES
+from llmops.chat_formats import families
 from llmops.console import FailureJson, Parser, Terminated, UserError, log, run_main, stdout_to_stderr, to_bool
-from llmops.records import problems_error, read_conversations
+from llmops.data_files import list_files, read_conversations
+from llmops.records import Problem, problems_error
 
 NAME = "model_performance"
 
@@ -67,7 +68,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--output_path", default="", help="folder for eval_results.json and the answers; empty: nothing is written")
     add("--limit", type=int, default=0, help="evaluate so many samples, drawn with the seed; 0: all")
     add("--seed", type=int, default=0, help="of the draw and the bootstrap")
-    add("--mode", default="auto", choices=list(FAMILIES), help="chat format; auto: the checkpoint's own")
+    add("--mode", default="auto", choices=list(families()), help="chat format; auto: the checkpoint's own")
     add("--chat_template", type=to_bool, default=True, metavar="true|false", help="false: ask in plain text")
     add("--reuse_prefix", type=to_bool, default=True, metavar="true|false",
         help="compute what prompts share once; false: each prompt anew")  # fmt: skip
@@ -130,19 +131,26 @@ def read_metrics(texts: Sequence[str]) -> tuple[str, ...]:
 
 def read_samples(path: Path) -> list[Sample]:
     """One sample per assistant turn. Raises UserError for a file that is not there, empty, or has a bad line."""
-    if not os.path.lexists(path):
-        raise UserError(f"the data set {path} does not exist; expected a jsonl file of conversations")
+    missing = [one for one in list_files(str(path)) if not os.path.lexists(one)]
+    if missing:
+        raise UserError(f"the data set {missing[0]} does not exist; expected a file of conversations")
     samples: list[Sample] = []
     problems = []
     rows = 0
-    for _, messages, problem in read_conversations(path):
+    for read in read_conversations(list_files(str(path))):
         rows += 1
-        if problem:
-            problems.append(problem)
-        for i, message in enumerate(messages or []):
+        if read.problem:
+            problems.append(read.problem)
+        elif not read.conversation.plain:
+            problems.append(
+                Problem(read.path, read.number, "it has tools, and answers are scored without; take it out")
+            )
+            continue
+        messages = read.conversation.messages if read.conversation else []
+        for i, message in enumerate(messages):
             if message["role"] == "assistant":
-                before = tuple((messages or [])[: i - 1])
-                question = (messages or [])[i - 1]["content"]
+                before = tuple(messages[: i - 1])
+                question = messages[i - 1]["content"]
                 samples.append(Sample("", (message["content"],), passage=question, history=before))
     if problems:
         text = str(problems_error(path, problems, rows))

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from llmops import files
-from llmops.chat_formats import FAMILIES
+from llmops.chat_formats import families
 from llmops.console import UserError, to_bool
 
 
@@ -77,8 +77,8 @@ def read_options(text: str) -> Options:
         raise UserError("additional_parameters: limit and num_fewshot must be 0 or more")
     if options.max_seq_len < 0:
         raise UserError(f"additional_parameters: max_seq_len is {options.max_seq_len}, expected 0 or more")
-    if options.mode not in FAMILIES:
-        raise UserError(f"additional_parameters: mode {options.mode!r}, expected one of {', '.join(FAMILIES)}")
+    if options.mode not in families():
+        raise UserError(f"additional_parameters: mode {options.mode!r}, expected one of {', '.join(families())}")
     if options.dtype not in ("auto", "bf16", "fp16", "fp32"):
         raise UserError(f"additional_parameters: dtype {options.dtype!r}, expected auto, bf16, fp16 or fp32")
     return options

@@ -1,11 +1,10 @@
 """Prompts and answers as tokens: by the model's chat format, as in training, or as plain text."""
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from eval.samples import Sample
-from llmops import checkpoints
 from llmops.chat_formats import ChatFormat
+from llmops.chat_model import ChatModel
 from llmops.console import UserError
 from llmops.control_tokens import ControlTokens
 
@@ -13,17 +12,16 @@ from llmops.control_tokens import ControlTokens
 class Renderer:
     """Prompts and answers as tokens: by the model's chat format, as in training, or as plain text."""
 
-    def __init__(self, folder: Path, mode: str, chat_template: bool, trust_remote_code: bool) -> None:
+    def __init__(self, model: ChatModel, chat_template: bool) -> None:
         self.chat: ChatFormat | None = None
         if chat_template:
             try:
-                self.tokenizer, self.chat = checkpoints.load_chat_format(folder, mode, trust_remote_code)
+                self.chat = model.chat
             except UserError as error:
                 if "chat template" not in str(error):
                     raise
                 raise UserError(f"{error}; or turn chat_template off to ask in plain text") from error
-        else:
-            self.tokenizer = checkpoints.load_tokenizer(folder, trust_remote_code)
+        self.tokenizer = model.tokenizer
         # without a chat format, too, a text is a text
         self.controls = self.chat.controls if self.chat else ControlTokens(self.tokenizer, {})
         self.known: dict[str, list[int]] = {}

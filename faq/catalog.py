@@ -10,7 +10,7 @@ from string import Formatter
 from typing import Any
 
 from llmops import files
-from llmops.chat_formats import FAMILIES
+from llmops.chat_formats import families
 from llmops.console import UserError
 from llmops.faq_records import INTENTS_NAME
 from llmops.records import Message
@@ -90,7 +90,7 @@ class Catalog:
 
 def wording_of(mode: str, instruction: str = "") -> Wording:
     """The wording of a mode's template, with another instruction if one is given."""
-    described = FAMILIES[mode].faq
+    described = families()[mode].faq
     if instruction:
         described = described | {"instruction": instruction.replace("{", "{{").replace("}", "}}")}
     return check_wording(described, f"faq/templates/{mode}.json")
@@ -166,7 +166,7 @@ def load_catalog(path: Path) -> Catalog:
 
 def is_mode(value: Any) -> bool:
     """Whether a value names a mode."""
-    return isinstance(value, str) and value in FAMILIES
+    return isinstance(value, str) and value in families()
 
 
 def is_text(value: Any) -> bool:

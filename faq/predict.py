@@ -16,8 +16,10 @@ from typing import TYPE_CHECKING, Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from faq.catalog import Catalog, load_catalog
-from llmops import checkpoints, devices, files
-from llmops.chat_formats import FAMILIES, ChatFormat
+from llmops import devices, files
+from llmops.chat_formats import ChatFormat, families
+from llmops.chat_model import ChatModel
+from llmops.checkpoints import Checkpoint
 from llmops.console import Parser, UserError, has_gpu, log, progress, run_main, stdout_to_stderr, to_bool
 from llmops.faq_records import INTENTS_NAME, read_faq, refuse_unfinished
 from llmops.records import Message
@@ -69,7 +71,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--input_file", default="", help="questions: test.jsonl of prepare.py, or JSON or csv as prepare.py reads it")
     add("--question", action="append", default=[], help="a question; may be given several times")
     add("--output_file", default="", help="write the predictions there instead of to stdout")
-    add("--mode", default="", choices=["", *FAMILIES], help="chat format; empty: the mode in the intents file")
+    add("--mode", default="", choices=["", *families()], help="chat format; empty: the mode in the intents file")
     add("--constrain", type=to_bool, default=True, metavar="true|false", help="answer known intents only")
     add("--reuse_prefix", type=to_bool, default=True, metavar="true|false",
         help="compute what all prompts share once; false: each prompt anew")  # fmt: skip
@@ -84,7 +86,7 @@ def build_parser() -> argparse.ArgumentParser:
 def check(config: Config) -> Path:
     """The intents file. Raises UserError for paths that are not there."""
     model = Path(config.model_name_or_path)
-    if not files.is_file(model / "config.json") and not checkpoints.is_adapter(model):
+    if not Checkpoint(model).is_whole and not Checkpoint(model).is_adapter:
         raise UserError(f"{model} holds no model; expected the output_path of chat_main.sh or a checkpoint folder")
     if bool(config.input_file) == bool(config.question):
         raise UserError("give either --input_file or --question")
@@ -140,9 +142,8 @@ def candidate_tokens(chat: ChatFormat, prompt: Sequence[Message], answers: Seque
     return found
 
 
-def check_length(prompts: Sequence[Sequence[int]], queries: Sequence[Query], more: int, model: Path) -> None:
+def check_length(prompts: Sequence[Sequence[int]], queries: Sequence[Query], more: int, length: int | None) -> None:
     """Raise UserError when a prompt with its answer is longer than the model was made for."""
-    length = checkpoints.model_length(checkpoints.read_config(model))
     worst = max(range(len(prompts)), key=lambda i: len(prompts[i]))
     if length and len(prompts[worst]) + more > length:
         raise UserError(
@@ -152,25 +153,25 @@ def check_length(prompts: Sequence[Sequence[int]], queries: Sequence[Query], mor
 
 
 def predict(
-    config: Config, catalog: Catalog, queries: Sequence[Query], chat: ChatFormat, generator: "Generator"
+    config: Config, catalog: Catalog, queries: Sequence[Query], model: ChatModel, generator: "Generator"
 ) -> Iterator[tuple[int, dict[str, Any]]]:
     """(index, prediction without its question) for every query."""
     from llmops.choice_search import Tree
 
+    chat, length = model.chat, model.checkpoint.length
     prompts = [chat.prompt(query.prompt) for query in queries]
     variants = {query.variant: query.prompt for query in queries}
     tokens = {v: candidate_tokens(chat, prompt, catalog.answers(v)) for v, prompt in variants.items()}
-    model = Path(config.model_name_or_path)
     if config.constrain:
         trees = {v: Tree(found) for v, found in tokens.items()}
-        check_length(prompts, queries, max(len(ids) for found in tokens.values() for ids in found), model)
+        check_length(prompts, queries, max(len(ids) for found in tokens.values() for ids in found), length)
         answers = {v: catalog.answers(v) for v in variants}
         for i, choice in generator.choose(prompts, [trees[query.variant] for query in queries]):
             named = [(answers[queries[i].variant][k], p) for k, p in choice.ranked]
             yield i, prediction(catalog, named[0], named[1] if len(named) > 1 else None, True)
         return
     limit = config.max_new_tokens or chat.family.generation["max_new_tokens"]
-    check_length(prompts, queries, limit, model)
+    check_length(prompts, queries, limit, length)
     stop_ids = {ids[-1] for found in tokens.values() for ids in found} | set(chat.stop_ids())
     for i, answer in generator.generate(prompts, limit, sorted(stop_ids)):
         text = chat.tokenizer.decode(answer.ids, skip_special_tokens=True).strip()
@@ -222,26 +223,22 @@ def run(config: Config) -> list[dict[str, Any]]:
     import torch
     import transformers
 
-    from llmops.generation import Generator
-
     devices.check_gpu()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     folder = Path(config.model_name_or_path)
-    _, chat = checkpoints.load_chat_format(folder, config.mode or catalog.mode, config.trust_remote_code)
+    model = ChatModel(Checkpoint(folder, config.mode or catalog.mode, config.trust_remote_code))
+    chat = model.chat
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = checkpoints.load_trained(folder, checkpoints.choose_dtype(config.dtype), config.trust_remote_code, device)
-    model = checkpoints.merged(model).to(device)
-    pad = chat.tokenizer.pad_token_id or 0
     size = config.batch_size or chat.family.generation["batch_size"]
-    generator = Generator(model, pad, size, config.reuse_prefix)
+    generator = model.generator(devices.choose_dtype(config.dtype), device, size, config.reuse_prefix)
     how = f"prompts computed anew each time, because {generator.plain_because}" if generator.plain_because else ""
     log(f"{chat.name}; {len(queries)} questions, {len(catalog.intents)} intents" + (f"; {how}" if how else ""))
     # 3. answer
     started = time.monotonic()
     found: dict[int, dict[str, Any]] = {}
     for i, predicted in progress(
-        predict(config, catalog, queries, chat, generator), "predicting", total=len(queries), unit="questions"
+        predict(config, catalog, queries, model, generator), "predicting", total=len(queries), unit="questions"
     ):
         head = {"question": queries[i].question}
         found[i] = head | decide(catalog, predicted) | queries[i].known

@@ -19,8 +19,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from faq import prepared
 from faq.catalog import Catalog, wording_of
 from faq.prepared import OUTPUTS
-from llmops import checkpoints, files
-from llmops.chat_formats import FAMILIES
+from llmops import files
+from llmops.chat_formats import families
+from llmops.chat_model import ChatModel
+from llmops.checkpoints import Checkpoint
 from llmops.console import Parser, UserError, log, run_main, to_bool
 from llmops.faq_records import INTENTS_NAME, FaqFile, FaqRecord, read_faq
 from llmops.records import Message
@@ -77,7 +79,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--data_file", required=True, help="questions with intents: JSON lines, a JSON array, or csv")
     add("--test_data_file", default="", help="questions to test with; empty: a part of data_file is held out")
     add("--output_dir", default="mnt/datasets", help="folder for train.jsonl, test.jsonl, intents.json")
-    add("--mode", default="auto", choices=list(FAMILIES), help="whose prompt wording: a file of faq/templates")
+    add("--mode", default="auto", choices=list(families()), help="whose prompt wording: a file of faq/templates")
     add("--model_name_or_path", default="", help="base model; if given, the prompts' length is checked with it")
     add("--max_seq_len", type=int, default=2048, help="longest prompt and answer in tokens")
     add("--instruction", default="", help="instead of the template's instruction")
@@ -115,7 +117,7 @@ def check(config: Config) -> None:
         if not files.is_file(model / "config.json"):
             problems.append(f"the model folder {model} has no config.json; expected a Hugging Face checkpoint folder")
         else:
-            checkpoints.choose_family(model, config.mode)  # a mode that does not fit is an error of its own
+            Checkpoint(model, config.mode).family()  # a mode that does not fit is an error of its own
     if problems:
         raise UserError("; ".join(problems))
 
@@ -231,11 +233,11 @@ def check_length(config: Config, examples: Sequence[Example], catalog: Catalog) 
     """Raise UserError when the longest prompt with its answer is longer than the model or --max_seq_len allows."""
     from llmops.console import stdout_to_stderr
 
-    model = Path(config.model_name_or_path)
+    model = ChatModel(Checkpoint(Path(config.model_name_or_path), config.mode, config.trust_remote_code))
     with stdout_to_stderr():
-        _, chat = checkpoints.load_chat_format(model, config.mode, config.trust_remote_code)
+        chat = model.chat
     log(f"chat format: {chat.name}")
-    length = checkpoints.model_length(checkpoints.read_config(model))
+    length = model.checkpoint.length
     limit, whose = config.max_seq_len, f"--max_seq_len {config.max_seq_len}"
     if length and length < limit:
         limit, whose = length, f"the model's length of {length}"

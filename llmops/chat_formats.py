@@ -7,12 +7,13 @@ whose role tokens must be inserted by id). Sources of the formats: the vendors' 
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from llmops import files
-from llmops.chat_templates import ChatTemplate, written_around
-from llmops.console import EXIT_USER_ERROR, UserError, log
+from llmops.chat_templates import ChatTemplate, no_tools, written_around
+from llmops.console import UserError
 from llmops.control_tokens import ControlTokens
 from llmops.records import Message
 
@@ -160,7 +161,8 @@ def glm2_layout(messages: Sequence[Message], generate: bool) -> list[Piece]:
         lead = system if i == 0 else "\n\n"
         pieces.append(Piece(f"{lead}[Round {i // 2 + 1}]\n\n问：{turns[i]['content']}\n\n答："))
         if i + 1 < len(turns):
-            pieces += [Piece(turns[i + 1]["content"], True), control("</s>", True)]
+            learned = is_learned(turns[i + 1])
+            pieces += [Piece(turns[i + 1]["content"], learned), control("</s>", learned)]
     return pieces
 
 
@@ -171,14 +173,14 @@ def glm3_layout(messages: Sequence[Message], generate: bool) -> list[Piece]:
     """
     pieces = [control("[gMASK]"), control("sop")]
     for i, message in enumerate(messages):
-        answer = message["role"] == "assistant"
-        after_answer = i > 0 and messages[i - 1]["role"] == "assistant"
+        answer = is_learned(message)
+        after_answer = i > 0 and is_learned(messages[i - 1])
         pieces += [
             control(f"<|{message['role']}|>", after_answer),
             Piece("\n", answer),
             Piece(message["content"], answer),
         ]
-    pieces.append(control("<|assistant|>") if generate else control("</s>", True))
+    pieces.append(control("<|assistant|>") if generate else control("</s>", is_learned(messages[-1])))
     return pieces
 
 
@@ -190,8 +192,14 @@ def baichuan2_layout(messages: Sequence[Message], generate: bool) -> list[Piece]
         if message["role"] == "user":
             pieces += [control(195), Piece(message["content"])]
         else:
-            pieces += [control(196), Piece(message["content"], True), control("</s>", True)]
+            learned = is_learned(message)
+            pieces += [control(196), Piece(message["content"], learned), control("</s>", learned)]
     return pieces + ([control(196)] if generate else [])
+
+
+def is_learned(message: Message) -> bool:
+    """Whether a message is an answer that is learned; `learned` says where an answer is not."""
+    return message["role"] == "assistant" and message.get("learned", True)
 
 
 def split_system(messages: Sequence[Message]) -> tuple[str, list[Message]]:
@@ -220,13 +228,30 @@ OWN_TOKENS: dict[str, tuple[str | int, ...]] = {
     "baichuan2": (195, 196, "</s>"),
 }
 TEMPLATES = Path(__file__).resolve().parent.parent / "faq" / "templates"
-try:
-    FAMILIES = read_families(TEMPLATES)
-except UserError as error:  # a user's own file: every command reads it before it can parse its arguments
-    log(f"error: {error}")
-    raise SystemExit(EXIT_USER_ERROR) from error
-OWN = FAMILIES["auto"]  # the checkpoint's own chat template
-MODES_TEXT = ", ".join(FAMILIES)
+OWN = "auto"  # the mode of the checkpoint's own chat template
+
+
+@cache
+def families() -> dict[str, Family]:
+    """The families of TEMPLATES by mode, read when they are first asked for. Raises UserError for a damaged file."""
+    return read_families(TEMPLATES)
+
+
+def modes_text() -> str:
+    """Every mode, for people."""
+    return ", ".join(families())
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a template is asked to write: messages, and the tools that they may call."""
+
+    messages: Sequence[Message]
+    tools: Sequence[Any] = ()
+
+    def upto(self, end: int) -> "Asked":
+        """The first `end` messages."""
+        return Asked(self.messages[:end], self.tools)
 
 
 class ChatFormat:
@@ -236,17 +261,24 @@ class ChatFormat:
     `allow_special_tokens` lets the tokenizer take them for what they look like.
     """
 
-    def __init__(self, tokenizer: Any, family: Family = OWN, allow_special_tokens: bool = False) -> None:
+    def __init__(
+        self,
+        tokenizer: Any,
+        family: Family | None = None,
+        allow_special_tokens: bool = False,
+        thinking: bool | None = None,
+    ) -> None:
         self.tokenizer = tokenizer
-        self.family = family
+        self.family = family = family or families()[OWN]
         self.allow_special_tokens = allow_special_tokens
         self.layout = LAYOUTS[family.layout] if family.layout else None
         if family.chat_template:
             tokenizer.chat_template = family.chat_template
-        self.name = family.name if family is not OWN else "the checkpoint's own chat template"
+        self.name = family.name if family.name != OWN else "the checkpoint's own chat template"
         if self.layout is None and not tokenizer.chat_template:
-            raise UserError(f"the checkpoint has no chat template; pass --mode with its format, one of {MODES_TEXT}")
-        self.template = None if self.layout else ChatTemplate(tokenizer, self._template_name())
+            raise UserError(f"the checkpoint has no chat template; pass --mode with its format, one of {modes_text()}")
+        variables = {} if thinking is None else {"enable_thinking": thinking}
+        self.template = None if self.layout else ChatTemplate(tokenizer, self._template_name(), variables)
         own = {self._token_text(token): self._special_id(token) for token in self._own_tokens()}
         self.controls = ControlTokens(tokenizer, own, written_around(self.template) if self.template else ())
 
@@ -258,7 +290,7 @@ class ChatFormat:
         if self._trusted(messages):
             text = self.template.text(messages, generate=True)
             ids = self._encode(text)
-            if self._own_only(text, messages, True, ids):
+            if self._own_only(text, Asked(messages), True, ids):
                 return ids
         return self.controls.encode_named(self.template.named(messages, True, self.controls))[0]
 
@@ -266,78 +298,116 @@ class ChatFormat:
         """Tokens at which the assistant has finished: the end token and the family's own."""
         return sorted({self.tokenizer.eos_token_id, *map(self._special_id, self.family.stop)})
 
-    def conversation(self, messages: Sequence[Message]) -> list[Rendered]:
-        """The conversation with its learned tokens: every answer and its end token.
+    def conversation(
+        self, messages: Sequence[Message], tools: Sequence[Any] = (), learned: Sequence[bool] | None = None
+    ) -> list[Rendered]:
+        """The conversation with its learned tokens: every answer and its end token, or those that `learned` says.
 
-        One element; or one per answer where a later turn changes how an earlier one is written (templates that drop
-        reasoning from history, ChatGLM-6B's prefix attention).
+        One element; or one per learned answer where a later turn changes how an earlier one is written (templates
+        that drop reasoning from history, ChatGLM-6B's prefix attention).
         """
-        ends = [i + 1 for i, message in enumerate(messages) if message["role"] == "assistant"]
+        flags = [message["role"] == "assistant" for message in messages] if learned is None else learned
+        ends = [i + 1 for i, flag in enumerate(flags) if flag]
+        self._check_tools(messages, tools)
         if self.layout:
+            marked = [message | {"learned": flag} for message, flag in zip(messages, flags, strict=True)]
             if self.family.one_sample_per_answer:
-                return [self._encode_pieces(self.layout(messages[:end], False)) for end in ends]
-            return [self._encode_pieces(self.layout(messages, False))]
+                return [self._encode_pieces(self.layout(marked[:end], False)) for end in ends]
+            return [self._encode_pieces(self.layout(marked, False))]
         self.template.start(messages)
-        samples = self._templated(messages, ends, False) if self._trusted(messages) else None
-        return samples or self._templated(messages, ends, True) or []
+        asked = Asked(messages, tools)
+        samples = self._templated(asked, ends, False) if self._trusted(messages, tools) else None
+        return samples or self._templated(asked, ends, True) or []
 
-    def _trusted(self, messages: Sequence[Message]) -> bool:
+    def _check_tools(self, messages: Sequence[Message], tools: Sequence[Any]) -> None:
+        """Raise UserError for tools in a format that does not write them."""
+        if not tools and all(message["role"] != "tool" and "tool_calls" not in message for message in messages):
+            return
+        if self.template is None or self.family.name != OWN:
+            raise no_tools(f"the format {self.family.name}", ["tools"])
+        self.template.start(messages)
+        self.template.check_tools(messages, tools)
+
+    def _trusted(self, messages: Sequence[Message], tools: Sequence[Any] = ()) -> bool:
         """Whether the rendered messages may go to the tokenizer as they are."""
-        return self.allow_special_tokens or self.controls.first(messages) is None
+        return self.allow_special_tokens or self.controls.first(messages, tools) is None
 
-    def _own_only(self, text: str, messages: Sequence[Message], generate: bool, ids: Sequence[int]) -> bool:
+    def _own_only(self, text: str, asked: "Asked", generate: bool, ids: Sequence[int]) -> bool:
         """Whether all control tokens of a rendered and encoded conversation are the template's."""
         if self.allow_special_tokens:
             return True
         if self.controls.checks and self.controls.count(ids) != len(self.controls.found(text)):
             return False
-        return self.template.own_only(text, messages, generate, self.controls)
+        return self.template.own_only(text, asked.messages, generate, self.controls, asked.tools)
 
-    def _text(self, messages: Sequence[Message], generate: bool, named: bool) -> str:
+    def _text(self, asked: "Asked", generate: bool, named: bool) -> str:
         if named:
-            return self.template.named(messages, generate, self.controls)
-        return self.template.text(messages, generate)
+            return self.template.named(asked.messages, generate, self.controls, asked.tools)
+        return self.template.text(asked.messages, generate, asked.tools)
 
-    def _templated(self, messages: Sequence[Message], ends: list[int], named: bool) -> list[Rendered] | None:
+    def _templated(self, asked: "Asked", ends: list[int], named: bool) -> list[Rendered] | None:
         """The samples by the template, with names for its control tokens or without.
 
         None when a text without names has control tokens that are not the template's.
         """
-        text = self._text(messages, False, named)
-        spans = self._answer_spans(messages, ends, text, named)
-        parts = [(messages, text, spans)] if spans is not None else [
-            (messages[:end], *self._last_answer(messages[:end], named)) for end in ends
+        text = self._text(asked, False, named)
+        spans = self._answer_spans(asked, ends, text, named)
+        parts = [(asked, text, spans)] if spans is not None else [
+            (asked.upto(end), *self._last_answer(asked.upto(end), named)) for end in ends
         ]  # fmt: skip
         samples = []
         for part, written, answers in parts:
             sample = self._encode_spans(written, answers, named)
             if not named and not self._own_only(written, part, False, sample.ids):
                 return None
+            if sample.learned[-1] and not self.template.ends_answers:
+                sample.ids.append(self.tokenizer.eos_token_id)
+                sample.learned.append(True)
             samples.append(sample)
         return samples
 
-    def _answer_spans(
-        self, messages: Sequence[Message], ends: list[int], text: str, named: bool
-    ) -> list[tuple[int, int]] | None:
+    def _answer_spans(self, asked: "Asked", ends: list[int], text: str, named: bool) -> list[tuple[int, int]] | None:
         """Character spans of the answers in the full text, or None when the parts are not prefixes of the whole."""
         spans = []
         for end in ends:
-            before = self._text(messages[: end - 1], True, named)
-            upto = text if end == len(messages) else self._text(messages[:end], False, named)
+            before = self._text(asked.upto(end - 1), True, named)
+            upto = text if end == len(asked.messages) else self._text(asked.upto(end), False, named)
             if not (upto.startswith(before) and text.startswith(upto)):
                 return None
             spans.append((len(before), end_of_answer(upto)))
         return spans
 
-    def _last_answer(self, messages: Sequence[Message], named: bool) -> tuple[str, list[tuple[int, int]]]:
+    def _last_answer(self, asked: "Asked", named: bool) -> tuple[str, list[tuple[int, int]]]:
         """The text that ends with an answer, and the answer's span in it."""
-        before, text = self._text(messages[:-1], True, named), self._text(messages, False, named)
+        before, text = self._text(asked.upto(-1), True, named), self._text(asked, False, named)
         if not text.startswith(before):
-            raise UserError(
-                "the checkpoint's chat template writes an answer differently from its own generation prompt, so its "
-                f"tokens cannot be found; pass --mode with one of {MODES_TEXT}"
-            )
+            text = self._thought_answer(asked, before, text, named)
         return text, [(len(before), end_of_answer(text))]
+
+    def _thought_answer(self, asked: "Asked", before: str, text: str, named: bool) -> str:
+        """The text that ends with an answer, where the generation prompt opens or closes the thinking by itself.
+
+        Such templates (DeepSeek-R1's) write an answer without its thinking, also the last one. What is learned is
+        what the model would have to write after its prompt. Raises UserError where that cannot be told.
+        """
+        same = next((i for i, (a, b) in enumerate(zip(before, text, strict=False)) if a != b), len(text))
+        tail = before[same:].strip()
+        answer = asked.messages[-1]["content"].lstrip()
+        if tail == "<think>" and "tool_calls" not in asked.messages[-1]:
+            mark = "\ue0f0answer\ue0f1"  # a text that holds no thinking
+            marked = Asked([*asked.messages[:-1], {"role": "assistant", "content": mark}], asked.tools)
+            rest = answer.removeprefix("<think>") if "</think>" in answer else f"\n</think>\n\n{answer}"
+            ending = self._text(marked, False, named).rpartition(mark)[2]
+            return before + (rest.lstrip("\n") if before.endswith("\n") else rest) + ending
+        if "</think>" in tail and "</think>" in answer:
+            raise UserError(
+                "an answer thinks (<think>) and --enable_thinking false asks for answers that do not; leave it out, "
+                "or take the thinking out of the data"
+            )
+        raise UserError(
+            "the checkpoint's chat template writes an answer differently from its own generation prompt, so its "
+            f"tokens cannot be found; pass --mode with one of {modes_text()}"
+        )
 
     def _encode(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -403,7 +473,9 @@ class ChatFormat:
         return token if isinstance(token, str) else str(named(token) if named else token)
 
     def _template_name(self) -> str:
-        return "the checkpoint's chat template" if self.family is OWN else f"the chat template of {self.family.name}"
+        return (
+            "the checkpoint's chat template" if self.family.name == OWN else f"the chat template of {self.family.name}"
+        )
 
 
 def end_of_answer(text: str) -> int:
@@ -412,24 +484,25 @@ def end_of_answer(text: str) -> int:
 
 
 def choose_family(mode: str, config: dict[str, Any], tokenizer_text: str, has_template: bool | None) -> Family:
-    """The family of a checkpoint; OWN for its own template.
+    """The family of a checkpoint; that of the mode OWN for its own template.
 
     `config` is config.json, `tokenizer_text` what the tokenizer's files say; `has_template` None: not known yet.
     Raises UserError for a mode that does not fit or an `auto` that finds nothing.
     """
-    if mode not in FAMILIES:
-        raise UserError(f"unknown mode {mode!r}; expected one of {MODES_TEXT} (a file of {TEMPLATES})")
-    if mode != "auto":
-        misfit = FAMILIES[mode].misfit(config, tokenizer_text)
+    known = families()
+    if mode not in known:
+        raise UserError(f"unknown mode {mode!r}; expected one of {modes_text()} (a file of {TEMPLATES})")
+    if mode != OWN:
+        misfit = known[mode].misfit(config, tokenizer_text)
         if misfit:
             raise UserError(f"--mode {mode} {misfit}; pass --mode auto or the mode that fits")
-        return FAMILIES[mode]
+        return known[mode]
     if has_template is not False:
-        return OWN
-    for family in FAMILIES.values():
+        return known[OWN]
+    for family in known.values():
         if family.model_types and not family.misfit(config, tokenizer_text):
             return family
     raise UserError(
         f"the checkpoint (model_type {config.get('model_type', '')!r}) has no chat template and is of no family with a "
-        f"known format ({MODES_TEXT}); put a chat_template.jinja with its format into the checkpoint's folder"
+        f"known format ({modes_text()}); put a chat_template.jinja with its format into the checkpoint's folder"
     )

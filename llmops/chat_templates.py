@@ -1,12 +1,13 @@
 """A tokenizer's chat template at work: conversations as text, in which the template's control tokens can be told."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 from llmops import files
 from llmops.console import UserError
 from llmops.control_tokens import ControlTokens, Marks
-from llmops.records import Message
+from llmops.records import Message, texts_in, with_strings
 
 PROBE: list[Message] = [
     {"role": "system", "content": "first probe"},
@@ -16,19 +17,40 @@ PROBE: list[Message] = [
 ]
 
 
+TOOL_PROBE = [
+    {"type": "function", "function": {"name": "probe_call", "description": "probed description", "parameters": {
+        "type": "object", "properties": {"place": {"type": "string", "description": "a place"}}, "required": ["place"],
+    }}}
+]  # fmt: skip
+PROBED_CALL = {
+    "id": "000000000", "type": "function", "function": {"name": "probe_call", "arguments": {"place": "probed value"}}
+}  # fmt: skip
+TOOLS_PROBE: list[Message] = [
+    {"role": "user", "content": "first probe"},
+    {"role": "assistant", "content": "", "tool_calls": [PROBED_CALL]},
+    {"role": "tool", "content": "probed result", "name": "probe_call", "tool_call_id": "000000000"},
+    {"role": "assistant", "content": "last probe"},
+]
+TOOL_PARTS = {
+    "probed description": "descriptions of tools", "probed value": "tool calls", "probed result": "results of tools"
+}  # fmt: skip
+
+
 class ChatTemplate:
     """Renders conversations for one tokenizer by its chat template, within the limits of llmops/template_limits.py.
 
     A tokenizer class of a checkpoint's own that renders in its own way, without Jinja, is trusted code and does so.
+    `variables` are handed to the template beside what every template gets (`enable_thinking`).
     """
 
-    def __init__(self, tokenizer: Any, name: str) -> None:
+    def __init__(self, tokenizer: Any, name: str, variables: Mapping[str, Any] | None = None) -> None:
         from transformers import PreTrainedTokenizerBase
 
         from llmops.template_limits import LimitedTemplate
 
         self.tokenizer = tokenizer
         self.name = name
+        self.variables = dict(variables or {})
         self._outlines: dict[tuple[tuple[str, ...], bool], list[str]] = {}
         self._limited: LimitedTemplate | None = None
         if type(tokenizer).apply_chat_template is PreTrainedTokenizerBase.apply_chat_template:
@@ -44,30 +66,77 @@ class ChatTemplate:
         if self._limited:
             self._limited.limits.start(len(messages))
 
-    def text(self, messages: Sequence[Message], generate: bool) -> str:
+    def text(self, messages: Sequence[Message], generate: bool, tools: Sequence[Any] = ()) -> str:
         """The conversation as the template writes it. Raises UserError, whatever the template does wrong."""
-        text = self._rendered(messages, generate)
+        if any("tool_calls" in message for message in messages) and self._calls_as_text:
+            messages = [with_text_arguments(message) for message in messages]
+        text = self._rendered(messages, generate, tools)
         if not files.encodable(text):
             raise UserError(f"{self.name} writes half a surrogate pair, which is no character; mend the template")
         return text
 
-    def _rendered(self, messages: Sequence[Message], generate: bool) -> str:
+    def _rendered(self, messages: Sequence[Message], generate: bool, tools: Sequence[Any]) -> str:
         if self._limited:
             return self._limited.render(
-                messages, tools=None, documents=None, add_generation_prompt=generate, **self._special
-            )
+                messages, tools=list(tools) or None, documents=None, add_generation_prompt=generate,
+                **(self.variables | self._special),
+            )  # fmt: skip
         from llmops.template_limits import ERRORS, said
 
         try:
-            return self.tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=generate)
+            return self.tokenizer.apply_chat_template(
+                list(messages), tools=list(tools) or None, tokenize=False, add_generation_prompt=generate,
+                **self.variables,
+            )  # fmt: skip
         except ERRORS as error:
             raise UserError(f"{self.name} refuses a conversation: {said(error)}") from error
 
-    def own_only(self, text: str, messages: Sequence[Message], generate: bool, controls: ControlTokens) -> bool:
+    @cached_property
+    def _probed(self) -> tuple[str, bool]:
+        """(a conversation with a tool as the template writes it, whether it wants a call's arguments as text)."""
+        problem: UserError | None = None
+        for as_text in (False, True):
+            messages = [with_text_arguments(m) if as_text else m for m in TOOLS_PROBE]
+            try:
+                return self._rendered(messages, False, TOOL_PROBE), as_text
+            except UserError as error:
+                problem = problem or error
+        return "", False
+
+    @property
+    def _calls_as_text(self) -> bool:
+        return self._probed[1]
+
+    def check_tools(self, messages: Sequence[Message], tools: Sequence[Any]) -> None:
+        """Raise UserError for a conversation with parts that the template does not write."""
+        used = {
+            "probed description": bool(tools),
+            "probed value": any("tool_calls" in message for message in messages),
+            "probed result": any(message["role"] == "tool" for message in messages),
+        }
+        missing = [words for mark, words in TOOL_PARTS.items() if used[mark] and mark not in self._probed[0]]
+        if missing:
+            raise no_tools(self.name, missing)
+
+    @cached_property
+    def ends_answers(self) -> bool:
+        """Whether the template writes anything after an answer that nothing follows."""
+        try:
+            text = self.text(PROBE[1:3], generate=False)
+        except UserError:
+            return True
+        _, found, tail = text.rpartition("third probe")
+        return bool(tail.strip()) or not found
+
+    def own_only(
+        self, text: str, messages: Sequence[Message], generate: bool, controls: ControlTokens, tools: Sequence[Any] = ()
+    ) -> bool:
         """Whether a rendered conversation has just the control tokens that it would have with any other texts.
 
         One more can come from two texts that the template writes side by side.
         """
+        if tools or any(len(message) > 2 for message in messages):
+            return self._own_with_tools(text, messages, generate, controls, tools)
         roles = tuple(message["role"] for message in messages)
         outline = self._outlines.get((roles, generate))
         if outline is None:
@@ -79,28 +148,64 @@ class ChatTemplate:
             self._outlines[roles, generate] = outline
         return controls.found(text) == outline
 
-    def named(self, messages: Sequence[Message], generate: bool, controls: ControlTokens) -> str:
+    def _own_with_tools(
+        self, text: str, messages: Sequence[Message], generate: bool, controls: ControlTokens, tools: Sequence[Any]
+    ) -> bool:
+        """`own_only` where calls and descriptions of tools decide what is written: only control tokens are broken."""
+
+        def broken(value: str) -> str:
+            return controls.broken(value, "x")
+
+        others = [
+            {"role": m["role"], **with_strings({k: v for k, v in m.items() if k != "role"}, broken)} for m in messages
+        ]
+        return controls.found(text) == controls.found(self.text(others, generate, with_strings(tools, broken)))
+
+    def named(
+        self, messages: Sequence[Message], generate: bool, controls: ControlTokens, tools: Sequence[Any] = ()
+    ) -> str:
         """The conversation with names (see ControlTokens) for the template's own control tokens, and for these only.
 
         Marks in the messages' texts show what comes from where. A template that looks into texts may write them
         differently because of the marks: then the marks at the edges are left out, and if that does not help, it gets
         to see texts in which no control token stands.
         """
-        plain = self.text(messages, generate)
-        marks = Marks.absent_from([plain, getattr(self._limited, "source", ""), *(m["content"] for m in messages)])
+        plain = self.text(messages, generate, tools)
+        marks = Marks.absent_from([plain, getattr(self._limited, "source", ""), *texts_in(messages, tools)])
+        described = with_strings(tools, lambda value: controls.broken(value, marks.inside))
         for edges in (True, False):
-            marked = [m | {"content": marks.put(m["content"], controls, edges)} for m in messages]
-            text = self.text(marked, generate)
+            marked = [marks.put_into(message, controls, edges) for message in messages]
+            text = self.text(marked, generate, described)
             named = marks.named(text, controls)
             if named is not None and (not edges or marks.taken(text) == plain):
                 break
         assert named is not None  # without edges there are no pairs
-        if not edges and controls.first(messages) and not self.own_only(text, messages, generate, controls):
+        held = None if edges else controls.first(messages, tools)
+        if held and not self.own_only(text, messages, generate, controls, tools):
             raise UserError(
                 f"{self.name} makes a control token of what a message's text holds "
-                f"({controls.first(messages)!r}); take it out of the text, or use another --mode"
+                f"({held!r}); take it out of the text, or use another --mode"
             )
         return named
+
+
+def with_text_arguments(message: Message) -> Message:
+    """A message whose tool calls have their arguments as JSON text, as some templates want them."""
+    if "tool_calls" not in message:
+        return message
+    calls = [
+        call | {"function": call["function"] | {"arguments": files.dumps(call["function"]["arguments"])}}
+        for call in message["tool_calls"]
+    ]
+    return message | {"tool_calls": calls}
+
+
+def no_tools(name: str, parts: Sequence[str]) -> UserError:
+    """The error for a conversation with tools in a format without them."""
+    return UserError(
+        f"{name} writes no {' and no '.join(parts)}, so they would be lost; take these conversations out, or a model "
+        "whose chat template knows tools"
+    )
 
 
 def written_around(template: ChatTemplate) -> list[str]:

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from llmops.console import UserError
+from llmops.records import Message, texts_in, with_strings
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -62,10 +63,10 @@ class ControlTokens:
         backend = tokenizer.backend_tokenizer if self.fast else None
         self.checks = backend is None or type(backend.model).__name__ != "BPE" or backend.normalizer is not None
 
-    def first(self, messages: Sequence[Mapping[str, str]]) -> str | None:
-        """The first control token that the messages' texts hold, or None."""
-        for message in messages:
-            match = self._pattern.search(message["content"])
+    def first(self, messages: Sequence[Message], tools: Sequence[Any] = ()) -> str | None:
+        """The first control token that the texts of messages and tools hold, or None."""
+        for text in texts_in(messages, tools):
+            match = self._pattern.search(text)
             if match:
                 return match.group()
         return None
@@ -210,6 +211,12 @@ class Marks:
         held = set().union(*texts)
         free = (chr(code) for code in PRIVATE if chr(code) not in held)
         return cls(next(free), next(free), next(free))
+
+    def put_into(self, message: Message, controls: ControlTokens, edges: bool) -> Message:
+        """A message with marks in its text, and inside the control tokens that its calls hold."""
+        others = {key: value for key, value in message.items() if key not in ("role", "content")}
+        others = with_strings(others, lambda text: controls.broken(text, self.inside)) if others else others
+        return {"role": message["role"], "content": self.put(message["content"], controls, edges)} | others
 
     def put(self, content: str, controls: ControlTokens, edges: bool) -> str:
         """A message's text with marks; those at its edges lie within blanks, which templates strip."""

@@ -10,8 +10,12 @@ import shutil
 import sys
 from collections.abc import MutableMapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from llmops.console import UserError, has_gpu
+
+if TYPE_CHECKING:
+    import torch
 
 VISIBLE = "CUDA_VISIBLE_DEVICES"
 KEPT = "LLMOPS_VISIBLE_DEVICES"  # what VISIBLE was, where DeepSpeed's launcher cannot read it
@@ -73,6 +77,18 @@ def why_not() -> str:
     except (RuntimeError, AssertionError) as error:
         return (str(error).strip().splitlines() or ["no reason told"])[0][:200]
     return "no device is visible"
+
+
+def choose_dtype(name: str) -> "torch.dtype":
+    """bf16 where the device has it, otherwise fp32; or what was asked for."""
+    import torch
+
+    if name == "auto":
+        real = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
+        name = "bf16" if real else "fp32"  # emulated, as on Turing, it is slower than fp32
+    if name == "fp16" and not torch.cuda.is_available():
+        raise UserError("--dtype fp16 needs a GPU; use --dtype fp32 (or bf16)")
+    return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[name]
 
 
 def for_launcher(environ: MutableMapping[str, str], argv: list[str]) -> list[str]:

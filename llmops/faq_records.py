@@ -7,16 +7,15 @@ Shapes, told apart by their keys, as JSON lines, one JSON array, or csv with a h
 """
 
 import ast
-import csv
-import io
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llmops import files
+from llmops import files, shapes
 from llmops.console import UserError
-from llmops.records import Message, Problem, check_messages, problems_error
+from llmops.data_files import kind_of, read_chunks, rows_of
+from llmops.records import BadRow, Message, Problem, problems_error
 
 LITERAL_LIMIT = 1 << 20  # characters of a list that is written as text
 INTENTS_NAME = "intents.json"  # beside the training data, and beside the model that learned it
@@ -94,38 +93,10 @@ def read_faq(path: Path, skip_bad_lines: bool = False, need_intent: bool = True)
 
 def raw_records(path: Path) -> tuple[str, Iterator[tuple[int, Any, str | None]]]:
     """(shape in words, records as (line, parsed value, problem))."""
-    cure = "pass the file with your questions and intents"
-    text = files.read_text(path, "the data file", cure, files.DATA_LIMIT)
-    if path.suffix.lower() == ".csv":
-        return "csv", csv_rows(path, text)
-    if text.lstrip().startswith("["):
-        return "a JSON array", array_elements(path, text)
-    return "JSON lines", files.json_lines(path, "the data file", cure)
-
-
-def csv_rows(path: Path, text: str) -> Iterator[tuple[int, Any, str | None]]:
-    """Rows of a csv with a header, as dicts; a row's line is its first one."""
-    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
-    try:
-        for row in reader:
-            values = [value for value in row.values() if isinstance(value, str)]
-            problem = None
-            if None in row or None in row.values():
-                problem = (
-                    f"found {'more' if None in row else 'fewer'} columns than the header's {len(row) - (None in row)}"
-                )
-            yield reader.line_num - sum(value.count("\n") for value in values), row, problem
-    except csv.Error as error:
-        raise UserError(f"{path}:{reader.line_num}: not csv ({error}); check the quotes of this row") from error
-
-
-def array_elements(path: Path, text: str) -> Iterator[tuple[int, Any, str | None]]:
-    """Elements of one JSON array; an element's line is where it begins."""
-    try:
-        for line, value in files.json_elements(text):
-            yield line, value, None
-    except files.BadJson as error:
-        raise UserError(f"{path}:{error.line}: {error.problem}") from error
+    files.open_regular(path, "the data file", "pass the file with your questions and intents").close()
+    kinds = {"csv": "csv", "array": "a JSON array", "lines": "JSON lines"}
+    kind = kinds.get(kind_of(path), "a table")
+    return kind, (row for chunk in read_chunks([path]) for row in rows_of(chunk))
 
 
 def check_record(raw: Any, line: int, index: int, need_intent: bool) -> tuple[FaqRecord | None, str | None]:
@@ -154,10 +125,10 @@ def check_record(raw: Any, line: int, index: int, need_intent: bool) -> tuple[Fa
 
 def conversation_record(raw: dict[str, Any], line: int, index: int) -> tuple[FaqRecord | None, str | None]:
     """`check_record` for a row with messages."""
-    problem = check_messages(raw)
-    if problem:
-        return None, problem
-    messages = tuple({"role": m["role"], "content": m["content"]} for m in raw["messages"])
+    try:
+        messages = tuple(shapes.from_messages(raw).messages)
+    except BadRow as error:
+        return None, str(error)
     intent = messages[-1]["content"].strip()
     if "\n" in intent:
         return None, newline_problem(intent)

@@ -260,19 +260,23 @@ def json_lines(path: Path, what: str = "the file", cure: str = "") -> Iterator[J
 
     A line ends at \\n alone: U+2028 and its like are characters of a text.
     """
-    return _json_lines(open_regular(path, what, cure), path)
+    lines = raw_lines(path, what, cure)
+    return (JsonLine(number, *parse_line(raw)) for number, raw in lines if raw.strip())
 
 
-def _json_lines(stream: BinaryIO, path: Path) -> Iterator[JsonLine]:
+def raw_lines(path: Path, what: str = "the file", cure: str = "") -> Iterator[tuple[int, bytes]]:
+    """(number from 1, line with its end) of every line; the file opens at once. A byte order mark is left out."""
+    return _raw_lines(open_regular(path, what, cure), path)
+
+
+def _raw_lines(stream: BinaryIO, path: Path) -> Iterator[tuple[int, bytes]]:
     with stream:
         number = 0
         while line := stream.readline(LINE_LIMIT + 1):
             number += 1
             if len(line) > LINE_LIMIT:
-                raise UserError(f"{path}:{number}: a line of more than {LINE_LIMIT // MIB} MiB; expected JSON lines")
-            raw = line.removeprefix(BOM) if number == 1 else line
-            if raw.strip():
-                yield JsonLine(number, *parse_line(raw))
+                raise UserError(f"{path}:{number}: a line of more than {LINE_LIMIT // MIB} MiB; expected shorter ones")
+            yield number, (line.removeprefix(BOM) if number == 1 else line)
 
 
 def parse_line(raw: bytes) -> tuple[Any, str | None]:

@@ -9,8 +9,8 @@ import torch
 from transformers.cache_utils import Cache
 
 from llmops import shared_prefix
-from llmops.checkpoints import fixed_attention
 from llmops.console import UserError
+from llmops.layers import fixed_attention
 from llmops.shared_prefix import ROOM, GrowingLayer, Prefix, empty_cache, segments_of
 
 T = TypeVar("T")

@@ -1,117 +1,212 @@
-"""Conversations in jsonl files: one reader, one validator, problems with line numbers.
+"""The one form that a conversation has inside: messages in order, tools it may call, which answers are learned.
 
-A line is `{"messages": [{"role": "system"|"user"|"assistant", "content": str}, ...]}`: an optional system message
-first, then user and assistant in turn, the assistant last.
+A message is {"role", "content"} with the roles of ROLES; an assistant's may have "tool_calls" as OpenAI writes them,
+arguments as an object; a tool's has the "name" and "tool_call_id" of the call that it answers. `llmops.shapes` makes
+this form of what people have.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from llmops import files
 from llmops.console import UserError
 
-Message = dict[str, str]
-ROLES = ("system", "user", "assistant")
+Message = dict[str, Any]
+ROLES = ("system", "user", "assistant", "tool")
 PROBLEMS_SHOWN = 20
+LEARN = ("all", "last")
+
+
+class BadRow(ValueError):
+    """A row that is no conversation: what was found and what was expected, as a sentence."""
 
 
 @dataclass(frozen=True)
 class Problem:
-    """What is wrong with one line of a file: where, what was found, what was expected."""
+    """What is wrong with one line (or row) of a file: where, what was found, what was expected."""
 
     path: Path
     line: int
     text: str
+    unit: str = "line"
 
     def __str__(self) -> str:
-        return f"{self.path}:{self.line}: {self.text}"
+        place = f"{self.path}:{self.line}" if self.unit == "line" else f"{self.path}, {self.unit} {self.line}"
+        return f"{place}: {self.text}"
 
 
-def check_messages(record: object) -> str | None:
-    """The first thing wrong with a parsed line, or None. The loader and the validator both come through here."""
-    if not isinstance(record, dict):
-        return f"found {files.kind_of(record)}, expected an object with the key 'messages'"
-    messages = record.get("messages")
-    if messages is None:
-        found = ", ".join(map(files.shown, list(record)[:5])) or "none"
-        hint = "; questions with intents become such lines by faq/prepare.sh" if "intent" in record else ""
-        return f'no \'messages\' (keys found: {found}); expected {{"messages": [{{"role", "content"}}, ...]}}{hint}'
-    if not isinstance(messages, list) or not messages:
-        return "'messages' is empty or not a list; expected at least a user and an assistant message"
-    expected = ("system", "user")
-    for number, message in enumerate(messages, 1):
-        if not isinstance(message, dict) or "role" not in message or "content" not in message:
-            return f"message {number} is no object with 'role' and 'content'"
-        role, content = message["role"], message["content"]
-        if role not in ROLES:
-            return f"message {number} has the unknown role {files.shown(role)}; expected one of {', '.join(ROLES)}"
-        if not isinstance(content, str):
-            return f"message {number}: content is {files.kind_of(content)}, expected a string"
-        if not content.strip() and role != "system":
-            return f"message {number} ({role}) is empty; expected text"
-        if role not in expected:
-            if number > 1 and role == messages[number - 2]["role"]:
-                return f"message {number}: two {role} messages in a row; expected user and assistant in turn"
-            return f"message {number} has the role {role}, expected {' or '.join(expected)} here"
-        expected = {"system": ("user",), "user": ("assistant",), "assistant": ("user",)}[role]
-    if messages[-1]["role"] != "assistant":
-        return f"the last message is the {messages[-1]['role']}'s; expected the assistant's answer"
-    return None
+@dataclass(frozen=True)
+class Conversation:
+    """Messages, the tools that they may call, and for each message whether it is learned (an assistant's may be)."""
+
+    messages: list[Message]
+    tools: list[dict[str, Any]] = field(default_factory=list)
+    learned: tuple[bool, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.learned:
+            flags = tuple(message["role"] == "assistant" for message in self.messages)
+            object.__setattr__(self, "learned", flags)
+
+    @property
+    def plain(self) -> bool:
+        """Whether there is nothing of tools in it."""
+        return not self.tools and not any(m["role"] == "tool" or "tool_calls" in m for m in self.messages)
+
+    def learning(self, which: str) -> "Conversation":
+        """With `all` learned answers, or those after the `last` user message alone."""
+        if which == "all":
+            return self
+        last = max(i for i, message in enumerate(self.messages) if message["role"] == "user")
+        return replace(self, learned=tuple(flag and i > last for i, flag in enumerate(self.learned)))
+
+    def upto(self, end: int) -> "Conversation":
+        """The first `end` messages, of which the last alone is learned."""
+        return replace(self, messages=self.messages[:end], learned=(False,) * (end - 1) + (True,))
+
+    def without_first_turn(self) -> "Conversation | None":
+        """Without the oldest question and what answers it; the system message stays. None for a single question."""
+        users = [i for i, message in enumerate(self.messages) if message["role"] == "user"]
+        if len(users) < 2:
+            return None
+        kept = [*range(users[0]), *range(users[1], len(self.messages))]
+        return replace(self, messages=[self.messages[i] for i in kept], learned=tuple(self.learned[i] for i in kept))
 
 
-def parse_line(raw: bytes) -> tuple[list[Message] | None, str | None]:
-    """(messages, None) for a good line, (None, problem) for a bad one."""
-    return messages_of(*files.parse_line(raw))
+@dataclass(frozen=True)
+class Turn:
+    """A message as a shape has it: `label` is how its file calls it, `calls` are an assistant's tool calls."""
+
+    label: str
+    role: str
+    content: Any = ""
+    calls: tuple[dict[str, Any], ...] = ()
+    learned: bool = True
+    extra: tuple[tuple[str, str], ...] = ()  # name and tool_call_id of a tool's message, where the file has them
 
 
-def messages_of(record: object, unreadable: str | None) -> tuple[list[Message] | None, str | None]:
-    """`parse_line` for a line that is parsed already, or could not be."""
-    problem = unreadable or check_messages(record)
-    if problem or not isinstance(record, dict):
-        return None, problem
-    return [{"role": m["role"], "content": m["content"]} for m in record["messages"]], None
+def assemble(turns: Sequence[Turn], tools: list[dict[str, Any]]) -> Conversation:
+    """A conversation of turns. Raises BadRow for turns that are none, in words of the file."""
+    joined = join_calls(turns)
+    check_order(joined)
+    learned = tuple(turn.role == "assistant" and turn.learned for turn in joined)
+    if not any(learned):
+        raise BadRow("'loss' is false for every answer, so nothing of it is learned; take the row out")
+    return Conversation(messages_of(joined), tools, learned)
 
 
-def read_conversations(path: Path) -> Iterator[tuple[int, list[Message] | None, Problem | None]]:
-    """Every line that is not blank as (line number from 1, messages or None, problem or None)."""
-    for number, value, unreadable in files.json_lines(path, "the data", "put it there or name another file"):
-        messages, text = messages_of(value, unreadable)
-        yield number, messages, Problem(path, number, text) if text else None
+def join_calls(turns: Sequence[Turn]) -> list[Turn]:
+    """Turns in which what an assistant says and calls before anybody else speaks is one message."""
+    joined: list[Turn] = []
+    for turn in turns:
+        before = joined[-1] if joined else None
+        if turn.calls and not turn.content and before is not None and before.role == "assistant":
+            joined[-1] = replace(before, calls=before.calls + turn.calls, learned=before.learned and turn.learned)
+        else:
+            joined.append(turn)
+    return joined
 
 
-def problems_error(path: Path, problems: list[Problem], rows: int) -> UserError:
+def check_order(turns: Sequence[Turn]) -> None:
+    """Raise BadRow for the first thing that is wrong with roles, contents or their order."""
+    if not turns:
+        raise BadRow("it has no messages; expected at least a user and an assistant message")
+    expected: tuple[str, ...] = ("system", "user")
+    before: Turn | None = None
+    for turn in turns:
+        if turn.role not in ROLES:
+            raise BadRow(
+                f"{turn.label} has the unknown role {files.shown(turn.role)}; expected one of {', '.join(ROLES)}"
+            )
+        if not isinstance(turn.content, str):
+            raise BadRow(f"{turn.label}: content is {files.kind_of(turn.content)}, expected a string")
+        if not turn.content.strip() and not turn.calls and turn.role in ("user", "assistant"):
+            raise BadRow(f"{turn.label} ({turn.role}) is empty; expected text")
+        if turn.role not in expected:
+            if before is not None and turn.role == before.role:
+                raise BadRow(f"{turn.label}: two {turn.role} messages in a row; expected user and assistant in turn")
+            wanted = " or ".join(role for role in expected if role != "tool" or before is None or before.calls)
+            raise BadRow(f"{turn.label} has the role {turn.role}, expected {wanted or 'user'} here")
+        expected = followers(turn)
+        before = turn
+    assert before is not None
+    if before.role != "assistant":
+        raise BadRow(f"the last message is the {before.role}'s; expected the assistant's answer")
+
+
+def followers(turn: Turn) -> tuple[str, ...]:
+    """The roles that may come after a turn. A call may stand in an answer's text, so a tool may speak after any."""
+    if turn.role == "assistant":
+        return ("tool",) if turn.calls else ("user", "tool")
+    return {"system": ("user",), "user": ("assistant",), "tool": ("tool", "assistant")}[turn.role]
+
+
+def messages_of(turns: Sequence[Turn]) -> list[Message]:
+    """Messages of turns; a call without an id gets one, and a tool's message the name and the id of its call."""
+    messages: list[Message] = []
+    waiting: list[dict[str, Any]] = []
+    number = 0
+    for turn in turns:
+        message: Message = {"role": turn.role, "content": turn.content}
+        if turn.role == "assistant":
+            waiting = []
+            for call in turn.calls:
+                waiting.append({"id": call.get("id") or f"{number:09d}"} | call)
+                number += 1
+            if waiting:
+                message["tool_calls"] = list(waiting)
+        elif turn.role == "tool":
+            call = waiting.pop(0) if waiting else None
+            if call:
+                message |= {"name": call["function"]["name"], "tool_call_id": call["id"]}
+            message |= dict(turn.extra)
+        messages.append(message)
+    return messages
+
+
+def texts_in(messages: Sequence[Message], tools: Sequence[Any] = ()) -> Iterator[str]:
+    """Every text of a conversation that comes from its data, those in calls and descriptions of tools included."""
+    for message in messages:
+        yield message["content"]
+        if len(message) > 2:
+            yield from strings_in([value for key, value in message.items() if key not in ("role", "content")])
+    yield from strings_in(tools)
+
+
+def strings_in(value: Any) -> Iterator[str]:
+    """Every string in a JSON value, names of keys included."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        yield from value
+        for one in value.values():
+            yield from strings_in(one)
+    elif isinstance(value, list | tuple):
+        for one in value:
+            yield from strings_in(one)
+
+
+def with_strings(value: Any, change: Callable[[str], str]) -> Any:
+    """A JSON value with every string in it changed, names of keys included."""
+    if isinstance(value, str):
+        return change(value)
+    if isinstance(value, dict):
+        return {change(key): with_strings(one, change) for key, one in value.items()}
+    return [with_strings(one, change) for one in value] if isinstance(value, list | tuple) else value
+
+
+def problems_error(path: Path | str, problems: Sequence[Problem], rows: int) -> UserError:
     """One error that names every bad line (the first of them in full)."""
     shown = "\n  ".join(str(problem) for problem in problems[:PROBLEMS_SHOWN])
     rest = problems[PROBLEMS_SHOWN:]
     more = ""
+    unit = problems[0].unit
     if rest:
         numbers = ", ".join(str(problem.line) for problem in rest[:200])
-        more = f"\n  and {len(rest)} more, lines {numbers}{' ...' if len(rest) > 200 else ''}"
+        more = f"\n  and {len(rest)} more, {unit}s {numbers}{' ...' if len(rest) > 200 else ''}"
     return UserError(
-        f"{len(problems)} of {rows} lines of {path} cannot be used; "
+        f"{len(problems)} of {rows} {unit}s of {path} cannot be used; "
         f"fix them or pass --skip_bad_lines true to drop and count them:\n  {shown}{more}"
     )
-
-
-def validate_file(path: Path, skip_bad_lines: bool = False) -> tuple[int, int]:
-    """Check every line; (good rows, bad rows).
-
-    Raises UserError that names all bad lines (unless they are to be skipped) or an empty file.
-    """
-    from llmops.console import progress
-
-    good = 0
-    problems: list[Problem] = []
-    for _, messages, problem in progress(read_conversations(path), f"checking {path.name}"):
-        if problem:
-            problems.append(problem)
-        good += messages is not None
-    if problems and not skip_bad_lines:
-        raise problems_error(path, problems, good + len(problems))
-    if not good:
-        raise UserError(
-            f"{path} has no usable line; expected one JSON object with 'messages' per line "
-            f"({len(problems)} lines were bad)"
-        )
-    return good, len(problems)

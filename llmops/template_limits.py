@@ -469,9 +469,11 @@ class LimitedTemplate:
         except ERRORS as error:
             raise UserError(f"{name} is no Jinja template that can be used: {said(error)}") from error
 
-    def render(self, messages: Sequence[Mapping[str, str]], **variables: Any) -> str:
+    def render(self, messages: Sequence[Mapping[str, Any]], **variables: Any) -> str:
         """The text. Raises UserError, one sentence, for whatever the template does wrong."""
         size = sum(len(message["content"]) for message in messages)
+        size += sum(weigh(message["tool_calls"], LARGEST) for message in messages if "tool_calls" in message)
+        size += weigh(variables["tools"], LARGEST) if variables.get("tools") else 0
         try:
             self.limits.begin(size)
             return self._template.render(messages=[dict(message) for message in messages], **variables)

@@ -37,7 +37,7 @@ from checkpoint_check.subject import Subject
 from checkpoint_check.tokenizer_rows import added_token, chat_format, padded_texts, round_trip, special_ids
 from checkpoint_check.training_rows import full_zero2, full_zero3_resumed, lora_resumed, lora_zero2, lora_zero3, merged
 
-from llmops import checkpoints
+from llmops.checkpoints import Checkpoint
 from llmops.console import UserError, log
 
 # what a broken checkpoint raises: its row fails, the other rows go on
@@ -133,7 +133,7 @@ def main(argv: list[str] | None = None) -> int:
         if not (options.folder / "config.json").is_file():
             raise UserError(f"{options.folder} has no config.json; give the folder of a checkpoint")
         folder = options.folder.resolve()
-        dtype = choose_dtype(options.dtype, checkpoints.read_config(folder))
+        dtype = choose_dtype(options.dtype, Checkpoint(folder).config)
         if options.reference:
             write_reference(folder, *options.reference, dtype)
             return 0

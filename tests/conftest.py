@@ -136,12 +136,13 @@ def teach(folder: Path, conversations: Sequence[Messages], steps: int, hidden: i
     """Train a tiny Llama from scratch to give the last answer of every conversation; the checkpoint folder."""
     import torch
 
-    from llmops import checkpoints
+    from llmops.chat_model import ChatModel
+    from llmops.checkpoints import Checkpoint
 
     texts = [message["content"] for messages in conversations for message in messages]
     tiny.write_checkpoint(folder, texts, vocab_size=vocabulary, hidden=hidden, layers=2, heads=4)
-    _, chat = checkpoints.load_chat_format(folder)
-    model = checkpoints.load_model(folder, torch.float32)
+    opened = ChatModel(Checkpoint(folder))
+    chat, model = opened.chat, opened.weights(torch.float32)
     rendered = [chat.conversation(messages)[-1] for messages in conversations]
     width = max(len(sample.ids) for sample in rendered)
     ids = torch.tensor([sample.ids + [0] * (width - len(sample.ids)) for sample in rendered])

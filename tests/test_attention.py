@@ -10,7 +10,8 @@ import torch.nn.attention.flex_attention as flex_module
 from deepspeed.runtime.chunked_cross_entropy import chunked_cross_entropy
 from test_batches import loss_and_gradients, random_samples
 
-from llmops import checkpoints as loading
+from llmops.chat_model import ChatModel
+from llmops.checkpoints import Checkpoint
 from train import attention
 from train.attention import TILE, Layout, Node, flex_kernel, padded_ends, tiles_of
 from train.batches import PackedCollator, PaddedCollator
@@ -105,7 +106,7 @@ def test_tiles_cover_exactly_what_is_seen() -> None:
 
 @pytest.mark.parametrize("shape", ["nested prefixes", "longer than a block"])
 def test_a_model_with_flex_is_exact(checkpoints: dict[str, Path], shape: str) -> None:
-    model = loading.load_model(checkpoints["qwen2"], torch.float32).train()
+    model = ChatModel(Checkpoint(checkpoints["qwen2"])).weights(torch.float32).train()
     samples = random_samples(shape)
     expected_loss, expected = loss_and_gradients(model, [PaddedCollator(0)([one]) for one in samples])
     model.set_attn_implementation(attention.NAME)
@@ -121,7 +122,7 @@ def test_a_model_with_flex_is_exact(checkpoints: dict[str, Path], shape: str) ->
 def test_the_probe_compares_and_falls_back_with_a_reason(
     checkpoints: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = loading.load_model(checkpoints["llama"], torch.float32)
+    model = ChatModel(Checkpoint(checkpoints["llama"])).weights(torch.float32)
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
     assert attention.why_no_flex(model, cpu, torch.float32) == "there is no GPU"
     assert attention.flex_difference(4, 2, 16, cpu, torch.float32) < 1e-5

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from llmops import checkpoints as loading
+from llmops.chat_model import ChatModel
+from llmops.checkpoints import Checkpoint
 from train import attention
 from train.attention import Layout, Node
 from train.batches import PackedCollator, PaddedCollator, Sample, target_losses
@@ -73,7 +74,7 @@ def loss_and_gradients(model: torch.nn.Module, batches: list[dict]) -> tuple[flo
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("block_tokens", [8, 256])
 def test_packing_is_exact(checkpoints: dict[str, Path], architecture: str, shape: str, block_tokens: int) -> None:
-    model = loading.load_model(checkpoints[architecture], torch.float32).train()
+    model = ChatModel(Checkpoint(checkpoints[architecture])).weights(torch.float32).train()
     samples = random_samples(shape)
     alone = [PaddedCollator(0)([one]) for one in samples]
     expected_loss, expected = loss_and_gradients(model, alone)
@@ -90,7 +91,7 @@ def test_packing_is_exact(checkpoints: dict[str, Path], architecture: str, shape
 
 def test_the_plain_loss_is_the_models_own(checkpoints: dict[str, Path]) -> None:
     """Our target losses against transformers' own label handling, full logits and shifting included."""
-    model = loading.load_model(checkpoints["llama"], torch.float32).eval()
+    model = ChatModel(Checkpoint(checkpoints["llama"])).weights(torch.float32).eval()
     samples = random_samples("several turns")
     with torch.no_grad():
         ours = target_losses(model, PaddedCollator(0)(samples)).mean().item()
@@ -109,7 +110,7 @@ def test_the_plain_loss_is_the_models_own(checkpoints: dict[str, Path]) -> None:
 
 
 def test_left_padding_gives_the_same_losses(checkpoints: dict[str, Path]) -> None:
-    model = loading.load_model(checkpoints["llama"], torch.float32).eval()
+    model = ChatModel(Checkpoint(checkpoints["llama"])).weights(torch.float32).eval()
     samples = random_samples("nothing shared")
     with torch.no_grad():
         right, left = (target_losses(model, PaddedCollator(0, left=left)(samples)) for left in (False, True))
@@ -157,7 +158,7 @@ def test_layout_blocks_see_what_the_tree_says() -> None:
 
 
 def test_models_that_cannot_be_packed_are_told_apart(checkpoints: dict[str, Path]) -> None:
-    model = loading.load_model(checkpoints["qwen2"], torch.float32)
+    model = ChatModel(Checkpoint(checkpoints["qwen2"])).weights(torch.float32)
     assert attention.supports_packing(model) is None
     model.config.layer_types = ["sliding_attention", "full_attention"]
     assert "sliding_attention" in str(attention.supports_packing(model))

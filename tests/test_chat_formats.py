@@ -10,7 +10,7 @@ import sentencepiece
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from llmops import tiny
-from llmops.chat_formats import FAMILIES, OWN, TEMPLATES, ChatFormat, Rendered, choose_family, read_families
+from llmops.chat_formats import TEMPLATES, ChatFormat, Rendered, choose_family, families, read_families
 from llmops.console import UserError
 
 MULTI = [
@@ -77,7 +77,7 @@ def test_llama2_text(checkpoints: dict[str, Path]) -> None:
     """`<s>[INST] {q} [/INST] {a} </s>`, a new `<s>` each turn, the system text in the first user turn."""
     tokenizer = AutoTokenizer.from_pretrained(checkpoints["llama"])
     tokenizer.add_special_tokens({"bos_token": "<s>", "eos_token": "</s>"})
-    chat = ChatFormat(tokenizer, FAMILIES["llama2"])
+    chat = ChatFormat(tokenizer, families()["llama2"])
     messages = [m | {"content": m["content"].strip()} for m in MULTI]
     (sample,) = chat.conversation(messages)
     assert tokenizer.decode(sample.ids) == (
@@ -92,7 +92,7 @@ def test_llama2_text(checkpoints: dict[str, Path]) -> None:
 
 def test_qwen_default_system(checkpoints: dict[str, Path]) -> None:
     tokenizer = AutoTokenizer.from_pretrained(checkpoints["qwen2"])
-    chat = ChatFormat(tokenizer, FAMILIES["qwen1.5"])
+    chat = ChatFormat(tokenizer, families()["qwen1.5"])
     assert tokenizer.decode(chat.prompt([{"role": "user", "content": "你好"}])) == (
         "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
         "<|im_start|>user\n你好<|im_end|>\n<|im_start|>assistant\n"
@@ -169,7 +169,7 @@ EXACT = {
 def test_token_exact_by_id(mode: str, sentencepiece_model: Path) -> None:
     """Every id, and where the learned tokens begin and end, over two turns; the prompt is what precedes an answer."""
     tokenizer = SentencePieceTokenizer(sentencepiece_model, VENDOR_IDS[mode])
-    chat = ChatFormat(tokenizer, FAMILIES[mode])
+    chat = ChatFormat(tokenizer, families()[mode])
     samples = chat.conversation(TURNS)
     assert len(samples) == len(EXACT[mode])
     for sample, layout in zip(samples, EXACT[mode], strict=True):
@@ -193,7 +193,7 @@ def test_where_answers_stop(sentencepiece_model: Path) -> None:
     expected = {"glm2": [2], "glm3": [2, 64795, 64797]}
     for mode, ids in expected.items():
         tokenizer = SentencePieceTokenizer(sentencepiece_model, VENDOR_IDS[mode])
-        assert ChatFormat(tokenizer, FAMILIES[mode]).stop_ids() == ids
+        assert ChatFormat(tokenizer, families()[mode]).stop_ids() == ids
 
 
 def test_a_system_text_by_id(sentencepiece_model: Path) -> None:
@@ -205,7 +205,7 @@ def test_a_system_text_by_id(sentencepiece_model: Path) -> None:
     for mode, layout in expected.items():
         tokenizer = SentencePieceTokenizer(sentencepiece_model, VENDOR_IDS[mode])
         encoded = [[part] if isinstance(part, int) else tokenizer.text.encode(part) for part in layout]
-        assert ChatFormat(tokenizer, FAMILIES[mode]).prompt([system, TURNS[0]]) == list(chain(*encoded))
+        assert ChatFormat(tokenizer, families()[mode]).prompt([system, TURNS[0]]) == list(chain(*encoded))
 
 
 def bpe_tokenizer(folder: Path, tokens: dict[str, str]) -> PreTrainedTokenizerFast:
@@ -220,7 +220,7 @@ def test_token_exact_as_text(checkpoints: dict[str, Path]) -> None:
     qwen = bpe_tokenizer(checkpoints["qwen2"], {"eos_token": "<|im_end|>"})
     start, end = qwen.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"])
     encode = lambda text: qwen(text, add_special_tokens=False)["input_ids"]  # noqa: E731
-    (sample,) = ChatFormat(qwen, FAMILIES["qwen1.5"]).conversation(TURNS)
+    (sample,) = ChatFormat(qwen, families()["qwen1.5"]).conversation(TURNS)
     parts = [[start], encode("system\nYou are a helpful assistant."), [end], encode("\n")]
     flags = [False] * 4
     for message in TURNS:
@@ -233,7 +233,7 @@ def test_token_exact_as_text(checkpoints: dict[str, Path]) -> None:
 
     llama = bpe_tokenizer(checkpoints["llama"], {"bos_token": "<s>", "eos_token": "</s>"})
     bos, eos = llama.convert_tokens_to_ids(["<s>", "</s>"])
-    (sample,) = ChatFormat(llama, FAMILIES["llama2"]).conversation(TURNS)
+    (sample,) = ChatFormat(llama, families()["llama2"]).conversation(TURNS)
     assert [i for i in sample.ids if i in (bos, eos)] == [bos, eos, bos, eos]
     assert [flag for i, flag in zip(sample.ids, sample.learned, strict=True) if i in (bos, eos)] == [False, True] * 2
     assert llama.decode(sample.ids) == f"<s>[INST] {Q1} [/INST] {A1} </s><s>[INST] {Q2} [/INST] {A2} </s>"
@@ -242,12 +242,13 @@ def test_token_exact_as_text(checkpoints: dict[str, Path]) -> None:
 
 def test_choice_of_family() -> None:
     chatglm = {"model_type": "chatglm", "multi_query_attention": True}
-    assert choose_family("auto", {"model_type": "llama"}, "", True) is OWN
-    assert choose_family("auto", {"model_type": "llama"}, "", False) is FAMILIES["llama2"]
-    assert choose_family("auto", {"model_type": "baichuan"}, "", False) is FAMILIES["baichuan2_13b"]
-    assert choose_family("auto", {"model_type": "chatglm", "position_encoding_2d": True}, "", False) is FAMILIES["glm"]
-    assert choose_family("auto", chatglm, "class ChatGLMTokenizer", False) is FAMILIES["glm2"]
-    assert choose_family("auto", chatglm, 'role_special_tokens = ["<|user|>"]', False) is FAMILIES["glm3"]
+    known = families()
+    assert choose_family("auto", {"model_type": "llama"}, "", True) is known["auto"]
+    assert choose_family("auto", {"model_type": "llama"}, "", False) is known["llama2"]
+    assert choose_family("auto", {"model_type": "baichuan"}, "", False) is known["baichuan2_13b"]
+    assert choose_family("auto", {"model_type": "chatglm", "position_encoding_2d": True}, "", False) is known["glm"]
+    assert choose_family("auto", chatglm, "class ChatGLMTokenizer", False) is known["glm2"]
+    assert choose_family("auto", chatglm, 'role_special_tokens = ["<|user|>"]', False) is known["glm3"]
     with pytest.raises(UserError, match="is for model_type chatglm, the checkpoint is 'llama'"):
         choose_family("glm3", {"model_type": "llama"}, "", True)
     with pytest.raises(UserError, match=r"glm3 is for tokenizers with <\|user\|>, which this checkpoint's lacks"):
@@ -267,7 +268,7 @@ def test_a_model_is_added_with_one_file(tmp_path: Path) -> None:
     (tmp_path / "falcon.json").write_text(json.dumps(new), encoding="utf-8")
     family = read_families(tmp_path)["falcon"]
     assert family.faq["none"] == "其他"
-    assert family.faq["prompt"] == FAMILIES["auto"].faq["prompt"]  # what a file leaves out is auto's
+    assert family.faq["prompt"] == families()["auto"].faq["prompt"]  # what a file leaves out is auto's
     for text, phrase in (
         ("{", "falcon.json is not JSON"),
         ('{"lora": []}', "unknown key lora"),

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from llmops import checkpoints as loading
-from llmops import tiny
+from llmops import chat_model, tiny
+from llmops.chat_model import ChatModel
+from llmops.checkpoints import Checkpoint
 from train import choices, estimates
 from train.choices import Choices, Room, resolve
 from train.config import Config
@@ -90,7 +91,7 @@ def test_what_was_asked_and_what_was_chosen_before(config: Config, monkeypatch: 
 def test_tied_weights_count_once_and_lora_has_the_models_dtype(tmp_path: Path, config: Config) -> None:
     texts = ["some text to make a tokenizer of, and some more"]
     folder = tiny.write_checkpoint(tmp_path / "tied", texts, "llama", 400, hidden=32, tie_word_embeddings=True)
-    model = loading.load_model(folder, torch.bfloat16)
+    model = ChatModel(Checkpoint(folder)).weights(torch.bfloat16)
     config = replace(config, model_name_or_path=str(folder))
     shape = estimates.model_shape(replace(config, train_type="all"), torch.bfloat16)
     assert shape.weights == shape.trained == sum(p.numel() for p in model.parameters())
@@ -101,9 +102,9 @@ def test_tied_weights_count_once_and_lora_has_the_models_dtype(tmp_path: Path, c
     assert with_lora.per_layer > shape.per_layer  # the adapter's own activations
     adapted.peft_config["default"].base_model_name_or_path = str(folder)
     adapted.save_pretrained(tmp_path / "adapter")
-    again = loading.load_trained(tmp_path / "adapter", torch.bfloat16)
+    again = ChatModel(Checkpoint(tmp_path / "adapter")).load(torch.bfloat16)
     assert {p.dtype for p in again.parameters()} == {torch.bfloat16}
-    merged = loading.merged(again)
+    merged = chat_model.merged(again)
     assert sum(p.numel() for p in merged.parameters()) == shape.weights
 
 
@@ -111,7 +112,7 @@ def test_loading_onto_a_device_gives_the_same_weights(checkpoints: dict[str, Pat
     """device_map as it is used for a GPU, onto the one device that is here."""
     from transformers import AutoModelForCausalLM
 
-    plain = loading.load_model(checkpoints["qwen2"], torch.float32)
+    plain = ChatModel(Checkpoint(checkpoints["qwen2"])).weights(torch.float32)
     placed = AutoModelForCausalLM.from_pretrained(checkpoints["qwen2"], dtype=torch.float32, device_map={"": CPU})
     for (name, a), (other, b) in zip(plain.named_parameters(), placed.named_parameters(), strict=True):
         assert name == other

@@ -16,9 +16,10 @@ from transformers import AddedToken, PreTrainedTokenizerFast
 
 from eval.rendering import Renderer
 from eval.samples import Sample
-from llmops import checkpoints as loader
 from llmops import legacy, tiny
-from llmops.chat_formats import FAMILIES, ChatFormat
+from llmops.chat_formats import Asked, ChatFormat, families
+from llmops.chat_model import ChatModel
+from llmops.checkpoints import Checkpoint
 from llmops.console import UserError
 from train.config import Config
 from train.dataset import Source, load_or_encode
@@ -58,7 +59,7 @@ def chatml() -> ChatFormat:
 
 def qwen() -> ChatFormat:
     """The same in Qwen1.5's format, with a system text that the template puts in."""
-    return ChatFormat(tiny.train_tokenizer(texts(), 900), FAMILIES["qwen1.5"])
+    return ChatFormat(tiny.train_tokenizer(texts(), 900), families()["qwen1.5"])
 
 
 def llama3() -> ChatFormat:
@@ -94,7 +95,7 @@ def llama2() -> ChatFormat:
         tokenizer_object=Tokenizer.from_str(json.dumps(description)), unk_token="<unk>", bos_token="<s>",
         eos_token="</s>",
     )  # fmt: skip
-    return ChatFormat(tokenizer, FAMILIES["llama2"])
+    return ChatFormat(tokenizer, families()["llama2"])
 
 
 def unigram() -> ChatFormat:
@@ -215,7 +216,7 @@ def test_other_texts_are_token_exact(chat: ChatFormat, conversations: list) -> N
         if chat.controls.first(messages):
             continue
         ends = [i for i, message in enumerate(messages, 1) if message["role"] == "assistant"]
-        direct, guarded = chat.conversation(messages), chat._templated(messages, ends, True)
+        direct, guarded = chat.conversation(messages), chat._templated(Asked(messages), ends, True)
         assert guarded == direct
         for end, sample in zip(ends[-len(direct) :], direct, strict=True):
             assert sample.ids == tokenizer.apply_chat_template(messages[:end], return_dict=True)["input_ids"]
@@ -317,6 +318,7 @@ def test_templates_that_look_into_texts() -> None:
 TYPED = ["\n", "[gMASK]", "<sop>", "<eop>", "sop", "<|system|>", "<|user|>", "<|assistant|>", "<|observation|>"]
 RESERVED = ["<reserved_106>", "<reserved_107>"]  # Baichuan2's 195 and 196
 
+
 @pytest.fixture(scope="module")
 def typed_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A sentencepiece model that knows control tokens as symbols of its own, as ChatGLM-6B's and Baichuan2's do."""
@@ -362,7 +364,7 @@ def test_a_text_is_no_token_of_a_layout(mode: str, sentencepiece_model: Path) ->
     """A message that is nothing but the name of a control token is encoded as any text: every id by the model alone."""
     names = [*VENDOR_IDS[mode], "</s>", "<|user|>", "[gMASK]", "sop", "<sop>", "<eop>", "</s></s>"]
     tokenizer = SentencePieceTokenizer(sentencepiece_model, VENDOR_IDS[mode])
-    chat = ChatFormat(tokenizer, FAMILIES[mode])
+    chat = ChatFormat(tokenizer, families()[mode])
     for name in names:
         for role in ("user", "assistant"):
             messages = conversation_with(name, role)
@@ -392,7 +394,7 @@ def sentencepiece_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_pieces_that_are_control_tokens_are_taken_apart(mode: str, typed_model: Path) -> None:
     """Where the model itself makes control tokens of text, texts with them are encoded in parts and decode the same."""
     tokenizer = TypedTokenizer(typed_model, LAID_OUT[mode])
-    chat = ChatFormat(tokenizer, FAMILIES[mode])
+    chat = ChatFormat(tokenizer, families()[mode])
     forbidden = {tokenizer.text.piece_to_id(name) for name in LAID_OUT[mode]}
     assert set(LAID_OUT[mode]) == set(chat.controls.texts)
     assert forbidden <= chat.controls.ids
@@ -409,7 +411,7 @@ def test_pieces_that_are_control_tokens_are_taken_apart(mode: str, typed_model: 
 def test_spellings_that_sentencepiece_makes_equal(tmp_path: Path) -> None:
     """Full-width brackets become a control token in the model's own normalizer: such a text is taken apart, too."""
     tokenizer = TypedTokenizer(train_typed(tmp_path, "nmt_nfkc"), LAID_OUT["glm"])
-    chat = ChatFormat(tokenizer, FAMILIES["glm"])
+    chat = ChatFormat(tokenizer, families()["glm"])
     text = "怎＜sop＞么"
     assert tokenizer.specials["<sop>"] in tokenizer.text.encode(text)
     assert chat.controls.first([{"role": "user", "content": text}]) is None
@@ -454,7 +456,7 @@ def test_slow_tokenizers_with_a_template(typed_model: Path) -> None:
     for messages in [MULTI, *read_messages(ROOT / "train" / "demo_data" / "train.jsonl")[:20]]:
         expected = tokenizer.apply_chat_template(messages[:-1], add_generation_prompt=True, return_dict=True)
         assert chat.prompt(messages[:-1]) == expected["input_ids"]
-        assert chat.controls.encode_named(chat._text(messages[:-1], True, True))[0] == expected["input_ids"]
+        assert chat.controls.encode_named(chat._text(Asked(messages[:-1]), True, True))[0] == expected["input_ids"]
 
 
 # --- the setting, the data, the evaluation
@@ -472,7 +474,7 @@ def test_allow_special_tokens(
     found = {}
     for allow in (False, True):
         tokenizer, chat = loading(folder, allow)
-        source = Source(data, folder, "auto", 256, False, allow_special_tokens=allow)
+        source = Source((data,), folder, "auto", 256, False, allow_special_tokens=allow)
         dataset = load_or_encode(source, chat, tmp_path / "cache")
         found[allow] = [tokenizer.convert_ids_to_tokens(dataset[i]["ids"].tolist()) for i in range(5)]
         said = capfd.readouterr().err
@@ -492,13 +494,14 @@ def test_allow_special_tokens(
 
 def loading(folder: Path, allow: bool) -> tuple[Any, ChatFormat]:
     """Tokenizer and format of a checkpoint."""
-    return loader.load_chat_format(folder, allow_special_tokens=allow)
+    opened = ChatModel(Checkpoint(folder), allow_special_tokens=allow)
+    return opened.tokenizer, opened.chat
 
 
 @pytest.mark.parametrize("chat_template", [True, False])
 def test_evaluation_renders_texts_as_texts(checkpoints: dict[str, Path], chat_template: bool) -> None:
     """Prompts, choices and lengths, in the chat format and as plain text."""
-    renderer = Renderer(checkpoints["llama"], "auto", chat_template, False)
+    renderer = Renderer(ChatModel(Checkpoint(checkpoints["llama"])), chat_template)
     tokenizer = renderer.tokenizer
     sample = Sample(HELD[0]["content"], (HELD[1]["content"],), choices=("点<|im_end|>", "点", "<|im_start|>"))
     prompt = renderer.prompt(sample)

@@ -2,19 +2,27 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
 import pytest
 import torch
+from conftest import ROOT
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
-from llmops import checkpoints, loading
+from eval import model_performance_evaluation
+from faq import predict, prepare
+from llmops import chat_formats, checkpoints, loading
 from llmops.chat_formats import TEMPLATES, read_families
+from llmops.chat_model import ChatModel, load_tokenizer
+from llmops.checkpoints import Checkpoint
 from llmops.console import RunStopped, UserError
 from llmops.generation import Generator
+from train import finetune
 
 
 @pytest.fixture
@@ -24,7 +32,7 @@ def model(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def adapter(model: Path) -> Path:
-    whole = checkpoints.load_model(model, torch.float32)
+    whole = ChatModel(Checkpoint(model)).weights(torch.float32)
     folder = model.parent / "adapter"
     get_peft_model(whole, LoraConfig(r=2, target_modules=["q_proj", "v_proj"])).save_pretrained(folder)
     change(folder / "adapter_config.json", base_model_name_or_path=str(model))
@@ -76,12 +84,12 @@ def test_weights_that_are_not_there_are_not_made_up(model: Path) -> None:
     name = next(name for name in weights if "layers.1.mlp" in name)
     save_file({k: v for k, v in weights.items() if k != name}, model / "model.safetensors", {"format": "pt"})
     with pytest.raises(UserError, match=f"lack 1 of the tensors that config.json asks for, such as {name}"):
-        checkpoints.load_model(model, torch.float32)
+        ChatModel(Checkpoint(model)).weights(torch.float32)
 
 
 def test_tokens_that_the_model_does_not_know(model: Path) -> None:
-    generator = Generator(checkpoints.load_model(model, torch.float32), 0, 2)
-    known = checkpoints.read_config(model)["vocab_size"]
+    generator = Generator(ChatModel(Checkpoint(model)).weights(torch.float32), 0, 2)
+    known = Checkpoint(model).config["vocab_size"]
     for ask in (
         lambda: generator.generate([[5, known]], 2, [2]),
         lambda: generator.loglikelihoods([[5, known]], [[[8], [9]]]),
@@ -96,7 +104,7 @@ def test_answers_that_are_no_numbers(model: Path, reuse_prefix: bool) -> None:
     weights = load_file(model / "model.safetensors")
     weights["model.layers.1.mlp.up_proj.weight"][0, 0] = float("nan")
     save_file(weights, model / "model.safetensors", {"format": "pt"})
-    generator = Generator(checkpoints.load_model(model, torch.float32), 0, 2, reuse_prefix)
+    generator = Generator(ChatModel(Checkpoint(model)).weights(torch.float32), 0, 2, reuse_prefix)
     with pytest.raises(UserError, match="the model gives no numbers"):
         list(generator.generate([[5, 6, 7], [5, 6]], 2, [2]))
     with pytest.raises(UserError, match="the model gives no numbers"):
@@ -121,16 +129,16 @@ def test_answers_that_are_no_numbers(model: Path, reuse_prefix: bool) -> None:
 def test_damaged_files_of_a_checkpoint(model: Path, name: str, content: str, sentence: str) -> None:
     (model / name).write_bytes(content.encode("latin-1"))
     if not sentence:
-        checkpoints.load_trained(model, torch.float32)
+        ChatModel(Checkpoint(model)).load(torch.float32)
         return
     with pytest.raises(UserError, match=sentence):  # noqa: PT012
-        checkpoints.load_chat_format(model)
-        checkpoints.load_trained(model, torch.float32)
+        _ = ChatModel(Checkpoint(model)).chat
+        ChatModel(Checkpoint(model)).load(torch.float32)
 
 
 def test_weights_without_a_place_are_said(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     change(model / "config.json", num_hidden_layers=1)
-    checkpoints.load_model(model, torch.float32)
+    ChatModel(Checkpoint(model)).weights(torch.float32)
     assert "warning: 9 tensors of" in capsys.readouterr().err
 
 
@@ -138,11 +146,11 @@ def test_a_tokenizer_without_an_end_token(model: Path) -> None:
     change(model / "tokenizer_config.json", eos_token=None)
     (model / "special_tokens_map.json").unlink(missing_ok=True)
     with pytest.raises(UserError, match="has no end token"):
-        checkpoints.load_tokenizer(model)
+        load_tokenizer(Checkpoint(model))
 
 
 def test_adapters_that_do_not_fit(adapter: Path) -> None:
-    assert checkpoints.load_trained(adapter, torch.float32)
+    assert ChatModel(Checkpoint(adapter)).load(torch.float32)
     whole = load_file(adapter / "adapter_model.safetensors")
     some = next(iter(whole))
     for tensors, sentence in (
@@ -152,23 +160,50 @@ def test_adapters_that_do_not_fit(adapter: Path) -> None:
     ):
         save_file(dict(tensors), adapter / "adapter_model.safetensors")
         with pytest.raises(UserError, match=sentence):
-            checkpoints.load_trained(adapter, torch.float32)
+            ChatModel(Checkpoint(adapter)).load(torch.float32)
 
 
 def test_bases_of_adapters(adapter: Path) -> None:
     path = adapter / "adapter_config.json"
     change(path, base_model_name_or_path="/moved/model")
-    assert checkpoints.base_folder(adapter) == adapter.parent / "model"
+    assert Checkpoint(adapter).base.folder == adapter.parent / "model"
     for value, sentence in (
         (["x"], "expected the folder of the base model"), ("a\0b", "expected the folder"), ("/moved/x", "is not there"),
         (str(adapter), "is not there"),
     ):  # fmt: skip
         change(path, base_model_name_or_path=value)
         with pytest.raises(UserError, match=sentence):
-            checkpoints.base_folder(adapter)
+            _ = Checkpoint(adapter).base
     path.write_text("null", encoding="utf-8")
     with pytest.raises(UserError, match=r"adapter_config.json holds a JSON NoneType"):
-        checkpoints.read_config(adapter)
+        _ = Checkpoint(adapter).config
+
+
+def test_weights_that_are_no_numbers_are_not_merged(adapter: Path) -> None:
+    for path in (adapter.parent / "model").glob("*token*"):
+        shutil.copy(path, adapter)
+    weights = load_file(adapter / "adapter_model.safetensors")
+    save_file(
+        {name: torch.full_like(weight, torch.nan) for name, weight in weights.items()},
+        adapter / "adapter_model.safetensors",
+    )
+    target = adapter / "merged"
+    with pytest.raises(UserError, match=r"differs from base \+ adapter by nan"):
+        ChatModel(Checkpoint(adapter)).save_merged(target, torch.float32, [[1, 2], [3]])
+    assert not target.exists()
+
+
+def test_a_checkpoints_config_is_read_once(adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[Path] = []
+    monkeypatch.setattr(
+        checkpoints, "read_config", lambda path: read.append(path) or {"vocab_size": 9, "seq_length": 7}
+    )
+    checkpoint = Checkpoint(adapter)
+    checkpoint.check_trust()
+    assert (checkpoint.length, checkpoint.vocabulary, checkpoint.family().name) == (7, 9, "auto")
+    assert checkpoint.lora_layers is None
+    assert read == [adapter.parent / "model" / "config.json"]
+    assert (checkpoint.is_whole, checkpoint.adapters, checkpoint.base.adapters) == (False, [adapter], [])
 
 
 @pytest.mark.parametrize(
@@ -197,3 +232,33 @@ def test_templates_need_the_common_one(tmp_path: Path) -> None:
     (folder / "auto.json").unlink()
     with pytest.raises(UserError, match=r"has no auto.json"):
         read_families(folder)
+
+
+def test_a_damaged_template_is_an_error_of_the_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], request: pytest.FixtureRequest
+) -> None:
+    """Of each command that knows modes, and not of the modules that are imported."""
+    folder = Path(shutil.copytree(TEMPLATES, tmp_path / "templates"))
+    change(folder / "glm3.json", surprise=1)
+    monkeypatch.setattr(chat_formats, "TEMPLATES", folder)
+    request.addfinalizer(chat_formats.families.cache_clear)
+    chat_formats.families.cache_clear()
+    for command in (finetune, predict, prepare, model_performance_evaluation):
+        assert command.main(["--help"]) == 2
+        said = capsys.readouterr()
+        assert "error: " in said.err
+        assert "glm3.json: unknown key surprise" in said.err
+        assert said.out == "" or json.loads(said.out)["code"] == 2
+
+
+def test_checkpoints_are_known_without_torch(adapter: Path) -> None:
+    code = (
+        "import sys; from pathlib import Path; from llmops.chat_model import Checkpoint;"
+        "found = Checkpoint(Path(sys.argv[1])); found.check_trust(); print(found.length, found.family().name);"
+        "sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(adapter)], capture_output=True, text=True, cwd=ROOT, check=False
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.endswith(" auto\n")

@@ -6,8 +6,11 @@ import numpy as np
 import pytest
 from conftest import Messages, write_jsonl
 
-from llmops import checkpoints as loading
+from llmops.chat_formats import ChatFormat
+from llmops.chat_model import ChatModel
+from llmops.checkpoints import Checkpoint
 from llmops.console import UserError
+from llmops.records import Conversation
 from train.dataset import Source, TokenDataset, encode_conversation, load_or_encode
 
 LONG = [
@@ -20,42 +23,42 @@ LONG = [
 
 
 @pytest.fixture
-def chat(checkpoints: dict[str, Path]) -> loading.ChatFormat:
-    return loading.load_chat_format(checkpoints["llama"])[1]
+def chat(checkpoints: dict[str, Path]) -> ChatFormat:
+    return ChatModel(Checkpoint(checkpoints["llama"])).chat
 
 
-def test_oldest_turns_go_first_and_the_system_message_stays(chat: loading.ChatFormat) -> None:
+def test_oldest_turns_go_first_and_the_system_message_stays(chat: ChatFormat) -> None:
     (whole,) = chat.conversation(LONG)
     (shorter,) = chat.conversation([LONG[0], *LONG[3:]])
-    ((sample, outcome),) = encode_conversation(chat, LONG, len(whole.ids) - 1)
+    ((sample, outcome),) = encode_conversation(chat, Conversation(LONG), len(whole.ids) - 1)
     assert outcome == "turns_cut"
     assert sample is not None
     assert (sample.ids, sample.learned) == (shorter.ids, shorter.learned)
-    ((sample, outcome),) = encode_conversation(chat, LONG, len(whole.ids))
+    ((sample, outcome),) = encode_conversation(chat, Conversation(LONG), len(whole.ids))
     assert outcome == "whole"
 
 
-def test_a_single_pair_loses_the_end_of_its_answer(chat: loading.ChatFormat) -> None:
+def test_a_single_pair_loses_the_end_of_its_answer(chat: ChatFormat) -> None:
     (shorter,) = chat.conversation([LONG[0], *LONG[3:]])
-    ((sample, outcome),) = encode_conversation(chat, LONG, len(shorter.ids) - 5)
+    ((sample, outcome),) = encode_conversation(chat, Conversation(LONG), len(shorter.ids) - 5)
     assert outcome == "answer_cut"
     assert sample is not None
     assert sample.ids == shorter.ids[:-5]
 
 
-def test_a_prompt_that_fills_the_length_is_dropped(chat: loading.ChatFormat) -> None:
-    ((sample, outcome),) = encode_conversation(chat, LONG[:3], 12)
+def test_a_prompt_that_fills_the_length_is_dropped(chat: ChatFormat) -> None:
+    ((sample, outcome),) = encode_conversation(chat, Conversation(LONG[:3]), 12)
     assert (sample, outcome) == (None, "dropped")
 
 
 def source(path: Path, model: Path, **changes: object) -> Source:
     return Source(
-        **({"path": path, "model": model, "mode": "auto", "max_seq_len": 64, "skip_bad_lines": False} | changes)
+        **({"paths": (path,), "model": model, "mode": "auto", "max_seq_len": 64, "skip_bad_lines": False} | changes)
     )
 
 
 def test_counts_and_cache(
-    tmp_path: Path, chat: loading.ChatFormat, checkpoints: dict[str, Path], capfd: pytest.CaptureFixture[str]
+    tmp_path: Path, chat: ChatFormat, checkpoints: dict[str, Path], capfd: pytest.CaptureFixture[str]
 ) -> None:
     path = write_jsonl(tmp_path / "train.jsonl", [LONG, LONG[1:3], *[LONG[3:]] * 3])
     first = load_or_encode(source(path, checkpoints["llama"], max_seq_len=40), chat, tmp_path / "cache")
@@ -86,16 +89,14 @@ def test_cache_depends_on_everything(tmp_path: Path, checkpoints: dict[str, Path
     assert len(keys) == 5
 
 
-def test_all_rows_too_long_is_an_error(tmp_path: Path, chat: loading.ChatFormat, checkpoints: dict[str, Path]) -> None:
+def test_all_rows_too_long_is_an_error(tmp_path: Path, chat: ChatFormat, checkpoints: dict[str, Path]) -> None:
     path = write_jsonl(tmp_path / "train.jsonl", [LONG[:3]])
     with pytest.raises(UserError, match="keeps a learned token within 10 tokens"):
         load_or_encode(source(path, checkpoints["llama"], max_seq_len=10), chat, tmp_path / "cache")
     assert not list((tmp_path / "cache").glob("*.part"))
 
 
-def test_split_is_seeded_disjoint_and_whole(
-    tmp_path: Path, chat: loading.ChatFormat, checkpoints: dict[str, Path]
-) -> None:
+def test_split_is_seeded_disjoint_and_whole(tmp_path: Path, chat: ChatFormat, checkpoints: dict[str, Path]) -> None:
     path = write_jsonl(tmp_path / "train.jsonl", [LONG[3:]] * 20)
     data = load_or_encode(source(path, checkpoints["llama"]), chat, tmp_path / "cache")
     train, test = data.split(0.2, seed=1)
@@ -110,9 +111,7 @@ def test_split_is_seeded_disjoint_and_whole(
         one.split(0.5, seed=1)
 
 
-def test_an_interrupted_encoding_leaves_nothing(
-    tmp_path: Path, chat: loading.ChatFormat, checkpoints: dict[str, Path]
-) -> None:
+def test_an_interrupted_encoding_leaves_nothing(tmp_path: Path, chat: ChatFormat, checkpoints: dict[str, Path]) -> None:
     path = write_jsonl(tmp_path / "train.jsonl", [LONG[3:]] * 3)
     one = source(path, checkpoints["llama"])
     leftover = tmp_path / "cache" / f"train-{one.key()}.part"
@@ -125,11 +124,11 @@ def test_an_interrupted_encoding_leaves_nothing(
 @pytest.mark.parametrize("name", ["meta.json", "index.npy", "ids.bin", "learned.bin"])
 @pytest.mark.parametrize("how", ["changed", "cut", "missing", "a folder"])
 def test_damaged_tokens_are_made_anew(
-    chat: loading.ChatFormat, checkpoints: dict[str, Path], conversations: list[Messages], tmp_path: Path,
+    chat: ChatFormat, checkpoints: dict[str, Path], conversations: list[Messages], tmp_path: Path,
     capsys: pytest.CaptureFixture[str], name: str, how: str,
 ) -> None:  # fmt: skip
     path = write_jsonl(tmp_path / "train.jsonl", conversations[:4])
-    source = Source(path, checkpoints["llama"], "auto", 256, False)
+    source = Source((path,), checkpoints["llama"], "auto", 256, False)
     whole = load_or_encode(source, chat, tmp_path / "cache")
     expected = [(whole[i]["ids"].tolist(), whole[i]["learned"].tolist()) for i in range(len(whole))]
     harmed = whole.folder / name

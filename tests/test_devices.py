@@ -10,7 +10,7 @@ import torch
 
 from eval.engine import choose_device
 from eval.processes import Processes
-from llmops import checkpoints, devices
+from llmops import devices
 from llmops.console import UserError, has_gpu
 
 
@@ -107,7 +107,7 @@ def test_the_cpu_can_be_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_only_real_bf16_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
-    assert checkpoints.choose_dtype("auto") == torch.float32
+    assert devices.choose_dtype("auto") == torch.float32
 
 
 def test_the_process_group_waits_two_hours() -> None:

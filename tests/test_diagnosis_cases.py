@@ -148,6 +148,31 @@ def test_a_real_still_falling_run_is_underfitted(tmp_path: Path, capfd: pytest.C
         assert levels(call(capfd, str(tmp_path / "log.txt"))[1])[1] != "Low"
 
 
+def test_a_rise_that_the_curve_came_back_from_before_must_last(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """As large as the one before: twice the patience; half as large: twice as long as that one lasted."""
+    train, start = fall(160, 2, 0.02, 8), [1.6, 0.8, 0.4]
+    bump = [0.35, 0.36, 0.38, 0.4, 0.36]  # 14% over 0.35, five evaluations without a better one
+    as_large, half = [0.3, 0.32, 0.335, 0.34, 0.345], [0.3, 0.311, 0.312, 0.312, 0.313]
+    for rise, expected in ((as_large[:3], "Low"), (as_large, "High"), (half, "Low"), (half + half[-1:] * 6, "Medium")):
+        (tmp_path / "log.txt").write_text(trainer(train, [*start, *bump, *rise], 8), encoding="utf-8")
+        assert levels(call(capfd, str(tmp_path / "log.txt"))[1])[0] == expected, rise
+
+
+def test_what_annealing_brings_is_no_underfitting(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """The same losses: the rate ends at nothing, or on its way down."""
+    evaluation = [9.4, 4.98, 3.61, 2.68, 2.06, 1.59, 1.2, 0.94, 0.79, 0.67, 0.6, 0.56, 0.54]
+    for last, expected in ((0.0, "Low"), (0.3, "Medium")):
+        rows = []
+        for i, value in enumerate(evaluation):
+            rate = last + (1 - last) * (1 + math.cos(math.pi * i / 12)) / 2
+            rows.append({"step": 30 * i, "loss": value, "learning_rate": rate * 1e-4} | {"eval_loss": value})
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        (tmp_path / "log.txt").write_text(text, encoding="utf-8")
+        assert levels(call(capfd, str(tmp_path / "log.txt"))[1])[1] == expected
+
+
 def test_rows_of_other_ranks_while_a_run_is_resumed(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """--explain counts what was thrown away: a resumed run replaces, a second process does not."""
     lines: Lines = [{"step": i, "loss": 5 / i} for i in range(1, 11)]

@@ -104,10 +104,10 @@ def test_a_question_that_does_not_fit_is_left_out_and_named(
 def test_everything_is_checked_before_the_weights_load(
     capfd: pytest.CaptureFixture[str], checkpoints: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def no_load(*_: Any) -> None:
+    def no_load(*_: Any, **__: Any) -> None:
         raise AssertionError("the weights were loaded")
 
-    monkeypatch.setattr("eval.engine.load", no_load)
+    monkeypatch.setattr("llmops.chat_model.ChatModel.load", no_load)
     code, found, errors = call(capfd, checkpoints["llama"], ["inference_ability"], max_seq_len=9)
     assert (code, found) == (2, None)
     assert "max_seq_len 9 is too small for every prompt; give " in errors
@@ -226,11 +226,11 @@ def test_a_signal_before_the_first_answer_is_told(
 ) -> None:
     """SIGTERM while the weights load: the documented JSON with nothing finished."""
 
-    def slow(*_: Any) -> None:
+    def slow(*_: Any, **__: Any) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(10)
 
-    monkeypatch.setattr("eval.engine.load", slow)
+    monkeypatch.setattr("llmops.chat_model.ChatModel.load", slow)
     options = {"data_dir": str(command.SAMPLES), "limit": 3}
     code, found, errors = call(capfd, checkpoints["llama"], ["inference_ability"], **options)
     assert (code, found["evaluation_results"]) == (143, {})
@@ -417,9 +417,7 @@ def test_choices_per_token(checkpoints: dict[str, Path]) -> None:
 def test_floors_and_ceilings_by_hand(tmp_path: Path) -> None:
     """TNEWS: the keywords that stand in the title; quoref: another person's question, and nobody's own as a floor."""
     rows = [("甲乙丙丁", "甲乙,戊己"), ("无", "甲")]
-    write_lines(
-        tmp_path / "tnews" / "dev.json", [{"label": "1", "sentence": a, "keywords": b} for a, b in rows]
-    )
+    write_lines(tmp_path / "tnews" / "dev.json", [{"label": "1", "sentence": a, "keywords": b} for a, b in rows])
     tnews = command.DIMENSIONS["chinese_language_skill"]
     samples = command.load_data(tnews, command.Options(data_dir=str(tmp_path))).loaded.samples
     _, best = tnews.ceiling(samples)

@@ -14,7 +14,8 @@ import torch
 from conftest import FAST, ROOT, chat_main, environment, read_log, train_losses
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from llmops import checkpoints as loading
+from llmops.chat_model import ChatModel
+from llmops.checkpoints import Checkpoint
 from train import checkpointing
 from train.batches import PaddedCollator, target_losses
 from train.dataset import Source, load_or_encode
@@ -32,9 +33,9 @@ def losses(run: Run, output: Path, *arguments: str, **options: str) -> list[floa
 
 def eval_loss_of(folder: Path, data: Path, base: Path) -> float:
     """The loss of the saved model, loaded afresh and computed the plain way, on a jsonl file."""
-    model = loading.load_trained(folder, torch.float32).eval()
-    _, chat = loading.load_chat_format(folder)
-    samples = load_or_encode(Source(data, base, "auto", 256, False), chat, data.parent / "cache")
+    opened = ChatModel(Checkpoint(folder))
+    chat, model = opened.chat, opened.load(torch.float32).eval()
+    samples = load_or_encode(Source((data,), base, "auto", 256, False), chat, data.parent / "cache")
     with torch.no_grad():
         return float(target_losses(model, PaddedCollator(0)([samples[i] for i in range(len(samples))])).mean())
 

@@ -261,9 +261,11 @@ def test_adapters(capfd: pytest.CaptureFixture[str], checkpoints: dict[str, Path
     import torch
     from peft import LoraConfig, get_peft_model
 
-    from llmops.checkpoints import load_model
+    from llmops.chat_model import ChatModel
+    from llmops.checkpoints import Checkpoint
 
-    adapted = get_peft_model(load_model(checkpoints["llama"], torch.float32), LoraConfig(target_modules=["down_proj"]))
+    model = ChatModel(Checkpoint(checkpoints["llama"])).weights(torch.float32)
+    adapted = get_peft_model(model, LoraConfig(target_modules=["down_proj"]))
     torch.manual_seed(1)
     for name, weight in adapted.named_parameters():
         if "lora_B" in name:
@@ -409,11 +411,13 @@ def test_a_mount_that_moved(capfd: pytest.CaptureFixture[str], checkpoints: dict
     import torch
     from peft import LoraConfig, get_peft_model
 
-    from llmops.checkpoints import load_model
+    from llmops.chat_model import ChatModel
+    from llmops.checkpoints import Checkpoint
 
     base, moved = tmp_path / "mnt" / "base", tmp_path / "moved"
     shutil.copytree(checkpoints["qwen2"], base)
-    adapted = get_peft_model(load_model(base, torch.float32), LoraConfig(target_modules=["down_proj"]))
+    model = ChatModel(Checkpoint(base)).weights(torch.float32)
+    adapted = get_peft_model(model, LoraConfig(target_modules=["down_proj"]))
     adapted.save_pretrained(tmp_path / "mnt" / "output_path")
     for path in base.glob("*token*"):
         shutil.copy(path, tmp_path / "mnt" / "output_path")

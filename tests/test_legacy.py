@@ -16,9 +16,12 @@ from conftest import ROOT, chat_main, read_log
 from torch import nn
 from transformers import GenerationMixin
 
-from llmops import checkpoints, legacy
+from llmops import legacy
+from llmops.chat_model import ChatModel, load_tokenizer
+from llmops.checkpoints import Checkpoint
 from llmops.console import UserError
 from llmops.generation import Generator
+from llmops.layers import choose_lora_layers
 from train.batches import PaddedCollator, target_losses
 
 MODULES = ROOT / "tests" / "legacy_modules"
@@ -119,7 +122,12 @@ for i in range(2):
 
 def load(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
     """The model as our commands load it."""
-    return checkpoints.load_model(folder, dtype, trust_remote_code=True).eval()
+    return ChatModel(Checkpoint(folder, trust_remote_code=True)).weights(dtype).eval()
+
+
+def trusted_tokenizer(folder: Path) -> Any:
+    """The tokenizer as our commands load it."""
+    return load_tokenizer(Checkpoint(folder, trust_remote_code=True))
 
 
 def prompt(style: str, length: int = 9, seed: int = 0) -> list[int]:
@@ -163,9 +171,9 @@ def direct(folder: Path) -> Any:
 
 def test_special_tokens_get_the_vocabularys_ids(make: Make) -> None:
     with pytest.raises(UserError, match=r"AttributeError|TypeError"):
-        checkpoints.load_tokenizer(make("alibi", without="special_tokens_before_vocabulary"), True)
+        trusted_tokenizer(make("alibi", without="special_tokens_before_vocabulary"))
     folder = make("alibi")
-    tokenizer = checkpoints.load_tokenizer(folder, True)
+    tokenizer = trusted_tokenizer(folder)
     pieces = spm.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
     assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) == (1, 2, 0)
     assert tokenizer("hello 你好")["input_ids"] == pieces.encode("hello 你好")
@@ -175,8 +183,8 @@ def test_special_tokens_get_the_vocabularys_ids(make: Make) -> None:
 def test_old_pad_is_called_without_padding_side(make: Make) -> None:
     texts = ["hello", "hello and more 你好"]
     with pytest.raises(TypeError, match="padding_side"):
-        checkpoints.load_tokenizer(make("rotary", without="padding_side_not_accepted"), True)(texts, padding=True)
-    tokenizer = checkpoints.load_tokenizer(make("rotary"), True)
+        trusted_tokenizer(make("rotary", without="padding_side_not_accepted"))(texts, padding=True)
+    tokenizer = trusted_tokenizer(make("rotary"))
     batch = tokenizer(texts, padding=True)
     for text, row, mask in zip(texts, batch["input_ids"], batch["attention_mask"], strict=True):
         ids = tokenizer(text)["input_ids"]
@@ -186,7 +194,7 @@ def test_old_pad_is_called_without_padding_side(make: Make) -> None:
 
 def test_an_added_token_gets_a_free_id(make: Make) -> None:
     def added(folder: Path) -> tuple[int, int]:
-        tokenizer = checkpoints.load_tokenizer(folder, True)
+        tokenizer = trusted_tokenizer(folder)
         tokenizer.add_tokens(["<new>"])
         return tokenizer.convert_tokens_to_ids("<new>"), tokenizer.vocab_size
 
@@ -198,18 +206,18 @@ def test_an_added_token_gets_a_free_id(make: Make) -> None:
 
 def test_an_id_beyond_the_vocabulary_is_no_text(make: Make) -> None:
     with pytest.raises(IndexError):
-        checkpoints.load_tokenizer(make("alibi", without="ids_beyond_the_vocabulary"), True).decode([200, 299])
-    tokenizer = checkpoints.load_tokenizer(make("alibi"), True)
+        trusted_tokenizer(make("alibi", without="ids_beyond_the_vocabulary")).decode([200, 299])
+    tokenizer = trusted_tokenizer(make("alibi"))
     assert tokenizer.decode([200, 299]) == tokenizer.decode([200])
 
 
 def test_a_saved_tokenizer_keeps_add_bos_token(make: Make, tmp_path: Path) -> None:
     for without, starts_with_bos in (("saved_without_bos_setting", True), ("", False)):
-        tokenizer = checkpoints.load_tokenizer(make("alibi", without=without), True)
+        tokenizer = trusted_tokenizer(make("alibi", without=without))
         assert tokenizer("hello")["input_ids"][0] != 1
         saved = tmp_path / f"saved-{without}"
         tokenizer.save_pretrained(saved)
-        again = checkpoints.load_tokenizer(shutil.copytree(saved, config_beside(saved, tmp_path)), True)
+        again = trusted_tokenizer(shutil.copytree(saved, config_beside(saved, tmp_path)))
         assert (again("hello")["input_ids"][0] == 1) == starts_with_bos
 
 
@@ -566,7 +574,7 @@ def test_lora_merges(make: Make, style: str, tmp_path: Path) -> None:
     from peft import LoraConfig, get_peft_model
 
     folder = make(style)
-    layers = checkpoints.choose_lora_layers(load(folder), "", None)
+    layers = choose_lora_layers(load(folder), "", None)
     assert not {"lm_head", "output_layer"} & set(layers)
     torch.manual_seed(0)
     model = get_peft_model(load(folder), LoraConfig(r=2, target_modules=layers, task_type="CAUSAL_LM"))
@@ -576,12 +584,13 @@ def test_lora_merges(make: Make, style: str, tmp_path: Path) -> None:
     assert step(model, style)[0] > 0
     model.peft_config["default"].base_model_name_or_path = str(folder)
     model.save_pretrained(tmp_path / "adapter")
-    checkpoints.load_tokenizer(folder, True).save_pretrained(tmp_path / "adapter")
+    trusted_tokenizer(folder).save_pretrained(tmp_path / "adapter")
     ids = [prompt(style)]
     target = tmp_path / f"{tmp_path.name}-merged"
     with pytest.raises(UserError, match="trust_remote_code"):
-        checkpoints.merge_adapter(tmp_path / "adapter", target, torch.float32, ids)
-    assert checkpoints.merge_adapter(tmp_path / "adapter", target, torch.float32, ids, True) < 1e-5
+        ChatModel(Checkpoint(tmp_path / "adapter")).save_merged(target, torch.float32, ids)
+    trusted = ChatModel(Checkpoint(tmp_path / "adapter", trust_remote_code=True))
+    assert trusted.save_merged(target, torch.float32, ids) < 1e-5
     assert {path.name for path in target.glob("*.py")} == {path.name for path in folder.glob("*.py")}
 
 
@@ -597,7 +606,7 @@ def test_a_saved_folder_loads_again(make: Make, style: str, tmp_path: Path) -> N
     model = load(folder)
     saved = tmp_path / f"{tmp_path.name}-saved"
     model.save_pretrained(saved)
-    checkpoints.load_tokenizer(folder, True).save_pretrained(saved)
+    trusted_tokenizer(folder).save_pretrained(saved)
     assert {path.name for path in saved.glob("*.py")} == {path.name for path in folder.glob("*.py")}
     assert all((saved / path.name).read_text() == path.read_text() for path in folder.glob("*.py"))
     assert json.loads((saved / "config.json").read_text())["torch_dtype"] == "float32"
@@ -660,7 +669,7 @@ def test_chat_main_trains_an_old_checkpoint(make: Make, small_data: Path) -> Non
 def test_native_checkpoints_are_not_touched(checkpoints_native: dict[str, Path]) -> None:
     for folder in checkpoints_native.values():
         assert legacy.prepare_tokenizer(folder) == legacy.prepare_model(folder) == ()
-        model = checkpoints.load_model(folder, torch.float32, trust_remote_code=True)
+        model = ChatModel(Checkpoint(folder, trust_remote_code=True)).weights(torch.float32)
         assert not any(legacy.CURED in c.__dict__ for c in type(model).__mro__)
 
 

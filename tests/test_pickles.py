@@ -13,7 +13,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 from test_similar_questions import write_embedding_model
 
-from llmops import checkpoints as loading
+from llmops.chat_model import ChatModel
+from llmops.checkpoints import Checkpoint
 from llmops.console import UserError
 from llmops.embedding.encoder import Encoder
 from llmops.embedding.folder import read_folder
@@ -48,30 +49,30 @@ def test_weights_of_a_model(tmp_path: Path, mark: Path, checkpoints: dict[str, P
     (folder / "model.safetensors").unlink()
     torch.save({"model.norm.weight": Hostile(mark)}, folder / "pytorch_model.bin")
     with pytest.raises(UserError, match=r"asks for posix\.system, which weights do not need"):
-        loading.load_model(folder, torch.float32)
+        ChatModel(Checkpoint(folder)).weights(torch.float32)
     (folder / "pytorch_model.bin").write_bytes(b"PK\x03\x04 and no weights")
     with pytest.raises(UserError, match="cannot be loaded"):
-        loading.load_model(folder, torch.float32)
+        ChatModel(Checkpoint(folder)).weights(torch.float32)
     assert not mark.exists()
 
 
 def test_weights_of_an_adapter(tmp_path: Path, mark: Path, checkpoints: dict[str, Path]) -> None:
-    model = loading.load_model(checkpoints["llama"], torch.float32)
+    model = ChatModel(Checkpoint(checkpoints["llama"])).weights(torch.float32)
     get_peft_model(model, LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM")).save_pretrained(tmp_path)
     settings = json.loads((tmp_path / "adapter_config.json").read_text())
     settings["base_model_name_or_path"] = str(checkpoints["llama"])
     (tmp_path / "adapter_config.json").write_text(json.dumps(settings))
     (tmp_path / "adapter_model.safetensors").unlink()
     with pytest.raises(UserError, match="has no weights"):
-        loading.load_trained(tmp_path, torch.float32)
+        ChatModel(Checkpoint(tmp_path)).load(torch.float32)
     torch.save({"weight": Hostile(mark)}, tmp_path / "adapter_model.bin")
     with pytest.raises(UserError, match=r"asks for posix\.system"):
-        loading.load_trained(tmp_path, torch.float32)
+        ChatModel(Checkpoint(tmp_path)).load(torch.float32)
     (tmp_path / "adapter_config.json").write_text(
         json.dumps(settings | {"megatron_config": {"a": 1}, "megatron_core": "antigravity"})
     )
     with pytest.raises(UserError, match="is one for Megatron"):
-        loading.load_trained(tmp_path, torch.float32)
+        ChatModel(Checkpoint(tmp_path)).load(torch.float32)
     assert "antigravity" not in sys.modules
     assert not mark.exists()
 

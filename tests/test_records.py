@@ -5,8 +5,11 @@ from pathlib import Path
 
 import pytest
 
+from llmops import files
 from llmops.console import UserError
-from llmops.records import parse_line, read_conversations, validate_file
+from llmops.data_files import read_conversations, validate_files
+from llmops.records import BadRow
+from llmops.shapes import convert
 
 GOOD = {"messages": [{"role": "user", "content": "ping"}, {"role": "assistant", "content": "Pong!"}]}
 
@@ -37,10 +40,16 @@ def messages(*turns: tuple[str, object]) -> bytes:
     ],
 )
 def test_bad_line_is_named(raw: bytes, phrase: str) -> None:
-    found, problem = parse_line(raw)
-    assert found is None
-    assert problem is not None
-    assert phrase in problem
+    assert phrase in str(problem_of(raw))
+
+
+def problem_of(raw: bytes) -> str | None:
+    """What is wrong with a line."""
+    value, problem = files.parse_line(raw)
+    try:
+        return problem or (convert(value) and None)
+    except BadRow as error:
+        return str(error)
 
 
 def test_good_lines_pass() -> None:
@@ -49,26 +58,27 @@ def test_good_lines_pass() -> None:
         messages(("system", "s"), ("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d")),
         messages(("system", ""), ("user", "a"), ("assistant", "b")),
     ):
-        assert parse_line(raw)[1] is None
+        assert problem_of(raw) is None
 
 
 def test_all_bad_lines_at_once_with_their_numbers(tmp_path: Path) -> None:
     path = tmp_path / "data.jsonl"
     path.write_bytes(b"\n".join([json.dumps(GOOD).encode(), b"{", b"", b'{"messages": []}', json.dumps(GOOD).encode()]))
     with pytest.raises(UserError) as caught:
-        validate_file(path)
+        validate_files([path])
     text = str(caught.value)
     assert f"{path}:2: broken JSON" in text
     assert f"{path}:4: 'messages' is empty" in text
     assert "2 of 4 lines" in text
-    assert validate_file(path, skip_bad_lines=True) == (2, 2)
+    found = validate_files([path], skip_bad_lines=True)
+    assert (found.good, found.bad) == (2, 2)
 
 
 def test_many_bad_lines_are_all_numbered(tmp_path: Path) -> None:
     path = tmp_path / "data.jsonl"
     path.write_bytes(b"{\n" * 50)
     with pytest.raises(UserError, match=r"and 30 more, lines 21, .* 50$"):
-        validate_file(path)
+        validate_files([path])
 
 
 @pytest.mark.parametrize("content", [b"", b"\n \n", b"{\n"])
@@ -76,10 +86,10 @@ def test_file_without_a_usable_line(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "data.jsonl"
     path.write_bytes(content)
     with pytest.raises(UserError, match="no usable line"):
-        validate_file(path, skip_bad_lines=True)
+        validate_files([path], skip_bad_lines=True)
 
 
 def test_byte_order_mark_and_windows_line_ends(tmp_path: Path) -> None:
     path = tmp_path / "data.jsonl"
     path.write_bytes(b"\xef\xbb\xbf" + json.dumps(GOOD).encode() + b"\r\n")
-    assert [row[1] for row in read_conversations(path)] == [GOOD["messages"]]
+    assert [row.conversation.messages for row in read_conversations(path)] == [GOOD["messages"]]

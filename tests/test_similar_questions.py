@@ -441,22 +441,27 @@ def test_nothing_found_is_an_answer_too(capfd: pytest.CaptureFixture[str], tmp_p
     assert plot.is_file()
 
 
-def change_modules(folder: Path, kind: str) -> None:
-    """A module whose code the folder brings, or a dense layer that takes another width."""
+def save_dense(path: Path, inputs: int, outputs: int) -> None:
+    """The weights of a dense layer."""
     import torch
     from safetensors.torch import save_file
 
-    modules = json.loads((folder / "modules.json").read_text())
+    save_file({"linear.weight": torch.ones(outputs, inputs), "linear.bias": torch.ones(outputs)}, path)
+
+
+def add_module(kind: str, path: Path) -> None:
+    """A module that is code of the folder's, or whose width does not fit."""
+    modules = json.loads((path / "modules.json").read_text())
     if kind == "CODE":
         modules[1]["type"] = "modeling.Pooling"
-        (folder / "modeling.py").write_text("raise SystemExit('this code was run')")
+        (path / "modeling.py").write_text("raise SystemExit('this code was run')")
     else:
-        modules.append({"idx": 3, "name": "3", "path": "3_Dense", "type": "sentence_transformers.models.Dense"})
-        (folder / "3_Dense").mkdir()
-        (folder / "3_Dense" / "config.json").write_text('{"in_features": 9, "out_features": 4}')
-        weights = {"linear.weight": torch.ones(4, 9), "linear.bias": torch.ones(4)}
-        save_file(weights, folder / "3_Dense" / "model.safetensors")
-    (folder / "modules.json").write_text(json.dumps(modules))
+        (path / "3_Dense").mkdir()
+        (path / "3_Dense" / "config.json").write_text('{"in_features": 9, "out_features": 4}')
+        save_dense(path / "3_Dense" / "model.safetensors", 9, 4)
+        more = {"idx": 3, "name": "3", "path": "3_Dense", "type": "sentence_transformers.models.Dense"}
+        modules.append(more)
+    (path / "modules.json").write_text(json.dumps(modules))
 
 
 def make_wrong(kind: str, model: Path, folder: Path) -> Path:
@@ -484,8 +489,6 @@ def make_wrong(kind: str, model: Path, folder: Path) -> Path:
             (path / "config.json").write_text(json.dumps(config | {"is_encoder_decoder": True}))
         elif kind == "STATIC":
             (path / "modules.json").write_text('[{"path": "", "type": "sentence_transformers.models.StaticEmbedding"}]')
-        elif kind in ("CODE", "WIDTH"):
-            change_modules(path, kind)
         elif kind == "NO_WEIGHTS":
             (path / "model.safetensors").unlink()
         elif kind == "CUT":
@@ -495,6 +498,8 @@ def make_wrong(kind: str, model: Path, folder: Path) -> Path:
             (path / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 3}))
         elif kind == "POOLING":
             (path / "1_Pooling" / "config.json").write_text('{"pooling_mode": "sum"}')
+        elif kind in ("CODE", "WIDTH"):
+            add_module(kind, path)
     return path
 
 

@@ -12,7 +12,8 @@ import torch
 from conftest import DEMO, ROOT, environment, read_messages, write_jsonl
 from test_batches import SHAPES, random_samples, sample
 
-from llmops import checkpoints as loading
+from llmops.chat_model import ChatModel
+from llmops.checkpoints import Checkpoint
 from train import attention
 from train.batches import PackedCollator, PaddedCollator, Sample, target_losses
 from train.steps import Split, StepCollator, StepSampler, by_length, by_prompt, plan_step
@@ -45,7 +46,7 @@ def of_all_processes(
 @pytest.mark.parametrize("trained", ["lora", "all"])
 @pytest.mark.parametrize("packed", [True, False])
 def test_the_split_changes_nothing(checkpoints: dict[str, Path], trained: str, packed: bool) -> None:
-    model = loading.load_model(checkpoints["llama"], torch.float32)
+    model = ChatModel(Checkpoint(checkpoints["llama"])).weights(torch.float32)
     if packed:
         model.set_attn_implementation(attention.NAME)
     if trained == "lora":

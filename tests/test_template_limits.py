@@ -9,9 +9,10 @@ from conftest import write_jsonl
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from eval.rendering import Renderer
-from llmops import checkpoints as loader
 from llmops import template_limits, tiny
-from llmops.chat_formats import FAMILIES, ChatFormat
+from llmops.chat_formats import ChatFormat, families
+from llmops.chat_model import ChatModel
+from llmops.checkpoints import Checkpoint
 from llmops.console import UserError
 from llmops.template_limits import LimitedTemplate
 from train.dataset import Source, load_or_encode
@@ -156,7 +157,7 @@ TOOLS = (
 )
 
 
-FAMILY_TEMPLATES = [family.chat_template for family in FAMILIES.values() if family.chat_template]
+FAMILY_TEMPLATES = [family.chat_template for family in families().values() if family.chat_template]
 
 
 @pytest.mark.parametrize("source", [TOOLS, tiny.TEMPLATE, *FAMILY_TEMPLATES])
@@ -196,11 +197,11 @@ def test_data_and_commands_say_where(tmp_path: Path, checkpoints: dict[str, Path
     text = "{% if messages|length > 2 %}{{ 'a' * 10**9 }}{% endif %}" + tiny.TEMPLATE
     (folder / "chat_template.jinja").write_text(text, encoding="utf-8")
     data = write_jsonl(tmp_path / "train.jsonl", [ASKED, ASKED * 2])
-    _, chat = loader.load_chat_format(folder)
+    chat = ChatModel(Checkpoint(folder)).chat
     with pytest.raises(UserError, match=f"train.jsonl:2: {NAME} makes a text or a list of more than 1,000,220 char"):
-        load_or_encode(Source(data, folder, "auto", 256, False), chat, tmp_path / "cache")
+        load_or_encode(Source((data,), folder, "auto", 256, False), chat, tmp_path / "cache")
     (folder / "chat_template.jinja").write_text("{% for %}", encoding="utf-8")
     with pytest.raises(UserError, match=f"^{NAME} is no Jinja template that can be used: Expected an expression"):
-        loader.load_chat_format(folder)
+        _ = ChatModel(Checkpoint(folder)).chat
     with pytest.raises(UserError, match="or turn chat_template off to ask in plain text"):
-        Renderer(folder, "auto", True, False)
+        Renderer(ChatModel(Checkpoint(folder)), True)

@@ -24,7 +24,7 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from llmops.checkpoints import fixed_attention
+from llmops.layers import fixed_attention
 
 NAME = "shared_prefix"
 BLOCK_TOKENS = 256  # sibling branches are attended together up to this many tokens

@@ -17,6 +17,7 @@ from llmops import files
 from train.config import Config
 from train.dataset import TokenDataset
 from train.estimates import GIB, Shape, memory_parts, model_shape, state_parts
+from train.replay import Joined
 from train.run_folder import CONFIG_NAME
 from train.steps import Split
 
@@ -59,7 +60,9 @@ def read_record(output: Path) -> dict[str, Any]:
     return record if isinstance(record, dict) else {}
 
 
-def resolve(config: Config, dtype: torch.dtype, data: TokenDataset, device: torch.device, processes: int) -> Choices:
+def resolve(
+    config: Config, dtype: torch.dtype, data: TokenDataset | Joined, device: torch.device, processes: int
+) -> Choices:
     """What was asked for, else what an earlier start chose, else what fits into the memory that is free now."""
     record = {} if config.overwrite_output_path else read_record(Path(config.output_path))
     every = record.get("gradient_checkpointing") if config.recompute is None else config.recompute
@@ -85,7 +88,7 @@ def free_memory(device: torch.device) -> float:
     return psutil.virtual_memory().available * USABLE / int(os.environ.get("LOCAL_SIZE", "1"))
 
 
-def largest_micro_batch(data: TokenDataset, rows: int, tokens: int) -> tuple[int, int]:
+def largest_micro_batch(data: TokenDataset | Joined, rows: int, tokens: int) -> tuple[int, int]:
     """(tokens, learned tokens) of the worst micro-batch of a split, when nothing is shared."""
     longest = np.argsort(-data.lengths, kind="stable")[: rows or SAMPLE]
     ends = np.cumsum(data.lengths[longest])
@@ -94,7 +97,7 @@ def largest_micro_batch(data: TokenDataset, rows: int, tokens: int) -> tuple[int
     return int(data.lengths[longest].sum()), sum(int(data[int(i)]["learned"].sum()) for i in longest)
 
 
-def learned_share(data: TokenDataset) -> float:
+def learned_share(data: TokenDataset | Joined) -> float:
     """The greatest share of learned tokens among some conversations."""
     places = np.linspace(0, len(data) - 1, min(SAMPLE, len(data)), dtype=np.int64)
     return max(float(data[int(i)]["learned"].mean()) for i in places)
@@ -104,7 +107,7 @@ class Room:
     """What fits into `free` bytes of this run."""
 
     def __init__(
-        self, config: Config, shape: Shape, data: TokenDataset, processes: int, free: float, on_gpu: bool
+        self, config: Config, shape: Shape, data: TokenDataset | Joined, processes: int, free: float, on_gpu: bool
     ) -> None:
         self.config, self.shape, self.data = config, shape, data
         self.processes, self.free, self.on_gpu = processes, free, on_gpu

@@ -5,14 +5,17 @@ Standard library only, so that `--help` and most errors are instant. The names a
 
 import argparse
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field, fields
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from llmops import checkpoints, files
-from llmops.chat_formats import FAMILIES
+from llmops import data_files, files
+from llmops.chat_formats import families
+from llmops.checkpoints import Checkpoint
 from llmops.console import Parser, UserError, to_bool
+from llmops.records import LEARN
 from train import deepspeed_file
 
 HERE = Path(__file__).resolve().parent
@@ -37,11 +40,11 @@ PEAK_LEARNING_RATES = {
 def setting(
     default: Any,
     help: str,
-    choices: Sequence[str] | None = None,
+    choices: Iterable[str] | Callable[[], Iterable[str]] | None = None,
     min: float | None = None,
     max: float | None = None,
 ) -> Any:
-    """A dataclass field with its help text, allowed values and bounds."""
+    """A dataclass field with its help text, allowed values (or what tells them) and bounds."""
     return field(default=default, metadata={"help": help, "choices": choices, "min": min, "max": max})
 
 
@@ -54,12 +57,17 @@ class Config:
         "general", "what the data is: conversations, or FAQ questions with intents", ["general", "faq"]
     )
     model_name_or_path: str = setting("mnt/Llama-2-13b-chat-hf", "folder of the base chat model")
-    mode: str = setting("auto", "chat format; auto: the checkpoint's own template, else by model type", list(FAMILIES))
+    mode: str = setting("auto", "chat format; auto: the checkpoint's own template, else by model type", families)
     train_file: str = setting(
-        "mnt/datasets/train.jsonl", "conversations to learn, one JSON object with messages per line"
+        "mnt/datasets/train.jsonl",
+        "conversations to learn: json, jsonl, csv, tsv, parquet, arrow or a saved dataset; several with commas, globs",
     )
     test_file: str = setting(
         "", "held-out conversations; empty: test.jsonl beside train_file, else a part of train_file"
+    )
+    learn: str = setting("all", "which answers are learned: all, or those after the last question", LEARN)
+    enable_thinking: str = setting(
+        "", "what a thinking model's chat template is told: true or false; empty: nothing", ["", "true", "false"]
     )
     output_path: str = setting("mnt/output_path", "where the model, checkpoints, log.txt and pictures go")
     # how to train
@@ -98,6 +106,10 @@ class Config:
     eval_steps: int = setting(0, "evaluate and save every N steps as well as at every epoch; 0: epochs only", min=0)
     save_total_limit: int = setting(2, "newest checkpoints kept; the best one is always kept", min=1)
     load_best_model_at_end: bool = setting(True, "output_path gets the best evaluated weights; false: the last")
+    replay_ratio: float = setting(
+        0.0, "share of every optimizer step's conversations that are general ones, against forgetting", min=0
+    )
+    replay_file: str = setting("", "general conversations to learn again; empty: train/replay.jsonl")
     retention_file: str = setting("", "general conversations that measure forgetting; empty: train/retention.jsonl")
     logging_steps: int = setting(1, "optimizer steps between two lines of log.txt", min=1)
     tensorboard: bool = setting(True, "serve TensorBoard while training runs")
@@ -119,10 +131,20 @@ class Config:
         """The resolved settings as plain JSON."""
         return asdict(self)
 
+    @cached_property
+    def checkpoint(self) -> Checkpoint:
+        """The base model."""
+        return Checkpoint(Path(self.model_name_or_path), self.mode, self.trust_remote_code)
+
     @property
     def peak_learning_rate(self) -> float:
         """The learning rate with the default of scenario and training type filled in."""
         return self.learning_rate or PEAK_LEARNING_RATES[self.scenario][self.train_type]
+
+    @property
+    def thinking(self) -> bool | None:
+        """--enable_thinking as the chat template gets it; None: not at all."""
+        return to_bool(self.enable_thinking) if self.enable_thinking else None
 
     @property
     def recompute(self) -> int | None:
@@ -141,12 +163,24 @@ class Config:
         return Path(self.retention_file) if self.retention_file else HERE / "retention.jsonl"
 
     @property
-    def test_path(self) -> Path | None:
-        """The held-out file, or None when a part of the training file is held out."""
+    def train_files(self) -> list[Path]:
+        """The files of conversations that are learned. Raises UserError for a pattern that matches nothing."""
+        return data_files.list_files(self.train_file)
+
+    @property
+    def replay_files(self) -> list[Path]:
+        """The general conversations that are learned again; none without --replay_ratio."""
+        if not self.replay_ratio:
+            return []
+        return data_files.list_files(self.replay_file) if self.replay_file else [HERE / "replay.jsonl"]
+
+    @property
+    def test_files(self) -> list[Path]:
+        """The held-out files; none when a part of the training data is held out."""
         if self.test_file:
-            return Path(self.test_file)
-        beside = Path(self.train_file).with_name("test.jsonl")
-        return beside if files.is_file(beside) else None
+            return data_files.list_files(self.test_file)
+        beside = self.train_files[0].with_name("test.jsonl")
+        return [beside] if files.is_file(beside) and beside not in self.train_files else []
 
 
 # Settings that may differ between two starts of the same run: they change neither what is learned nor in which order.
@@ -182,12 +216,13 @@ def build_parser() -> argparse.ArgumentParser:
         shown = f" (default: {default})" if item.default != "" else ""
         if item.name in FAQ_DEFAULTS:
             shown = f" (default: {default}, faq: {FAQ_DEFAULTS[item.name]})"
+        choices = item.metadata["choices"]
         parser.add_argument(
             f"--{item.name}",
             type=kind,
             default=argparse.SUPPRESS,  # Config and FAQ_DEFAULTS have the defaults
             metavar="true|false" if kind is to_bool else None,
-            choices=item.metadata["choices"],
+            choices=list(choices()) if callable(choices) else choices,
             help=(item.metadata["help"] + shown).replace("%", "%%"),
         )
     parser.add_argument("--check", action="store_true", help="check settings, paths and data, then end")
@@ -216,7 +251,7 @@ def find_problems(config: Config) -> list[str]:
             problems.append(f"--{item.name} is {value}, expected at least {low}")
         elif high is not None and value > high:
             problems.append(f"--{item.name} is {value}, expected at most {high}")
-    for name in ("lora_dropout", "warmup_ratio", "eval_ratio"):
+    for name in ("lora_dropout", "warmup_ratio", "eval_ratio", "replay_ratio"):
         if getattr(config, name) >= 1:
             problems.append(f"--{name} is {getattr(config, name)}, expected less than 1")
     layers = config.gradient_checkpointing.lower()
@@ -242,18 +277,39 @@ def path_problems(config: Config) -> list[str]:
     elif not files.is_file(model / "config.json"):
         problems.append(f"the model folder {model} has no config.json; expected a Hugging Face checkpoint folder")
     else:
-        problems += family_problem(config, model)
-    problems += file_problem(config.train_file, "the training data", "put it there or pass --train_file")
-    if config.test_path:
-        problems += file_problem(
-            str(config.test_path), "the test data", "leave --test_file out to hold out training data"
-        )
+        problems += family_problem(config.checkpoint)
+    broken = data_files.problems_of(config.train_file, "the training data", "put it there or pass --train_file")
+    problems += broken
+    if config.test_file or not broken:
+        tested = config.test_file or ",".join(map(str, config.test_files))
+        cure = "leave --test_file out to hold out training data"
+        problems += data_files.problems_of(tested, "the test data", cure) if tested else []
+        if not tested and config.eval_ratio == 0:
+            problems.append("there is no test file and --eval_ratio is 0; give one of the two")
     elif config.eval_ratio == 0:
         problems.append("there is no test file and --eval_ratio is 0; give one of the two")
+    problems += replay_problems(config)
     problems += file_problem(str(config.retention_path), "the retention file", "leave --retention_file out for ours")
     problems += file_problem(str(config.deepspeed_file), "the DeepSpeed file", "leave --ds_file out for ours")
     output = Path(config.output_path)
     return problems + place_problem(output, model) + writable_problem(output)
+
+
+def replay_problems(config: Config) -> list[str]:
+    """What is wrong with the conversations that are to be replayed, and with their share."""
+    if not config.replay_ratio:
+        given = "--replay_file is given and --replay_ratio is 0; pass the share of each step that it gets, such as 0.25"
+        return [given] if config.replay_file else []
+    problems = data_files.problems_of(config.replay_file, "the replay file", "leave --replay_file out for ours") if (
+        config.replay_file) else []  # fmt: skip
+    if not problems and any(files.is_same(path, config.retention_path) for path in config.replay_files):
+        problems.append(
+            f"{config.retention_path} is learned again (--replay_file) and measures forgetting (--retention_file), so "
+            "it would measure nothing; choose another one for either"
+        )
+    if config.per_device_train_batch_size * config.gradient_accumulation_steps == 1:
+        problems.append("--replay_ratio needs steps of two conversations at least; raise --gradient_accumulation_steps")
+    return problems
 
 
 def file_problem(path: str, what: str, cure: str) -> list[str]:
@@ -279,11 +335,11 @@ def place_problem(output: Path, model: Path) -> list[str]:
     ]
 
 
-def family_problem(config: Config, model: Path) -> list[str]:
+def family_problem(checkpoint: Checkpoint) -> list[str]:
     """A `--mode` that does not fit, or code of the checkpoint's own that is not trusted: its files show both."""
     try:
-        checkpoints.check_trust(model, config.trust_remote_code)
-        checkpoints.choose_family(model, config.mode)
+        checkpoint.check_trust()
+        checkpoint.family()
     except UserError as error:
         return [str(error)]
     return []

@@ -1,6 +1,7 @@
-"""From a jsonl file to tokenised conversations on disk: render, cut what is too long, cache.
+"""From files of conversations to tokenised ones on disk: render, cut what is too long, cache.
 
-The cache is three flat files that are memory-mapped, so 100,000 conversations need no more memory than ten.
+The cache is three flat files that are memory-mapped, so a million conversations need no more memory than ten. (A row of
+them is two slices; the same row of an Arrow table takes 60 times as long and the collator asks for every row.)
 """
 
 import hashlib
@@ -8,49 +9,58 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from llmops import chat_formats, files, records
+from llmops import chat_formats, data_files, files, parallel, records
 from llmops.chat_formats import ChatFormat, Rendered
 from llmops.console import RunStopped, UserError, log, progress
-from llmops.records import Message
+from llmops.data_files import Chunk, Found, Read
+from llmops.records import Conversation, Problem
 
-RENDERING = ("chat_formats", "chat_templates", "control_tokens", "template_limits", "records")  # modules of llmops
+RENDERING = (  # modules of llmops
+    "chat_formats", "chat_templates", "control_tokens", "template_limits", "records", "shapes", "data_files"
+)  # fmt: skip
 OUTCOMES = ("whole", "turns_cut", "answer_cut", "dropped")
+FILE_BIT = 40  # of a place: the file's number above it, the line's or row's below
 
 
 def encode_conversation(
-    chat: ChatFormat, messages: Sequence[Message], limit: int
+    chat: ChatFormat, conversation: Conversation, limit: int
 ) -> Iterator[tuple[Rendered | None, str]]:
     """Samples of one conversation as (ids and learned mask, outcome), none longer than `limit` tokens.
 
-    The rule for a conversation that is too long: the oldest question and answer are left out, as few pairs as
-    needed, the system message stays; a single pair that is still too long loses the end of its answer (and with it
-    the end token). What keeps no learned token is dropped (None).
+    The rule for a conversation that is too long: the oldest question and what answers it are left out, as few of them
+    as needed, the system message stays; a single question that is still too long loses the end of its answer (and
+    with it the end token). What keeps no learned token is dropped (None).
     """
-    samples = chat.conversation(messages)
+    samples = chat.conversation(conversation.messages, conversation.tools, conversation.learned)
     if len(samples) == 1:
-        yield fit(chat, messages, samples[0], limit)
+        yield fit(chat, conversation, samples[0], limit)
         return
-    ends = [i + 1 for i, message in enumerate(messages) if message["role"] == "assistant"]
+    ends = [i + 1 for i, learned in enumerate(conversation.learned) if learned]
     for end, sample in zip(ends, samples, strict=True):
-        yield fit(chat, messages[:end], sample, limit)
+        yield fit(chat, conversation.upto(end), sample, limit)
 
 
-def fit(chat: ChatFormat, messages: Sequence[Message], sample: Rendered, limit: int) -> tuple[Rendered | None, str]:
+def fit(chat: ChatFormat, conversation: Conversation, sample: Rendered, limit: int) -> tuple[Rendered | None, str]:
     """Cut one sample to `limit` tokens by the rule of `encode_conversation`."""
     outcome = "whole"
-    system = 1 if messages[0]["role"] == "system" else 0
-    head, turns = list(messages[:system]), list(messages[system:])
-    while len(sample.ids) > limit and len(turns) > 2:
-        turns = turns[2:]
-        sample = chat.conversation(head + turns)[-1]
+    while len(sample.ids) > limit:
+        shorter = conversation.without_first_turn()
+        if shorter is None:
+            break
+        conversation = shorter
+        if not any(conversation.learned):
+            return None, "dropped"
+        sample = chat.conversation(conversation.messages, conversation.tools, conversation.learned)[-1]
         outcome = "turns_cut"
     if len(sample.ids) > limit:
         sample = Rendered(sample.ids[:limit], sample.learned[:limit])
@@ -76,7 +86,7 @@ def read_index(folder: Path) -> np.ndarray:
 class TokenDataset:
     """Tokenised conversations in a folder: `ids.bin` (int32), `learned.bin` (bool), `index.npy`, `meta.json`.
 
-    `index.npy` has shape [samples, 2], int64: where a sample ends in the flat files, and the line it came from.
+    `index.npy` has shape [samples, 2], int64: where a sample ends in the flat files, and the place it came from.
     Indexing gives {"ids": int32 [length], "learned": bool [length]}.
     """
 
@@ -117,11 +127,19 @@ class TokenDataset:
         """Learned tokens of all samples."""
         return sum(int(self[i]["learned"].sum()) for i in range(len(self)))
 
+    def place(self, i: int) -> str:
+        """Where a sample came from, in words."""
+        file, number = divmod(int(self.lines[self.indices[i]]), 1 << FILE_BIT)
+        names = self.meta["files"]
+        return f"line {number}" if len(names) == 1 else f"{names[file]}, line {number}"
+
     def split(self, ratio: float, seed: int) -> tuple["TokenDataset", "TokenDataset"]:
         """(kept, held out): `ratio` of the lines, seeded; the samples of one line stay together."""
         lines = np.unique(self.lines)
         if len(lines) < 2:
-            raise UserError(f"{self.meta['file']} has one usable line, none to hold out; add lines or give a test file")
+            raise UserError(
+                f"{', '.join(self.meta['files'])} has one usable line, none to hold out; add lines or give a test file"
+            )
         count = min(max(1, round(ratio * len(lines))), len(lines) - 1)
         held = np.random.default_rng(seed).permutation(lines)[:count]
         mask = np.isin(self.lines, held)
@@ -132,16 +150,23 @@ class TokenDataset:
 class Source:
     """All that the tokenised form of a file depends on."""
 
-    path: Path
+    paths: tuple[Path, ...]
     model: Path
     mode: str
     max_seq_len: int
     skip_bad_lines: bool
     whole: bool = False  # a row that is too long is an error instead of being cut
     allow_special_tokens: bool = False  # as the ChatFormat that renders has it
+    thinking: bool | None = None  # so is this
+    learn: str = "all"
+
+    @property
+    def name(self) -> str:
+        """What messages call it."""
+        return data_files.name_of(self.paths)
 
     def key(self) -> str:
-        """A hash over the file, the tokenizer, the settings and the code that renders."""
+        """A hash over the files, the tokenizer, the settings and the code that renders."""
         import tokenizers
         import transformers
 
@@ -163,16 +188,19 @@ class Source:
             for p in sorted(self.model.iterdir())
             if p.name.startswith(names) or p.suffix in (".model", ".py", ".jinja")
         ]
-        for path in [self.path, *code, *(p for p in found if p.is_file())]:
+        digest.update(data_files.digest(self.paths).encode())
+        for path in [*self.paths, *code, *(p for p in found if p.is_file())]:
             digest.update(path.name.encode("utf-8", "surrogateescape"))
-            with files.open_regular(path) as stream:
-                digest.update(hashlib.file_digest(stream, "sha256").digest())
+            if path not in self.paths:
+                digest.update(data_files.file_digest(path).encode())
         settings = [
             self.mode,
             self.max_seq_len,
             self.skip_bad_lines,
             self.whole,
             self.allow_special_tokens,
+            self.thinking,
+            self.learn,
             transformers.__version__,
             tokenizers.__version__,
         ]
@@ -182,7 +210,7 @@ class Source:
 
 def load_or_encode(source: Source, chat: ChatFormat, cache: Path, encodes: bool = True) -> TokenDataset:
     """The tokenised file from the cache, or tokenised now. Who does not encode waits for the process that does."""
-    folder = cache / f"{source.path.stem}-{source.key()}"
+    folder = cache / f"{source.paths[0].stem[:80]}-{source.key()}"
     if not encodes:
         while damage(folder):  # the launcher ends this process if the encoding one fails
             time.sleep(0.2)
@@ -196,9 +224,9 @@ def load_or_encode(source: Source, chat: ChatFormat, cache: Path, encodes: bool 
         if not folder.exists():
             encode_file(source, chat, folder)
         else:
-            log(f"{source.path.name}: tokenised data read from the cache ({folder})")
+            log(f"{source.name}: tokenised data read from the cache ({folder})")
     dataset = TokenDataset(folder)
-    say_control_texts(source.path.name, dataset.meta)
+    say_control_texts(source.name, dataset.meta)
     return dataset
 
 
@@ -243,15 +271,13 @@ def checksum(folder: Path, meta: dict[str, Any]) -> str:
 
 
 def encode_file(source: Source, chat: ChatFormat, folder: Path) -> None:
-    """Validate, render and write every conversation of a file; the folder appears when it is complete."""
-    good, bad = records.validate_file(source.path, source.skip_bad_lines)
+    """Check, render and write every conversation of the files; the folder appears when it is complete."""
     staging = folder.with_name(folder.name + ".part")
     try:
         if os.path.lexists(staging):
             remove(staging)
         staging.mkdir()
-        counts = encode_rows(source, chat, staging, good)
-        meta = {"file": str(source.path), "rows": good, "bad_lines": bad, **counts}
+        meta = encode_rows(source, chat, staging)
         files.write_json(staging / "meta.json", meta | {"checksum": checksum(staging, meta)})
         staging.rename(folder)
     except OSError as error:
@@ -260,64 +286,155 @@ def encode_file(source: Source, chat: ChatFormat, folder: Path) -> None:
     except (UserError, RunStopped):
         shutil.rmtree(staging, ignore_errors=True)
         raise
-    log(f"{source.path.name}: {describe(meta)}")
+    log(f"{source.name}: {describe(meta)}")
 
 
-def encode_rows(source: Source, chat: ChatFormat, staging: Path, total: int) -> dict[str, Any]:
-    """Render every conversation into the files of `staging`; how many samples, tokens and outcomes there are."""
-    counts = dict.fromkeys(OUTCOMES, 0)
-    held: dict[str, Any] = {"conversations": 0, "line": 0, "token": "", "allowed": source.allow_special_tokens}
-    index: list[tuple[int, int]] = []
-    end = learned_tokens = 0
-    with open(staging / "ids.bin", "wb") as ids_file, open(staging / "learned.bin", "wb") as learned_file:
-        rows = (row for row in records.read_conversations(source.path) if row[1] is not None)
-        for number, messages, _ in progress(rows, f"tokenising {source.path.name}", total=total):
+@dataclass
+class Encoded:
+    """What became of some rows. `index` is [samples, 2]: tokens and place of each; `failure` ended the encoding."""
+
+    ids: bytes = b""
+    learned: bytes = b""
+    index: np.ndarray = field(default_factory=lambda: np.zeros((0, 2), np.int64))
+    counts: Counter[str] = field(default_factory=Counter)  # outcomes, and learned_tokens
+    shapes: Counter[str] = field(default_factory=Counter)
+    problems: list[Problem] = field(default_factory=list)
+    control_texts: int = 0
+    first_control: tuple[int, str] | None = None  # line and token
+    failure: str = ""
+
+
+class Encoder:
+    """Tokenises chunks of rows; it works in this process or in forked ones."""
+
+    def __init__(self, source: Source, chat: ChatFormat) -> None:
+        self.source, self.chat = source, chat
+
+    def __call__(self, chunk: Chunk) -> Encoded:
+        """The rows of a chunk. After the first that cannot be encoded the rest are only checked."""
+        found = Encoded()
+        parts: list[tuple[np.ndarray, np.ndarray]] = []
+        places: list[tuple[int, int]] = []
+        file = self.source.paths.index(chunk.path) << FILE_BIT
+        for read in data_files.conversations_of(chunk):
+            if read.problem:
+                found.problems.append(read.problem)
+                continue
+            found.shapes[read.shape] += 1
+            if found.failure:
+                continue
             try:
-                samples = list(encode_conversation(chat, messages or [], source.max_seq_len))
+                for sample in self._samples(read, found):
+                    learned = np.asarray(sample.learned, np.bool_)
+                    parts.append((np.asarray(sample.ids, np.int32), learned))
+                    places.append((len(sample.ids), file + read.number))
+                    found.counts["learned_tokens"] += int(learned.sum())
             except UserError as error:
-                raise UserError(f"{source.path}:{number}: {error}") from error
-            token = chat.controls.first(messages or [])
-            if token is not None:
-                held["conversations"] += 1
-                held |= {} if held["line"] else {"line": number, "token": token}
-            for sample, outcome in samples:
-                counts[outcome] += 1
-                if source.whole and outcome != "whole":
-                    raise too_long_error(source, number, chat, messages or [])
-                if sample is None:
-                    continue
-                ids_file.write(np.asarray(sample.ids, np.int32).tobytes())
-                learned = np.asarray(sample.learned, np.bool_)
-                learned_file.write(learned.tobytes())
-                learned_tokens += int(learned.sum())
-                end += len(sample.ids)
-                index.append((end, number))
+                found.failure = f"{read.path}:{read.number}: {error}"
+        found.ids, found.learned = (b"".join(part[k].tobytes() for part in parts) for k in (0, 1))
+        found.index = np.asarray(places, np.int64).reshape(-1, 2)
+        return found
+
+    def _samples(self, read: Read, found: Encoded) -> Iterator[Rendered]:
+        """The samples of a row, what became of it counted."""
+        conversation = read.conversation.learning(self.source.learn)
+        if not any(conversation.learned):
+            found.counts["dropped"] += 1
+            return
+        samples = list(encode_conversation(self.chat, conversation, self.source.max_seq_len))
+        token = self.chat.controls.first(conversation.messages, conversation.tools)
+        if token is not None:
+            found.control_texts += 1
+            found.first_control = found.first_control or (read.number, token)
+        for sample, outcome in samples:
+            found.counts[outcome] += 1
+            if self.source.whole and outcome != "whole":
+                raise too_long_error(self.source, self.chat, conversation)
+            if sample is not None:
+                yield sample
+
+
+def encode_rows(source: Source, chat: ChatFormat, staging: Path) -> dict[str, Any]:
+    """Render every conversation into the files of `staging`, in as many processes as there are cores; what was found.
+
+    Raises UserError for bad rows, all of them at once, for a row that cannot be rendered, and where nothing is left.
+    """
+    found = Encoded()
+    index: list[np.ndarray] = []
+    chunks = data_files.read_chunks(source.paths)
+    # the tokenizer's own threads would compete with the processes, and threads do not survive a fork
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    work = parallel.in_processes(Encoder(source, chat), chunks, parallel.cores())
+    with (
+        open(staging / "ids.bin", "wb") as ids_file, open(staging / "learned.bin", "wb") as learned_file,
+        closing(work),
+    ):  # fmt: skip
+        for part in counted(work, f"tokenising {source.name}"):
+            ids_file.write(part.ids)
+            learned_file.write(part.learned)
+            index.append(part.index)
+            add(found, part)
         for stream in (ids_file, learned_file):
             stream.flush()
             os.fsync(stream.fileno())
-    if not index:
+    checked = data_files.judge(
+        source.paths, Found(found.shapes, len(found.problems)), found.problems, source.skip_bad_lines
+    )
+    if found.failure:
+        raise UserError(found.failure)
+    rows = np.concatenate(index)
+    if not len(rows):
         raise UserError(
-            f"no conversation of {source.path} keeps a learned token within {source.max_seq_len} tokens; "
+            f"no conversation of {source.name} keeps a learned token within {source.max_seq_len} tokens; "
             "raise --max_seq_len"
         )
-    np.save(staging / "index.npy", np.asarray(index, np.int64))
+    rows[:, 0] = np.cumsum(rows[:, 0])
+    np.save(staging / "index.npy", rows)
     return {
-        "samples": len(index), "tokens": end, "learned_tokens": learned_tokens, **counts, "control_texts": held,
+        "files": [str(path) for path in source.paths], "shapes": dict(checked.shapes), "rows": checked.good,
+        "bad_lines": checked.bad, "samples": len(rows), "tokens": int(rows[-1, 0]),
+        "learned_tokens": found.counts["learned_tokens"], **{name: found.counts[name] for name in OUTCOMES},
+        "control_texts": {
+            "conversations": found.control_texts, "line": (found.first_control or (0, ""))[0],
+            "token": (found.first_control or (0, ""))[1], "allowed": source.allow_special_tokens,
+        },
     }  # fmt: skip
 
 
-def too_long_error(source: Source, number: int, chat: ChatFormat, messages: Sequence[Message]) -> UserError:
+def counted(work: Iterator[Encoded], description: str) -> Iterator[Encoded]:
+    """The parts, with a progress bar over their rows."""
+
+    def rows() -> Iterator[Encoded | None]:
+        for part in work:
+            yield part
+            yield from (None for _ in range(part.shapes.total() - 1))
+
+    return (part for part in progress(rows(), description) if part is not None)
+
+
+def add(total: Encoded, part: Encoded) -> None:
+    """Add what was counted in a part."""
+    total.counts.update(part.counts)
+    total.shapes.update(part.shapes)
+    total.problems += part.problems
+    total.control_texts += part.control_texts
+    total.first_control = total.first_control or part.first_control
+    total.failure = total.failure or part.failure
+
+
+def too_long_error(source: Source, chat: ChatFormat, conversation: Conversation) -> UserError:
     """The error for a row that must not be cut: without its whole candidate list a question means something else."""
-    tokens = len(chat.conversation(messages)[-1].ids)
+    tokens = len(chat.conversation(conversation.messages)[-1].ids)
     return UserError(
-        f"{source.path}:{number}: the prompt with its answer has {tokens} tokens, the limit is {source.max_seq_len}; "
+        f"the prompt with its answer has {tokens} tokens, the limit is {source.max_seq_len}; "
         "shorten the list of candidate intents, or raise --max_seq_len (up to the model's length)"
     )
 
 
 def describe(meta: dict[str, Any]) -> str:
     """What became of a file's rows, in one line; nothing that was cut or dropped is left unsaid."""
-    text = f"{meta['rows']:,} conversations, {meta['tokens']:,} tokens, {meta['learned_tokens']:,} learned"
+    shapes = Found(Counter(meta["shapes"]), 0).words()
+    text = f"{shapes}, {meta['tokens']:,} tokens, {meta['learned_tokens']:,} learned"
     said = {
         "bad_lines": "bad lines skipped",
         "turns_cut": "lost their oldest turns",

@@ -17,16 +17,22 @@ sys.path.insert(0, str(HERE.parent))
 
 from llmops import files
 from llmops.console import UserError, has_gpu, log, progress, run_main
-from llmops.records import read_conversations
+from llmops.data_files import read_conversations
+from llmops.records import Conversation, Message
 from train.config import writable_problem
 
 MODEL_NAME = "tiny-chat-model"
 BASE_STEPS = 120
 
 
+def messages_of(path: Path) -> list[list[Message]]:
+    """The conversations of a file."""
+    return [read.conversation.messages for read in read_conversations(path) if read.conversation]
+
+
 def texts_of(path: Path) -> list[str]:
     """Every message of a jsonl file of conversations."""
-    return [message["content"] for _, messages, _ in read_conversations(path) for message in messages or []]
+    return [message["content"] for messages in messages_of(path) for message in messages]
 
 
 def prepare(folder: Path) -> None:
@@ -66,8 +72,8 @@ def make_base(folder: Path) -> None:
     model = tiny.make_model("llama", len(tokenizer), hidden=192, layers=4, heads=4, eos_id=tokenizer.eos_token_id)
     chat = ChatFormat(tokenizer)
     samples: list[dict[str, Any]] = []
-    for _, messages, _ in read_conversations(general):
-        for sample, _ in encode_conversation(chat, messages or [], 256):
+    for messages in messages_of(general):
+        for sample, _ in encode_conversation(chat, Conversation(messages), 256):
             if sample:
                 samples.append({"ids": np.asarray(sample.ids, np.int32), "learned": np.ones(len(sample.ids), bool)})
     collate = PaddedCollator(tokenizer.pad_token_id)
@@ -91,10 +97,11 @@ def answer(folder: Path, question: str) -> str:
     """What the model in a folder says to a question."""
     import torch
 
-    from llmops import checkpoints
+    from llmops.chat_model import ChatModel
+    from llmops.checkpoints import Checkpoint
 
-    _, chat = checkpoints.load_chat_format(folder)
-    model = checkpoints.load_trained(folder, torch.float32).eval()
+    opened = ChatModel(Checkpoint(folder))
+    chat, model = opened.chat, opened.load(torch.float32).eval()
     prompt = torch.tensor([chat.prompt([{"role": "user", "content": question}])])
     out = model.generate(input_ids=prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=64, do_sample=False)
     return chat.tokenizer.decode(out[0, prompt.shape[1] :], skip_special_tokens=True).strip()
@@ -109,7 +116,7 @@ def report(folder: Path) -> None:
     warnings.filterwarnings("ignore", category=FutureWarning)
     output = folder / "output_path"
     results = files.read_object(output / "train_results.json")
-    test = [messages or [] for _, messages, _ in read_conversations(folder / "datasets" / "test.jsonl")]
+    test = messages_of(folder / "datasets" / "test.jsonl")
     question, reference = next((m[0]["content"], m[1]["content"]) for m in test if m[0]["role"] == "user")
     log(
         f"""

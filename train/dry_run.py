@@ -11,23 +11,24 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import islice, pairwise
 from typing import Any
 
 import numpy as np
 import psutil
 import torch
 
-from llmops import checkpoints
+from llmops import devices
 from llmops.console import duration, log
 from train import attention, session
 from train.batches import PackedCollator, PaddedCollator, target_losses, to_device
 from train.choices import Choices, free_memory, resolve
 from train.config import Config
-from train.dataset import TokenDataset, describe
+from train.dataset import describe
 from train.estimates import GIB, Shape, empty_model, memory_parts, model_shape
+from train.replay import Joined, ReplayOrder, replayed
 from train.session import Data
-from train.steps import Split, StepCollator
+from train.steps import Split, StepCollator, StepSampler
 
 EXAMPLES = 3
 SAMPLED_STEPS = 20
@@ -66,18 +67,22 @@ def measured_flops() -> float:
 class Sample:
     """Some of the run's own steps: what their micro-batches look like."""
 
-    def __init__(self, config: Config, data: TokenDataset, split: Split, processes: int) -> None:
+    def __init__(self, config: Config, data: Data, split: Split, processes: int) -> None:
         size = config.per_device_train_batch_size * config.gradient_accumulation_steps * processes
-        order = np.random.default_rng(config.seed).permutation(len(data))
-        steps = [order[start : start + size] for start in range(0, min(len(order), SAMPLED_STEPS * size), size)]
+        order = np.random.default_rng(config.seed).permutation(len(data.train)).tolist()
+        again = ReplayOrder(data.learned, config.seed, lambda: 0) if isinstance(data.learned, Joined) else ()
+        sampler = StepSampler(order, size, again, replayed(size, config.replay_ratio))
+        self.per_epoch = len(sampler)
+        steps = list(islice(sampler, SAMPLED_STEPS))
         collate = PackedCollator() if config.packing and not config.neftune_noise_alpha else PaddedCollator(0)
         self.batches = [
             batch
             for rank in range(processes)
             for step in steps
-            for batch in StepCollator(collate, split, rank, processes)([data[int(i)] for i in step])["batches"]
+            for batch in StepCollator(collate, split, rank, processes)([data.learned[int(i)] for i in step])["batches"]
             if batch["tokens"]
         ]
+        self.per_step = sum(batch["tokens"] for batch in self.batches) / len(steps)
         self.computed = sum(batch["input_ids"].numel() for batch in self.batches)
         self.plain = sum(batch["tokens"] for batch in self.batches)
 
@@ -167,7 +172,7 @@ def show_example(tokenizer: Any, ids: np.ndarray, learned: np.ndarray, color: bo
 def run(config: Config) -> None:
     """Print all of it on stderr."""
     data = session.prepare_data(config, encodes=True)
-    log(f"\nchat format: {data.chat.name}\ntrain: {describe(data.train.meta)}")
+    log(f"\nchat format: {data.model.chat.name}\ntrain: {describe(data.train.meta)}")
     lengths = data.train.lengths
     marks = np.percentile(lengths, [0, 50, 90, 99, 100], method="nearest")
     log(
@@ -175,28 +180,36 @@ def run(config: Config) -> None:
         + ", ".join(f"{n} {m}" for n, m in zip(("min", "median", "90%", "99%", "max"), marks, strict=True))
     )
     log(f"test: {len(data.test):,} conversations; retention: {len(data.retention):,}")
+    if data.replay is not None:
+        log(session.replay_words(config, data, process_count()))
+    else:
+        log("nothing is done against forgetting; --replay_ratio 0.25 puts general conversations into every step")
     color = sys.stderr.isatty()
     log(f"\nThe first {EXAMPLES} training examples, learned tokens {'in green' if color else 'in ⟦ ⟧'}:")
     for i in range(min(EXAMPLES, len(data.train))):
         one = data.train[i]
         head = (
-            f"--- example {i + 1}, line {data.train.lines[data.train.indices[i]]}: "
-            f"{len(one['ids'])} tokens, {int(one['learned'].sum())} learned"
+            f"--- example {i + 1}, {data.train.place(i)}: {len(one['ids'])} tokens, {int(one['learned'].sum())} learned"
         )
-        log(f"{head}\n{show_example(data.tokenizer, one['ids'], one['learned'], color)}")
+        log(f"{head}\n{show_example(data.model.tokenizer, one['ids'], one['learned'], color)}")
     estimate(config, data)
+
+
+def process_count() -> int:
+    """How many processes the run will have on this machine."""
+    return int(os.environ.get("NUM_PROCESSES") or 0) or max(1, torch.cuda.device_count())
 
 
 def estimate(config: Config, data: Data) -> None:
     """Print the estimates of memory and time, with what they rest on."""
     on_gpu = torch.cuda.is_available()
     device = torch.device("cuda" if on_gpu else "cpu")
-    processes = int(os.environ.get("NUM_PROCESSES") or 0) or max(1, torch.cuda.device_count())
-    dtype = checkpoints.choose_dtype(config.dtype)
+    processes = process_count()
+    dtype = devices.choose_dtype(config.dtype)
     shape = model_shape(config, dtype)
-    choices = resolve(config, dtype, data.train, device, processes)
+    choices = resolve(config, dtype, data.learned, device, processes)
     log(f"\nmodel: {shape.weights:,} weights, {shape.trained:,} trained ({config.train_type})\n{choices.words()}")
-    sample = Sample(config, data.train, choices.split, processes)
+    sample = Sample(config, data, choices.split, processes)
     tell_memory(config, shape, choices, sample, processes, device)
     rates = measured_rates(config, shape, dtype, device, sample, choices.recompute)
     tell_time(config, data, sample, rates, processes, on_gpu)
@@ -228,9 +241,10 @@ def tell_memory(
 def tell_time(config: Config, data: Data, sample: Sample, rates: Rates, processes: int, on_gpu: bool) -> None:
     """The time of all steps and of the evaluations between them."""
     per_step = config.per_device_train_batch_size * config.gradient_accumulation_steps * processes
-    per_epoch = math.ceil(len(data.train) / per_step)
+    per_epoch = sample.per_epoch
     steps = config.max_steps if config.max_steps > 0 else math.ceil(config.num_train_epochs * per_epoch)
-    computed = steps * per_step / len(data.train) * int(data.train.lengths.sum()) * sample.share
+    tokens = int(data.train.lengths.sum()) / per_epoch if data.replay is None else sample.per_step
+    computed = steps * tokens * sample.share
     evaluations = 1 + math.ceil(steps / per_epoch) + (steps // config.eval_steps if config.eval_steps else 0)
     held_out = int(data.test.lengths.sum() + data.retention.lengths.sum()) * evaluations
     devices = processes if on_gpu else 1  # processes on a CPU share its cores

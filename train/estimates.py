@@ -6,13 +6,12 @@ the meta device with layers of the model's own class; for models whose attention
 """
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from llmops import checkpoints
-from llmops.loading import loading
+from llmops.chat_model import ChatModel
+from llmops.layers import choose_lora_layers, fixed_attention
 from train.config import Config
 
 PROBE = "count_saved"  # the attention that keeps what fused kernels keep
@@ -75,22 +74,7 @@ def empty_model(
 
     On the meta device it takes no memory; `layers`: that many decoder layers instead of its own number.
     """
-    from transformers import AutoConfig
-
-    folder = Path(config.model_name_or_path)
-    auto_class = checkpoints.causal_class(folder, config.trust_remote_code)
-    with loading(f"the model's configuration in {folder}"):
-        settings = AutoConfig.from_pretrained(
-            str(folder), trust_remote_code=config.trust_remote_code, local_files_only=True
-        )
-        if layers:
-            text = settings.get_text_config()
-            text.num_hidden_layers = layers
-            kinds = getattr(text, "layer_types", None)
-            if kinds:  # a model may have fewer layers than are asked for
-                text.layer_types = [kinds[i % len(kinds)] for i in range(layers)]
-    with loading(f"the model's configuration in {folder}"), torch.device(device):
-        model = auto_class.from_config(settings, trust_remote_code=config.trust_remote_code, dtype=dtype)
+    model = ChatModel(config.checkpoint).empty(dtype, layers, device)
     return add_lora(config, model) if config.train_type == "lora" else model
 
 
@@ -98,10 +82,7 @@ def add_lora(config: Config, model: torch.nn.Module) -> torch.nn.Module:
     """LoRA layers on a model, in the model's own dtype (PEFT alone would make them fp32)."""
     from peft import LoraConfig, get_peft_model
 
-    folder = Path(config.model_name_or_path)
-    layers = checkpoints.choose_lora_layers(
-        model, config.lora_module_name, checkpoints.lora_defaults(folder, config.mode)
-    )
+    layers = choose_lora_layers(model, config.lora_module_name, config.checkpoint.lora_layers)
     lora = LoraConfig(
         r=config.lora_dim, lora_alpha=config.lora_alpha, lora_dropout=config.lora_dropout, target_modules=layers,
         task_type="CAUSAL_LM",
@@ -117,7 +98,7 @@ def model_shape(config: Config, dtype: torch.dtype) -> Shape:
     text = base.config.get_text_config()
     width = torch.empty((), dtype=dtype).element_size()
     layers = getattr(text, "num_hidden_layers", None) or text.num_layers
-    if checkpoints.fixed_attention(base) is None:
+    if fixed_attention(base) is None:
         one, two = (saved_bytes(empty_model(config, dtype, n)) / PROBE_TOKENS for n in (1, 2))
         per_layer, outside = two - one, 2 * one - two
     else:

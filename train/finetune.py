@@ -12,7 +12,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from llmops import devices, files, records
+from llmops import data_files, devices, files
 from llmops.console import log, run_main, stdout_to_stderr
 from llmops.faq_records import refuse_unfinished
 from train import deepspeed_file
@@ -35,10 +35,10 @@ def check(config: Config) -> int:
         say_finished(config, results)
         return EXIT_FINISHED
     if config.scenario == "faq":
-        refuse_unfinished(Path(config.train_file).parent)
-    for path in (config.test_path, Path(config.train_file), config.retention_path):
-        if path:
-            records.validate_file(path, config.skip_bad_lines)
+        refuse_unfinished(config.train_files[0].parent)
+    for paths in (config.test_files, config.train_files, config.replay_files, [config.retention_path]):
+        if paths:
+            data_files.check_files(paths, config.skip_bad_lines)
     for warning in deepspeed_file.warnings(config):
         log(warning)
     return 0

@@ -3,20 +3,19 @@
 Standard library only.
 """
 
-import hashlib
 import os
 import shutil
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from llmops import files
+from llmops import checkpoints, data_files, files
 from llmops.console import UserError, log
 from llmops.faq_records import INTENTS_NAME
 from train import checkpointing, ownership
 from train.config import RESTARTABLE, Config
 
-CONFIG_NAME = "finetune_config.json"
+CONFIG_NAME = checkpoints.RUN_SETTINGS
 RESULTS_NAME = "train_results.json"
 STOP_NAME = "STOP"  # a file of this name ends a running training in good order
 LOG_NAME = "log.txt"
@@ -28,8 +27,7 @@ RESULTS_KEYS = ("eval_loss_before", "eval_loss", "best_step", "steps")
 
 def data_digest(config: Config) -> str:
     """A hash of the training data."""
-    with files.open_regular(Path(config.train_file), "the training data") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+    return data_files.digest([*config.train_files, *config.replay_files])
 
 
 def own_names(output: Path) -> set[str]:

@@ -10,7 +10,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
@@ -26,8 +26,9 @@ from transformers import DefaultFlowCallback, EarlyStoppingCallback, PrinterCall
 from transformers.integrations import TensorBoardCallback
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled, unset_hf_deepspeed_config
 
-from llmops import checkpoints, files, process_group
-from llmops.chat_formats import ChatFormat
+from llmops import data_files, devices, files, process_group
+from llmops.chat_model import ChatModel
+from llmops.checkpoints import Checkpoint
 from llmops.console import RunStopped, UserError, log
 from llmops.faq_records import INTENTS_NAME
 from train import attention, checkpointing, ownership, states
@@ -36,6 +37,7 @@ from train.choices import RECORD, Choices, resolve
 from train.config import Config
 from train.dataset import Source, TokenDataset, load_or_encode
 from train.estimates import add_lora
+from train.replay import Joined, replayed
 from train.run_folder import CACHE_NAME, CONFIG_NAME, LOG_NAME, PICTURE_NAME, RESULTS_NAME, STOP_NAME, data_digest
 from train.steps import Split
 from train.trainer import ChatTrainer, Schedule, barrier
@@ -49,13 +51,18 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Data:
-    """Tokenised conversations and how they are written."""
+    """Tokenised conversations and the model whose tokens they are; no weight of it is loaded."""
 
     train: TokenDataset
     test: TokenDataset
     retention: TokenDataset
-    tokenizer: Any
-    chat: ChatFormat
+    model: ChatModel
+    replay: TokenDataset | None = None
+
+    @property
+    def learned(self) -> TokenDataset | Joined:
+        """All that is learned."""
+        return self.train if self.replay is None else Joined(self.train, self.replay)
 
 
 @contextmanager
@@ -86,40 +93,42 @@ def prepare_data(config: Config, encodes: bool) -> Data:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     warnings.filterwarnings("ignore", category=FutureWarning)  # the libraries' talk among themselves
-    model = Path(config.model_name_or_path)
-    tokenizer, chat = checkpoints.load_chat_format(
-        model, config.mode, config.trust_remote_code, config.allow_special_tokens
-    )
-    length = checkpoints.model_length(checkpoints.read_config(model)) or config.max_seq_len
+    checkpoint = config.checkpoint
+    model = ChatModel(checkpoint, config.allow_special_tokens, config.thinking)
+    chat = model.chat
+    length = checkpoint.length or config.max_seq_len
     if length < config.max_seq_len and encodes:
         log(f"the model was made for {length} tokens, so that is the limit and not --max_seq_len {config.max_seq_len}")
 
-    def load(path: Path, skip: bool) -> TokenDataset:
-        whole = config.scenario == "faq" and path != config.retention_path
+    def load(paths: list[Path], skip: bool, general: bool = False) -> TokenDataset:
+        whole = config.scenario == "faq" and not general
         limit = min(length, config.max_seq_len)
-        source = Source(path, model, config.mode, limit, skip, whole, config.allow_special_tokens)
+        learn = "all" if general else config.learn
+        source = Source(
+            tuple(paths), checkpoint.folder, config.mode, limit, skip, whole, config.allow_special_tokens,
+            config.thinking, learn,
+        )  # fmt: skip
         return load_or_encode(source, chat, Path(config.output_path) / CACHE_NAME, encodes)
 
-    train = load(Path(config.train_file), config.skip_bad_lines)
-    check_tokens(model, train)
-    if config.test_path:
-        test = load(config.test_path, config.skip_bad_lines)
+    train = load(config.train_files, config.skip_bad_lines)
+    check_tokens(checkpoint, train)
+    if config.test_files:
+        test = load(config.test_files, config.skip_bad_lines)
     else:
         train, test = train.split(config.eval_ratio, config.seed)
         if encodes:
             log(f"no test file: {len(test):,} of {len(train) + len(test):,} conversations are held out")
-    return Data(train, test, load(config.retention_path, False), tokenizer, chat)
+    replay = load(config.replay_files, False, general=True) if config.replay_files else None
+    return Data(train, test, load([config.retention_path], False, general=True), model, replay)
 
 
-def check_tokens(model: Path, data: TokenDataset) -> None:
+def check_tokens(checkpoint: Checkpoint, data: TokenDataset) -> None:
     """Raise UserError for a token that the model has no embedding for: on a GPU it would end in a device fault."""
-    settings = checkpoints.read_config(model)
-    known = settings.get("padded_vocab_size") or settings.get("vocab_size")
-    highest = data.highest_token()
-    if isinstance(known, int) and highest >= known:
+    known, highest = checkpoint.vocabulary, data.highest_token()
+    if known is not None and highest >= known:
         raise UserError(
-            f"the tokenizer of {model} writes the token {highest} and the model knows {known}, from 0: the tokenizer's "
-            "files belong to another model; copy the checkpoint again"
+            f"the tokenizer of {checkpoint.folder} writes the token {highest} and the model knows {known}, from 0: the "
+            "tokenizer's files belong to another model; copy the checkpoint again"
         )
 
 
@@ -215,19 +224,17 @@ def training_arguments(config: Config, dtype: torch.dtype, choices: Choices) -> 
     )
 
 
-def load_for_training(config: Config, dtype: torch.dtype, device: torch.device) -> torch.nn.Module:
+def load_for_training(config: Config, opened: ChatModel, dtype: torch.dtype, device: torch.device) -> torch.nn.Module:
     """The base model, with LoRA layers on it unless every weight is trained.
 
     Straight onto a GPU, unless ZeRO 3 cuts the weights up while they are loaded.
     """
-    folder = Path(config.model_name_or_path)
-    place = None if is_deepspeed_zero3_enabled() else device
-    model = checkpoints.load_model(folder, dtype, config.trust_remote_code, device=place)
+    model = opened.weights(dtype, None if is_deepspeed_zero3_enabled() else device)
     model.config.use_cache = False
     if config.train_type == "all":
         return model
     model = add_lora(config, model)
-    model.peft_config["default"].base_model_name_or_path = str(folder.resolve())
+    model.peft_config["default"].base_model_name_or_path = str(opened.checkpoint.folder.resolve())
     return model
 
 
@@ -251,15 +258,15 @@ def choose_collator(
 
 def build_trainer(config: Config, data: Data) -> tuple[ChatTrainer, Schedule]:
     """Model, DeepSpeed and Trainer, ready to train."""
-    dtype = checkpoints.choose_dtype(config.dtype)
+    dtype = devices.choose_dtype(config.dtype)
     device = join_processes()
     rank, world = dist.get_rank(), dist.get_world_size()
-    choices = agree(lambda: resolve(config, dtype, data.train, device, world), rank)
+    choices = agree(lambda: resolve(config, dtype, data.learned, device, world), rank)
     arguments = training_arguments(config, dtype, choices)  # starts ZeRO 3's partitioned loading
     set_seed(config.seed)
-    model = load_for_training(config, dtype, device)
+    model = load_for_training(config, data.model, dtype, device)
     speaks = arguments.process_index == 0
-    collator, how = choose_collator(config, model, data.tokenizer, device, dtype)
+    collator, how = choose_collator(config, model, data.model.tokenizer, device, dtype)
     chosen = choices.to_json() | {
         "attention": how,
         "cross_entropy": "one kernel" if device.type == "cuda" else "torch's",
@@ -269,16 +276,19 @@ def build_trainer(config: Config, data: Data) -> tuple[ChatTrainer, Schedule]:
         sizes = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in model.parameters()]
         count = [sum(size for size, _ in sizes), sum(size for size, trained in sizes if trained)]
         log(
-            f"{data.chat.name}; {count[0]:,} weights, {count[1]:,} trained ({config.train_type}), {str(dtype)[6:]}, "
-            f"{world} process{'es' if world > 1 else ''}, ZeRO from {config.deepspeed_file.name}; "
+            f"{data.model.chat.name}; {count[0]:,} weights, {count[1]:,} trained ({config.train_type}), "
+            f"{str(dtype)[6:]}, {world} process{'es' if world > 1 else ''}, ZeRO from {config.deepspeed_file.name}; "
             f"{choices.words()}; {how}"
         )
+        if data.replay is not None:
+            log(replay_words(config, data, world))
     tokens = TokenCounter()
     output = Path(config.output_path)
     trainer = ChatTrainer(
-        model, arguments, collator, data.train, data.test, processing_class=data.tokenizer,
+        model, arguments, collator, data.train, data.test, processing_class=data.model.tokenizer,
         retention=data.retention, tokens=tokens, keep=config.save_total_limit,
-        grouped=isinstance(collator, PaddedCollator), split=choices.split,
+        grouped=isinstance(collator, PaddedCollator), split=choices.split, replay=data.replay,
+        replay_ratio=config.replay_ratio, checkpoint=data.model.checkpoint,
     )  # fmt: skip
     trainer.chosen = chosen
     schedule = Schedule(config.eval_steps, trainer.evaluate_and_compare, output / STOP_NAME)
@@ -292,6 +302,15 @@ def build_trainer(config: Config, data: Data) -> tuple[ChatTrainer, Schedule]:
         trainer.add_callback(TensorBoardCallback(SummaryWriter(str(output / "tensorboard"))))
     trainer.asked_to_end = lambda: bool(schedule.signal)
     return trainer, schedule
+
+
+def replay_words(config: Config, data: Data, processes: int) -> str:
+    """What of each step is replayed, for people."""
+    size = config.per_device_train_batch_size * config.gradient_accumulation_steps * processes
+    return (
+        f"against forgetting, {replayed(size, config.replay_ratio)} of the {size} conversations of every step are "
+        f"general ones ({len(data.replay or ()):,} of {data_files.name_of(config.replay_files)}; --replay_ratio)"
+    )
 
 
 def choose_checkpoint(config: Config, rank: int) -> str | None:
@@ -408,7 +427,7 @@ def finish(config: Config, trainer: ChatTrainer, rank: int) -> dict[str, Any]:
         names = checkpointing.model_files(checkpoint)
         ownership.claim(output, names)
         checkpointing.link_files(checkpoint, output, names)
-        intents = Path(config.train_file).with_name(INTENTS_NAME)
+        intents = config.train_files[0].with_name(INTENTS_NAME)
         if config.scenario == "faq" and intents.is_file():  # the model can then be asked without its training data
             files.write_text(output / INTENTS_NAME, files.read_text(intents))
         files.write_json(output / RESULTS_NAME, results)
@@ -446,11 +465,10 @@ def merge(config: Config) -> None:
         return
     ownership.claim(output, ["merged", "merged.part"])
     unset_hf_deepspeed_config()  # ZeRO 3 would partition the weights among processes that are gone
-    _, chat = checkpoints.load_chat_format(output, config.mode, config.trust_remote_code)
+    trained = ChatModel(replace(config.checkpoint, folder=output))
     questions = ("你好，请介绍一下你自己。", "1 + 1 = ?", "What is the capital of France?")
-    prompts = [chat.prompt([{"role": "user", "content": text}]) for text in questions]
-    dtype = checkpoints.choose_dtype(config.dtype)
-    worst = checkpoints.merge_adapter(output, output / "merged", dtype, prompts, config.trust_remote_code)
+    prompts = [trained.chat.prompt([{"role": "user", "content": text}]) for text in questions]
+    worst = trained.save_merged(output / "merged", devices.choose_dtype(config.dtype), prompts)
     log(
         f"merged model written to {output / 'merged'}; "
         f"its logits differ from base + adapter by at most {worst:.1e} (relative)"

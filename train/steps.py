@@ -7,8 +7,9 @@ because ZeRO exchanges gradients (and in stage 3 weights) in every one of them.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -31,17 +32,26 @@ class Split:
 
 
 class StepSampler(torch.utils.data.Sampler[list[int]]):
-    """The conversations of each optimizer step, in the order of another sampler; the last step may have fewer."""
+    """The conversations of each optimizer step, in the order of another sampler; the last step may have fewer.
 
-    def __init__(self, order: torch.utils.data.Sampler[int], size: int) -> None:
-        self.order, self.size = order, size
+    `replay` gives `replayed` of each step's `size` conversations, in the last step their share.
+    """
+
+    def __init__(
+        self, order: Sequence[int] | torch.utils.data.Sampler[int], size: int, replay: Iterable[int] = (),
+        replayed: int = 0,
+    ) -> None:  # fmt: skip
+        self.order, self.own, self.replay, self.replayed = order, size - replayed, replay, replayed
 
     def __len__(self) -> int:
-        return math.ceil(len(self.order) / self.size)
+        return math.ceil(len(self.order) / self.own)
 
     def __iter__(self) -> Iterator[list[int]]:
-        indices = list(self.order)
-        return (indices[start : start + self.size] for start in range(0, len(indices), self.size))
+        indices, again = list(self.order), iter(self.replay)
+        for start in range(0, len(indices), self.own):
+            step = indices[start : start + self.own]
+            share = math.ceil(self.replayed * len(step) / self.own)
+            yield step + list(islice(again, share))
 
 
 class StepCollator:

@@ -15,10 +15,13 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerContr
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
+from llmops.checkpoints import Checkpoint
 from llmops.console import EXIT_TERMINATED, RunStopped, Terminated, log
+from llmops.portable import make_portable
 from train import checkpointing, ownership
 from train.batches import target_losses, to_device
 from train.dataset import TokenDataset
+from train.replay import Joined, ReplayOrder, replayed
 from train.steps import Split, StepCollator, StepSampler
 from train.training_log import TokenCounter
 
@@ -77,14 +80,18 @@ class ChatTrainer(Trainer):
 
     def __init__(
         self, *args: Any, retention: TokenDataset, tokens: TokenCounter, keep: int, grouped: bool, split: Split,
-        **kwargs: Any,
+        checkpoint: Checkpoint, replay: TokenDataset | None = None, replay_ratio: float = 0.0, **kwargs: Any,
     ) -> None:  # fmt: skip
         super().__init__(*args, **kwargs)
         self.retention = retention
+        self.step_size = self.args.train_batch_size * self.args.world_size
+        self.replay = replay
+        self.replayed = replayed(self.step_size, replay_ratio) if replay is not None else 0
         self.tokens = tokens
         self.keep = keep
         self.grouped = grouped
         self.split = split
+        self.checkpoint = checkpoint  # what the training begins with
         self.chosen: dict[str, Any] = {}  # what the run chose by itself, for the record
         self.output = Path(self.args.output_dir)
         self.seconds = 0.0
@@ -94,15 +101,20 @@ class ChatTrainer(Trainer):
 
     def _get_train_sampler(self, train_dataset: TokenDataset | None = None) -> torch.utils.data.Sampler:
         dataset = train_dataset if train_dataset is not None else self.train_dataset
-        size = self.args.train_batch_size * self.args.world_size if self.grouped else None
-        return EpochSampler(dataset.lengths, self.args.seed, size, epoch=lambda: int((self.state.epoch or 0) + 1e-6))
+        size = self.step_size - self.replayed if self.grouped else None
+        return EpochSampler(dataset.lengths, self.args.seed, size, self._epoch)
+
+    def _epoch(self) -> int:
+        return int((self.state.epoch or 0) + 1e-6)
 
     def get_train_dataloader(self) -> torch.utils.data.DataLoader:
         """One item per optimizer step, the same conversations in every process; on a GPU a worker makes them ready."""
         args, on_gpu = self.args, self.args.device.type == "cuda"
+        data: Any = self.train_dataset if self.replay is None else Joined(self.train_dataset, self.replay)
+        again = () if self.replay is None else ReplayOrder(data, args.seed, self._epoch)
         return torch.utils.data.DataLoader(
-            self.train_dataset,
-            batch_sampler=StepSampler(self._get_train_sampler(), args.train_batch_size * args.world_size),
+            data,
+            batch_sampler=StepSampler(self._get_train_sampler(), self.step_size, again, self.replayed),
             collate_fn=StepCollator(self.data_collator, self.split, args.process_index, args.world_size),
             num_workers=1 if on_gpu else 0,
             pin_memory=on_gpu,
@@ -226,6 +238,12 @@ class ChatTrainer(Trainer):
             whole = self.args.device.type == "cuda" and isinstance(self.model, PreTrainedModel)
             # ZeRO's weights are views of one buffer, which save_pretrained would copy where they are: on the GPU
             self._save(output_dir, state_dict=host_copy(self.model.state_dict()) if whole else None)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        if not self.args.should_save:  # ZeRO 3 gathers on every process, one writes
+            return
+        make_portable(Path(output_dir or self.output), self.checkpoint.base.folder, self.checkpoint.folder)
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
         """Save aside, then give the checkpoint its name; a kill or a full disk leaves the earlier ones whole."""

@@ -5,7 +5,7 @@ E_opt is the lowest evaluation loss so far, and its quotient with the training p
 P_k = 1000 (mean training loss of a strip / the lowest of the strip - 1) over a strip of k = 5 epochs; persistence as
 early stopping's patience and min_delta (Keras, Lightning; theirs is absolute, this one a share of the loss); the gap
 between training and evaluation loss. A rise lasts when the lowest of the last `patience` evaluations is over the best
-one, and it says nothing when the same curve has risen as much before, for half as long or longer, and came back.
+one, and it says little when the same curve has risen as much before and came back.
 Underfitting: share of the starting loss that training took away, and how much of that came in the second half of the
 learning that was spent (steps weighted by their learning rate, so that a schedule that ends at 0 does not look like a
 plateau): a run that has converged gets nearly nothing there, one that has not gets up to one half. The start is the
@@ -188,13 +188,23 @@ def judge_overfitting(curves: Mapping[str, Series], run: TrainingRun, limits: Th
         return Finding(risk, LOW, f"{turned}, but the training loss rose as well: no overfitting", numbers)
     slight = since >= 2 * limits.patience and numbers["slight_gl"] >= limits.gl_slight
     if slight or (since >= limits.patience and lasting_gl >= limits.gl_medium):
-        if numbers["typical_gl"] <= numbers["recovered_gl"] and since < 2 * numbers["recovered_after"]:
+        if excused(numbers, limits):
             return Finding(risk, LOW, f"{turned}, but it came back from {numbers['recovered_gl']:.1f}% before", numbers)
         reason = f"{turned}; {since} evaluations without a better one"
         return Finding(risk, HIGH if lasting_gl >= limits.gl_high else MEDIUM, reason, numbers)
     if gl >= limits.gl_high and numbers.get("progress_quotient", math.inf) >= limits.pq:
         return Finding(risk, MEDIUM, f"{turned}, so far for {since} evaluation(s)", numbers)
     return Finding(risk, LOW, f"{turned}, which has not lasted yet", numbers)
+
+
+def excused(numbers: Mapping[str, float], limits: Thresholds) -> bool:
+    """Whether the curve came back from such a rise before: from as large a one, until this one has lasted twice the
+    patience; from one twice as large, until this one has lasted twice as long as that.
+    """
+    rise, before = numbers["typical_gl"], numbers["recovered_gl"]
+    since, after = numbers["evaluations_since_better"], numbers["recovered_after"]
+    lasted = since >= 2 * limits.patience if rise > before / 2 else since >= 2 * after
+    return rise <= before and not lasted
 
 
 def rise_numbers(curves: Mapping[str, Series], run: TrainingRun, limits: Thresholds) -> dict[str, float]:
@@ -389,10 +399,11 @@ def still_falling(evaluation: Series, rates: Series, numbers: Mapping[str, float
     """Whether the last evaluations were still getting better, by much.
 
     Under a learning rate that is held constant a loss goes on falling slowly until the rate is lowered, so that tells
-    nothing; under one that was lowered, or still rises, it does.
+    nothing; nor does the fall that a rate brings while it is lowered to nothing (annealing): there is no more to come.
+    Under one that is still on its way down, or still rises, it does.
     """
     late = rates.y[-max(2, len(rates) // 4) :]
-    if len(late) > 1 and max(late) - min(late) <= 0.01 * max(late):
+    if len(late) > 1 and (max(late) - min(late) <= 0.01 * max(late) or late[-1] <= 0.01 * max(rates.y)):
         return False
     better = persistence(evaluation, limits.min_delta) < limits.patience
     better = better and evaluation.last <= evaluation.best * (1 + limits.min_delta)

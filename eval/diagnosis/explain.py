@@ -2,13 +2,17 @@
 
 from collections.abc import Mapping
 
-from eval.diagnosis.criteria import Diagnosis, Finding, Thresholds
+from eval.diagnosis.criteria import LOW, Diagnosis, Finding, Thresholds
 from eval.diagnosis.training_run import LOSSES, TrainingRun
 
 PASSED = {
     "best": "lines that tell a record again", "doubt": "lines whose loss may be an evaluation's",
     "other": "losses of further evaluation data", "summary": "means over steps that were told",
 }  # fmt: skip
+AGAINST_FORGETTING = (
+    "against it: a lower --learning_rate, or chat_main.sh's --replay_ratio 0.25, which puts general conversations "
+    "(ours, or --replay_file) into every optimizer step"
+)
 # by risk: measured number, its words, the thresholds it is held against
 ROWS = {
     "overfitting": (
@@ -55,6 +59,8 @@ def explain(diagnosis: Diagnosis, run: TrainingRun, thresholds: Thresholds) -> s
     lines = [read_summary(diagnosis, run)]
     for risk, finding in diagnosis.findings.items():
         lines += ["", f"{risk}: {finding.level} ({finding.reason})", *rows(risk, finding, diagnosis.axis, thresholds)]
+        if risk == "catastrophic_forgetting" and finding.level != LOW:
+            lines.append(f"  {AGAINST_FORGETTING}")
     return "\n".join(lines)
 
 

@@ -10,7 +10,9 @@ import numpy as np
 import torch
 
 from checkpoint_check.subject import ENTRY, TEXTS, Subject, difference, within
-from llmops import checkpoints
+from llmops.chat_model import ChatModel
+from llmops.checkpoints import Checkpoint
+from llmops.layers import choose_lora_layers
 from train.batches import target_losses
 
 
@@ -88,7 +90,7 @@ def with_lora(subject: Subject, model: Any) -> Any:
     """The model with adapters on its family's layers."""
     from peft import LoraConfig, get_peft_model
 
-    layers = checkpoints.choose_lora_layers(model, "", checkpoints.lora_defaults(subject.folder))
+    layers = choose_lora_layers(model, "", Checkpoint(subject.folder).lora_layers)
     torch.manual_seed(0)
     return get_peft_model(model, LoraConfig(r=4, lora_alpha=8, target_modules=layers, task_type="CAUSAL_LM"))
 
@@ -181,7 +183,7 @@ def saved_again(subject: Subject) -> str:
     used = {name.split("--")[-1].split(".")[0] + ".py" for name in auto_map_values(subject.config)}
     present = {path.name for path in folder.glob("*.py")}
     assert used & shipped <= present, f"missing beside the weights: {sorted(used & shipped - present)}"
-    again = checkpoints.load_tokenizer(folder, trust_remote_code=True)
+    again = ChatModel(Checkpoint(folder, trust_remote_code=True)).tokenizer
     for text in TEXTS:
         assert again(text)["input_ids"] == subject.tokenizer(text)["input_ids"], f"{text!r} gets other ids"
     model = subject.load(folder)

@@ -6,7 +6,8 @@ from pathlib import Path
 import torch
 
 from checkpoint_check.subject import UNEQUAL
-from llmops import checkpoints
+from llmops.chat_model import ChatModel
+from llmops.checkpoints import Checkpoint
 
 
 def write_reference(folder: Path, given: Path, file: Path, dtype: torch.dtype) -> None:
@@ -75,7 +76,7 @@ def write_zero3_answers(folder: Path, given: Path, file: Path, dtype: torch.dtyp
         "bf16": {"enabled": dtype == torch.bfloat16}, "fp16": {"enabled": dtype == torch.float16},
     }  # fmt: skip
     kept = HfDeepSpeedConfig(settings)  # from_pretrained looks at it as long as it lives
-    model = checkpoints.load_model(folder, dtype, trust_remote_code=True)
+    model = ChatModel(Checkpoint(folder, trust_remote_code=True)).weights(dtype)
     engine = deepspeed.initialize(model=model, config=kept.config)[0]
     engine.module.eval()
     prompts = json.loads(given.read_text(encoding="utf-8"))

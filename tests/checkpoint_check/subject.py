@@ -8,8 +8,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from llmops import checkpoints, records
+from llmops import data_files
 from llmops.chat_formats import ChatFormat
+from llmops.chat_model import ChatModel
+from llmops.checkpoints import Checkpoint
 from train.batches import PaddedCollator, to_device
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -36,7 +38,7 @@ class Subject:
     @cached_property
     def config(self) -> dict[str, Any]:
         """config.json."""
-        return checkpoints.read_config(self.folder)
+        return self.opened.checkpoint.config
 
     @cached_property
     def ships_code(self) -> bool:
@@ -44,14 +46,19 @@ class Subject:
         return "auto_map" in self.config
 
     @cached_property
-    def loaded(self) -> tuple[Any, ChatFormat]:
-        """Tokenizer and chat format."""
-        return checkpoints.load_chat_format(self.folder, self.mode, trust_remote_code=True)
+    def opened(self) -> ChatModel:
+        """The checkpoint as every command opens it."""
+        return ChatModel(Checkpoint(self.folder, self.mode, trust_remote_code=True))
 
     @property
     def tokenizer(self) -> Any:
         """The tokenizer."""
-        return self.loaded[0]
+        return self.opened.tokenizer
+
+    @property
+    def chat(self) -> ChatFormat:
+        """How conversations are written."""
+        return self.opened.chat
 
     @cached_property
     def model(self) -> Any:
@@ -60,12 +67,12 @@ class Subject:
 
     def load(self, folder: Path) -> Any:
         """A model of this or another folder on the device."""
-        return checkpoints.load_model(folder, self.dtype, trust_remote_code=True).to(self.device).eval()
+        return ChatModel(Checkpoint(folder, trust_remote_code=True)).weights(self.dtype).to(self.device).eval()
 
     @cached_property
     def prompts(self) -> list[list[int]]:
         """Prompts of different lengths."""
-        return [self.loaded[1].prompt([{"role": "user", "content": text}]) for text in QUESTIONS]
+        return [self.chat.prompt([{"role": "user", "content": text}]) for text in QUESTIONS]
 
     @property
     def bound(self) -> float:
@@ -94,9 +101,10 @@ class Subject:
     @cached_property
     def samples(self) -> list[dict[str, np.ndarray]]:
         """Training samples of the demo's first conversations."""
-        rows = (messages for _, messages, _ in records.read_conversations(DEMO / "train.jsonl") if messages)
+        found = data_files.read_conversations(DEMO / "train.jsonl")
+        rows = (read.conversation.messages for read in found if read.conversation)
         rendered = [
-            one for _, messages in zip(range(4), rows, strict=False) for one in self.loaded[1].conversation(messages)
+            one for _, messages in zip(range(4), rows, strict=False) for one in self.chat.conversation(messages)
         ]
         return [{"ids": np.array(r.ids, np.int32), "learned": np.array(r.learned)} for r in rendered]
 

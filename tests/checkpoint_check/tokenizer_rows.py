@@ -3,7 +3,8 @@
 from typing import Any
 
 from checkpoint_check.subject import TEXTS, Subject
-from llmops import checkpoints
+from llmops.chat_model import ChatModel
+from llmops.checkpoints import Checkpoint
 
 
 def vocabulary(subject: Subject) -> Any:
@@ -84,7 +85,7 @@ def padded_texts(subject: Subject) -> str:
 
 def added_token(subject: Subject) -> str:
     """A token added to a tokenizer gets an id that no other token has."""
-    tokenizer = checkpoints.load_tokenizer(subject.folder, trust_remote_code=True)
+    tokenizer = ChatModel(Checkpoint(subject.folder, trust_remote_code=True)).tokenizer
     taken = set(tokenizer.get_vocab().values())
     tokenizer.add_tokens(["<a_token_of_the_check>"])
     index = tokenizer.convert_tokens_to_ids("<a_token_of_the_check>")
@@ -97,7 +98,7 @@ def added_token(subject: Subject) -> str:
 
 def chat_format(subject: Subject) -> str:
     """What is learned of a conversation of two turns is its answers; the prompt is the beginning of the sample."""
-    tokenizer, chat = subject.loaded
+    tokenizer, chat = subject.tokenizer, subject.chat
     messages = [
         {"role": "user", "content": "你好"}, {"role": "assistant", "content": "你好！有什么可以帮您？"},
         {"role": "user", "content": "2 + 3 = ?"}, {"role": "assistant", "content": "It is 5."},

@@ -10,7 +10,8 @@ import torch
 
 from checkpoint_check.generation_rows import answers
 from checkpoint_check.subject import DEMO, ROOT, Subject, difference, within
-from llmops import checkpoints
+from llmops.chat_model import ChatModel, load_tokenizer
+from llmops.checkpoints import Checkpoint
 from llmops.console import log
 
 
@@ -63,7 +64,7 @@ def lora_zero2(subject: Subject) -> str:
     losses = start(subject, output, "--zero_stage", "2", "--learning_rate", "3e-3", "--merge_lora", "true")
     subject.outputs["lora2"] = output
     assert (output / "adapter_config.json").is_file(), "no adapter"
-    checkpoints.load_tokenizer(output, trust_remote_code=True)
+    load_tokenizer(Checkpoint(output, trust_remote_code=True))
     first, last = losses[min(losses)], losses[max(losses)]
     assert last < first, f"loss {first} -> {last}"
     return f"{subject.processes} processes, loss {first:.3f} -> {last:.3f}"
@@ -73,7 +74,7 @@ def merged(subject: Subject) -> str:
     """output_path/merged answers like base + adapter."""
     assert "lora2" in subject.outputs, "there was no run"
     output = subject.outputs["lora2"]
-    adapted = checkpoints.load_trained(output, subject.dtype, trust_remote_code=True).to(subject.device).eval()
+    adapted = ChatModel(Checkpoint(output, trust_remote_code=True)).load(subject.dtype).to(subject.device).eval()
     whole = subject.load(output / "merged")
     with torch.no_grad():
         worst = max(

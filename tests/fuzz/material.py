@@ -146,7 +146,8 @@ def make_prepared(folder: Path) -> None:
 
 def make_run(folder: Path) -> None:
     """A finished run's folder as training leaves it, and tokenised data in its cache."""
-    from llmops import checkpoints
+    from llmops.chat_model import ChatModel
+    from llmops.checkpoints import Checkpoint
     from train import checkpointing, ownership
     from train.config import parse
     from train.dataset import Source, load_or_encode
@@ -165,8 +166,10 @@ def make_run(folder: Path) -> None:
         staged = output / ".saving" / f"checkpoint-{step}"
         write(staged / "trainer_state.json", json.dumps({"global_step": step, "log_history": []}))
         checkpointing.publish(staged, output / f"checkpoint-{step}", 1)
-    _, chat = checkpoints.load_chat_format(folder / "model")
-    data = load_or_encode(Source(folder / "train.jsonl", folder / "model", "auto", 256, False), chat, output / "cache")
+    chat = ChatModel(Checkpoint(folder / "model")).chat
+    data = load_or_encode(
+        Source((folder / "train.jsonl",), folder / "model", "auto", 256, False), chat, output / "cache"
+    )
     data.folder.rename(output / "cache" / "tokens")
 
 

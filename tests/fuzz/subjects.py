@@ -95,14 +95,15 @@ def resume(argv: Sequence[str]) -> int:
 
 def tokens(argv: Sequence[str]) -> int:
     """Tokenise, or take the tokens that are in the cache, and read all of them as training does."""
-    from llmops import checkpoints
+    from llmops.chat_model import ChatModel
+    from llmops.checkpoints import Checkpoint
     from llmops.console import run_main
     from llmops.files import print_json
     from train.dataset import Source, describe, load_or_encode
 
     def body() -> int:
-        _, chat = checkpoints.load_chat_format(Path("model"))
-        source = Source(Path("train.jsonl"), Path("model"), "auto", 256, False)
+        chat = ChatModel(Checkpoint(Path("model"))).chat
+        source = Source((Path("train.jsonl"),), Path("model"), "auto", 256, False)
         kept = Path(argv[0])
         (kept / "tokens").rename(kept / f"train-{source.key()}")
         data = load_or_encode(source, chat, kept)
@@ -121,9 +122,7 @@ def prepare_with_templates(argv: Sequence[str]) -> int:
     from llmops.console import run_main
 
     def body() -> int:
-        found = chat_formats.read_families(Path("templates"))
-        chat_formats.FAMILIES.clear()
-        chat_formats.FAMILIES.update(found)
+        chat_formats.TEMPLATES = Path("templates")
         return prepare.main(argv)
 
     return run_main(body)

@@ -9,7 +9,8 @@ import torch
 from test_attention import plain_mask, random_tree
 from test_batches import random_samples
 
-from llmops import checkpoints as loading
+from llmops.chat_model import ChatModel
+from llmops.checkpoints import Checkpoint
 from train import attention
 from train.attention import Layout
 from train.batches import PackedCollator, PaddedCollator, target_losses, to_device, token_losses
@@ -57,7 +58,7 @@ def test_attention_against_float64(
 
 
 def test_the_probe_takes_flex_on_ampere_and_newer(gpu: torch.device, checkpoints: dict[str, Path]) -> None:
-    model = loading.load_model(checkpoints["llama"], torch.bfloat16, device=gpu)
+    model = ChatModel(Checkpoint(checkpoints["llama"])).weights(torch.bfloat16, device=gpu)
     reason = attention.why_no_flex(model, gpu, torch.bfloat16)
     assert (reason is None) == (torch.cuda.get_device_capability(gpu) >= (8, 0)), reason
 
@@ -78,7 +79,7 @@ def test_the_loss_in_one_kernel(gpu: torch.device, dtype: torch.dtype) -> None:
 def test_a_packed_row_is_each_conversation_by_itself(
     gpu: torch.device, checkpoints: dict[str, Path], flex: bool
 ) -> None:
-    model = loading.load_model(checkpoints["qwen2"], torch.float32, device=gpu).train()
+    model = ChatModel(Checkpoint(checkpoints["qwen2"])).weights(torch.float32, device=gpu).train()
     samples = random_samples("nested prefixes")
     with torch.no_grad():
         alone = torch.cat([target_losses(model, to_device(PaddedCollator(0)([one]), gpu)) for one in samples])
@@ -89,7 +90,7 @@ def test_a_packed_row_is_each_conversation_by_itself(
 
 def test_a_step_waits_for_nothing(gpu: torch.device, checkpoints: dict[str, Path]) -> None:
     """torch's own debug mode raises at every synchronisation that it knows."""
-    model = loading.load_model(checkpoints["llama"], torch.bfloat16, device=gpu).train()
+    model = ChatModel(Checkpoint(checkpoints["llama"])).weights(torch.bfloat16, device=gpu).train()
     model.set_attn_implementation(attention.NAME)
     batch = PackedCollator()(random_samples("nested prefixes"))
     batch["layout"] = batch["layout"].pin_memory()

@@ -11,7 +11,8 @@ import torch
 from conftest import read_log, train_losses
 from safetensors import safe_open
 
-from llmops import checkpoints as loading
+from llmops.chat_model import ChatModel
+from llmops.checkpoints import Checkpoint
 from llmops.generation import Generator
 from train import checkpointing
 
@@ -65,8 +66,8 @@ def test_a_resumed_run_reaches_the_same_loss(train_run: Run, tmp_path: Path) -> 
 
 
 def test_a_batch_that_does_not_fit_is_halved(gpu: torch.device, taught: Path, capsys: pytest.CaptureFixture) -> None:
-    model = loading.load_model(taught, torch.float32, device=gpu)
-    _, chat = loading.load_chat_format(taught)
+    model = ChatModel(Checkpoint(taught)).weights(torch.float32, device=gpu)
+    chat = ChatModel(Checkpoint(taught)).chat
     prompts = [chat.prompt([{"role": "user", "content": "图书馆几点开门"}])] * 512
     expected = dict(Generator(model, 0, 4).generate(prompts[:4], 8, chat.stop_ids()))
     total = torch.cuda.get_device_properties(gpu).total_memory

@@ -1,0 +1,312 @@
+"""Files of conversations: which there are, their rows with their places, what each holds, all problems at once.
+
+One file, several (commas between them), a glob, or a folder that `datasets.save_to_disk` wrote. JSON lines, JSON
+arrays, csv and tsv are read by the standard library, so they can be checked before any package is installed; parquet
+and arrow are read by the `datasets` package.
+"""
+
+import csv
+import glob
+import hashlib
+import os
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby, islice
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from llmops import files, shapes
+from llmops.console import UserError, log, progress
+from llmops.records import BadRow, Conversation, Problem, problems_error
+
+CURE = "put it there or name another file"
+DATASET_MARK = "dataset_info.json"  # in a folder of datasets.save_to_disk
+TABLES = {".parquet": "parquet", ".arrow": "arrow"}
+SEPARATORS = {".csv": ",", ".tsv": "\t", ".tab": "\t"}
+CHUNK = 500  # rows that are read, and handed to another process, at once
+
+
+class Chunk(NamedTuple):
+    """Some rows of a file as they were read: raw lines with their numbers, a table, or (number, value, problem)."""
+
+    path: Path
+    kind: str
+    rows: Any
+    first: int = 0  # the number of a table's first row
+
+
+class Read(NamedTuple):
+    """A row as a conversation of a shape, or as a problem."""
+
+    path: Path
+    number: int
+    conversation: Conversation | None
+    shape: str
+    problem: Problem | None
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a check of files found: usable conversations by shape, how many rows were bad."""
+
+    shapes: Counter[str]
+    bad: int
+
+    @property
+    def good(self) -> int:
+        """Usable conversations."""
+        return self.shapes.total()
+
+    def words(self) -> str:
+        """For people, such as `ShareGPT, 12,400 conversations`."""
+        if len(self.shapes) == 1:
+            return f"{next(iter(self.shapes))}, {self.good:,} conversations"
+        each = ", ".join(f"{name} {count:,}" for name, count in self.shapes.most_common())
+        return f"{self.good:,} conversations ({each})"
+
+
+def list_files(text: str) -> list[Path]:
+    """The files that a setting names: one path, several with commas between them, globs; in order, each once.
+
+    Raises UserError for a pattern that nothing matches. Whether the files are there is not looked at.
+    """
+    if os.path.lexists(text) or not any(mark in text for mark in ",*?["):
+        return [Path(text)]
+    paths: list[Path] = []
+    for part in (part.strip() for part in text.split(",")):
+        if not part:
+            continue
+        if os.path.lexists(part) or not glob.has_magic(part):
+            paths.append(Path(part))
+            continue
+        matches = sorted(glob.glob(part, recursive=True))
+        if not matches:
+            raise UserError(f"no file matches {part}; {CURE}")
+        paths += map(Path, matches)
+    if not paths:
+        raise UserError(f"{text!r} names no file; {CURE}")
+    return list(dict.fromkeys(paths))
+
+
+def name_of(paths: Sequence[Path]) -> str:
+    """What messages call these files."""
+    return paths[0].name + (f" and {len(paths) - 1} more" if len(paths) > 1 else "")
+
+
+def kind_of(path: Path) -> str:
+    """`lines`, `array`, `csv`, `parquet`, `arrow` or `folder`, by the name; a JSON file's by how it begins."""
+    if files.is_folder(path):
+        return "folder"
+    suffix = path.suffix.lower()
+    if suffix in TABLES:
+        return TABLES[suffix]
+    if suffix in SEPARATORS:
+        return "csv"
+    with files.open_regular(path, "the data", CURE) as stream:
+        start = stream.read(4096).removeprefix(files.BOM).lstrip()
+    return "array" if start.startswith(b"[") else "lines"
+
+
+def needs_packages(path: Path) -> bool:
+    """Whether a file is read by packages that may not be installed yet."""
+    return kind_of(path) in ("parquet", "arrow", "folder")
+
+
+def problems_of(text: str, what: str, cure: str) -> list[str]:
+    """Why the files that a setting names cannot be read, one sentence each."""
+    try:
+        paths = list_files(text)
+    except UserError as error:
+        return [str(error)]
+    problems = []
+    for path in paths:
+        try:
+            if files.is_folder(path):
+                check_folder(path, what)
+            else:
+                files.open_regular(path, what, cure).close()
+        except UserError as error:
+            problems.append(str(error))
+    return problems
+
+
+def check_folder(path: Path, what: str) -> None:
+    """Raise UserError for a folder that `datasets.save_to_disk` did not write."""
+    if files.is_file(path / DATASET_MARK):
+        return
+    if files.is_file(path / "dataset_dict.json"):
+        raise UserError(f"{what} {path} is a folder with several splits; name one of them, such as {path / 'train'}")
+    raise UserError(f"{what} {path} is a folder, expected a file, or a folder that datasets.save_to_disk wrote")
+
+
+# --- rows
+
+
+def read_chunks(paths: Sequence[Path], size: int = CHUNK) -> Iterator[Chunk]:
+    """Every file in order, `size` rows at a time, which `rows_of` makes values of, here or in another process."""
+    for path in paths:
+        kind = kind_of(path)
+        if kind in ("parquet", "arrow", "folder"):
+            yield from table_chunks(path, kind, size)
+            continue
+        rows: Iterator[Any]
+        if kind == "lines":
+            rows = files.raw_lines(path, "the data", CURE)
+        elif kind == "array":
+            rows = array_elements(path, files.read_text(path, "the data", CURE, files.DATA_LIMIT))
+        else:
+            rows = csv_rows(path)
+        while found := list(islice(rows, size)):
+            yield Chunk(path, kind, found)
+
+
+def rows_of(chunk: Chunk) -> Iterator[tuple[int, Any, str | None]]:
+    """(number, value, what is wrong with it) of every row of a chunk; blank lines are passed over."""
+    if chunk.kind == "lines":
+        return ((number, *files.parse_line(raw)) for number, raw in chunk.rows if raw.strip())
+    if isinstance(chunk.rows, list):
+        return iter(chunk.rows)
+    return ((number, without_nulls(value), None) for number, value in enumerate(chunk.rows.to_pylist(), chunk.first))
+
+
+def array_elements(path: Path, text: str) -> Iterator[tuple[int, Any, str | None]]:
+    """Elements of one JSON array; an element's line is where it begins."""
+    try:
+        for line, value in files.json_elements(text):
+            yield line, value, None
+    except files.BadJson as error:
+        raise UserError(f"{path}:{error.line}: {error.problem}") from error
+
+
+def csv_rows(path: Path) -> Iterator[tuple[int, Any, str | None]]:
+    """Rows of a csv or tsv with a header, as dicts; a row's line is its first one. Read as it is asked for."""
+    separator = SEPARATORS.get(path.suffix.lower(), ",")
+    csv.field_size_limit(files.LINE_LIMIT)
+    reader = csv.DictReader(text_lines(path), delimiter=separator, strict=True)
+    try:
+        for row in reader:
+            values = [value for value in row.values() if isinstance(value, str)]
+            problem = None
+            if None in row or None in row.values():
+                found = "more" if None in row else "fewer"
+                problem = f"found {found} columns than the header's {len(row) - (None in row)}"
+            yield reader.line_num - sum(value.count("\n") for value in values), row, problem
+    except csv.Error as error:
+        raise UserError(f"{path}:{reader.line_num}: not csv ({error}); check the quotes of this row") from error
+
+
+def text_lines(path: Path) -> Iterator[str]:
+    """The lines of a UTF-8 file with their ends. Raises UserError for another encoding or a huge line."""
+    for number, raw in files.raw_lines(path, "the data", CURE):
+        try:
+            yield raw.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise UserError(f"{path}:{number}: {files.not_utf8(raw)}") from error
+
+
+def table_chunks(path: Path, kind: str, size: int) -> Iterator[Chunk]:
+    """A parquet or arrow file or a saved dataset through the `datasets` package; nothing is copied to its cache."""
+    import datasets
+    import pyarrow
+
+    number = 1
+    try:
+        if kind == "folder":
+            found: Any = datasets.load_from_disk(str(path))
+        else:
+            found = datasets.load_dataset(kind, data_files=glob.escape(str(path)), split="train", streaming=True)
+        for table in found.with_format("arrow").iter(batch_size=size):
+            yield Chunk(path, kind, table, number)
+            number += len(table)
+    except (pyarrow.ArrowException, datasets.exceptions.DatasetsError, OSError, ValueError, TypeError) as error:
+        said = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        what = "a saved dataset" if kind == "folder" else kind
+        raise UserError(f"{path} cannot be read as {what} ({said}); write it again, or export JSON lines") from error
+
+
+def without_nulls(value: Any) -> Any:
+    """A value of a table without the nulls that stand for keys that a row does not have."""
+    if isinstance(value, dict):
+        return {key: without_nulls(one) for key, one in value.items() if one is not None}
+    return [without_nulls(one) for one in value] if isinstance(value, list) else value
+
+
+def digest(paths: Sequence[Path]) -> str:
+    """A hash of the content of these files and folders; of a single file the SHA-256 that other tools tell."""
+    digests = [file_digest(path) for path in paths for path in content_of(path)]
+    return digests[0] if len(digests) == 1 else hashlib.sha256(" ".join(digests).encode()).hexdigest()
+
+
+def content_of(path: Path) -> list[Path]:
+    """A file, or the files of a saved dataset."""
+    return sorted(one for one in path.iterdir() if files.is_file(one)) if files.is_folder(path) else [path]
+
+
+def file_digest(path: Path) -> str:
+    """The SHA-256 of a file."""
+    with files.open_regular(path, "the data", CURE) as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+# --- conversations
+
+
+def read_conversations(paths: Path | Sequence[Path]) -> Iterator[Read]:
+    """Every row of these files as a conversation or a problem."""
+    for chunk in read_chunks([paths] if isinstance(paths, Path) else paths):
+        yield from conversations_of(chunk)
+
+
+def conversations_of(chunk: Chunk) -> Iterator[Read]:
+    """Every row of a chunk as a conversation, or what is wrong with it."""
+    unit = "row" if chunk.kind in ("parquet", "arrow", "folder") else "line"
+    for number, value, problem in rows_of(chunk):
+        text = problem
+        if text is None:
+            try:
+                conversation, shape = shapes.convert(value)
+            except BadRow as error:
+                text = str(error)
+            else:
+                yield Read(chunk.path, number, conversation, shape, None)
+                continue
+        yield Read(chunk.path, number, None, "", Problem(chunk.path, number, text, unit))
+
+
+def validate_files(paths: Sequence[Path], skip_bad_lines: bool = False) -> Found:
+    """Check every row and count the shapes.
+
+    Raises UserError that names all bad rows (unless they are to be skipped) or files without a usable one.
+    """
+    counts: Counter[str] = Counter()
+    problems: list[Problem] = []
+    for read in progress(read_conversations(paths), f"checking {name_of(paths)}"):
+        if read.problem:
+            problems.append(read.problem)
+        else:
+            counts[read.shape] += 1
+    return judge(paths, Found(counts, len(problems)), problems, skip_bad_lines)
+
+
+def judge(paths: Sequence[Path], found: Found, problems: Sequence[Problem], skip_bad_lines: bool) -> Found:
+    """What was found, or the UserError for it."""
+    where = name_of(paths) if len(paths) > 1 else str(paths[0])
+    if problems and not skip_bad_lines:
+        raise problems_error(where, problems, found.good + found.bad)
+    if not found.good:
+        raise UserError(
+            f"{where} has no usable line; expected one JSON object with 'messages' per line, or another shape of "
+            f"conversations ({found.bad} lines were bad)"
+        )
+    return found
+
+
+def check_files(paths: Sequence[Path], skip_bad_lines: bool) -> None:
+    """Check what can be read without packages and say what was found; say what is checked later."""
+    later = [path for path in paths if needs_packages(path)]
+    now = [path for path in paths if path not in later]
+    if now:
+        log(f"{name_of(now)}: {validate_files(now, skip_bad_lines).words()}")
+    for kind, found in groupby(later, key=lambda path: TABLES.get(path.suffix.lower(), "a saved dataset")):
+        log(f"{name_of(list(found))}: {kind}, checked once the packages are there, before the model is loaded")

@@ -1,0 +1,51 @@
+"""What a built model is made of: the layers that LoRA may adapt, and whether its attention can be replaced."""
+
+from collections.abc import Sequence
+
+import torch
+
+from llmops.console import UserError
+
+
+def fixed_attention(model: torch.nn.Module) -> str | None:
+    """Why a model's attention cannot be replaced by ours, or None when it can.
+
+    It must route attention through transformers' interface, with full attention in every layer.
+    """
+    config = model.config.get_text_config()
+    if not getattr(model, "_supports_attention_backend", False):
+        return "its attention is not replaceable"
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    if kinds != {"full_attention"}:
+        return f"it has layers of the kinds {', '.join(sorted(kinds - {'full_attention'}))}"
+    if getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True):
+        return "its attention has a sliding window"
+    if getattr(config, "attn_logit_softcapping", None):
+        return "it caps its attention scores"
+    return None
+
+
+def linear_layers(model: torch.nn.Module) -> list[str]:
+    """Short names of the linear layers, without the output head; each once, in order of appearance."""
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    names = [
+        name.rpartition(".")[2] for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear) and module is not head
+    ]  # fmt: skip
+    return list(dict.fromkeys(names))
+
+
+def choose_lora_layers(model: torch.nn.Module, wanted: str, defaults: Sequence[str] | None) -> list[str]:
+    """The LoRA layers: those asked for, else the family's, else every linear layer.
+
+    Raises UserError for a name that fits no layer; it lists the names that exist.
+    """
+    existing = linear_layers(model)
+    names = [name.strip() for name in wanted.split(",") if name.strip()] or list(defaults or existing)
+    missing = [name for name in names if name not in existing]
+    if missing:
+        raise UserError(
+            f"--lora_module_name: no layer is called {', '.join(missing)}; "
+            f"this model's layers are {', '.join(existing)}"
+        )
+    return names

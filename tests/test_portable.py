@@ -1,0 +1,141 @@
+"""What is saved is written as releases 4 and 5 of transformers both read it; nothing that it means has changed.
+
+Loaded for real by both: bash tests/loads_elsewhere.sh FOLDER.
+"""
+
+import inspect
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from peft import LoraConfig
+from transformers import AutoConfig, AutoTokenizer
+
+from llmops import portable
+
+TEXTS = ["你好，世界！ Hello  world\n\n123", "<|im_start|>user\nhi<|im_end|>\n", "\t  多 个 空格"]
+
+
+@pytest.fixture
+def base(checkpoints: dict[str, Path], tmp_path: Path) -> Path:
+    """A checkpoint as today's libraries write it, with the terms of its use."""
+    folder = shutil.copytree(checkpoints["llama"], tmp_path / "base")
+    (folder / "LICENSE.txt").write_text("terms", encoding="utf-8")
+    return folder
+
+
+def saved(base: Path, name: str = "saved") -> Path:
+    """A folder as the library leaves it after training: config.json and a tokenizer of its own making."""
+    folder = base.parent / name
+    folder.mkdir()
+    AutoTokenizer.from_pretrained(base).save_pretrained(folder)
+    config = AutoConfig.from_pretrained(base)
+    config.use_cache = False
+    config.save_pretrained(folder)
+    return folder
+
+
+def settings(folder: Path, name: str) -> dict[str, object]:
+    """A JSON file of a folder."""
+    found: dict[str, object] = json.loads((folder / name).read_text(encoding="utf-8"))
+    return found
+
+
+def test_the_tokenizer_is_the_same_in_words_that_both_releases_know(base: Path) -> None:
+    folder = saved(base)
+    portable.make_portable(folder, base)
+    found = settings(folder, "tokenizer_config.json")
+    assert found["tokenizer_class"] == "PreTrainedTokenizerFast"
+    assert found["additional_special_tokens"] == ["<|im_start|>"]
+    assert "extra_special_tokens" not in found
+    assert found["chat_template"] == (folder / "chat_template.jinja").read_text(encoding="utf-8")
+    merges = settings(folder, "tokenizer.json")["model"]["merges"]  # type: ignore[index]
+    assert all(isinstance(merge, str) and merge.count(" ") == 1 for merge in merges)
+    one, other = AutoTokenizer.from_pretrained(base), AutoTokenizer.from_pretrained(folder)
+    assert one.get_vocab() == other.get_vocab()
+    assert one.all_special_ids == other.all_special_ids
+    assert [one(text)["input_ids"] for text in TEXTS] == [other(text)["input_ids"] for text in TEXTS]
+
+
+def test_files_that_are_readable_everywhere_are_copied_byte_for_byte(base: Path) -> None:
+    first = saved(base)
+    portable.make_portable(first, base)
+    published = base.parent / "published"  # as a vendor of 2024 has it
+    shutil.copytree(first, published)
+    (published / "special_tokens_map.json").write_text('{"eos_token":   "<|im_end|>"}', encoding="utf-8")
+    folder = saved(published, "again")
+    portable.make_portable(folder, published)
+    names = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+    for name in names:
+        assert (folder / name).read_bytes() == (published / name).read_bytes(), name
+
+
+def test_a_piece_with_a_blank_keeps_the_new_form(base: Path) -> None:
+    path = base / "tokenizer.json"
+    tokenizer = json.loads(path.read_text(encoding="utf-8"))
+    tokenizer["model"]["merges"].append(["a b", "c"])
+    path.write_text(json.dumps(tokenizer), encoding="utf-8")
+    before = path.read_bytes()
+    portable.write_old_merges(path)
+    assert path.read_bytes() == before
+
+
+def test_a_template_that_only_the_training_had_is_kept(base: Path) -> None:
+    (base / "chat_template.jinja").unlink()
+    folder = saved(base)
+    (folder / "chat_template.jinja").write_text("{{ messages }}", encoding="utf-8")
+    portable.make_portable(folder, base)
+    assert settings(folder, "tokenizer_config.json")["chat_template"] == "{{ messages }}"
+    assert AutoTokenizer.from_pretrained(folder).chat_template == "{{ messages }}"
+
+
+@pytest.mark.parametrize(
+    ("rope", "scaling"),
+    [
+        ({"rope_type": "default", "rope_theta": 123456.0}, None),
+        (
+            {"rope_type": "linear", "rope_theta": 5e5, "factor": 4.0},
+            {"rope_type": "linear", "type": "linear", "factor": 4.0},
+        ),
+        (
+            {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+             "original_max_position_embeddings": 8192},
+            {"rope_type": "llama3", "type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+             "original_max_position_embeddings": 8192},
+        ),
+    ],
+)  # fmt: skip
+def test_the_config_has_both_spellings(base: Path, rope: dict[str, object], scaling: dict[str, object] | None) -> None:
+    path = base / "config.json"
+    path.write_text(
+        json.dumps(
+            settings(base, "config.json") | {"rope_parameters": rope, "seq_length": 77, "torch_dtype": "float16"}
+        ),
+        encoding="utf-8",
+    )
+    folder = saved(base)
+    expected = AutoConfig.from_pretrained(folder)
+    portable.make_portable(folder, base)
+    found = settings(folder, "config.json")
+    assert (found["rope_theta"], found["rope_scaling"]) == (rope["rope_theta"], scaling)
+    assert found["torch_dtype"] == found["dtype"]
+    assert (found["use_cache"], found["seq_length"]) == (True, 77)
+    read = AutoConfig.from_pretrained(folder)
+    assert {key: read.rope_parameters[key] for key in rope} == rope
+    assert {key: value for key, value in read.rope_parameters.items() if key != "type"} == expected.rope_parameters
+    assert (folder / "LICENSE.txt").read_text(encoding="utf-8") == "terms"
+    assert (folder / "generation_config.json").read_bytes() == (base / "generation_config.json").read_bytes()
+
+
+def test_an_adapter_names_only_what_it_uses(base: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "adapter"
+    plain, special = LoraConfig(r=4, target_modules=["q_proj"]), LoraConfig(r=4, use_dora=True, layers_to_transform=[0])
+    for config, more in ((plain, set()), (special, {"use_dora"})):
+        config.save_pretrained(folder)
+        written = settings(folder, "adapter_config.json")
+        portable.make_portable(folder, base)
+        found = settings(folder, "adapter_config.json")
+        assert set(found) == set(portable.LORA_SETTINGS) & set(written) | more
+        assert LoraConfig.from_pretrained(folder).to_dict() == config.to_dict()
+    assert set(portable.LORA_SETTINGS) - set(inspect.signature(LoraConfig).parameters) <= {"auto_mapping"}
