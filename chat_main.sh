@@ -94,7 +94,23 @@ esac
 : "${MODEL_NAME_OR_PATH:=$MOUNT_PATH/Llama-2-13b-chat-hf}" "${TRAIN_FILE:=$MOUNT_PATH/datasets/train.jsonl}"
 : "${OUTPUT_PATH:=$MOUNT_PATH/output_path}"
 
-# 1. check settings, paths and data before anything is installed or loaded
+# 1. check settings, paths and data before anything is installed or loaded; questions with intents become conversations
+if [ "$SCENARIO" = faq ]; then
+    python=$(project_python "$HERE") || exit 2
+    status=0
+    PYTHONPATH=$HERE "$python" -m llmops.faq_records "$TRAIN_FILE" || status=$?
+    [ "$status" -le 1 ] || exit "$status"
+    if [ "$status" -eq 0 ]; then
+        [ "$NO_SSH" != true ] || die "$TRAIN_FILE holds questions with intents; with --no_ssh prepare them first: bash faq/prepare.sh"
+        beside=$(dirname -- "$TRAIN_FILE")/test.jsonl
+        if [ -z "$TEST_FILE" ] && [ -f "$beside" ]; then TEST_FILE=$beside; fi
+        prepared=${OUTPUT_PATH%/}_faq
+        log "$TRAIN_FILE holds questions with intents: faq/prepare.sh makes conversations of them in $prepared"
+        bash "$HERE/faq/prepare.sh" --data_file "$TRAIN_FILE" --test_data_file "$TEST_FILE" --output_dir "$prepared" \
+            --mode "$MODE" --skip_bad_lines "$SKIP_BAD_LINES" --seed "$SEED" --model_name_or_path "" >&2
+        TRAIN_FILE=$prepared/train.jsonl TEST_FILE=$prepared/test.jsonl
+    fi
+fi
 mapfile -d '' -t settings < <(setting_flags CUDA_VISIBLE_DEVICES MOUNT_PATH NUM_PROCESSES HOSTFILE MASTER_ADDR MASTER_PORT NO_SSH NODE_RANK)
 checker=$(project_python "$HERE") || exit 2
 status=0

@@ -55,6 +55,7 @@ class Config:
     max_pairs: int
     skip_bad_lines: bool
     trust_remote_code: bool
+    output_file: Path | None
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -64,8 +65,10 @@ def build_parser() -> argparse.ArgumentParser:
         description="Find similar questions with different intents.",
     )  # fmt: skip
     add = parser.add_argument
-    add("--data_file_path", required=True, help="questions with intents: a JSON array, JSON lines or csv")
-    add("--model_path", required=True,
+    add("--data_file_path", "--dataset", required=True, help="questions with intents: a JSON array, JSON lines or csv")
+    add("--dataset_type", default="faq", choices=["faq"], help="the kind of data; faq is the only one")
+    add("--output_file", default="", metavar="FILE.json", help="write what is printed there, too")
+    add("--model_path", "--model_name", required=True,
         help=f"folder of a sentence-transformers model or a BERT; {ngrams.NAME}: wording only, no model")  # fmt: skip
     add("--similarity_threshold", type=float, default=0.91, help="questions this similar are compared by intent")
     add("--intent_similarity_threshold", type=float, default=0.86, help="intents this similar probably mean the same")
@@ -97,7 +100,7 @@ def parse(argv: Sequence[str] | None) -> Config:
         problems.append(f"--max_pairs is {given.max_pairs}, expected 1 or more")
     if given.model_path.startswith("builtin:") and given.model_path != ngrams.NAME:
         problems.append(f"--model_path is {given.model_path}, expected a folder or {ngrams.NAME}")
-    for name in ("report", "plot"):
+    for name in ("report", "plot", "output_file"):
         path = Path(getattr(given, name) or ".")
         if getattr(given, name) and (not files.is_folder(path.parent) or files.is_folder(path)):
             problems.append(f"--{name} {path} cannot be written, expected a file's name in a folder that exists")
@@ -110,6 +113,7 @@ def parse(argv: Sequence[str] | None) -> Config:
         Path(given.data_file_path), given.model_path, given.similarity_threshold, given.intent_similarity_threshold,
         Path(given.report) if given.report else None, Path(given.plot) if given.plot else None, given.cache_dir,
         given.gpu_id, given.dtype, given.max_pairs, given.skip_bad_lines, given.trust_remote_code,
+        Path(given.output_file) if given.output_file else None,
     )  # fmt: skip
 
 
@@ -210,10 +214,13 @@ def present(found: "Findings", config: Config) -> None:
         log(f"heat map in {config.plot}")
 
 
-def say(found: "Findings") -> int:
+def say(found: "Findings", output_file: Path | None = None) -> int:
     """Print the documented JSON; the exit code: 1 when its reader (head, say) closed the pipe before the end."""
     from eval.similar.findings import json_parts
 
+    if output_file:
+        with files.writing(output_file) as stream:
+            stream.writelines(json_parts(found))
     try:
         sys.stdout.writelines(json_parts(found))
         sys.stdout.flush()
@@ -239,7 +246,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             config = parse(argv)
             with stdout_to_stderr():
                 found = run(config)
-        return say(found)
+        return say(found, config.output_file)
 
     return run_main(body)
 

@@ -69,6 +69,7 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("log_path", nargs="?", default="mnt/output_path/log.txt",
         help="a training log, a folder that holds one, or - for stdin (default: %(default)s)")  # fmt: skip
+    add("--log_path", dest="named_log_path", default="", metavar="LOG", help="the same as a flag")
     switch: dict[str, Any] = {"type": to_bool, "default": False, "metavar": "true|false"}
     add("--explain", **switch, help="tell on stderr what was seen: the numbers against the thresholds")
     add("--plot", default="", metavar="FILE.png", help="draw the curves with the findings marked")
@@ -98,6 +99,7 @@ def parse(argv: Sequence[str] | None) -> Config:
     """The configuration that command line arguments describe; all problems at once."""
     given = vars(build_parser().parse_args(spell_out(sys.argv[1:] if argv is None else argv)))
     limits = {item.name: given.pop(item.name) for item in fields(Thresholds)}
+    given["log_path"] = given.pop("named_log_path") or given["log_path"]
     problems = [f"--{name} is {value}, expected 0 or more" for name, value in limits.items() if not value >= 0]
     problems += [
         f"--{risk}_medium is {limits[f'{risk}_medium']}, which is {side} --{risk}_high ({limits[f'{risk}_high']})"

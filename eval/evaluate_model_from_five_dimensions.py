@@ -45,7 +45,7 @@ def build_parser() -> argparse.ArgumentParser:
         prog=f"{FIVE}.py", description="Evaluate a chat model in five dimensions.",
         epilog=HELP, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
     )  # fmt: skip
-    parser.add_argument("model", help="whole model, merged model or adapter folder")
+    parser.add_argument("model", nargs="?", default="", help="whole model, merged model or adapter folder")
     parser.add_argument("dimensions", nargs="?", default="", help=f"JSON list of {', '.join(DIMENSIONS)}; default: all")
     parser.add_argument("options", nargs="?", default="", help="JSON object {'additional_parameters': {...}}")
     parser.add_argument(
@@ -55,7 +55,29 @@ def build_parser() -> argparse.ArgumentParser:
         "--export_official", type=to_bool, nargs="?", const=True, default=False, metavar="true|false",
         help="as the key of additional_parameters",
     )  # fmt: skip
+    names = parser.add_argument_group("the same under the names of the platform that these commands come from")
+    same = argparse.SUPPRESS
+    names.add_argument("--model_name_or_path", dest="named_model", default=same, metavar="MODEL", help="the model")
+    names.add_argument(
+        "--evaluation_dimensions", dest="named_dimensions", default=same, metavar="JSON", help="the list"
+    )
+    names.add_argument("--options", dest="named_options", default=same, metavar="JSON", help="the object")
+    names.add_argument("--output_file", default="", metavar="FILE.json", help="write what is printed there, too")
+    names.add_argument("--gpu_nums", type=int, default=None, metavar="N",
+        help="0: the CPU; several share the samples when the .sh starts so many processes (NUM_PROCESSES)")  # fmt: skip
     return parser
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The arguments, by position or by name."""
+    given = build_parser().parse_args(argv)
+    for name in ("model", "dimensions", "options"):
+        setattr(given, name, getattr(given, f"named_{name}", getattr(given, name)))
+    if not given.model:
+        raise UserError("no model is given; pass its folder as the first argument or with --model_name_or_path")
+    if given.gpu_nums is not None and given.gpu_nums < 0:
+        raise UserError(f"--gpu_nums is {given.gpu_nums}; expected 0 for the CPU, or the number of GPUs")
+    return given
 
 
 def read_dimensions(text: str) -> list[Dimension]:
@@ -278,10 +300,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Parse, run, print."""
 
     def body() -> int:
-        given = build_parser().parse_args(argv)
+        given = parse(argv)
         options = read_options(given.options)
         options = replace(
             options,
+            gpu_id=-1 if given.gpu_nums == 0 else options.gpu_id,
             output_path=options.output_path or given.output_path,
             export_official=options.export_official or given.export_official,
         )
@@ -302,6 +325,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         finally:
             printed = evaluation.printed()
             if printed is not None and processes.first:
+                if given.output_file:
+                    files.write_json(Path(given.output_file), printed)
                 files.print_json(printed)
         return 0
 

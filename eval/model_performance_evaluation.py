@@ -25,13 +25,14 @@ from eval.metrics import METRICS, language
 from eval.processes import Processes
 from eval.prompts import Prepared
 from eval.samples import Answer, Sample, draw, rows_of, summarise
-from llmops import files
+from llmops import data_files, files
 from llmops.chat_formats import families
 from llmops.console import FailureJson, Parser, Terminated, UserError, log, run_main, stdout_to_stderr, to_bool
-from llmops.data_files import list_files, read_conversations
+from llmops.data_files import list_files, read_chunks, read_conversations
 from llmops.records import Problem, problems_error
 
 NAME = "model_performance"
+PREDICTION = {"answer", "gold"}  # keys of a row that holds a prediction
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,9 @@ def build_parser() -> argparse.ArgumentParser:
     add("--model_name_or_path", default="mnt/output_path", help="whole model, merged model or adapter folder")
     add("--adapter", default="", help="an adapter's folder, put on the model")
     add(
-        "--dataset_path", default="mnt/datasets/test.jsonl", help="jsonl of conversations ('messages'), as for training"
+        "--dataset_path",
+        default="mnt/datasets/test.jsonl",
+        help="conversations, as for training; or rows of answer and gold, which are scored without a model",
     )
     add("--evaluation_metrics", action="append", default=[],
         help=f'some of {", ".join(METRICS)}: "Acc,Rouge", repeated, or a JSON list; default: Rouge')  # fmt: skip
@@ -160,9 +163,51 @@ def read_samples(path: Path) -> list[Sample]:
     return samples
 
 
+def read_predictions(path: Path) -> list[tuple[str, str]]:
+    """(answer, gold) of every row of a file of predictions; empty for a file of conversations.
+
+    Raises UserError that names every row that is none, where the first one is.
+    """
+    pairs: list[tuple[str, str]] = []
+    problems: list[Problem] = []
+    count = 0
+    for chunk in read_chunks(list_files(str(path))):
+        for number, value, unreadable in data_files.rows_of(chunk):
+            count += 1
+            row = value if isinstance(value, dict) else {}
+            if count == 1 and not row.keys() >= PREDICTION:
+                return []
+            if unreadable or not all(isinstance(row.get(key), str) for key in PREDICTION):
+                found = unreadable or 'found no texts under "answer" and "gold"'
+                problems.append(Problem(chunk.path, number, f"{found}; expected them as in the other rows"))
+            else:
+                pairs.append((row["answer"], row["gold"]))
+    if problems:
+        text = str(problems_error(path, problems, count))
+        raise UserError(text.replace(" or pass --skip_bad_lines true to drop and count them", ""))
+    return pairs
+
+
+def score_predictions(config: Config, pairs: Sequence[tuple[str, str]]) -> dict[str, float]:
+    """The score by metric of answers that another program gave; no model is asked."""
+    log(
+        f"{config.dataset_path}: {len(pairs):,} answers with their gold; they are scored as they are, no model is asked"
+    )
+    scores = [
+        {name: value for metric in config.metrics for name, value in METRICS[metric](answer, [gold]).items()}
+        for answer, gold in pairs
+    ]
+    figures = summarise(scores, config.seed)
+    return {metric: round(figures[metric]["mean"], 4) for metric in config.metrics}
+
+
 def run(config: Config, processes: Processes, interrupts: Interrupts) -> dict[str, float]:
     """Answer every prompt, score the answers, write the reports; score by metric."""
     started = time.monotonic()
+    if files.is_file(Path(config.dataset_path)):
+        pairs = read_predictions(Path(config.dataset_path))
+        if pairs:
+            return score_predictions(config, pairs)
     # 1. everything that can be wrong without the weights
     check(config.settings)
     samples = draw(read_samples(Path(config.dataset_path)), config.limit, config.seed)

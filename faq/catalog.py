@@ -1,7 +1,7 @@
 """intents.json: the candidate intents, their replies, the wording of the prompts; the one source of every FAQ prompt.
 
-A variant is a candidate list with some intents left out, whose questions then have no fitting intent. There are few,
-so that rows go on sharing their prompts' beginnings.
+A variant is a candidate list with some intents left out, whose questions then have no fitting intent, or a list that
+rows of the data brought with them. Rows with the same list share their prompts' beginnings.
 """
 
 from dataclasses import asdict, dataclass, field
@@ -35,8 +35,10 @@ class Wording:
 class Catalog:
     """The intents with their replies, in the order of the prompt; `left_out[k]` are those that variant k lacks.
 
-    `wording` is None for data whose prompts were made elsewhere. `decision` holds the calibration and the threshold
-    that faq/score found, and is {} before.
+    `lists` are candidate lists that the data's rows brought with them, or that faq/prepare found by similarity, in their
+    own order; variants after those of `left_out`. `wording` is None for data whose prompts were made elsewhere.
+    `decision` holds the calibration and the threshold that faq/score found; `retrieval` how candidates of a bare question
+    are found (faq/retrieval.py); both are {} where there is none.
     """
 
     mode: str
@@ -45,6 +47,13 @@ class Catalog:
     left_out: list[list[str]] = field(default_factory=list)
     none_reply: str = ""
     decision: dict[str, float] = field(default_factory=dict)
+    retrieval: dict[str, Any] = field(default_factory=dict)
+    lists: list[list[str]] = field(default_factory=list)
+
+    @property
+    def variants(self) -> int:
+        """How many candidate lists there are beside that of all intents."""
+        return len(self.left_out) + len(self.lists)
 
     @property
     def none(self) -> str:
@@ -53,6 +62,8 @@ class Catalog:
 
     def candidates(self, variant: int | None = None) -> list[str]:
         """The intents that a variant of the prompt lists."""
+        if variant is not None and variant >= len(self.left_out):
+            return [intent for intent in self.lists[variant - len(self.left_out)] if intent != self.none]
         absent = set() if variant is None else set(self.left_out[variant])
         return [intent for intent in self.intents if intent not in absent]
 
@@ -141,12 +152,9 @@ def load_catalog(path: Path) -> Catalog:
     """Read intents.json. Raises UserError when it is not there or not one."""
     values = files.read_object(path, f"the {INTENTS_NAME}", "faq/prepare.sh writes it, or pass --intents_file")
     checks = {
-        "mode": is_mode,
-        "intents": is_texts,
-        "left_out": is_lists,
-        "none_reply": is_text,
-        "decision": is_decision,
-    }
+        "mode": is_mode, "intents": is_texts, "left_out": is_lists, "none_reply": is_text, "lists": is_lists,
+        "decision": is_decision, "retrieval": is_retrieval,
+    }  # fmt: skip
     unknown = [key for key in values if key not in {*checks, "wording"}]
     missing = [key for key in ("mode", "wording", "intents") if key not in values]
     wrong = [key for key, good in checks.items() if key in values and not good(values[key])]
@@ -188,3 +196,17 @@ def is_decision(value: Any) -> bool:
     """Whether a value is a calibration with a threshold, or nothing."""
     numbers = isinstance(value, dict) and all(type(number) in (int, float) for number in value.values())
     return numbers and (not value or (value.get("temperature", 0) > 0 and {"shift", "threshold"} <= set(value)))
+
+
+def is_retrieval(value: Any) -> bool:
+    """Whether a value says how candidates are found, or is {}."""
+    if not isinstance(value, dict) or not value:
+        return value == {}
+    examples = value.get("examples")
+    return (
+        type(value.get("candidates")) is int
+        and value["candidates"] > 0
+        and is_text(value.get("embedding_model"))
+        and isinstance(examples, dict)
+        and is_lists(list(examples.values()))
+    )

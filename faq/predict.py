@@ -21,7 +21,7 @@ from llmops.chat_formats import ChatFormat, families
 from llmops.chat_model import ChatModel
 from llmops.checkpoints import Checkpoint
 from llmops.console import Parser, UserError, has_gpu, log, progress, run_main, stdout_to_stderr, to_bool
-from llmops.faq_records import INTENTS_NAME, read_faq, refuse_unfinished
+from llmops.faq_records import INTENTS_NAME, FaqRecord, read_faq, refuse_unfinished
 from llmops.records import Message
 
 if TYPE_CHECKING:
@@ -118,15 +118,33 @@ def read_queries(config: Config, catalog: Catalog) -> list[Query]:
     data = read_faq(Path(config.input_file), need_intent=False)
     queries = []
     for record in data.records:
-        if record.variant is not None and not 0 <= record.variant < len(catalog.left_out):
+        if record.variant is not None and not 0 <= record.variant < catalog.variants:
             raise UserError(
                 f"{data.path}:{record.line}: variant {record.variant} is not in the intents file, which has "
-                f"{len(catalog.left_out)}; give the {INTENTS_NAME} that was written with this file"
+                f"{catalog.variants}; give the {INTENTS_NAME} that was written with this file"
             )
+        variant = record.variant
+        if record.candidates:
+            variant = own_variant(catalog, record, f"{data.path}:{record.line}")
         for question in record.questions:
-            prompt = record.messages[:-1] or tuple(catalog.prompt(question))
-            queries.append(Query(question, prompt, record.variant, record.intent))
+            prompt = record.messages[:-1] or tuple(catalog.prompt(question, variant))
+            queries.append(Query(question, prompt, variant, record.intent))
     return queries
+
+
+def own_variant(catalog: Catalog, record: FaqRecord, place: str) -> int:
+    """The number of the candidate list that a row brings; a list that is new is added. Raises UserError for intents
+    that the model did not learn."""
+    unknown = [name for name in record.candidates if name not in catalog.intents and name != catalog.none]
+    if unknown:
+        raise UserError(
+            f"{place}: its candidate {files.shown(unknown[0])} is no intent of the {INTENTS_NAME}; give the file that "
+            "was written for this model, or take the candidate out"
+        )
+    listed = list(record.candidates)
+    if listed not in catalog.lists:
+        catalog.lists.append(listed)
+    return len(catalog.left_out) + catalog.lists.index(listed)
 
 
 def candidate_tokens(chat: ChatFormat, prompt: Sequence[Message], answers: Sequence[str]) -> list[list[int]]:

@@ -53,18 +53,24 @@ class Config:
 
 @dataclass(frozen=True)
 class Example:
-    """One question with its intent, and where it was read; `messages` when its prompt was made elsewhere."""
+    """One question with its intent, and where it was read; `messages` when its prompt was made elsewhere.
+
+    `candidates` when it brings a list of its own.
+    """
 
     path: Path
     line: int
     question: str
     intent: str
     messages: tuple[Message, ...] = ()
+    candidates: tuple[str, ...] = ()
 
     @property
     def asked(self) -> str:
-        """What tells this example from others: its question, or its whole prompt if that was made elsewhere."""
-        return json.dumps(self.messages[:-1], ensure_ascii=False) if self.messages else self.question
+        """What tells this example from others: its question (with its own list), or a whole prompt made elsewhere."""
+        if self.messages:
+            return json.dumps(self.messages[:-1], ensure_ascii=False)
+        return "\n".join((self.question, *self.candidates))
 
     @property
     def place(self) -> str:
@@ -125,7 +131,7 @@ def check(config: Config) -> None:
 def examples_of(data: FaqFile) -> list[Example]:
     """One example per question."""
     return [
-        Example(data.path, record.line, question, record.intent, record.messages)
+        Example(data.path, record.line, question, record.intent, record.messages, record.candidates)
         for record in data.records
         for question in record.questions
     ]
@@ -210,7 +216,7 @@ def make_variants(intents: Sequence[str], config: Config) -> list[list[str]]:
 
 def make_rows(examples: Sequence[Example], catalog: Catalog, ratio: float, seed: int) -> list[dict[str, Any]]:
     """One row per example, then `ratio` as many rows of questions whose intent a variant leaves out."""
-    rows = [make_row(example, example.intent, catalog, None) for example in examples]
+    rows = [make_row(example, example.intent, catalog, variant_of_own(example, catalog)) for example in examples]
     variant_of = {intent: k for k, absent in enumerate(catalog.left_out) for intent in absent}
     if variant_of and ratio:
         movable = [e for e in examples if e.intent in variant_of]
@@ -218,6 +224,27 @@ def make_rows(examples: Sequence[Example], catalog: Catalog, ratio: float, seed:
         chosen = Random(seed + 1).sample(movable, count)
         rows += [make_row(e, catalog.none, catalog, variant_of[e.intent]) for e in chosen]
     return rows
+
+
+def variant_of_own(example: Example, catalog: Catalog) -> int | None:
+    """The number of the list that an example brings, or None."""
+    if not example.candidates:
+        return None
+    return len(catalog.left_out) + catalog.lists.index(list(example.candidates))
+
+
+def own_lists(examples: Sequence[Example], intents: dict[str, str], none: str) -> list[list[str]]:
+    """The different lists that examples bring; their candidates become intents. All examples bring one, or none."""
+    lists = dict.fromkeys(example.candidates for example in examples)
+    if list(lists) == [()]:
+        return []
+    bare = next((example for example in examples if not example.candidates), None)
+    if bare:
+        raise UserError(f"{bare.place} has no candidates of its own and other rows have; expected them in all or none")
+    for name in (name for listed in lists for name in listed if name != none):
+        intents.setdefault(name, "")
+    log(f"the rows have {len(lists):,} candidate lists of their own, which are kept; no variants are added")
+    return [list(listed) for listed in lists]
 
 
 def make_row(example: Example, answer: str, catalog: Catalog, variant: int | None) -> dict[str, Any]:
@@ -243,7 +270,7 @@ def check_length(config: Config, examples: Sequence[Example], catalog: Catalog) 
         limit, whose = length, f"the model's length of {length}"
     longest, tokens = examples[0], 0
     for example in sorted(examples, key=lambda example: -len(example.question))[:LENGTHS_TRIED]:
-        messages = make_row(example, example.intent, catalog, None)["messages"]
+        messages = make_row(example, example.intent, catalog, variant_of_own(example, catalog))["messages"]
         length = len(chat.conversation(messages)[-1].ids)
         if length > tokens:
             longest, tokens = example, length
@@ -279,25 +306,18 @@ def run(config: Config) -> dict[str, Any]:
     if len(intents) < 2:
         raise UserError(f"{data.path} has {len(intents)} intent beside {none!r}; expected at least two to choose from")
     # 2. training and test
-    if config.test_data_file:
-        tested = read_faq(Path(config.test_data_file), config.skip_bad_lines)
-        log(f"{tested.path}: {tested.kind}, {len(tested.records)} records")
-        report_skipped(tested)
-        test = without_conflicts(examples_of(tested), config.skip_bad_lines, repeats_stay=True)
-        test = check_known(test, intents, none, config.skip_bad_lines)
-        asked = {example.asked for example in test}
-        both = [e for e in examples if e.asked in asked]
-        examples = [e for e in examples if e.asked not in asked]
-        if both:
-            places = listed([str(e.line) for e in both])
-            log(f"{data.path}: {len(both)} questions are test questions, too, and left out of training; lines {places}")
-    else:
+    tested = read_tests(config) if config.test_data_file else None
+    lists = own_lists([*examples, *(tested or [])], intents, none)
+    if tested is None:
         examples, test = split(examples, config.test_ratio, config.seed)
+    else:
+        test = check_known(tested, intents, none, config.skip_bad_lines)
+        examples = without_tests(examples, test, data.path)
     if not examples or not test:
         raise UserError(f"0 rows left for {'training' if not examples else 'the test'}; give more questions per intent")
     # 3. prompts
-    left_out = make_variants(list(intents), config) if wording else []
-    catalog = Catalog(config.mode, wording, intents, left_out, none_reply)
+    left_out = make_variants(list(intents), config) if wording and not lists else []
+    catalog = Catalog(config.mode, wording, intents, left_out, none_reply, lists)
     if config.model_name_or_path:
         check_length(config, [*examples, *test], catalog)
     ratio = config.out_of_scope_ratio
@@ -313,6 +333,24 @@ def run(config: Config) -> dict[str, Any]:
     made = f"{counts['train']} rows to train on ({none_rows} of them {none}), {counts['test']} to test"
     log(f"{config.output_dir}: {made}")
     return counts | {"intents": len(intents), "output_dir": config.output_dir}
+
+
+def read_tests(config: Config) -> list[Example]:
+    """The examples of a given test file, which is not changed."""
+    tested = read_faq(Path(config.test_data_file), config.skip_bad_lines)
+    log(f"{tested.path}: {tested.kind}, {len(tested.records)} records")
+    report_skipped(tested)
+    return without_conflicts(examples_of(tested), config.skip_bad_lines, repeats_stay=True)
+
+
+def without_tests(examples: list[Example], test: Sequence[Example], path: Path) -> list[Example]:
+    """Training examples that are no test examples, too."""
+    asked = {example.asked for example in test}
+    both = [e for e in examples if e.asked in asked]
+    if both:
+        places = listed([str(e.line) for e in both])
+        log(f"{path}: {len(both)} questions are test questions, too, and left out of training; lines {places}")
+    return [e for e in examples if e.asked not in asked]
 
 
 def report_skipped(data: FaqFile) -> None:

@@ -430,15 +430,7 @@ class ChatFormat:
         else:
             encoding = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
             ids, offsets = encoding["input_ids"], encoding["offset_mapping"]
-        learned = [False] * len(ids)
-        position = 0
-        for i, (start, end) in enumerate(offsets):
-            while position < len(spans) and spans[position][1] <= start:
-                position += 1
-            if position == len(spans):
-                break
-            learned[i] = end > spans[position][0] and start < spans[position][1]
-        return Rendered(ids, learned)
+        return Rendered(ids, overlapping(offsets, spans))
 
     def _encode_pieces(self, pieces: list[Piece]) -> Rendered:
         ids: list[int] = []
@@ -476,6 +468,18 @@ class ChatFormat:
         return (
             "the checkpoint's chat template" if self.family.name == OWN else f"the chat template of {self.family.name}"
         )
+
+
+def overlapping(offsets: Sequence[tuple[int, int]], spans: Sequence[tuple[int, int]]) -> list[bool]:
+    """Whether each (start, end) overlaps one of the spans, which are in order and apart."""
+    if not spans or not offsets:
+        return [False] * len(offsets)
+    import numpy as np
+
+    places, begins, ends = np.asarray(offsets), *np.asarray(spans).T
+    first = np.searchsorted(ends, places[:, 0], side="right")  # the first span that ends after the token begins
+    inside = first < len(ends)
+    return (inside & (places[:, 1] > begins[np.minimum(first, len(ends) - 1)])).tolist()
 
 
 def end_of_answer(text: str) -> int:

@@ -28,7 +28,10 @@ CHUNK = 500  # rows that are read, and handed to another process, at once
 
 
 class Chunk(NamedTuple):
-    """Some rows of a file as they were read: raw lines with their numbers, a table, or (number, value, problem)."""
+    """Some rows of a file as they were read: raw lines with their numbers, (number, value, problem), or a table.
+
+    A table is the bytes of an Arrow stream: pickled for another process, a slice would bring the whole it is of.
+    """
 
     path: Path
     kind: str
@@ -167,7 +170,11 @@ def rows_of(chunk: Chunk) -> Iterator[tuple[int, Any, str | None]]:
         return ((number, *files.parse_line(raw)) for number, raw in chunk.rows if raw.strip())
     if isinstance(chunk.rows, list):
         return iter(chunk.rows)
-    return ((number, without_nulls(value), None) for number, value in enumerate(chunk.rows.to_pylist(), chunk.first))
+    import pyarrow
+
+    with pyarrow.ipc.open_stream(chunk.rows) as stream:
+        values = stream.read_all().to_pylist()
+    return ((number, without_nulls(value), None) for number, value in enumerate(values, chunk.first))
 
 
 def array_elements(path: Path, text: str) -> Iterator[tuple[int, Any, str | None]]:
@@ -217,12 +224,22 @@ def table_chunks(path: Path, kind: str, size: int) -> Iterator[Chunk]:
         else:
             found = datasets.load_dataset(kind, data_files=glob.escape(str(path)), split="train", streaming=True)
         for table in found.with_format("arrow").iter(batch_size=size):
-            yield Chunk(path, kind, table, number)
+            yield Chunk(path, kind, stream_of(table), number)
             number += len(table)
     except (pyarrow.ArrowException, datasets.exceptions.DatasetsError, OSError, ValueError, TypeError) as error:
         said = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
         what = "a saved dataset" if kind == "folder" else kind
         raise UserError(f"{path} cannot be read as {what} ({said}); write it again, or export JSON lines") from error
+
+
+def stream_of(table: Any) -> bytes:
+    """A table's rows as an Arrow stream."""
+    import pyarrow
+
+    sink = pyarrow.BufferOutputStream()
+    with pyarrow.ipc.new_stream(sink, table.schema) as stream:
+        stream.write_table(table)
+    return sink.getvalue().to_pybytes()
 
 
 def without_nulls(value: Any) -> Any:

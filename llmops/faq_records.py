@@ -3,17 +3,21 @@
 Shapes, told apart by their keys, as JSON lines, one JSON array, or csv with a header:
     {"instruction", "question", "intent", "output"}                one question
     {"intruction", "input": "['怎么了？', ...]", "intent", "output"}   several, a list written as text; misspelt or not
+    {"instruction", "input": "问题: Q\n候选类别: A\nB\n...", "output": "A"}   one, with a list of candidates of its own
     {"messages": [...]}                                            conversations whose prompts are made already
 """
 
 import ast
-from collections.abc import Iterator
+import re
+import sys
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from llmops import files, shapes
-from llmops.console import UserError
+from llmops.console import UserError, run_main
 from llmops.data_files import kind_of, read_chunks, rows_of
 from llmops.records import BadRow, Message, Problem, problems_error
 
@@ -23,6 +27,9 @@ PREPARED_NAME = ".prepare.json"  # beside the training data: what faq/prepare wr
 QUESTION_KEYS = ("question", "text", "query", "问题")
 LIST_KEY = "input"
 INTENT_KEYS = ("intent", "category", "label", "意图")
+NONE_FITS = "不符合"  # the answer when no candidate fits, in the templates and in the original's data
+CONVERTED = re.compile(r"问题[:：]([\s\S]*?)\n\s*候选类别[:：]([\s\S]*)")
+EXPORT_ROWS = 200  # that tell whether a file is an export
 REPLY_KEYS = ("output", "answer", "reply", "答案", "回复")
 INSTRUCTION_KEYS = ("instruction", "intruction")
 
@@ -32,8 +39,8 @@ class FaqRecord:
     """One record of a file: where it stands (line from 1, index from 0), its questions, intent and reply.
 
     `messages` is set for a conversation whose prompt is made already: its intent is the last answer, its question the
-    last one asked, unless the row names it; `variant` is the candidate list that faq/prepare.py gave it. `intent` is
-    "" where it may be missing and is.
+    last one asked, unless the row names it; `variant` is the candidate list that faq/prepare.py gave it, `candidates`
+    the one that the row itself has. `intent` is "" where it may be missing and is.
     """
 
     line: int
@@ -44,6 +51,7 @@ class FaqRecord:
     instruction: str = ""
     messages: tuple[Message, ...] = ()
     variant: int | None = None
+    candidates: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -72,6 +80,7 @@ def read_faq(path: Path, skip_bad_lines: bool = False, need_intent: bool = True)
     `need_intent` False: questions to be classified, whose intent may be missing.
     """
     shape, rows = raw_records(path)
+    refuse_exported(path)
     records: list[FaqRecord] = []
     problems: list[Problem] = []
     keys: dict[str, None] = {}
@@ -105,6 +114,9 @@ def check_record(raw: Any, line: int, index: int, need_intent: bool) -> tuple[Fa
         return None, f"found {files.kind_of(raw)}, expected an object with a question and its intent"
     if "messages" in raw:
         return conversation_record(raw, line, index)
+    converted = None if "intent" in raw else converted_parts(raw.get(LIST_KEY))
+    if converted:
+        return converted_record(raw, *converted, line, index, need_intent)
     questions, problem = find_questions(raw)
     if problem:
         return None, problem
@@ -121,6 +133,73 @@ def check_record(raw: Any, line: int, index: int, need_intent: bool) -> tuple[Fa
             return None, f"{files.shown(key)} is {files.shown(raw[key])}, expected a text"
     reply, instruction = (first_text(raw, keys) or "" for keys in (REPLY_KEYS, INSTRUCTION_KEYS))
     return FaqRecord(line, index, questions, intent or "", reply, instruction), None
+
+
+def converted_parts(text: object) -> tuple[str, tuple[str, ...]] | None:
+    """(question, its own candidates in their order) of an `input` that holds both; None for any other."""
+    match = CONVERTED.fullmatch(text.strip()) if isinstance(text, str) else None
+    if match is None:
+        return None
+    return match[1].strip(), tuple(dict.fromkeys(filter(None, map(str.strip, match[2].split("\n")))))
+
+
+def converted_record(
+    raw: dict[str, Any], question: str, candidates: tuple[str, ...], line: int, index: int, need_intent: bool
+) -> tuple[FaqRecord | None, str | None]:
+    """`check_record` for a row that brings its candidates: its answer is one of them, or says that none fits."""
+    intent = first_text(raw, ("output",)) or ""
+    if not question or len(candidates) < 2:
+        return None, "'input' has no question or fewer than two candidates after 候选类别; expected both"
+    if not intent and need_intent:
+        return None, "'output' is empty; expected the intent, one of the candidates of 'input'"
+    if intent and intent not in (*candidates, NONE_FITS):
+        return (
+            None,
+            f"the intent {files.shown(intent)} is not among its own candidates, and not {NONE_FITS}; mend either",
+        )
+    instruction = first_text(raw, INSTRUCTION_KEYS) or ""
+    return FaqRecord(line, index, (question,), intent, instruction=instruction, candidates=candidates), None
+
+
+def kind_of_data(path: Path) -> str:
+    """`raw` for questions with intents, `prepared` for conversations, by the first row that can be read; else "".
+
+    Raises UserError for conversations that were exported from FAQ data.
+    """
+    refuse_exported(path)
+    for chunk in read_chunks([path], 1):
+        for _, value, problem in rows_of(chunk):
+            if problem is None and isinstance(value, dict):
+                if "messages" in value:
+                    return "prepared"
+                known = "intent" in value or converted_parts(value.get(LIST_KEY)) is not None
+                return "raw" if known or first_text(value, INTENT_KEYS) else ""
+    return ""
+
+
+def refuse_exported(path: Path) -> None:
+    """Raise UserError for conversations in which question and intent are asked and the reply is the answer.
+
+    So the original's platform exports FAQ data. In a prompt for an intent the answer stands among the candidates;
+    there the question's second line is the intent and the answer, a reply, stands nowhere before.
+    """
+    seen = 0
+    for chunk in islice(read_chunks([path], EXPORT_ROWS), 1):
+        for _, value, problem in rows_of(chunk):
+            messages = value.get("messages") if problem is None and isinstance(value, dict) else None
+            texts = [m.get("content") for m in messages if isinstance(m, dict)] if isinstance(messages, list) else []
+            if not 2 <= len(texts) <= 3 or not all(isinstance(text, str) for text in texts):
+                return
+            asked = texts[-2].strip()
+            if asked.count("\n") != 1 or any(texts[-1].strip() in text for text in texts[:-1]):
+                return
+            seen += 1
+    if seen > 1:
+        raise UserError(
+            f"{path} holds conversations exported from FAQ data: each asks a question with its intent on the next line "
+            "and answers with the reply, so the replies would be taken for intents; give the questions with their "
+            "intents (instruction, question, intent, output), or learn the replies with SCENARIO=general"
+        )
 
 
 def conversation_record(raw: dict[str, Any], line: int, index: int) -> tuple[FaqRecord | None, str | None]:
@@ -183,3 +262,20 @@ def first_text(raw: dict[str, Any], keys: tuple[str, ...]) -> str | None:
         if isinstance(raw.get(key), str):
             return raw[key].strip()
     return None
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """`python -m llmops.faq_records FILE`: 0 for questions with intents, 1 for anything else, 2 with a sentence.
+
+    chat_main.sh asks whether a file has to be prepared before it is learned.
+    """
+
+    def body() -> int:
+        path = Path((sys.argv[1:] if argv is None else argv)[0])
+        return 0 if files.is_file(path) and kind_of_data(path) == "raw" else 1
+
+    return run_main(body)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

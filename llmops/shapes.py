@@ -23,7 +23,6 @@ SPEAKERS = {  # of ShareGPT
 ROLE_NAMES = {"tool_response": "tool", "developer": "system"}  # of ms-swift and of OpenAI, beside ours
 QUESTIONS = ("query", "question", "prompt", "problem")
 ANSWERS = ("response", "answer", "target", "completion")
-CANDIDATES = "候选类别"  # stands in the input of an FAQ record that the original's platform converted
 ONE_TEXT = "text alone is for pretraining; expected a question with its answer"
 PREFERENCE = "two answers to choose between are preference data, which this does not learn; keep the better one"
 EXPECTED = 'expected {"messages": [{"role", "content"}, ...]} or another shape of the README\'s table'

@@ -135,14 +135,15 @@ def test_training_refuses_what_it_would_have_to_cut(demo: Path, tmp_path: Path) 
 
 
 def test_training_tells_where_raw_data_goes(demo: Path, tmp_path: Path) -> None:
+    """In the FAQ scenario it is prepared on the way (tests/test_original.py); in the general one the way is told."""
     raw = tmp_path / "train.jsonl"
     raw.write_text('{"question": "怎么退款", "intent": "退款"}\n', encoding="utf-8")
     done = chat_main(
-        "--scenario", "faq", "--train_file", str(raw), "--model_name_or_path", str(demo / "tiny-chat-model"),
+        "--scenario", "general", "--train_file", str(raw), "--model_name_or_path", str(demo / "tiny-chat-model"),
         "--output_path", str(tmp_path / "out"),
     )  # fmt: skip
     assert done.returncode == 2
-    assert "become such lines by faq/prepare.sh" in done.stderr
+    assert "are learned with SCENARIO=faq, or become such lines by faq/prepare.sh" in done.stderr
 
 
 def test_variants_of_another_file_are_named(demo: Path, tmp_path: Path) -> None:

@@ -96,7 +96,11 @@ class Config:
     )
     packing: bool = setting(True, "no padding, shared prompt prefixes stored once; false: plain padded batches")
     max_grad_norm: float = setting(1.0, "gradient clipping; 0: none", min=0)
-    lr_scheduler_type: str = setting("cosine", "learning rate schedule", ["cosine", "linear", "constant"])
+    lr_scheduler_type: str = setting(
+        "cosine",
+        "learning rate schedule; constant comes after the warmup, too, as constant_with_warmup",
+        ["cosine", "linear", "constant", "constant_with_warmup"],
+    )
     warmup_ratio: float = setting(0.03, "share of all steps that warms up", min=0)
     weight_decay: float = setting(0.0, "AdamW weight decay", min=0)
     neftune_noise_alpha: float = setting(0.0, "NEFTune noise (Jain et al. 2023); 0: none; uses padded batches", min=0)
@@ -212,6 +216,8 @@ def build_parser() -> argparse.ArgumentParser:
     )
     for item in fields(Config):
         kind = to_bool if item.type in (bool, "bool") else item.type
+        if item.name == "lr_scheduler_type":  # CONSTANT_WITH_WARMUP, as the enumeration's names are written
+            kind = str.lower
         default = str(item.default).lower() if kind is to_bool else item.default
         shown = f" (default: {default})" if item.default != "" else ""
         if item.name in FAQ_DEFAULTS:

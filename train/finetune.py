@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from llmops import data_files, devices, files
 from llmops.console import log, run_main, stdout_to_stderr
-from llmops.faq_records import refuse_unfinished
+from llmops.faq_records import refuse_exported, refuse_unfinished
 from train import deepspeed_file
 from train.config import Config, parse
 from train.run_folder import OutputFolder, earlier_run, say_finished
@@ -36,6 +36,7 @@ def check(config: Config) -> int:
         return EXIT_FINISHED
     if config.scenario == "faq":
         refuse_unfinished(config.train_files[0].parent)
+        refuse_exported(config.train_files[0])
     for paths in (config.test_files, config.train_files, config.replay_files, [config.retention_path]):
         if paths:
             data_files.check_files(paths, config.skip_bad_lines)

@@ -53,7 +53,8 @@ def read_folder(path: Path) -> tuple[list[Sample], int, list[str]]:
 def read_subject(path: Path) -> tuple[list[Sample], int, list[str]]:
     """`read_folder` of one file."""
     subject = path.stem.split("-")[0].replace("_", " ")
-    before = f"以下是关于“{subject}”的单项选择题，请只写出正确答案的字母。\n"
+    about = "" if path.stem == DIMENSION.name else f"关于“{subject}”的"
+    before = f"以下是{about}单项选择题，请只写出正确答案的字母。\n"
     samples, empty, blank = [], 0, []
     for number, record in read_jsonl(path):
         where = f"{path}:{number}"
