@@ -55,6 +55,12 @@ class Query:
     variant: int | None = None
     reference: str = ""
 
+    @property
+    def known(self) -> dict[str, Any]:
+        """What the file says of the question, for faq/score: its true intent and its candidate list."""
+        found = {"reference": self.reference} if self.reference else {}
+        return found if self.variant is None else found | {"variant": self.variant}
+
 
 def build_parser() -> argparse.ArgumentParser:
     """Every setting with its default."""
@@ -205,6 +211,25 @@ def prediction(
     }
 
 
+def decide(catalog: Catalog, predicted: dict[str, Any]) -> dict[str, Any]:
+    """A prediction by the threshold that faq/score kept, if it did: too unsure an answer becomes "none fits".
+
+    `confidence` is then the calibrated probability of `proposed`, which is what the model would have said.
+    """
+    kept = catalog.decision
+    if not kept or not predicted["constrained"]:
+        return predicted
+    import numpy as np
+
+    from faq.coverage import Calibration
+
+    confidence = float(Calibration(kept["temperature"], kept["shift"])(np.float64(predicted["probability"])))
+    predicted |= {"confidence": round(confidence, 6), "proposed": predicted["intent"]}
+    if confidence < kept["threshold"]:
+        predicted |= {"intent": catalog.none, "reply": catalog.reply(catalog.none)}
+    return predicted
+
+
 def run(config: Config) -> list[dict[str, Any]]:
     """Load the model, answer every question; the predictions in the order of the questions."""
     # 1. what is asked
@@ -234,7 +259,7 @@ def run(config: Config) -> list[dict[str, Any]]:
         predict(config, catalog, queries, model, generator), "predicting", total=len(queries), unit="questions"
     ):
         head = {"question": queries[i].question}
-        found[i] = head | predicted | ({"reference": queries[i].reference} if queries[i].reference else {})
+        found[i] = head | decide(catalog, predicted) | queries[i].known
     seconds = time.monotonic() - started
     log(f"{len(queries)} questions in {seconds:.1f} s, {len(queries) / seconds:.1f} questions/s")
     return [found[i] for i in range(len(queries))]

@@ -19,6 +19,7 @@ MODE="${MODE:-auto}"                             # auto glm glm2 glm3 baichuan2_
 MAX_SEQ_LEN="${MAX_SEQ_LEN:-2048}"               # longest prompt and answer in tokens
 TEST_RATIO="${TEST_RATIO:-0.1}"                  # share of each intent's questions that is held out
 OUT_OF_SCOPE_RATIO="${OUT_OF_SCOPE_RATIO:-0.1}"  # questions added whose intent is left out of the list
+EMBEDDING_MODEL="${EMBEDDING_MODEL:-}"           # sentence embedding model that score's baselines use; empty: n-grams
 TRUST_REMOTE_CODE="${TRUST_REMOTE_CODE:-false}"  # run Python code that the checkpoint's folder ships
 # --- end of settings ---------------------------------------------------------------------------------------------------
 
@@ -47,4 +48,6 @@ for constrain in true false; do
         --cuda_visible_devices "$CUDA_VISIBLE_DEVICES" --trust_remote_code "$TRUST_REMOTE_CODE"
 done
 log "4. score"
-exec bash "$HERE/faq/score.sh" --predictions "$OUTPUT_PATH/predictions.jsonl" --unconstrained "$OUTPUT_PATH/predictions_unconstrained.jsonl"
+exec bash "$HERE/faq/score.sh" --predictions "$OUTPUT_PATH/predictions.jsonl" \
+    --unconstrained "$OUTPUT_PATH/predictions_unconstrained.jsonl" --train_file "$MOUNT_PATH/datasets/train.jsonl" \
+    --embedding_model "$EMBEDDING_MODEL"

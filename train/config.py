@@ -14,6 +14,7 @@ from typing import Any
 
 from llmops import data_files, files
 from llmops.chat_formats import families
+from llmops.chat_model import ChatModel
 from llmops.checkpoints import Checkpoint
 from llmops.console import Parser, UserError, to_bool
 from llmops.records import LEARN
@@ -144,6 +145,11 @@ class Config:
     def checkpoint(self) -> Checkpoint:
         """The base model."""
         return Checkpoint(Path(self.model_name_or_path), self.mode, self.trust_remote_code)
+
+    @cached_property
+    def model(self) -> ChatModel:
+        """The base model, opened part by part as they are asked for."""
+        return ChatModel(self.checkpoint, self.allow_special_tokens, self.thinking)
 
     @property
     def peak_learning_rate(self) -> float:

@@ -94,7 +94,7 @@ def prepare_data(config: Config, encodes: bool) -> Data:
     transformers.logging.disable_progress_bar()
     warnings.filterwarnings("ignore", category=FutureWarning)  # the libraries' talk among themselves
     checkpoint = config.checkpoint
-    model = ChatModel(checkpoint, config.allow_special_tokens, config.thinking)
+    model = config.model
     chat = model.chat
     length = checkpoint.length or config.max_seq_len
     if length < config.max_seq_len and encodes:
