@@ -46,9 +46,9 @@ class Catalog:
     intents: dict[str, str]
     left_out: list[list[str]] = field(default_factory=list)
     none_reply: str = ""
+    lists: list[list[str]] = field(default_factory=list)
     decision: dict[str, float] = field(default_factory=dict)
     retrieval: dict[str, Any] = field(default_factory=dict)
-    lists: list[list[str]] = field(default_factory=list)
 
     @property
     def variants(self) -> int:
