@@ -65,9 +65,9 @@ def read_asked(path: Path, catalog: Catalog) -> list[Asked]:
                 f"{path}:{asked.line}: the intent {files.shown(asked.intent)} is not in the intents file; give the "
                 "training data that the model learned from with --train_file"
             )
-        if asked.variant is not None and not 0 <= asked.variant < len(catalog.left_out):
+        if asked.variant is not None and not 0 <= asked.variant < catalog.variants:
             raise UserError(f"{path}:{asked.line}: variant {asked.variant} is not in the intents file")
-    if len({asked.intent for asked in found if asked.variant is None}) < 2:
+    if len({asked.intent for asked in found if asked.intent != catalog.none}) < 2:
         raise UserError(f"{path} has fewer than two intents; expected training questions of every intent")
     return found
 
@@ -101,14 +101,33 @@ class Features:
         return np.hstack([vectors, NGRAM_WEIGHT * ngram_vectors(texts)]) if self.encoder else vectors
 
 
+def nearest(vectors: "np.ndarray", known: "np.ndarray", labels: "np.ndarray", own: Sequence[int] = ()) -> "np.ndarray":
+    """Cosine (n, classes) of each row (n, d) with the nearest of `known` (m, d) of each class; `labels` (m,) from 0.
+
+    `own`: the known vector that each row is, which does not count for it; -1 for none.
+    """
+    import numpy as np
+
+    order = np.argsort(labels, kind="stable")
+    starts = np.searchsorted(labels[order], np.arange(int(labels.max()) + 1))
+    found = np.empty((len(vectors), len(starts)), np.float32)
+    for start in range(0, len(vectors), ROWS_AT_ONCE):
+        cosines = vectors[start : start + ROWS_AT_ONCE] @ known.T
+        for row, place in enumerate(own[start : start + ROWS_AT_ONCE]):
+            if place >= 0:
+                cosines[row, place] = -1
+        found[start : start + ROWS_AT_ONCE] = np.maximum.reduceat(cosines[:, order], starts, axis=1)
+    return found
+
+
 class Classifiers:
-    """What is fitted on the training questions; `texts` are those of rows with the whole candidate list."""
+    """What is fitted on the training questions; `own`: those whose intent is the question's, not their list's doing."""
 
     def __init__(self, train: Sequence[Asked], catalog: Catalog, features: Features) -> None:
         import numpy as np
 
         self.catalog, self.features, self.train = catalog, features, list(train)
-        self.own = [asked for asked in train if asked.variant is None]
+        self.own = [asked for asked in train if asked.variant is None or asked.intent != catalog.none]
         self.texts = [asked.question for asked in self.own]
         self.classes = sorted({asked.intent for asked in self.own})
         place = {intent: k for k, intent in enumerate(self.classes)}
@@ -118,18 +137,7 @@ class Classifiers:
 
     def nearest(self, vectors: "np.ndarray", leave_out: bool = False) -> "np.ndarray":
         """Cosine (n, classes) of each row with the nearest training question of each class, itself left out."""
-        import numpy as np
-
-        order = np.argsort(self.labels, kind="stable")
-        starts = np.searchsorted(self.labels[order], np.arange(len(self.classes)))
-        found = np.empty((len(vectors), len(self.classes)), np.float32)
-        for start in range(0, len(vectors), ROWS_AT_ONCE):
-            cosines = vectors[start : start + ROWS_AT_ONCE] @ self.vectors.T
-            if leave_out:
-                rows = np.arange(len(cosines))
-                cosines[rows, start + rows] = -1
-            found[start : start + ROWS_AT_ONCE] = np.maximum.reduceat(cosines[:, order], starts, axis=1)
-        return found
+        return nearest(vectors, self.vectors, self.labels, list(range(len(vectors))) if leave_out else [])
 
     def fit(self, rows: "np.ndarray | None" = None) -> Any:
         """A logistic regression on these training questions (all)."""
@@ -176,8 +184,8 @@ class Classifiers:
 
         masked = values.copy()
         for variant in set(variants) - {None}:
-            absent = set(self.catalog.left_out[variant or 0])
-            columns = [k for k, intent in enumerate(self.classes) if intent in absent]
+            listed = {*self.catalog.candidates(variant), self.catalog.none}
+            columns = [k for k, intent in enumerate(self.classes) if intent not in listed]
             masked[np.ix_([i for i, v in enumerate(variants) if v == variant], columns)] = -1
         best = masked.argmax(1)
         return best, masked[np.arange(len(best)), best]
@@ -247,7 +255,7 @@ def advice(right: Sequence[bool], best: Baseline, figures: dict[str, float]) -> 
 
 def say_leaks(train: Sequence[Asked], test: Sequence[Asked]) -> None:
     """Say when test questions are training questions."""
-    seen = {asked.question for asked in train if asked.variant is None}
-    count = sum(asked.question in seen for asked in test if asked.variant is None)
+    seen = {(asked.question, asked.intent) for asked in train}
+    count = sum((asked.question, asked.intent) in seen for asked in test)
     if count:
         log(f"warning: {count} of {len(test)} test questions are training questions; every figure is too good")

@@ -37,6 +37,7 @@ class Config:
     input_file: str
     question: tuple[str, ...]
     output_file: str
+    embedding_model: str
     mode: str
     constrain: bool
     reuse_prefix: bool
@@ -71,6 +72,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--input_file", default="", help="questions: test.jsonl of prepare.py, or JSON or csv as prepare.py reads it")
     add("--question", action="append", default=[], help="a question; may be given several times")
     add("--output_file", default="", help="write the predictions there instead of to stdout")
+    add("--embedding_model", default="",
+        help="the model that finds candidates, if it was moved since faq/prepare --candidates")  # fmt: skip
     add("--mode", default="", choices=["", *families()], help="chat format; empty: the mode in the intents file")
     add("--constrain", type=to_bool, default=True, metavar="true|false", help="answer known intents only")
     add("--reuse_prefix", type=to_bool, default=True, metavar="true|false",
@@ -113,9 +116,12 @@ def refuse_model_file(path: Path) -> None:
 def read_queries(config: Config, catalog: Catalog) -> list[Query]:
     """The questions with their prompts."""
     if config.question:
-        return [Query(text, tuple(catalog.prompt(text))) for text in config.question]
+        lists = bare_lists(config, catalog, config.question)
+        return [Query(text, tuple(catalog.prompt(text, k)), k) for text, k in zip(config.question, lists, strict=True)]
     refuse_unfinished(Path(config.input_file).parent)
     data = read_faq(Path(config.input_file), need_intent=False)
+    bare = [q for record in data.records if not record.messages and not record.candidates for q in record.questions]
+    found = iter(bare_lists(config, catalog, bare))
     queries = []
     for record in data.records:
         if record.variant is not None and not 0 <= record.variant < catalog.variants:
@@ -127,9 +133,20 @@ def read_queries(config: Config, catalog: Catalog) -> list[Query]:
         if record.candidates:
             variant = own_variant(catalog, record, f"{data.path}:{record.line}")
         for question in record.questions:
+            if not record.messages and not record.candidates:
+                variant = next(found)
             prompt = record.messages[:-1] or tuple(catalog.prompt(question, variant))
             queries.append(Query(question, prompt, variant, record.intent))
     return queries
+
+
+def bare_lists(config: Config, catalog: Catalog, questions: Sequence[str]) -> list[int | None]:
+    """The candidate list of each bare question: the whole one, or the one that is found by similarity."""
+    if not catalog.retrieval or not questions:
+        return [None] * len(questions)
+    from faq.retrieval import candidates_of
+
+    return [*candidates_of(catalog, questions, config.embedding_model)]
 
 
 def own_variant(catalog: Catalog, record: FaqRecord, place: str) -> int:

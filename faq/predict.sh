@@ -16,6 +16,7 @@ INTENTS_FILE="${INTENTS_FILE:-}"                 # intents.json of prepare.sh; e
 INPUT_FILE="${INPUT_FILE:-}"                     # questions: test.jsonl, or JSON or csv as prepare.sh reads it
 QUESTION="${QUESTION:-}"                         # one question, instead of a file
 OUTPUT_FILE="${OUTPUT_FILE:-}"                   # empty: stdout
+EMBEDDING_MODEL="${EMBEDDING_MODEL:-}"           # what finds candidates, if it was moved since prepare.sh --candidates
 MODE="${MODE:-}"                                 # chat format; empty: the mode of prepare.sh
 CONSTRAIN="${CONSTRAIN:-true}"                   # answer known intents only; false: whatever the model says
 REUSE_PREFIX="${REUSE_PREFIX:-true}"             # compute what all prompts share once
