@@ -43,12 +43,16 @@ class Asked:
 
 @dataclass(frozen=True)
 class Baseline:
-    """A classifier's answers to the test questions: rows as faq/predict writes them, and what they cost in seconds."""
+    """A classifier's answers to the test questions: rows as faq/predict writes them, what they cost in seconds.
+
+    `values` (n, classes): probabilities, -1 where a row's list lacks the intent.
+    """
 
     name: str
     features: str
     rows: list[dict[str, Any]]
     seconds: float
+    values: "np.ndarray | None" = None
 
 
 def read_asked(path: Path, catalog: Catalog) -> list[Asked]:
@@ -182,13 +186,20 @@ class Classifiers:
         """(class, value) of the likeliest candidate of each row."""
         import numpy as np
 
-        masked = values.copy()
-        for variant in set(variants) - {None}:
-            listed = {*self.catalog.candidates(variant), self.catalog.none}
-            columns = [k for k, intent in enumerate(self.classes) if intent not in listed]
-            masked[np.ix_([i for i, v in enumerate(variants) if v == variant], columns)] = -1
+        masked = self.masked(values, variants)
         best = masked.argmax(1)
         return best, masked[np.arange(len(best)), best]
+
+    def masked(self, values: "np.ndarray", variants: Sequence[int | None]) -> "np.ndarray":
+        """The values (n, classes) with -1 where a row's list lacks the intent."""
+        masked = values.copy()
+        absent: dict[int | None, list[int]] = {None: []}
+        for row, variant in enumerate(variants):
+            if variant not in absent:
+                listed = {*self.catalog.candidates(variant), self.catalog.none}
+                absent[variant] = [k for k, intent in enumerate(self.classes) if intent not in listed]
+            masked[row, absent[variant]] = -1
+        return masked
 
     def answers(self, values: "np.ndarray", test: Sequence[Asked], threshold: float) -> list[dict[str, Any]]:
         """Rows as faq/predict writes them."""
@@ -229,7 +240,7 @@ def compare(classifiers: Classifiers, folds: "np.ndarray", test: Sequence[Asked]
     values = model.predict_proba(features.joined(texts, vectors))
     seconds = time.perf_counter() - started
     found.append(Baseline("linear classifier", name, classifiers.answers(values, test, classifiers.threshold(folds)),
-                          seconds))  # fmt: skip
+                          seconds, classifiers.masked(values, [asked.variant for asked in test])))  # fmt: skip
     rows = [{"question": a.question, "intent": frequent, "probability": 0.0, "reference": a.intent} for a in test]
     return [*found, Baseline("most frequent intent", "", rows, 0.0)]
 

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from faq.baselines import Classifiers
 
 TOP_PAIRS = 10
+FIGURES = ("accuracy", "accuracy_standard_error", "macro_f1", "none_of_the_intents")  # of simple classifiers
 FEWEST_JUDGED = 20  # questions, for a calibration on halves
 
 
@@ -216,15 +217,24 @@ def compare(
         found = score(baseline.rows, catalog.none)
         figures.append(
             {"name": baseline.name, "features": baseline.features}
-            | {key: found[key] for key in ("accuracy", "accuracy_standard_error", "macro_f1", "none_of_the_intents")}
+            | {key: found[key] for key in FIGURES}
             | {"seconds_per_question": round(baseline.seconds / len(rows), 6)}
         )
     best = max(range(len(baselines)), key=lambda k: figures[k]["accuracy"])
     sentence = advice([row["intent"] == row["reference"] for row in rows], baselines[best], figures[best])
     log(sentence)
     linear = next(baseline for baseline in baselines if baseline.name == "linear classifier")
-    data = improve(classifiers, folds, arguments.suspects_file)
-    return {"baselines": figures, "recommendation": sentence, "training_data": data}, {linear.name: linear.rows}
+    ways = {linear.name: linear.rows}
+    compared: dict[str, Any] = {"baselines": figures, "recommendation": sentence}
+    constrained = all("probability" in row and row.get("constrained", True) for row in rows)
+    if constrained and linear.values is not None and len(rows) >= FEWEST_JUDGED:
+        from faq.joined import join
+
+        ways["both joined"], weights = join(rows, linear.values, classifiers.classes)
+        found = score(ways["both joined"], catalog.none)
+        kept = {key: found[key] for key in FIGURES}
+        compared["joined"] = {"weights": {"model": weights[0], "linear classifier": weights[1]}} | kept
+    return compared | {"training_data": improve(classifiers, folds, arguments.suspects_file)}, ways
 
 
 def improve(classifiers: "Classifiers", folds: "np.ndarray", path: str) -> dict[str, Any]:

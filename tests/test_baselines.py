@@ -12,6 +12,7 @@ from faq import coverage, predict, score
 from faq.advice import advise
 from faq.baselines import ALL, Asked, Classifiers, Features, best_cut, read_asked
 from faq.catalog import Catalog, load_catalog, wording_of
+from faq.joined import join
 from llmops.embedding.ngrams import ngram_vectors
 
 WORDS = {"退款": ["退款", "退钱", "钱退"], "物流": ["快递", "物流", "包裹"], "发票": ["发票", "开票", "报销"]}
@@ -181,7 +182,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert score.main([*arguments, "--precision", "0.9"]) == 0
     printed = capsys.readouterr()
     found = json.loads(printed.out)
-    assert list(found) == ["results", "baselines", "recommendation", "training_data", "coverage"]
+    assert list(found) == ["results", "baselines", "recommendation", "joined", "training_data", "coverage"]
     assert [row["name"] for row in found["baselines"]] == [
         "nearest neighbour", "linear classifier", "most frequent intent"
     ]  # fmt: skip
@@ -232,3 +233,30 @@ def test_wrong_settings(tmp_path: Path, capsys: pytest.CaptureFixture[str], argu
     printed = capsys.readouterr()
     assert phrase in printed.err
     assert printed.out == ""
+
+
+def test_two_classifiers_that_know_different_things_are_better_together() -> None:
+    """One tells the first half of the classes apart, the other the second; a useless one gets no weight."""
+    draw = np.random.default_rng(3)
+    classes = [str(k) for k in range(6)]
+    truth = draw.integers(0, 6, 600)
+    linear, rows = np.full((600, 6), 0.1), []
+    for i, true in enumerate(truth):
+        if true < 3:
+            linear[i, true] = 0.5
+        else:
+            linear[i, 3:] = 1 / 6
+        linear[i] /= linear[i].sum()
+        other = (true + 1) % 3 if true < 3 else 3 + (true + 1) % 3
+        said, p = (true, 0.6) if true >= 3 or draw.random() < 0.34 else (other, 0.3)
+        runner = {"intent": str(other if said == true else true), "probability": 0.25}
+        rows.append({"intent": str(said), "reference": str(true), "probability": p, "runner_up": runner})
+    both, weights = join(rows, linear, classes)
+    right = np.mean([row["intent"] == row["reference"] for row in both])
+    assert right > max((linear.argmax(1) == truth).mean(), np.mean([r["intent"] == r["reference"] for r in rows]))
+    assert right > 0.95
+    assert min(weights) > 0.1
+    noise = [{"intent": str(draw.integers(6)), "reference": row["reference"], "probability": 0.9} for row in rows]
+    assert join(noise, linear, classes)[1][0] < 0.05
+    linear[:, 0] = -1  # a candidate that is in no list is not answered
+    assert "0" not in {row["intent"] for row in join(rows, linear, classes)[0]}
