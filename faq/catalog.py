@@ -35,10 +35,10 @@ class Wording:
 class Catalog:
     """The intents with their replies, in the order of the prompt; `left_out[k]` are those that variant k lacks.
 
-    `lists` are candidate lists that the data's rows brought with them, or that were found by similarity, in their own
-    order; variants after those of `left_out`. `wording` is None for data whose prompts were made elsewhere. `decision`
-    holds the calibration and the threshold that faq/score found, `retrieval` how candidates of a bare question are
-    found (faq/retrieval.py); both are {} where there is none.
+    `lists` are candidate lists that the data's rows brought with them, or that faq/prepare found by similarity, in
+    their own order; variants after those of `left_out`. `wording` is None for data whose prompts were made elsewhere.
+    `decision` holds the calibration and the threshold that faq/score found; `retrieval` how candidates of a bare
+    question are found (faq/retrieval.py); both are {} where there is none.
     """
 
     mode: str

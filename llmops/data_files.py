@@ -111,6 +111,11 @@ def kind_of(path: Path) -> str:
     return "array" if start.startswith(b"[") else "lines"
 
 
+def unit_of(path: Path) -> str:
+    """What places in a file are called."""
+    return "row" if path.suffix.lower() in TABLES or files.is_folder(path) else "line"
+
+
 def needs_packages(path: Path) -> bool:
     """Whether a file is read by packages that may not be installed yet."""
     return kind_of(path) in ("parquet", "arrow", "folder")
@@ -277,7 +282,7 @@ def read_conversations(paths: Path | Sequence[Path]) -> Iterator[Read]:
 
 def conversations_of(chunk: Chunk) -> Iterator[Read]:
     """Every row of a chunk as a conversation, or what is wrong with it."""
-    unit = "row" if chunk.kind in ("parquet", "arrow", "folder") else "line"
+    unit = unit_of(chunk.path)
     for number, value, problem in rows_of(chunk):
         text = problem
         if text is None:

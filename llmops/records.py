@@ -8,7 +8,7 @@ this form of what people have.
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from llmops import files
 from llmops.console import UserError
@@ -75,8 +75,7 @@ class Conversation:
         return replace(self, messages=[self.messages[i] for i in kept], learned=tuple(self.learned[i] for i in kept))
 
 
-@dataclass(frozen=True)
-class Turn:
+class Turn(NamedTuple):
     """A message as a shape has it: `label` is how its file calls it, `calls` are an assistant's tool calls."""
 
     label: str
@@ -103,7 +102,7 @@ def join_calls(turns: Sequence[Turn]) -> list[Turn]:
     for turn in turns:
         before = joined[-1] if joined else None
         if turn.calls and not turn.content and before is not None and before.role == "assistant":
-            joined[-1] = replace(before, calls=before.calls + turn.calls, learned=before.learned and turn.learned)
+            joined[-1] = before._replace(calls=before.calls + turn.calls, learned=before.learned and turn.learned)
         else:
             joined.append(turn)
     return joined

@@ -283,7 +283,7 @@ def test_several_files_and_mixed_shapes(
     assert "b1.parquet and 1 more: parquet, checked once the packages are there" in said
     data = load_or_encode(Source(tuple(paths), checkpoints["llama"], "auto", 256, False), chat, tmp_path / "cache")
     assert len({data[i]["ids"].tobytes() for i in range(4)}) == 1
-    assert [data.place(i) for i in (1, 3)] == [f"{tmp_path}/a.jsonl, line 2", f"{tmp_path}/b2.parquet, line 1"]
+    assert [data.place(i) for i in (1, 3)] == [f"{tmp_path}/a.jsonl, line 2", f"{tmp_path}/b2.parquet, row 1"]
     assert "4 conversations (query and response 2, ShareGPT 1, Alpaca 1)" in capfd.readouterr().err
     with pytest.raises(UserError, match=r"no file matches .*/c\*\.csv"):
         data_files.list_files(f"{tmp_path}/c*.csv")

@@ -132,7 +132,8 @@ class TokenDataset:
         """Where a sample came from, in words."""
         file, number = divmod(int(self.lines[self.indices[i]]), 1 << FILE_BIT)
         names = self.meta["files"]
-        return f"line {number}" if len(names) == 1 else f"{names[file]}, line {number}"
+        words = f"{data_files.unit_of(Path(names[file]))} {number}"
+        return words if len(names) == 1 else f"{names[file]}, {words}"
 
     def split(self, ratio: float, seed: int) -> tuple["TokenDataset", "TokenDataset"]:
         """(kept, held out): `ratio` of the lines, seeded; the samples of one line stay together."""
@@ -331,7 +332,8 @@ class Encoder:
                     places.append((len(sample.ids), file + read.number))
                     found.counts["learned_tokens"] += int(learned.sum())
             except UserError as error:
-                found.failure = f"{read.path}:{read.number}: {error}"
+                place = Problem(read.path, read.number, str(error), data_files.unit_of(read.path))
+                found.failure = str(place)
         found.ids, found.learned = (b"".join(part[k].tobytes() for part in parts) for k in (0, 1))
         found.index = np.asarray(places, np.int64).reshape(-1, 2)
         return found
