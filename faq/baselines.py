@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 FOLDS = 5
 NGRAM_WEIGHT = 0.5  # of n-grams beside an embedding's vectors: wording helps where meanings are near
 STRENGTH = 30.0  # inverse regularisation C of the logistic regression, for features of length 1
+LARGEST_FIT = 5e10  # questions x features x intents; all of banking77 have 1e9
 ALL = -2.0  # a threshold below every cosine and probability
 ROWS_AT_ONCE = 512  # test questions that are compared with every training question together
 
@@ -143,6 +144,11 @@ class Classifiers:
         """Cosine (n, classes) of each row with the nearest training question of each class, itself left out."""
         return nearest(vectors, self.vectors, self.labels, list(range(len(vectors))) if leave_out else [])
 
+    @property
+    def too_large(self) -> bool:
+        """Whether a linear classifier would take hours."""
+        return self.inputs.size * len(self.classes) > LARGEST_FIT
+
     def fit(self, rows: "np.ndarray | None" = None) -> Any:
         """A logistic regression on these training questions (all)."""
         from sklearn.exceptions import ConvergenceWarning
@@ -160,7 +166,7 @@ class Classifiers:
 
         found = np.zeros((len(self.labels), len(self.classes)), np.float32)
         folds = min(FOLDS, int(np.bincount(self.labels).max()))
-        if folds < 2:  # one question an intent
+        if folds < 2 or self.too_large:  # one question an intent
             return found
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # an intent with fewer questions than folds
@@ -235,14 +241,19 @@ def compare(classifiers: Classifiers, folds: "np.ndarray", test: Sequence[Asked]
     seconds = time.perf_counter() - started
     cut = classifiers.threshold(classifiers.nearest(classifiers.vectors, leave_out=True))
     found = [Baseline("nearest neighbour", name, classifiers.answers(near, test, cut), seconds)]
+    rows = [{"question": a.question, "intent": frequent, "probability": 0.0, "reference": a.intent} for a in test]
+    most = Baseline("most frequent intent", "", rows, 0.0)
+    if classifiers.too_large:
+        log(f"{len(classifiers.own)} questions with {len(classifiers.classes)} intents are too many for a linear "
+            "classifier; nearest neighbours are the baseline")  # fmt: skip
+        return [*found, most]
     model = classifiers.fit()
     started = time.perf_counter() - (encoded - started)
     values = model.predict_proba(features.joined(texts, vectors))
     seconds = time.perf_counter() - started
     found.append(Baseline("linear classifier", name, classifiers.answers(values, test, classifiers.threshold(folds)),
                           seconds, classifiers.masked(values, [asked.variant for asked in test])))  # fmt: skip
-    rows = [{"question": a.question, "intent": frequent, "probability": 0.0, "reference": a.intent} for a in test]
-    return [*found, Baseline("most frequent intent", "", rows, 0.0)]
+    return [*found, most]
 
 
 def advice(right: Sequence[bool], best: Baseline, figures: dict[str, float]) -> str:

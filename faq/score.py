@@ -223,11 +223,11 @@ def compare(
     best = max(range(len(baselines)), key=lambda k: figures[k]["accuracy"])
     sentence = advice([row["intent"] == row["reference"] for row in rows], baselines[best], figures[best])
     log(sentence)
-    linear = next(baseline for baseline in baselines if baseline.name == "linear classifier")
-    ways = {linear.name: linear.rows}
+    linear = next((baseline for baseline in baselines if baseline.values is not None), None)
+    ways = {linear.name: linear.rows} if linear else {}
     compared: dict[str, Any] = {"baselines": figures, "recommendation": sentence}
     constrained = all("probability" in row and row.get("constrained", True) for row in rows)
-    if constrained and linear.values is not None and len(rows) >= FEWEST_JUDGED:
+    if constrained and linear and len(rows) >= FEWEST_JUDGED:
         from faq.joined import join
 
         ways["both joined"], weights = join(rows, linear.values, classifiers.classes)

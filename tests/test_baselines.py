@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from faq import coverage, predict, score
+from faq import baselines, coverage, predict, score
 from faq.advice import advise
 from faq.baselines import ALL, Asked, Classifiers, Features, best_cut, read_asked
 from faq.catalog import Catalog, load_catalog, wording_of
@@ -260,3 +260,10 @@ def test_two_classifiers_that_know_different_things_are_better_together() -> Non
     assert join(noise, linear, classes)[1][0] < 0.05
     linear[:, 0] = -1  # a candidate that is in no list is not answered
     assert "0" not in {row["intent"] for row in join(rows, linear, classes)[0]}
+
+
+def test_too_much_for_a_linear_classifier(fitted: Classifiers, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(baselines, "LARGEST_FIT", 1)
+    found = baselines.compare(fitted, fitted.out_of_fold(), [Asked("怎么退款", "退款")])
+    assert [baseline.name for baseline in found] == ["nearest neighbour", "most frequent intent"]
+    assert found[0].rows[0]["intent"] == "退款"
