@@ -16,7 +16,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -24,11 +24,6 @@ from faq.catalog import Catalog, load_catalog, wording_of
 from llmops import files, pictures
 from llmops.console import Parser, UserError, log, run_main, stdout_to_stderr, to_bool
 from llmops.faq_records import INTENTS_NAME
-
-if TYPE_CHECKING:
-    import numpy as np
-
-    from faq.baselines import Classifiers
 
 TOP_PAIRS = 10
 FIGURES = ("accuracy", "accuracy_standard_error", "macro_f1", "none_of_the_intents")  # of simple classifiers
@@ -93,10 +88,18 @@ def read_predictions(path: Path) -> list[dict[str, Any]]:
         probability = row.get("probability", 0.0)
         if not isinstance(probability, int | float) or not 0 <= probability <= 1:
             raise UserError(f"{path}:{number}: 'probability' is {files.shown(probability)}, expected 0 to 1")
+        if not isinstance(row.get("question", ""), str) or not is_runner_up(row.get("runner_up")):
+            raise UserError(f"{path}:{number}: expected a prediction of faq/predict.sh, its question and runner_up")
         found.append(row)
     if not found:
         raise UserError(f"{path} is empty; expected predictions of faq/predict.sh")
     return found
+
+
+def is_runner_up(value: Any) -> bool:
+    """Whether a value names an intent with its probability, or is null."""
+    named = isinstance(value, dict) and isinstance(value.get("intent"), str)
+    return value is None or (named and isinstance(value.get("probability"), int | float))
 
 
 def rates(pairs: Sequence[tuple[str, str]], intent: str) -> dict[str, float]:
@@ -181,31 +184,44 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     covered = picture.with_name(f"{picture.stem}_coverage.png")
     for path in (picture, covered):
         pictures.refuse_other(path)
+    found: dict[str, Any] = {"results": results}
+    ways = {"model": read[0]} if all("probability" in row for row in read[0]) else {}
+    suspects: list[dict[str, Any]] = []
+    if arguments.train_file and catalog:
+        compared, more, suspects = compare(arguments, read[0], catalog)
+        found |= compared
+        ways |= more
+    ways = {name: rows for name, rows in ways.items() if len(rows) >= FEWEST_JUDGED}
+    wished = {"share": arguments.automate} if arguments.automate else {"precision": arguments.precision}
+    kept = decide(ways, none, wished) if arguments.keep_threshold else {}
+    # all is read and computed; now the files
     if results[0]["most_confused"]:
         draw(read[0], results[0], picture)
         log(f"confusions drawn in {picture}")
-    found: dict[str, Any] = {"results": results}
-    ways = {"model": read[0]} if all("probability" in row for row in read[0]) else {}
-    if arguments.train_file and catalog:
-        compared, more = compare(arguments, read[0], catalog)
-        found |= compared
-        ways |= more
-    wished = {"share": arguments.automate} if arguments.automate else {"precision": arguments.precision}
     found["coverage"] = report_coverage(ways, none, wished, covered)
-    if arguments.keep_threshold:
-        keep_threshold(intents, ways, none, wished)
+    if arguments.suspects_file:
+        files.write_text(Path(arguments.suspects_file), "".join(files.dumps(row) + "\n" for row in suspects))
+        log(f"{len(suspects)} training questions to look at in {arguments.suspects_file}")
+    if kept and catalog:
+        files.write_text(intents, replace(catalog, decision=kept).to_json())
+        log(
+            f"{intents} keeps the threshold {kept['threshold']:.3f}: predict.sh answers less sure questions with {none}"
+        )
     return found
 
 
 def compare(
     arguments: argparse.Namespace, rows: list[dict[str, Any]], catalog: Catalog
-) -> tuple[dict[str, Any], dict[str, list[dict[str, Any]]]]:
-    """(what the comparison with baselines adds to the JSON, the best baseline's rows under its name)."""
-    from faq.baselines import Asked, Classifiers, Features, advice, compare, read_asked, say_leaks
+) -> tuple[dict[str, Any], dict[str, list[dict[str, Any]]], list[dict[str, Any]]]:
+    """(what the comparison adds to the JSON, other ways' rows under their names, training questions to look at)."""
+    from faq.advice import SHOWN, advise
+    from faq.baselines import Asked, Classifiers, Features, advice, check_variant, compare, read_asked, say_leaks
     from llmops.embedding.folder import read_folder
 
     train = read_asked(Path(arguments.train_file), catalog)
     test = [Asked(row.get("question", ""), row["reference"], row.get("variant")) for row in rows]
+    for number, asked in enumerate(test, 1):
+        check_variant(asked, catalog, f"{arguments.predictions[0]}:{number}")
     say_leaks(train, test)
     folder = read_folder(Path(arguments.embedding_model)) if arguments.embedding_model else None
     with stdout_to_stderr():
@@ -234,19 +250,10 @@ def compare(
         found = score(ways["both joined"], catalog.none)
         kept = {key: found[key] for key in FIGURES}
         compared["joined"] = {"weights": {"model": weights[0], "linear classifier": weights[1]}} | kept
-    return compared | {"training_data": improve(classifiers, folds, arguments.suspects_file)}, ways
-
-
-def improve(classifiers: "Classifiers", folds: "np.ndarray", path: str) -> dict[str, Any]:
-    """Advice on the training questions as it is printed: of the suspects the first, all of them in a file."""
-    from faq.advice import SHOWN, advise
-
-    found = advise(classifiers, folds)
-    suspects = found.pop("suspects")
-    if path:
-        files.write_text(Path(path), "".join(files.dumps(row) + "\n" for row in suspects))
-        log(f"{len(suspects)} training questions to look at in {path}")
-    return found | {"suspects": len(suspects), "first_suspects": suspects[:SHOWN]}
+    data = advise(classifiers, folds)
+    suspects = data.pop("suspects")
+    compared["training_data"] = data | {"suspects": len(suspects), "first_suspects": suspects[:SHOWN]}
+    return compared, ways, suspects
 
 
 def report_coverage(
@@ -255,7 +262,6 @@ def report_coverage(
     """Per way of answering its calibration and what can be automated; the curves in a picture and a JSON beside it."""
     from faq import coverage
 
-    ways = {name: rows for name, rows in ways.items() if len(rows) >= FEWEST_JUDGED}
     if not ways:
         return {}
     curves = {name: coverage.curve(rows, none) for name, rows in ways.items()}
@@ -269,15 +275,16 @@ def report_coverage(
     }  # fmt: skip
 
 
-def keep_threshold(path: Path, ways: dict[str, list[dict[str, Any]]], none: str, wished: dict[str, float]) -> None:
-    """Write the model's temperature and threshold into the intents file."""
+def decide(ways: dict[str, list[dict[str, Any]]], none: str, wished: dict[str, float]) -> dict[str, float]:
+    """The calibration and the threshold that intents.json is to keep."""
     from faq import coverage
 
-    if len(ways.get("model", [])) < FEWEST_JUDGED:
+    if "model" not in ways:
         raise UserError(f"a threshold needs at least {FEWEST_JUDGED} predictions with probabilities")
     kept = coverage.decision(ways["model"], none, wished)
-    files.write_text(path, replace(load_catalog(path), decision=kept).to_json())
-    log(f"{path} now keeps the threshold {kept['threshold']:.3f}: predict.sh answers less sure questions with {none}")
+    if kept["threshold"] > 1:
+        raise UserError("no threshold makes these predictions right that often; lower --precision, or pass --automate")
+    return kept
 
 
 def main(argv: Sequence[str] | None = None) -> int:
