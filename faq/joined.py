@@ -56,26 +56,60 @@ def fit(logs: "np.ndarray", truth: "np.ndarray") -> "np.ndarray":
     return minimize(loss, np.ones(2), method="L-BFGS-B", bounds=[(0, 10), (0, 10)]).x
 
 
-def join(
-    rows: Sequence[dict[str, Any]], linear: "np.ndarray", classes: Sequence[str]
-) -> tuple[list[dict[str, Any]], list[float]]:
-    """(predictions of both together, the weights of model and classifier on all rows).
+def logs_of(
+    rows: Sequence[dict[str, Any]], linear: "np.ndarray", classes: Sequence[str], none: str
+) -> "tuple[np.ndarray, list[str]]":
+    """(log probabilities (2, n, classes) of model and classifier, the classes with the none answer among them).
 
-    `linear`: the classifier's values (n, classes), below 0 where a candidate is not listed.
+    `linear`: the classifier's values (n, classes), below 0 where a candidate is not listed. A classifier that knows no
+    question without an intent says nothing of the none answer: it gets an even share.
     """
     import numpy as np
 
-    logs = np.stack([log_of_model(rows, classes), np.log(np.maximum(FLOOR, linear))])
+    names = list(classes)
+    if none not in names:
+        names.append(none)
+        linear = np.hstack([linear, np.full((len(linear), 1), 1 / len(names))])
+    logs = np.stack([log_of_model(rows, names), np.log(np.maximum(FLOOR, linear))])
     logs[:, linear < 0] = -1e3
-    place = {intent: k for k, intent in enumerate(classes)}
+    return logs, names
+
+
+def join(
+    rows: Sequence[dict[str, Any]], linear: "np.ndarray", classes: Sequence[str], none: str
+) -> tuple[list[dict[str, Any]], list[float]]:
+    """(predictions of both together, each by weights of the half that it is not in; the weights on all rows)."""
+    import numpy as np
+
+    logs, names = logs_of(rows, linear, classes, none)
+    place = {intent: k for k, intent in enumerate(names)}
     truth = np.array([place.get(row["reference"], -1) for row in rows])
-    found = np.empty(linear.shape)
+    found = np.empty(logs.shape[1:])
     for known, rest in halves(len(rows)):
         found[rest] = probabilities(fit(logs[:, known], truth[known]), logs[:, rest])
-    best = found.argmax(1)
-    joined = [
-        {"question": row.get("question", ""), "intent": classes[k], "reference": row["reference"],
-         "probability": float(values[k])}
-        for row, k, values in zip(rows, best, found, strict=True)
+    weights = [round(float(weight), 4) for weight in fit(logs, truth)]
+    return [row | said for row, said in zip(rows, named(found, names), strict=True)], weights
+
+
+def apply(
+    rows: Sequence[dict[str, Any]], linear: "np.ndarray", classes: Sequence[str], none: str, weights: Sequence[float]
+) -> list[dict[str, Any]]:
+    """`intent`, `probability` and `runner_up` of both together for every row, by weights that were kept."""
+    import numpy as np
+
+    logs, names = logs_of(rows, linear, classes, none)
+    return named(probabilities(np.array(weights), logs), names)
+
+
+def named(values: "np.ndarray", names: Sequence[str]) -> list[dict[str, Any]]:
+    """The two best of each row of probabilities (n, classes), as faq/predict writes them."""
+    import numpy as np
+
+    order = np.argsort(-values, axis=1, kind="stable")[:, :2]
+    return [
+        {
+            "intent": names[first], "probability": round(float(row[first]), 6),
+            "runner_up": {"intent": names[second], "probability": round(float(row[second]), 6)},
+        }
+        for row, (first, second) in zip(values, order, strict=True)
     ]  # fmt: skip
-    return joined, [round(float(weight), 4) for weight in fit(logs, truth)]

@@ -27,6 +27,7 @@ from llmops.faq_records import INTENTS_NAME
 
 TOP_PAIRS = 10
 FIGURES = ("accuracy", "accuracy_standard_error", "macro_f1", "none_of_the_intents")  # of simple classifiers
+JOINED = "both joined"
 FEWEST_JUDGED = 20  # questions, for a calibration on halves
 
 
@@ -47,6 +48,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--automate", type=float, default=0.0, help="instead of --precision: the share of questions to automate")
     add("--keep_threshold", type=to_bool, default=False, metavar="true|false",
         help=f"write calibration and threshold into {INTENTS_NAME}, for predict.sh")  # fmt: skip
+    add("--join", type=to_bool, default=False, metavar="true|false",
+        help="keep the threshold of model and linear classifier together, for predict.sh --join_file")  # fmt: skip
     add("--suspects_file", default="", help="write training questions that are probably mislabelled there")
     return parser
 
@@ -58,8 +61,12 @@ def check(arguments: argparse.Namespace) -> None:
         problems.append(f"--precision is {arguments.precision}, expected a share above 0 and up to 1, such as 0.95")
     if not 0 <= arguments.automate <= 1:
         problems.append(f"--automate is {arguments.automate}, expected a share from 0 to 1")
-    if (arguments.embedding_model or arguments.suspects_file) and not arguments.train_file:
-        problems.append("--embedding_model and --suspects_file need the --train_file that the model learned from")
+    if (arguments.embedding_model or arguments.suspects_file or arguments.join) and not arguments.train_file:
+        problems.append(
+            "--embedding_model, --suspects_file and --join need the --train_file that the model learned from"
+        )
+    if arguments.join and not arguments.keep_threshold:
+        problems.append("--join is kept with --keep_threshold true; pass both")
     if problems:
         raise UserError("; ".join(problems))
     if arguments.embedding_model:
@@ -193,7 +200,9 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         ways |= more
     ways = {name: rows for name, rows in ways.items() if len(rows) >= FEWEST_JUDGED}
     wished = {"share": arguments.automate} if arguments.automate else {"precision": arguments.precision}
-    kept = decide(ways, none, wished) if arguments.keep_threshold else {}
+    kept = decide(ways, none, wished, JOINED if arguments.join else "model") if arguments.keep_threshold else {}
+    if kept and arguments.join:  # decide() has refused predictions that cannot be joined
+        kept |= found["joined"]["weights"] | {"inputs": found["joined"]["inputs"]}
     # all is read and computed; now the files
     if results[0]["most_confused"]:
         draw(read[0], results[0], picture)
@@ -242,14 +251,16 @@ def compare(
     linear = next((baseline for baseline in baselines if baseline.values is not None), None)
     ways = {linear.name: linear.rows} if linear else {}
     compared: dict[str, Any] = {"baselines": figures, "recommendation": sentence}
-    constrained = all("probability" in row and row.get("constrained", True) for row in rows)
-    if constrained and linear and len(rows) >= FEWEST_JUDGED:
+    alone = [row for row in rows if "probability" in row and row.get("constrained", True) and "model_intent" not in row]
+    if len(alone) == len(rows) and linear and len(rows) >= FEWEST_JUDGED:
         from faq.joined import join
 
-        ways["both joined"], weights = join(rows, linear.values, classifiers.classes)
-        found = score(ways["both joined"], catalog.none)
+        plain = [row | {"intent": row.pop("proposed", row["intent"])} for row in map(dict, rows)]
+        ways[JOINED], weights = join(plain, linear.values, classifiers.classes, catalog.none)
+        found = score(ways[JOINED], catalog.none)
         kept = {key: found[key] for key in FIGURES}
-        compared["joined"] = {"weights": {"model": weights[0], "linear classifier": weights[1]}} | kept
+        compared["joined"] = {"weights": {"model": weights[0], "linear": weights[1]}} | kept
+        compared["joined"]["inputs"] = classifiers.inputs.shape[1]
     data = advise(classifiers, folds)
     suspects = data.pop("suspects")
     compared["training_data"] = data | {"suspects": len(suspects), "first_suspects": suspects[:SHOWN]}
@@ -275,13 +286,13 @@ def report_coverage(
     }  # fmt: skip
 
 
-def decide(ways: dict[str, list[dict[str, Any]]], none: str, wished: dict[str, float]) -> dict[str, float]:
-    """The calibration and the threshold that intents.json is to keep."""
+def decide(ways: dict[str, list[dict[str, Any]]], none: str, wished: dict[str, float], way: str) -> dict[str, float]:
+    """The calibration and the threshold of a way of answering that intents.json is to keep."""
     from faq import coverage
 
-    if "model" not in ways:
+    if way not in ways:
         raise UserError(f"a threshold needs at least {FEWEST_JUDGED} predictions with probabilities")
-    kept = coverage.decision(ways["model"], none, wished)
+    kept = coverage.decision(ways[way], none, wished)
     if kept["threshold"] > 1:
         raise UserError("no threshold makes these predictions right that often; lower --precision, or pass --automate")
     return kept

@@ -251,15 +251,15 @@ def test_two_classifiers_that_know_different_things_are_better_together() -> Non
         said, p = (true, 0.6) if true >= 3 or draw.random() < 0.34 else (other, 0.3)
         runner = {"intent": str(other if said == true else true), "probability": 0.25}
         rows.append({"intent": str(said), "reference": str(true), "probability": p, "runner_up": runner})
-    both, weights = join(rows, linear, classes)
+    both, weights = join(rows, linear, classes, "5")
     right = np.mean([row["intent"] == row["reference"] for row in both])
     assert right > max((linear.argmax(1) == truth).mean(), np.mean([r["intent"] == r["reference"] for r in rows]))
     assert right > 0.95
     assert min(weights) > 0.1
     noise = [{"intent": str(draw.integers(6)), "reference": row["reference"], "probability": 0.9} for row in rows]
-    assert join(noise, linear, classes)[1][0] < 0.05
+    assert join(noise, linear, classes, "5")[1][0] < 0.05
     linear[:, 0] = -1  # a candidate that is in no list is not answered
-    assert "0" not in {row["intent"] for row in join(rows, linear, classes)[0]}
+    assert "0" not in {row["intent"] for row in join(rows, linear, classes, "5")[0]}
 
 
 def test_too_much_for_a_linear_classifier(fitted: Classifiers, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -267,3 +267,31 @@ def test_too_much_for_a_linear_classifier(fitted: Classifiers, monkeypatch: pyte
     found = baselines.compare(fitted, fitted.out_of_fold(), [Asked("怎么退款", "退款")])
     assert [baseline.name for baseline in found] == ["nearest neighbour", "most frequent intent"]
     assert found[0].rows[0]["intent"] == "退款"
+
+
+def test_joined_predictions(tmp_path: Path, capsys: pytest.CaptureFixture[str], checkpoints: dict[str, Path]) -> None:
+    """A model that knows nothing and a classifier: what score keeps is what predict answers."""
+    train = write(tmp_path / "train.jsonl", [{"question": q, "intent": i} for q, i in questions()[:40]])
+    asked = write(tmp_path / "asked.jsonl", [{"question": q, "intent": i} for q, i in questions()[40:]])
+    intents = tmp_path / "intents.json"
+    write_catalog(intents)
+    common = ["--model_name_or_path", str(checkpoints["llama"]), "--intents_file", str(intents), "--input_file", asked]
+    alone, both = str(tmp_path / "alone.jsonl"), str(tmp_path / "both.jsonl")
+    assert predict.main([*common, "--join_file", train]) == 2
+    assert "--join_file needs weights in the intents file" in capsys.readouterr().err
+    assert predict.main([*common, "--output_file", alone]) == 0
+    kept = ["--intents_file", str(intents), "--train_file", train, "--keep_threshold", "true", "--join", "true"]
+    assert score.main([alone, *kept, "--automate", "0.8"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["joined"]["accuracy"] > found["results"][0]["accuracy"] + 0.3
+    assert predict.main([*common, "--output_file", both]) == 2
+    assert "pass --join_file" in capsys.readouterr().err
+    assert predict.main([*common, "--join_file", train, "--output_file", both]) == 0
+    rows = score.read_predictions(Path(both))
+    assert np.mean([row["proposed"] == row["reference"] for row in rows]) == pytest.approx(
+        found["joined"]["accuracy"], abs=0.1
+    )
+    sure = [row for row in rows if row["intent"] != "不符合"]
+    assert abs(len(sure) - int(0.8 * len(rows))) <= 3  # the threshold is from weights of halves
+    assert all(row["reply"] == "好的" for row in sure)
+    assert [row["model_intent"] for row in rows] == [row["intent"] for row in score.read_predictions(Path(alone))]
