@@ -294,7 +294,8 @@ def decide(ways: dict[str, list[dict[str, Any]]], none: str, wished: dict[str, f
         raise UserError(f"a threshold needs at least {FEWEST_JUDGED} predictions with probabilities")
     kept = coverage.decision(ways[way], none, wished)
     if kept["threshold"] > 1:
-        raise UserError("no threshold makes these predictions right that often; lower --precision, or pass --automate")
+        log("warning: no threshold makes these predictions right that often, so that none is automated; lower "
+            "--precision, or pass --automate")  # fmt: skip
     return kept
 
 
