@@ -16,7 +16,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -25,12 +25,9 @@ from llmops import files, pictures
 from llmops.console import Parser, UserError, log, run_main, stdout_to_stderr, to_bool
 from llmops.faq_records import INTENTS_NAME
 
-if TYPE_CHECKING:
-    import numpy as np
-
-    from faq.baselines import Classifiers
-
 TOP_PAIRS = 10
+FIGURES = ("accuracy", "accuracy_standard_error", "macro_f1", "none_of_the_intents")  # of simple classifiers
+JOINED = "both joined"
 FEWEST_JUDGED = 20  # questions, for a calibration on halves
 
 
@@ -51,6 +48,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--automate", type=float, default=0.0, help="instead of --precision: the share of questions to automate")
     add("--keep_threshold", type=to_bool, default=False, metavar="true|false",
         help=f"write calibration and threshold into {INTENTS_NAME}, for predict.sh")  # fmt: skip
+    add("--join", type=to_bool, default=False, metavar="true|false",
+        help="keep the threshold of model and linear classifier together, for predict.sh --join_file")  # fmt: skip
     add("--suspects_file", default="", help="write training questions that are probably mislabelled there")
     return parser
 
@@ -62,8 +61,12 @@ def check(arguments: argparse.Namespace) -> None:
         problems.append(f"--precision is {arguments.precision}, expected a share above 0 and up to 1, such as 0.95")
     if not 0 <= arguments.automate <= 1:
         problems.append(f"--automate is {arguments.automate}, expected a share from 0 to 1")
-    if (arguments.embedding_model or arguments.suspects_file) and not arguments.train_file:
-        problems.append("--embedding_model and --suspects_file need the --train_file that the model learned from")
+    if (arguments.embedding_model or arguments.suspects_file or arguments.join) and not arguments.train_file:
+        problems.append(
+            "--embedding_model, --suspects_file and --join need the --train_file that the model learned from"
+        )
+    if arguments.join and not arguments.keep_threshold:
+        problems.append("--join is kept with --keep_threshold true; pass both")
     if problems:
         raise UserError("; ".join(problems))
     if arguments.embedding_model:
@@ -92,10 +95,18 @@ def read_predictions(path: Path) -> list[dict[str, Any]]:
         probability = row.get("probability", 0.0)
         if not isinstance(probability, int | float) or not 0 <= probability <= 1:
             raise UserError(f"{path}:{number}: 'probability' is {files.shown(probability)}, expected 0 to 1")
+        if not isinstance(row.get("question", ""), str) or not is_runner_up(row.get("runner_up")):
+            raise UserError(f"{path}:{number}: expected a prediction of faq/predict.sh, its question and runner_up")
         found.append(row)
     if not found:
         raise UserError(f"{path} is empty; expected predictions of faq/predict.sh")
     return found
+
+
+def is_runner_up(value: Any) -> bool:
+    """Whether a value names an intent with its probability, or is null."""
+    named = isinstance(value, dict) and isinstance(value.get("intent"), str)
+    return value is None or (named and isinstance(value.get("probability"), int | float))
 
 
 def rates(pairs: Sequence[tuple[str, str]], intent: str) -> dict[str, float]:
@@ -180,31 +191,46 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     covered = picture.with_name(f"{picture.stem}_coverage.png")
     for path in (picture, covered):
         pictures.refuse_other(path)
+    found: dict[str, Any] = {"results": results}
+    ways = {"model": read[0]} if all("probability" in row for row in read[0]) else {}
+    suspects: list[dict[str, Any]] = []
+    if arguments.train_file and catalog:
+        compared, more, suspects = compare(arguments, read[0], catalog)
+        found |= compared
+        ways |= more
+    ways = {name: rows for name, rows in ways.items() if len(rows) >= FEWEST_JUDGED}
+    wished = {"share": arguments.automate} if arguments.automate else {"precision": arguments.precision}
+    kept = decide(ways, none, wished, JOINED if arguments.join else "model") if arguments.keep_threshold else {}
+    if kept and arguments.join:  # decide() has refused predictions that cannot be joined
+        kept |= found["joined"]["weights"] | {"inputs": found["joined"]["inputs"]}
+    # all is read and computed; now the files
     if results[0]["most_confused"]:
         draw(read[0], results[0], picture)
         log(f"confusions drawn in {picture}")
-    found: dict[str, Any] = {"results": results}
-    ways = {"model": read[0]} if all("probability" in row for row in read[0]) else {}
-    if arguments.train_file and catalog:
-        compared, more = compare(arguments, read[0], catalog)
-        found |= compared
-        ways |= more
-    wished = {"share": arguments.automate} if arguments.automate else {"precision": arguments.precision}
     found["coverage"] = report_coverage(ways, none, wished, covered)
-    if arguments.keep_threshold:
-        keep_threshold(intents, ways, none, wished)
+    if arguments.suspects_file:
+        files.write_text(Path(arguments.suspects_file), "".join(files.dumps(row) + "\n" for row in suspects))
+        log(f"{len(suspects)} training questions to look at in {arguments.suspects_file}")
+    if kept and catalog:
+        files.write_text(intents, replace(catalog, decision=kept).to_json())
+        log(
+            f"{intents} keeps the threshold {kept['threshold']:.3f}: predict.sh answers less sure questions with {none}"
+        )
     return found
 
 
 def compare(
     arguments: argparse.Namespace, rows: list[dict[str, Any]], catalog: Catalog
-) -> tuple[dict[str, Any], dict[str, list[dict[str, Any]]]]:
-    """(what the comparison with baselines adds to the JSON, the best baseline's rows under its name)."""
-    from faq.baselines import Asked, Classifiers, Features, advice, compare, read_asked, say_leaks
+) -> tuple[dict[str, Any], dict[str, list[dict[str, Any]]], list[dict[str, Any]]]:
+    """(what the comparison adds to the JSON, other ways' rows under their names, training questions to look at)."""
+    from faq.advice import SHOWN, advise
+    from faq.baselines import Asked, Classifiers, Features, advice, check_variant, compare, read_asked, say_leaks
     from llmops.embedding.folder import read_folder
 
     train = read_asked(Path(arguments.train_file), catalog)
     test = [Asked(row.get("question", ""), row["reference"], row.get("variant")) for row in rows]
+    for number, asked in enumerate(test, 1):
+        check_variant(asked, catalog, f"{arguments.predictions[0]}:{number}")
     say_leaks(train, test)
     folder = read_folder(Path(arguments.embedding_model)) if arguments.embedding_model else None
     with stdout_to_stderr():
@@ -216,27 +242,29 @@ def compare(
         found = score(baseline.rows, catalog.none)
         figures.append(
             {"name": baseline.name, "features": baseline.features}
-            | {key: found[key] for key in ("accuracy", "accuracy_standard_error", "macro_f1", "none_of_the_intents")}
+            | {key: found[key] for key in FIGURES}
             | {"seconds_per_question": round(baseline.seconds / len(rows), 6)}
         )
     best = max(range(len(baselines)), key=lambda k: figures[k]["accuracy"])
     sentence = advice([row["intent"] == row["reference"] for row in rows], baselines[best], figures[best])
     log(sentence)
-    linear = next(baseline for baseline in baselines if baseline.name == "linear classifier")
-    data = improve(classifiers, folds, arguments.suspects_file)
-    return {"baselines": figures, "recommendation": sentence, "training_data": data}, {linear.name: linear.rows}
+    linear = next((baseline for baseline in baselines if baseline.values is not None), None)
+    ways = {linear.name: linear.rows} if linear else {}
+    compared: dict[str, Any] = {"baselines": figures, "recommendation": sentence}
+    alone = [row for row in rows if "probability" in row and row.get("constrained", True) and "model_intent" not in row]
+    if len(alone) == len(rows) and linear and len(rows) >= FEWEST_JUDGED:
+        from faq.joined import join
 
-
-def improve(classifiers: "Classifiers", folds: "np.ndarray", path: str) -> dict[str, Any]:
-    """Advice on the training questions as it is printed: of the suspects the first, all of them in a file."""
-    from faq.advice import SHOWN, advise
-
-    found = advise(classifiers, folds)
-    suspects = found.pop("suspects")
-    if path:
-        files.write_text(Path(path), "".join(files.dumps(row) + "\n" for row in suspects))
-        log(f"{len(suspects)} training questions to look at in {path}")
-    return found | {"suspects": len(suspects), "first_suspects": suspects[:SHOWN]}
+        plain = [row | {"intent": row.pop("proposed", row["intent"])} for row in map(dict, rows)]
+        ways[JOINED], weights = join(plain, linear.values, classifiers.classes, catalog.none)
+        found = score(ways[JOINED], catalog.none)
+        kept = {key: found[key] for key in FIGURES}
+        compared["joined"] = {"weights": {"model": weights[0], "linear": weights[1]}} | kept
+        compared["joined"]["inputs"] = classifiers.inputs.shape[1]
+    data = advise(classifiers, folds)
+    suspects = data.pop("suspects")
+    compared["training_data"] = data | {"suspects": len(suspects), "first_suspects": suspects[:SHOWN]}
+    return compared, ways, suspects
 
 
 def report_coverage(
@@ -245,7 +273,6 @@ def report_coverage(
     """Per way of answering its calibration and what can be automated; the curves in a picture and a JSON beside it."""
     from faq import coverage
 
-    ways = {name: rows for name, rows in ways.items() if len(rows) >= FEWEST_JUDGED}
     if not ways:
         return {}
     curves = {name: coverage.curve(rows, none) for name, rows in ways.items()}
@@ -259,15 +286,17 @@ def report_coverage(
     }  # fmt: skip
 
 
-def keep_threshold(path: Path, ways: dict[str, list[dict[str, Any]]], none: str, wished: dict[str, float]) -> None:
-    """Write the model's temperature and threshold into the intents file."""
+def decide(ways: dict[str, list[dict[str, Any]]], none: str, wished: dict[str, float], way: str) -> dict[str, float]:
+    """The calibration and the threshold of a way of answering that intents.json is to keep."""
     from faq import coverage
 
-    if len(ways.get("model", [])) < FEWEST_JUDGED:
+    if way not in ways:
         raise UserError(f"a threshold needs at least {FEWEST_JUDGED} predictions with probabilities")
-    kept = coverage.decision(ways["model"], none, wished)
-    files.write_text(path, replace(load_catalog(path), decision=kept).to_json())
-    log(f"{path} now keeps the threshold {kept['threshold']:.3f}: predict.sh answers less sure questions with {none}")
+    kept = coverage.decision(ways[way], none, wished)
+    if kept["threshold"] > 1:
+        log("warning: no threshold makes these predictions right that often, so that none is automated; lower "
+            "--precision, or pass --automate")  # fmt: skip
+    return kept
 
 
 def main(argv: Sequence[str] | None = None) -> int:

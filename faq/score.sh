@@ -21,6 +21,7 @@ EMBEDDING_MODEL="${EMBEDDING_MODEL:-}" # folder of a sentence embedding model fo
 PRECISION="${PRECISION:-}"             # how often an automated answer should be right; empty: 0.95
 AUTOMATE="${AUTOMATE:-}"               # instead: the share of questions to automate
 KEEP_THRESHOLD="${KEEP_THRESHOLD:-}"   # true: write the threshold into intents.json, for predict.sh
+JOIN="${JOIN:-}"                       # true: keep that of model and linear classifier together
 SUSPECTS_FILE="${SUSPECTS_FILE:-}"     # write training questions that are probably mislabelled there
 # --- end of settings ---------------------------------------------------------------------------------------------------
 
