@@ -35,9 +35,10 @@ class Wording:
 class Catalog:
     """The intents with their replies, in the order of the prompt; `left_out[k]` are those that variant k lacks.
 
-    `lists` are candidate lists that the data's rows brought with them, in their own order; variants after those of
-    `left_out`.
-    `wording` is None for data whose prompts were made elsewhere.
+    `lists` are candidate lists that the data's rows brought with them, or that faq/prepare found by similarity, in
+    their own order; variants after those of `left_out`. `wording` is None for data whose prompts were made elsewhere.
+    `decision` holds the calibration and the threshold that faq/score found; `retrieval` how candidates of a bare
+    question are found (faq/retrieval.py); both are {} where there is none.
     """
 
     mode: str
@@ -46,6 +47,8 @@ class Catalog:
     left_out: list[list[str]] = field(default_factory=list)
     none_reply: str = ""
     lists: list[list[str]] = field(default_factory=list)
+    decision: dict[str, float] = field(default_factory=dict)
+    retrieval: dict[str, Any] = field(default_factory=dict)
 
     @property
     def variants(self) -> int:
@@ -148,7 +151,10 @@ def check_places(text: str, allowed: set[str], where: str) -> None:
 def load_catalog(path: Path) -> Catalog:
     """Read intents.json. Raises UserError when it is not there or not one."""
     values = files.read_object(path, f"the {INTENTS_NAME}", "faq/prepare.sh writes it, or pass --intents_file")
-    checks = {"mode": is_mode, "intents": is_texts, "left_out": is_lists, "none_reply": is_text, "lists": is_lists}
+    checks = {
+        "mode": is_mode, "intents": is_texts, "left_out": is_lists, "none_reply": is_text, "lists": is_lists,
+        "decision": is_decision, "retrieval": is_retrieval,
+    }  # fmt: skip
     unknown = [key for key in values if key not in {*checks, "wording"}]
     missing = [key for key in ("mode", "wording", "intents") if key not in values]
     wrong = [key for key, good in checks.items() if key in values and not good(values[key])]
@@ -184,3 +190,23 @@ def is_texts(value: Any) -> bool:
 def is_lists(value: Any) -> bool:
     """Whether a value is a list of lists of texts."""
     return isinstance(value, list) and all(isinstance(names, list) and all(map(is_text, names)) for names in value)
+
+
+def is_decision(value: Any) -> bool:
+    """Whether a value is a calibration with a threshold, or nothing."""
+    numbers = isinstance(value, dict) and all(type(number) in (int, float) for number in value.values())
+    return numbers and (not value or (value.get("temperature", 0) > 0 and {"shift", "threshold"} <= set(value)))
+
+
+def is_retrieval(value: Any) -> bool:
+    """Whether a value says how candidates are found, or is {}."""
+    if not isinstance(value, dict) or not value:
+        return value == {}
+    examples = value.get("examples")
+    return (
+        type(value.get("candidates")) is int
+        and value["candidates"] > 0
+        and is_text(value.get("embedding_model"))
+        and isinstance(examples, dict)
+        and is_lists(list(examples.values()))
+    )

@@ -18,6 +18,7 @@ from llmops.console import log, run_main
 from llmops.faq_records import read_faq
 
 MODEL_NAME = "tiny-chat-model"
+SURE = 0.9  # the precision whose share of automated answers is told
 
 
 def prepare(folder: Path) -> None:
@@ -48,8 +49,10 @@ def prepare(folder: Path) -> None:
 
 def report(folder: Path) -> None:
     """Print what was learned, where the outputs are and what to type next."""
-    scores = files.read_object(folder / "scores.json")["results"]
-    best, free = scores
+    scores = files.read_object(folder / "scores.json")
+    best, free = scores["results"]
+    sure = next(row for row in scores["coverage"]["model"]["at_precision"] if row["precision"] == SURE)
+    baselines = "".join(f"  {row['name']:<22}{row['accuracy']:.1%}\n" for row in scores["baselines"])
     output = folder / "output_path"
     predictions = [line.value for line in files.json_lines(output / "predictions.jsonl")]
     shown = "".join(
@@ -64,8 +67,12 @@ What the tiny model learned of {len(best["per_intent"]) - 1} intents, on {best["
   unconstrained   {free["accuracy"]:.1%}, {free["outside_the_candidates"]} answers that are no intent
   不符合          precision {best["none_of_the_intents"]["precision"]:.0%}, \
 recall {best["none_of_the_intents"]["recall"]:.0%}
+  automated       {sure["automated"]:.0%} of the questions, if {SURE:.0%} of the answers are to be right
+The same questions by simple classifiers ({scores["baselines"][0]["features"]}, in seconds):
+{baselines}{scores["recommendation"]}
 {shown}Outputs in {output}:
-  the model with intents.json, predictions.jsonl, predictions.png (confusions), log.txt, training_loss.png
+  the model with intents.json, predictions.jsonl, predictions.png (confusions), predictions_coverage.png (accuracy
+  against the share that is automated), log.txt, training_loss.png
 Ask it:
   bash faq/predict.sh --mount_path {folder} --question 怎么申请退款
 Next, with your own model and questions (faq/README.md says how):

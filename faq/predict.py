@@ -25,6 +25,7 @@ from llmops.faq_records import INTENTS_NAME, FaqRecord, read_faq, refuse_unfinis
 from llmops.records import Message
 
 if TYPE_CHECKING:
+    from faq.baselines import Classifiers
     from llmops.generation import Generator
 
 
@@ -37,6 +38,8 @@ class Config:
     input_file: str
     question: tuple[str, ...]
     output_file: str
+    embedding_model: str
+    join_file: str
     mode: str
     constrain: bool
     reuse_prefix: bool
@@ -55,6 +58,12 @@ class Query:
     variant: int | None = None
     reference: str = ""
 
+    @property
+    def known(self) -> dict[str, Any]:
+        """What the file says of the question, for faq/score: its true intent and its candidate list."""
+        found = {"reference": self.reference} if self.reference else {}
+        return found if self.variant is None else found | {"variant": self.variant}
+
 
 def build_parser() -> argparse.ArgumentParser:
     """Every setting with its default."""
@@ -65,6 +74,10 @@ def build_parser() -> argparse.ArgumentParser:
     add("--input_file", default="", help="questions: test.jsonl of prepare.py, or JSON or csv as prepare.py reads it")
     add("--question", action="append", default=[], help="a question; may be given several times")
     add("--output_file", default="", help="write the predictions there instead of to stdout")
+    add("--embedding_model", default="",
+        help="the model that finds candidates, if it was moved since faq/prepare --candidates")  # fmt: skip
+    add("--join_file", default="",
+        help="join the model with a linear classifier on these questions, as faq/score --join kept it")  # fmt: skip
     add("--mode", default="", choices=["", *families()], help="chat format; empty: the mode in the intents file")
     add("--constrain", type=to_bool, default=True, metavar="true|false", help="answer known intents only")
     add("--reuse_prefix", type=to_bool, default=True, metavar="true|false",
@@ -107,9 +120,12 @@ def refuse_model_file(path: Path) -> None:
 def read_queries(config: Config, catalog: Catalog) -> list[Query]:
     """The questions with their prompts."""
     if config.question:
-        return [Query(text, tuple(catalog.prompt(text))) for text in config.question]
+        lists = bare_lists(config, catalog, config.question)
+        return [Query(text, tuple(catalog.prompt(text, k)), k) for text, k in zip(config.question, lists, strict=True)]
     refuse_unfinished(Path(config.input_file).parent)
     data = read_faq(Path(config.input_file), need_intent=False)
+    bare = [q for record in data.records if not record.messages and not record.candidates for q in record.questions]
+    found = iter(bare_lists(config, catalog, bare))
     queries = []
     for record in data.records:
         if record.variant is not None and not 0 <= record.variant < catalog.variants:
@@ -121,9 +137,20 @@ def read_queries(config: Config, catalog: Catalog) -> list[Query]:
         if record.candidates:
             variant = own_variant(catalog, record, f"{data.path}:{record.line}")
         for question in record.questions:
+            if not record.messages and not record.candidates:
+                variant = next(found)
             prompt = record.messages[:-1] or tuple(catalog.prompt(question, variant))
             queries.append(Query(question, prompt, variant, record.intent))
     return queries
+
+
+def bare_lists(config: Config, catalog: Catalog, questions: Sequence[str]) -> list[int | None]:
+    """The candidate list of each bare question: the whole one, or the one that is found by similarity."""
+    if not catalog.retrieval or not questions:
+        return [None] * len(questions)
+    from faq.retrieval import candidates_of
+
+    return [*candidates_of(catalog, questions, config.embedding_model)]
 
 
 def own_variant(catalog: Catalog, record: FaqRecord, place: str) -> int:
@@ -205,11 +232,73 @@ def prediction(
     }
 
 
+def read_classifiers(config: Config, catalog: Catalog) -> "Classifiers | None":
+    """The linear classifier that predictions are joined with, None without --join_file. Raises UserError where
+    faq/score kept weights and it is missing, or the other way round."""
+    joins = "linear" in catalog.decision
+    if joins != bool(config.join_file) and config.constrain:
+        raise UserError(
+            "the intents file keeps weights for model and linear classifier together; pass --join_file (and the same "
+            "--embedding_model as to faq/score)" if joins else
+            "--join_file needs weights in the intents file: faq/score.sh --join true --keep_threshold true keeps them"
+        )  # fmt: skip
+    if not joins or not config.constrain:
+        return None
+    from faq.baselines import Classifiers, Features, read_asked
+    from llmops.embedding.folder import read_folder
+
+    train = read_asked(Path(config.join_file), catalog)
+    folder = read_folder(Path(config.embedding_model)) if config.embedding_model else None
+    with stdout_to_stderr():
+        found = Classifiers(train, catalog, Features(folder))
+    if found.inputs.shape[1] != catalog.decision["inputs"]:
+        raise UserError(
+            "faq/score used another --embedding_model or other questions for its weights; pass the same ones"
+        )
+    return found
+
+
+def joined(classifiers: "Classifiers", rows: list[dict[str, Any]], queries: Sequence[Query]) -> list[dict[str, Any]]:
+    """The predictions of model and classifier together; `model_intent` is what the model alone says."""
+    from faq.joined import apply
+
+    catalog, texts = classifiers.catalog, [query.question for query in queries]
+    vectors = classifiers.features.vectors(texts)
+    values = classifiers.fit().predict_proba(classifiers.features.joined(texts, vectors, classifiers.names))
+    values = classifiers.masked(values, [query.variant for query in queries])
+    weights = [catalog.decision["model"], catalog.decision["linear"]]
+    found = apply(rows, values, classifiers.classes, catalog.none, weights)
+    return [
+        row | said | {"reply": catalog.reply(said["intent"]), "model_intent": row["intent"]}
+        for row, said in zip(rows, found, strict=True)
+    ]
+
+
+def decide(catalog: Catalog, predicted: dict[str, Any]) -> dict[str, Any]:
+    """A prediction by the threshold that faq/score kept, if it did: too unsure an answer becomes "none fits".
+
+    `confidence` is then the calibrated probability of `proposed`, which is what the model would have said.
+    """
+    kept = catalog.decision
+    if not kept or not predicted["constrained"]:
+        return predicted
+    import numpy as np
+
+    from faq.coverage import Calibration
+
+    confidence = float(Calibration(kept["temperature"], kept["shift"])(np.float64(predicted["probability"])))
+    predicted |= {"confidence": round(confidence, 6), "proposed": predicted["intent"]}
+    if confidence < kept["threshold"]:
+        predicted |= {"intent": catalog.none, "reply": catalog.reply(catalog.none)}
+    return predicted
+
+
 def run(config: Config) -> list[dict[str, Any]]:
     """Load the model, answer every question; the predictions in the order of the questions."""
     # 1. what is asked
     catalog = load_catalog(check(config))
     queries = read_queries(config, catalog)
+    classifiers = read_classifiers(config, catalog)
     # 2. from here on the heavy libraries
     if not has_gpu():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -234,10 +323,13 @@ def run(config: Config) -> list[dict[str, Any]]:
         predict(config, catalog, queries, model, generator), "predicting", total=len(queries), unit="questions"
     ):
         head = {"question": queries[i].question}
-        found[i] = head | predicted | ({"reference": queries[i].reference} if queries[i].reference else {})
+        found[i] = head | predicted | queries[i].known
     seconds = time.monotonic() - started
     log(f"{len(queries)} questions in {seconds:.1f} s, {len(queries) / seconds:.1f} questions/s")
-    return [found[i] for i in range(len(queries))]
+    rows = [found[i] for i in range(len(queries))]
+    if classifiers and config.constrain:
+        rows = joined(classifiers, rows, queries)
+    return [decide(catalog, row) for row in rows]
 
 
 def main(argv: Sequence[str] | None = None) -> int:

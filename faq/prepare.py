@@ -45,6 +45,8 @@ class Config:
     test_ratio: float
     out_of_scope_ratio: float
     variants: int
+    candidates: str
+    embedding_model: str
     skip_bad_lines: bool
     overwrite: bool
     trust_remote_code: bool
@@ -91,6 +93,10 @@ def build_parser() -> argparse.ArgumentParser:
     add("--instruction", default="", help="instead of the template's instruction")
     add("--test_ratio", type=float, default=0.1, help="share of each intent's questions that is held out")
     add("--out_of_scope_ratio", type=float, default=0.1, help="questions added whose intent is left out of the list")
+    add(
+        "--candidates", default="all", metavar="all|K", help="list every intent, or the K most similar to each question"
+    )
+    add("--embedding_model", default="", help="folder of the model that finds them; empty: character n-grams")
     add("--variants", type=int, default=2, help="how many such lists; few, so that prompts stay shared")
     for name, text in (
         ("skip_bad_lines", "drop and count bad records instead of stopping"),
@@ -112,6 +118,7 @@ def check(config: Config) -> None:
         problems.append(f"--max_seq_len is {config.max_seq_len}, expected at least 1")
     if config.variants < 1:
         problems.append(f"--variants is {config.variants}, expected at least 1")
+    problems += check_candidates(config)
     if not config.test_data_file and config.test_ratio == 0:
         problems.append("there is no --test_data_file and --test_ratio is 0; give one of the two")
     output = Path(config.output_dir)
@@ -126,6 +133,21 @@ def check(config: Config) -> None:
             Checkpoint(model, config.mode).family()  # a mode that does not fit is an error of its own
     if problems:
         raise UserError("; ".join(problems))
+
+
+def check_candidates(config: Config) -> list[str]:
+    """What is wrong with --candidates; raises UserError for a folder that holds no embedding model."""
+    if config.candidates == "all":
+        return ["--embedding_model finds candidates; give their number with --candidates"] * bool(
+            config.embedding_model
+        )
+    if not config.candidates.isdecimal() or int(config.candidates) < 2:
+        return [f"--candidates is {config.candidates}, expected all or a number from 2"]
+    if config.embedding_model:
+        from llmops.embedding.folder import read_folder
+
+        read_folder(Path(config.embedding_model))
+    return []
 
 
 def examples_of(data: FaqFile) -> list[Example]:
@@ -216,7 +238,8 @@ def make_variants(intents: Sequence[str], config: Config) -> list[list[str]]:
 
 def make_rows(examples: Sequence[Example], catalog: Catalog, ratio: float, seed: int) -> list[dict[str, Any]]:
     """One row per example, then `ratio` as many rows of questions whose intent a variant leaves out."""
-    rows = [make_row(example, example.intent, catalog, variant_of_own(example, catalog)) for example in examples]
+    own = {tuple(listed): number for number, listed in enumerate(catalog.lists, len(catalog.left_out))}
+    rows = [make_row(example, example.intent, catalog, own.get(example.candidates)) for example in examples]
     variant_of = {intent: k for k, absent in enumerate(catalog.left_out) for intent in absent}
     if variant_of and ratio:
         movable = [e for e in examples if e.intent in variant_of]
@@ -318,6 +341,13 @@ def run(config: Config) -> dict[str, Any]:
     # 3. prompts
     left_out = make_variants(list(intents), config) if wording and not lists else []
     catalog = Catalog(config.mode, wording, intents, left_out, none_reply, lists)
+    recall = {}
+    if config.candidates != "all":
+        if lists or not wording:
+            raise UserError(f"{data.path} brings its own candidates or prompts; leave --candidates out")
+        from faq.retrieval import retrieve
+
+        examples, test, catalog, recall = retrieve(config, examples, test, catalog)
     if config.model_name_or_path:
         check_length(config, [*examples, *test], catalog)
     ratio = config.out_of_scope_ratio
@@ -332,7 +362,7 @@ def run(config: Config) -> dict[str, Any]:
     none_rows = sum(row["intent"] == none for row in rows["train.jsonl"])
     made = f"{counts['train']} rows to train on ({none_rows} of them {none}), {counts['test']} to test"
     log(f"{config.output_dir}: {made}")
-    return counts | {"intents": len(intents), "output_dir": config.output_dir}
+    return counts | {"intents": len(intents), "output_dir": config.output_dir} | recall
 
 
 def read_tests(config: Config) -> list[Example]:

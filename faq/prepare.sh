@@ -20,6 +20,8 @@ INSTRUCTION="${INSTRUCTION:-}"                  # instead of the template's inst
 TEST_RATIO="${TEST_RATIO:-0.1}"                 # share of each intent's questions that is held out
 OUT_OF_SCOPE_RATIO="${OUT_OF_SCOPE_RATIO:-0.1}" # questions added whose intent is left out of the list
 VARIANTS="${VARIANTS:-2}"                       # how many such lists
+CANDIDATES="${CANDIDATES:-all}"                 # list all intents, or only the K most similar to each question
+EMBEDDING_MODEL="${EMBEDDING_MODEL:-}"          # sentence embedding model that finds them; empty: character n-grams
 SKIP_BAD_LINES="${SKIP_BAD_LINES:-false}"       # drop and count bad records instead of stopping
 OVERWRITE="${OVERWRITE:-false}"                 # replace files in OUTPUT_DIR that this command did not write
 TRUST_REMOTE_CODE="${TRUST_REMOTE_CODE:-false}" # run Python code that the checkpoint's folder ships
@@ -32,11 +34,12 @@ read_settings "${BASH_SOURCE[0]}" "$@"
 : "${OUTPUT_DIR:=$MOUNT_PATH/datasets}"
 [ -n "$DATA_FILE" ] || die "--data_file is missing; pass the file with your questions and intents"
 
-if [ -n "$MODEL_NAME_OR_PATH" ]; then # its tokenizer is asked
+if [ -n "$MODEL_NAME_OR_PATH" ] || [ "$CANDIDATES" != all ]; then # a tokenizer or numpy is needed
     PYTHON=$(ensure_python "$HERE" "$HERE/requirements.txt") || exit 2
     has_gpu || tune_cpu
 else
     PYTHON=$(project_python "$HERE") || exit 2
 fi
+[ "$CANDIDATES" != all ] || EMBEDDING_MODEL="" # run_all.sh's is for its score, too
 mapfile -d '' -t settings < <(setting_flags MOUNT_PATH)
 exec "$PYTHON" "$HERE/faq/prepare.py" "${settings[@]}"

@@ -19,6 +19,8 @@ MODE="${MODE:-auto}"                             # auto glm glm2 glm3 baichuan2_
 MAX_SEQ_LEN="${MAX_SEQ_LEN:-2048}"               # longest prompt and answer in tokens
 TEST_RATIO="${TEST_RATIO:-0.1}"                  # share of each intent's questions that is held out
 OUT_OF_SCOPE_RATIO="${OUT_OF_SCOPE_RATIO:-0.1}"  # questions added whose intent is left out of the list
+CANDIDATES="${CANDIDATES:-all}"                  # list all intents, or only the K most similar to each question
+EMBEDDING_MODEL="${EMBEDDING_MODEL:-}"           # sentence embedding model: finds candidates, score's baselines use it
 TRUST_REMOTE_CODE="${TRUST_REMOTE_CODE:-false}"  # run Python code that the checkpoint's folder ships
 # --- end of settings ---------------------------------------------------------------------------------------------------
 
@@ -33,7 +35,8 @@ log "1. prepare"
 bash "$HERE/faq/prepare.sh" --data_file "$DATA_FILE" --test_data_file "$TEST_DATA_FILE" --mount_path "$MOUNT_PATH" \
     --model_name_or_path "$MODEL_NAME_OR_PATH" --mode "$MODE" --test_ratio "$TEST_RATIO" \
     --output_dir "$MOUNT_PATH/datasets" --max_seq_len "$MAX_SEQ_LEN" \
-    --out_of_scope_ratio "$OUT_OF_SCOPE_RATIO" --trust_remote_code "$TRUST_REMOTE_CODE" >&2
+    --out_of_scope_ratio "$OUT_OF_SCOPE_RATIO" --candidates "$CANDIDATES" --embedding_model "$EMBEDDING_MODEL" \
+    --trust_remote_code "$TRUST_REMOTE_CODE" >&2
 log "2. train"
 forward bash "$HERE/chat_main.sh" --scenario faq --mount_path "$MOUNT_PATH" --model_name_or_path "$MODEL_NAME_OR_PATH" \
     --mode "$MODE" --output_path "$OUTPUT_PATH" --max_seq_len "$MAX_SEQ_LEN" \
@@ -42,9 +45,12 @@ forward bash "$HERE/chat_main.sh" --scenario faq --mount_path "$MOUNT_PATH" --mo
 log "3. predict"
 for constrain in true false; do
     [ "$constrain" = true ] && name=predictions.jsonl || name=predictions_unconstrained.jsonl
-    forward bash "$HERE/faq/predict.sh" --model_name_or_path "$OUTPUT_PATH" --intents_file "" --input_file "$MOUNT_PATH/datasets/test.jsonl" \
+    forward bash "$HERE/faq/predict.sh" --model_name_or_path "$OUTPUT_PATH" --embedding_model "" \
+        --intents_file "" --input_file "$MOUNT_PATH/datasets/test.jsonl" \
         --output_file "$OUTPUT_PATH/$name" --constrain "$constrain" --mode "$MODE" \
         --cuda_visible_devices "$CUDA_VISIBLE_DEVICES" --trust_remote_code "$TRUST_REMOTE_CODE"
 done
 log "4. score"
-exec bash "$HERE/faq/score.sh" --predictions "$OUTPUT_PATH/predictions.jsonl" --unconstrained "$OUTPUT_PATH/predictions_unconstrained.jsonl"
+exec bash "$HERE/faq/score.sh" --predictions "$OUTPUT_PATH/predictions.jsonl" \
+    --unconstrained "$OUTPUT_PATH/predictions_unconstrained.jsonl" --train_file "$MOUNT_PATH/datasets/train.jsonl" \
+    --embedding_model "$EMBEDDING_MODEL"

@@ -1,7 +1,8 @@
 """How good predictions of faq/predict.sh are, from files whose questions have a true intent.
 
 python faq/score.py predictions.jsonl [unconstrained.jsonl ...]
-Prints one JSON object on stdout: {"results": [one per file]}; draws the confusions of the first file.
+Prints one JSON object on stdout: {"results": [one per file], "coverage", and with --train_file "baselines",
+"recommendation", "training_data"}; draws the confusions of the first file and its coverage.
 
 Definitions: accuracy is the share of questions whose predicted intent is the true one. Precision, recall and F1 of an
 intent are of one against the rest; macro F1 is their plain mean over the true intents, those predicted by mistake
@@ -13,17 +14,21 @@ import math
 import sys
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from faq.catalog import load_catalog, wording_of
+from faq.catalog import Catalog, load_catalog, wording_of
 from llmops import files, pictures
-from llmops.console import Parser, UserError, log, run_main
+from llmops.console import Parser, UserError, log, run_main, stdout_to_stderr, to_bool
 from llmops.faq_records import INTENTS_NAME
 
 TOP_PAIRS = 10
+FIGURES = ("accuracy", "accuracy_standard_error", "macro_f1", "none_of_the_intents")  # of simple classifiers
+JOINED = "both joined"
+FEWEST_JUDGED = 20  # questions, for a calibration on halves
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -31,8 +36,43 @@ def build_parser() -> argparse.ArgumentParser:
     parser = Parser(prog="score.py", description="Score intent predictions.", allow_abbrev=False)
     parser.add_argument("predictions", nargs="+", help="output files of faq/predict.sh")
     parser.add_argument("--picture", default="", help="PNG of the confusions; empty: beside the first file")
-    parser.add_argument("--intents_file", default="", help=f"{INTENTS_NAME}; empty: beside the first file")
+    add = parser.add_argument
+    add("--intents_file", default="", help=f"{INTENTS_NAME}; empty: beside the first file")
+    add(
+        "--train_file",
+        default="",
+        help="what the model learned from, train.jsonl, for baselines and advice",
+    )
+    add("--embedding_model", default="", help="folder of a sentence embedding model for the baselines; empty: n-grams")
+    add("--precision", type=float, default=0.95, help="how often an automated answer should be right")
+    add("--automate", type=float, default=0.0, help="instead of --precision: the share of questions to automate")
+    add("--keep_threshold", type=to_bool, default=False, metavar="true|false",
+        help=f"write calibration and threshold into {INTENTS_NAME}, for predict.sh")  # fmt: skip
+    add("--join", type=to_bool, default=False, metavar="true|false",
+        help="keep the threshold of model and linear classifier together, for predict.sh --join_file")  # fmt: skip
+    add("--suspects_file", default="", help="write training questions that are probably mislabelled there")
     return parser
+
+
+def check(arguments: argparse.Namespace) -> None:
+    """Raise UserError that lists every problem of the settings."""
+    problems = []
+    if not 0 < arguments.precision <= 1:
+        problems.append(f"--precision is {arguments.precision}, expected a share above 0 and up to 1, such as 0.95")
+    if not 0 <= arguments.automate <= 1:
+        problems.append(f"--automate is {arguments.automate}, expected a share from 0 to 1")
+    if (arguments.embedding_model or arguments.suspects_file or arguments.join) and not arguments.train_file:
+        problems.append(
+            "--embedding_model, --suspects_file and --join need the --train_file that the model learned from"
+        )
+    if arguments.join and not arguments.keep_threshold:
+        problems.append("--join is kept with --keep_threshold true; pass both")
+    if problems:
+        raise UserError("; ".join(problems))
+    if arguments.embedding_model:
+        from llmops.embedding.folder import read_folder
+
+        read_folder(Path(arguments.embedding_model))
 
 
 def read_predictions(path: Path) -> list[dict[str, Any]]:
@@ -52,10 +92,21 @@ def read_predictions(path: Path) -> list[dict[str, Any]]:
         flags = [key for key in ("known", "constrained") if not isinstance(row.get(key, True), bool)]
         if flags:
             raise UserError(f"{path}:{number}: {flags[0]!r} is {files.shown(row[flags[0]])}, expected true or false")
+        probability = row.get("probability", 0.0)
+        if not isinstance(probability, int | float) or not 0 <= probability <= 1:
+            raise UserError(f"{path}:{number}: 'probability' is {files.shown(probability)}, expected 0 to 1")
+        if not isinstance(row.get("question", ""), str) or not is_runner_up(row.get("runner_up")):
+            raise UserError(f"{path}:{number}: expected a prediction of faq/predict.sh, its question and runner_up")
         found.append(row)
     if not found:
         raise UserError(f"{path} is empty; expected predictions of faq/predict.sh")
     return found
+
+
+def is_runner_up(value: Any) -> bool:
+    """Whether a value names an intent with its probability, or is null."""
+    named = isinstance(value, dict) and isinstance(value.get("intent"), str)
+    return value is None or (named and isinstance(value.get("probability"), int | float))
 
 
 def rates(pairs: Sequence[tuple[str, str]], intent: str) -> dict[str, float]:
@@ -127,19 +178,125 @@ def draw(rows: Sequence[dict[str, Any]], result: dict[str, Any], path: Path) -> 
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Score every file, draw the first one's confusions; what is printed."""
+    """Score every file, draw the first one's confusions and coverage, compare; what is printed."""
+    check(arguments)
     paths = [Path(name) for name in arguments.predictions]
     read = [read_predictions(path) for path in paths]
     intents = Path(arguments.intents_file or paths[0].with_name(INTENTS_NAME))
-    given = arguments.intents_file or files.is_file(intents)
-    none = load_catalog(intents).none if given else wording_of("auto").none
+    given = arguments.intents_file or arguments.train_file or arguments.keep_threshold or files.is_file(intents)
+    catalog = load_catalog(intents) if given else None
+    none = catalog.none if catalog else wording_of("auto").none
     results = [{"file": str(path)} | score(rows, none) for path, rows in zip(paths, read, strict=True)]
     picture = Path(arguments.picture) if arguments.picture else paths[0].with_suffix(".png")
-    pictures.refuse_other(picture)
+    covered = picture.with_name(f"{picture.stem}_coverage.png")
+    for path in (picture, covered):
+        pictures.refuse_other(path)
+    found: dict[str, Any] = {"results": results}
+    ways = {"model": read[0]} if all("probability" in row for row in read[0]) else {}
+    suspects: list[dict[str, Any]] = []
+    if arguments.train_file and catalog:
+        compared, more, suspects = compare(arguments, read[0], catalog)
+        found |= compared
+        ways |= more
+    ways = {name: rows for name, rows in ways.items() if len(rows) >= FEWEST_JUDGED}
+    wished = {"share": arguments.automate} if arguments.automate else {"precision": arguments.precision}
+    kept = decide(ways, none, wished, JOINED if arguments.join else "model") if arguments.keep_threshold else {}
+    if kept and arguments.join:  # decide() has refused predictions that cannot be joined
+        kept |= found["joined"]["weights"] | {"inputs": found["joined"]["inputs"]}
+    # all is read and computed; now the files
     if results[0]["most_confused"]:
         draw(read[0], results[0], picture)
         log(f"confusions drawn in {picture}")
-    return {"results": results}
+    found["coverage"] = report_coverage(ways, none, wished, covered)
+    if arguments.suspects_file:
+        files.write_text(Path(arguments.suspects_file), "".join(files.dumps(row) + "\n" for row in suspects))
+        log(f"{len(suspects)} training questions to look at in {arguments.suspects_file}")
+    if kept and catalog:
+        files.write_text(intents, replace(catalog, decision=kept).to_json())
+        log(
+            f"{intents} keeps the threshold {kept['threshold']:.3f}: predict.sh answers less sure questions with {none}"
+        )
+    return found
+
+
+def compare(
+    arguments: argparse.Namespace, rows: list[dict[str, Any]], catalog: Catalog
+) -> tuple[dict[str, Any], dict[str, list[dict[str, Any]]], list[dict[str, Any]]]:
+    """(what the comparison adds to the JSON, other ways' rows under their names, training questions to look at)."""
+    from faq.advice import SHOWN, advise
+    from faq.baselines import Asked, Classifiers, Features, advice, check_variant, compare, read_asked, say_leaks
+    from llmops.embedding.folder import read_folder
+
+    train = read_asked(Path(arguments.train_file), catalog)
+    test = [Asked(row.get("question", ""), row["reference"], row.get("variant")) for row in rows]
+    for number, asked in enumerate(test, 1):
+        check_variant(asked, catalog, f"{arguments.predictions[0]}:{number}")
+    say_leaks(train, test)
+    folder = read_folder(Path(arguments.embedding_model)) if arguments.embedding_model else None
+    with stdout_to_stderr():
+        classifiers = Classifiers(train, catalog, Features(folder))
+        folds = classifiers.out_of_fold()
+        baselines = compare(classifiers, folds, test)
+    figures = []
+    for baseline in baselines:
+        found = score(baseline.rows, catalog.none)
+        figures.append(
+            {"name": baseline.name, "features": baseline.features}
+            | {key: found[key] for key in FIGURES}
+            | {"seconds_per_question": round(baseline.seconds / len(rows), 6)}
+        )
+    best = max(range(len(baselines)), key=lambda k: figures[k]["accuracy"])
+    sentence = advice([row["intent"] == row["reference"] for row in rows], baselines[best], figures[best])
+    log(sentence)
+    linear = next((baseline for baseline in baselines if baseline.values is not None), None)
+    ways = {linear.name: linear.rows} if linear else {}
+    compared: dict[str, Any] = {"baselines": figures, "recommendation": sentence}
+    alone = [row for row in rows if "probability" in row and row.get("constrained", True) and "model_intent" not in row]
+    if len(alone) == len(rows) and linear and len(rows) >= FEWEST_JUDGED:
+        from faq.joined import join
+
+        plain = [row | {"intent": row.pop("proposed", row["intent"])} for row in map(dict, rows)]
+        ways[JOINED], weights = join(plain, linear.values, classifiers.classes, catalog.none)
+        found = score(ways[JOINED], catalog.none)
+        kept = {key: found[key] for key in FIGURES}
+        compared["joined"] = {"weights": {"model": weights[0], "linear": weights[1]}} | kept
+        compared["joined"]["inputs"] = classifiers.inputs.shape[1]
+    data = advise(classifiers, folds)
+    suspects = data.pop("suspects")
+    compared["training_data"] = data | {"suspects": len(suspects), "first_suspects": suspects[:SHOWN]}
+    return compared, ways, suspects
+
+
+def report_coverage(
+    ways: dict[str, list[dict[str, Any]]], none: str, wished: dict[str, float], path: Path
+) -> dict[str, Any]:
+    """Per way of answering its calibration and what can be automated; the curves in a picture and a JSON beside it."""
+    from faq import coverage
+
+    if not ways:
+        return {}
+    curves = {name: coverage.curve(rows, none) for name, rows in ways.items()}
+    coverage.draw(curves, wished, path)
+    files.write_json(path.with_suffix(".json"), curves)
+    log(f"coverage against accuracy drawn in {path}")
+    return {
+        name: coverage.calibration(rows, none) | {"wished": coverage.judge(rows, none, wished)}
+        | {"at_precision": [coverage.judge(rows, none, {"precision": value}) for value in coverage.PRECISIONS]}
+        for name, rows in ways.items()
+    }  # fmt: skip
+
+
+def decide(ways: dict[str, list[dict[str, Any]]], none: str, wished: dict[str, float], way: str) -> dict[str, float]:
+    """The calibration and the threshold of a way of answering that intents.json is to keep."""
+    from faq import coverage
+
+    if way not in ways:
+        raise UserError(f"a threshold needs at least {FEWEST_JUDGED} predictions with probabilities")
+    kept = coverage.decision(ways[way], none, wished)
+    if kept["threshold"] > 1:
+        log("warning: no threshold makes these predictions right that often, so that none is automated; lower "
+            "--precision, or pass --automate")  # fmt: skip
+    return kept
 
 
 def main(argv: Sequence[str] | None = None) -> int:

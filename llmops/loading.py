@@ -38,7 +38,17 @@ def loading(what: str, cure: str = "copy the folder again") -> Iterator[None]:
         if isinstance(error, UnpicklingError):
             why = refused_pickle(error)
             raise UserError(f"{what} cannot be loaded: {why}; copy it from a source you trust") from error
+        if isinstance(error, ImportError):
+            raise UserError(f"{what} wants a package that is not here: {missing_package(error)}") from error
         raise UserError(f"{what} cannot be loaded ({cause(error)}); {cure}") from error
+
+
+def missing_package(error: ImportError) -> str:
+    """What a checkpoint's own code imports and this machine lacks, and how to get it."""
+    if error.name:
+        return f"pip install {error.name}"
+    found = re.search(r"environment: (.+?)\. Run `(.+?)`", str(error))  # transformers looks before it imports
+    return found[2] if found else cause(error)
 
 
 def refused_pickle(error: UnpicklingError) -> str:

@@ -16,6 +16,10 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+SIDE_BY_SIDE = "PYTEST_XDIST_WORKER" in os.environ
+if SIDE_BY_SIDE:  # each test on a core of its own
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+LONGEST = ("test_finetune.py", "test_demo.py", "test_generation.py", "test_faq.py", "test_faq_guide.py")  # start first
 MODULES_CACHE = tempfile.TemporaryDirectory(prefix="llmops-modules.")  # code of test checkpoints is not kept
 os.environ["HF_MODULES_CACHE"] = MODULES_CACHE.name
 
@@ -74,7 +78,8 @@ def tree_hash(folder: Path) -> dict[str, str]:
 
 def environment() -> dict[str, str]:
     """The environment of a user's shell: none of our settings, the Python of this test run first."""
-    keep = {k: v for k, v in os.environ.items() if k in ("HOME", "LANG", "TMPDIR", "LD_LIBRARY_PATH")}
+    names = ("HOME", "LANG", "TMPDIR", "LD_LIBRARY_PATH", *(["OMP_NUM_THREADS"] if SIDE_BY_SIDE else []))
+    keep = {k: v for k, v in os.environ.items() if k in names}
     return keep | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "HF_HUB_OFFLINE": "1"}
 
 
@@ -164,7 +169,9 @@ def teach(folder: Path, conversations: Sequence[Messages], steps: int, hidden: i
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark what is in tests/gpu, and skip it with its reason where torch sees no GPU."""
+    """The longest files first; tests/gpu is marked, and skipped with its reason where torch sees no GPU."""
+    places = {name: i for i, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.name, len(LONGEST)))
     mine = [item for item in items if ROOT / "tests" / "gpu" in item.path.parents]
     if not mine:
         return

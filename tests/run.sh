@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Make the environment and run every check: linters, then the whole test suite.
-#   bash tests/run.sh [pytest options]
+#   bash tests/run.sh [pytest options]    (-n 0: one after the other)
 set -euo pipefail
 HERE=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
 # shellcheck source=llmops/environment.sh
@@ -10,4 +10,6 @@ PYTHON=$(ensure_python "$HERE" "$HERE/requirements-dev.txt") || exit 2
 bin=$("$PYTHON" -c 'import sysconfig; print(sysconfig.get_path("scripts"))')
 cd "$HERE"
 bash tests/lint.sh "$bin"
-exec "$PYTHON" -m pytest "$@"
+# A test mostly waits for a Python that imports torch: as many files side by side as there are cores (8 at most).
+workers=$(nproc)
+exec "$PYTHON" -m pytest -n "$((workers < 8 ? workers : 8))" --dist loadfile "$@"

@@ -67,6 +67,8 @@ def test_all_problems_at_once(tmp_path: Path) -> None:
         (["--train_type", "full"], "invalid choice: 'full'"),
         (["--packing", "maybe"], "expected true or false"),
         (["--learning_rate", "fast"], "invalid float value"),
+        (["--report_to", "tensorboard,graphana"], "--report_to graphana is no tracker; expected some of swanlab"),
+        (["--report_to", "trackio"], "--report_to trackio needs the package trackio, which is not here: pip install"),
         (["--learning_rate", "nan"], "--learning_rate is nan"),
         (["--no_such_flag", "1"], "unrecognized arguments"),
         (["--test_file", "/no/such/test.jsonl"], "the test data /no/such/test.jsonl does not exist"),

@@ -56,6 +56,7 @@ class PanicException(BaseException):
         (Exception("expected value\nat line 1"), r"cannot be loaded \(Exception: expected value\); copy"),
         (PanicException("out of range"), r"\(PanicException: out of range\)"),
         (ValueError("bad \x1b[31m" + "x" * 1000), r"\(bad \?\[31mx{200,}…\)"),
+        (ImportError("No module named 'icetk'", name="icetk"), r"wants a package that is not here: pip install icetk$"),
         (OSError(), r"\(OSError\)"),
         (UnpicklingError("Unsupported global: GLOBAL posix.system was not"), r"loaded: a file asks for posix.system"),
         (UnpicklingError("invalid load key"), r"cannot be loaded: a .bin file is damaged, or no weights"),
@@ -262,3 +263,14 @@ def test_checkpoints_are_known_without_torch(adapter: Path) -> None:
     )
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.endswith(" auto\n")
+
+
+def test_a_package_that_a_checkpoints_code_imports_is_named(model: Path) -> None:
+    """As ChatGLM-6B's icetk and Qwen's tiktoken: transformers looks for it before it runs the code."""
+    (model / "tokenization_own.py").write_text("import icetk_that_nobody_has\n\n\nclass OwnTokenizer:\n    pass\n")
+    (model / "tokenizer.json").unlink()
+    code = {"AutoTokenizer": ["tokenization_own.OwnTokenizer", None]}
+    change(model / "tokenizer_config.json", auto_map=code, tokenizer_class="OwnTokenizer")
+    change(model / "config.json", auto_map={"AutoTokenizer": code["AutoTokenizer"]})
+    with pytest.raises(UserError, match=r"wants a package that is not here: pip install icetk_that_nobody_has$"):
+        load_tokenizer(Checkpoint(model, trust_remote_code=True))

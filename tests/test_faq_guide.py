@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT, environment
+from test_similar_questions import write_embedding_model
 
 from llmops import tiny
 from llmops.faq_records import read_faq
@@ -45,6 +46,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     checkpoint = tiny.write_checkpoint(
         folder / "mnt" / "Qwen1.5-7B-Chat", texts, "qwen2", vocab_size=1500, hidden=32, layers=2, heads=2
     )
+    write_embedding_model(folder / "mnt" / "all-MiniLM-L6-v2", "mean")
     # the guide's example of a model without a chat template, of a family that has no file
     other = folder / "mnt" / "My-Mistral-Chat"
     shutil.copytree(checkpoint, other)

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import FAST, ROOT, chat_main, environment, read_log, train_losses
+from mlflow import MlflowClient
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from llmops.chat_model import ChatModel
@@ -43,7 +44,7 @@ def eval_loss_of(folder: Path, data: Path, base: Path) -> float:
 @pytest.mark.parametrize(
     ("architecture", "arguments"),
     [
-        ("llama", ["--train_type", "lora", "--zero_stage", "2"]),
+        ("llama", ["--train_type", "lora", "--zero_stage", "2", "--report_to", "mlflow"]),
         ("qwen2", ["--train_type", "all", "--zero_stage", "3", "--num_processes", "2", "--learning_rate", "1e-3"]),
         ("qwen2", ["--train_type", "lora", "--zero_stage", "3", "--num_processes", "2", "--merge_lora", "true"]),
         (
@@ -54,9 +55,14 @@ def eval_loss_of(folder: Path, data: Path, base: Path) -> float:
     ],
 )  # fmt: skip
 def test_a_run_leaves_what_it_promises(
-    train_run: Run, small_data: Path, checkpoints: dict[str, Path], architecture: str, arguments: list[str]
-) -> None:
-    done = train_run(*arguments, architecture=architecture)
+    train_run: Run, small_data: Path, checkpoints: dict[str, Path], tmp_path: Path, architecture: str,
+    arguments: list[str], monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")  # the one that needs no database
+    tracked = f"file:{tmp_path / 'mlruns'}"
+    done = train_run(
+        *arguments, architecture=architecture, MLFLOW_ALLOW_FILE_STORE="true", MLFLOW_TRACKING_URI=tracked
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     output = small_data / "output_path"
     assert (output / ("adapter_config.json" if "lora" in arguments else "config.json")).is_file()
@@ -79,6 +85,11 @@ def test_a_run_leaves_what_it_promises(
     found = eval_loss_of(output, small_data / "datasets" / "test.jsonl", checkpoints[architecture])
     assert found == pytest.approx(results["eval_loss"], rel=1e-4)
     assert json.loads((output / "finetune_config.json").read_text())["train_type"] in arguments
+    if "--report_to" in arguments:
+        client = MlflowClient(tracked)
+        (run,) = client.search_runs([experiment.experiment_id for experiment in client.search_experiments()])
+        told = {value.step: value.value for value in client.get_metric_history(run.info.run_id, "loss")}
+        assert told == pytest.approx(train_losses(output), rel=1e-6)
     if "--merge_lora" in arguments:
         merged = eval_loss_of(output / "merged", small_data / "datasets" / "test.jsonl", checkpoints[architecture])
         assert merged == pytest.approx(found, rel=1e-4)

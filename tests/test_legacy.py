@@ -308,6 +308,25 @@ def test_buffers_that_are_never_saved(make: Make, monkeypatch: pytest.MonkeyPatc
     assert load(make("rotary")).transformer.rotation.sign.tolist() == [-1.0, 1.0]
 
 
+def test_tables_that_are_no_buffers(make: Make) -> None:
+    """Baichuan2-7B's frequencies are an attribute of their module."""
+
+    def attribute(folder: Path) -> Path:
+        path = folder / "modeling_rotary.py"
+        text = path.read_text(encoding="utf-8").replace("self.sign[1].to(kind)", "1")
+        lines = [line for line in text.splitlines() if 'register_buffer("sign"' not in line]
+        (place,) = (i for i, line in enumerate(lines) if 'register_buffer("inv_freq", ' in line)
+        lines[place] = lines[place].replace('self.register_buffer("inv_freq", ', "self.inv_freq = ")[:-1]
+        path.write_text("\n".join(lines), encoding="utf-8")
+        return folder
+
+    expected = logits_of(load(make("rotary")), prompt("rotary"))
+    left = load(attribute(make("rotary", without="tables_that_are_no_buffers", lacking="inv_freq")))
+    with pytest.raises((RuntimeError, NotImplementedError), match="meta"):
+        logits_of(left, prompt("rotary"))
+    assert close(logits_of(load(attribute(make("rotary", lacking="inv_freq"))), prompt("rotary")), expected)
+
+
 def test_a_file_without_lm_head(make: Make) -> None:
     expected = logits_of(load(make("prefix")), prompt("prefix"))
     with pytest.raises(UserError, match=r"lack 1 of the tensors .* lm_head.weight"):

@@ -8,11 +8,13 @@ import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from llmops import data_files, files
 from llmops.chat_formats import families
+from llmops.chat_model import ChatModel
 from llmops.checkpoints import Checkpoint
 from llmops.console import Parser, UserError, to_bool
 from llmops.records import LEARN
@@ -30,6 +32,7 @@ FAQ_DEFAULTS = {
     "gradient_accumulation_steps": 1,
     "per_device_eval_batch_size": 32,
 }
+TRACKERS = ("swanlab", "mlflow", "trackio", "wandb")  # each the name of its package, too
 RECOMPUTE_WORDS = {"auto": None, "true": 1, "yes": 1, "false": 0, "no": 0}
 PEAK_LEARNING_RATES = {
     "general": {"lora": 1e-4, "all": 1e-5},
@@ -119,6 +122,9 @@ class Config:
     tensorboard: bool = setting(True, "serve TensorBoard while training runs")
     tensorboard_host: str = setting("127.0.0.1", "address that TensorBoard listens on; 0.0.0.0: all, without a login")
     tensorboard_port: int = setting(6006, "port of the TensorBoard server", min=1, max=65535)
+    report_to: str = setting(
+        "", "trackers that get every logged line as well, comma separated: swanlab, mlflow, trackio, wandb"
+    )
     merge_lora: bool = setting(False, "also write output_path/merged, the base model with the adapter merged in")
     # behaviour
     dry_run: bool = setting(False, "check the data, show what is learned, estimate memory and time, train nothing")
@@ -140,10 +146,21 @@ class Config:
         """The base model."""
         return Checkpoint(Path(self.model_name_or_path), self.mode, self.trust_remote_code)
 
+    @cached_property
+    def model(self) -> ChatModel:
+        """The base model, opened part by part as they are asked for."""
+        return ChatModel(self.checkpoint, self.allow_special_tokens, self.thinking)
+
     @property
     def peak_learning_rate(self) -> float:
         """The learning rate with the default of scenario and training type filled in."""
         return self.learning_rate or PEAK_LEARNING_RATES[self.scenario][self.train_type]
+
+    @property
+    def trackers(self) -> list[str]:
+        """The trackers of --report_to; TensorBoard's files are written in any case."""
+        named = [name.strip().lower() for name in self.report_to.split(",")]
+        return [name for name in dict.fromkeys(named) if name not in ("", "none", "tensorboard")]
 
     @property
     def thinking(self) -> bool | None:
@@ -196,6 +213,7 @@ RESTARTABLE = frozenset(
         "tensorboard",
         "tensorboard_host",
         "tensorboard_port",
+        "report_to",
         "merge_lora",
         "save_total_limit",
         "skip_bad_lines",
@@ -265,9 +283,21 @@ def find_problems(config: Config) -> list[str]:
         problems.append(f"--gradient_checkpointing is {layers}, expected auto, true, false or a whole number from 1")
     if config.max_steps == 0 or (config.max_steps < 0 and config.num_train_epochs == 0):
         problems.append("nothing to train: --max_steps and --num_train_epochs are 0")
+    problems += tracker_problems(config.trackers)
     problems += path_problems(config)
     if files.is_file(config.deepspeed_file):
         problems += deepspeed_file.find_problems(config)
+    return problems
+
+
+def tracker_problems(names: Sequence[str]) -> list[str]:
+    """Trackers that are not known, or whose package is not there."""
+    problems = []
+    for name in names:
+        if name not in TRACKERS:
+            problems.append(f"--report_to {files.plain(name)} is no tracker; expected some of {', '.join(TRACKERS)}")
+        elif find_spec(name) is None:
+            problems.append(f"--report_to {name} needs the package {name}, which is not here: pip install {name}")
     return problems
 
 

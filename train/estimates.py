@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 
-from llmops.chat_model import ChatModel
 from llmops.layers import choose_lora_layers, fixed_attention
 from train.config import Config
 
@@ -74,7 +73,7 @@ def empty_model(
 
     On the meta device it takes no memory; `layers`: that many decoder layers instead of its own number.
     """
-    model = ChatModel(config.checkpoint).empty(dtype, layers, device)
+    model = config.model.empty(dtype, layers, device)
     return add_lora(config, model) if config.train_type == "lora" else model
 
 

@@ -23,7 +23,7 @@ import transformers
 from safetensors import SafetensorError
 from torch.utils.tensorboard import SummaryWriter
 from transformers import DefaultFlowCallback, EarlyStoppingCallback, PrinterCallback, TrainingArguments, set_seed
-from transformers.integrations import TensorBoardCallback
+from transformers.integrations import TensorBoardCallback, get_reporting_integration_callbacks
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled, unset_hf_deepspeed_config
 
 from llmops import data_files, devices, files, process_group
@@ -94,7 +94,7 @@ def prepare_data(config: Config, encodes: bool) -> Data:
     transformers.logging.disable_progress_bar()
     warnings.filterwarnings("ignore", category=FutureWarning)  # the libraries' talk among themselves
     checkpoint = config.checkpoint
-    model = ChatModel(checkpoint, config.allow_special_tokens, config.thinking)
+    model = config.model
     chat = model.chat
     length = checkpoint.length or config.max_seq_len
     if length < config.max_seq_len and encodes:
@@ -300,6 +300,8 @@ def build_trainer(config: Config, data: Data) -> tuple[ChatTrainer, Schedule]:
         trainer.add_callback(EarlyStoppingCallback(config.early_stopping_patience))
     if speaks:
         trainer.add_callback(TensorBoardCallback(SummaryWriter(str(output / "tensorboard"))))
+    for tracker in get_reporting_integration_callbacks(config.trackers):
+        trainer.add_callback(tracker)
     trainer.asked_to_end = lambda: bool(schedule.signal)
     return trainer, schedule
 

@@ -30,6 +30,7 @@ from llmops.legacy.building import (
     post_init_never_called,
     rotary_angles_in_bfloat16,
     settings_wrapped_in_a_tuple,
+    tables_that_are_no_buffers,
     weights_built_twice,
 )
 from llmops.legacy.running import (
@@ -73,6 +74,7 @@ MODEL_PATCHES: tuple[Patch, ...] = (
     output_layer_not_found,
     post_init_never_called,
     buffers_left_uninitialised,
+    tables_that_are_no_buffers,
     rotary_angles_in_bfloat16,
     loss_not_divided,
     alibi_buffer_of_every_position,

@@ -193,6 +193,34 @@ def buffers_left_uninitialised(cls: type) -> bool:
     return True
 
 
+def tables_that_are_no_buffers(cls: type) -> bool:
+    """Rotary tables that are plain attributes (Baichuan2-7B) stay on the meta device, where from_pretrained builds.
+
+    Such modules hold no weights: they are built on the CPU. Their forward takes the tables to where it computes.
+    """
+    kinds = [
+        c for c in own_classes(cls)
+        if issubclass(c, nn.Module) and not issubclass(c, PreTrainedModel)
+        and "inv_freq" in names_used(c.__dict__.get("__init__"))
+        and "register_buffer" not in names_used(c.__dict__.get("__init__"))
+    ]  # fmt: skip
+    for kind in kinds:
+        build_on_the_cpu(kind)
+    return bool(kinds)
+
+
+def build_on_the_cpu(kind: type) -> None:
+    """Let the objects of a module class be built on the CPU, wherever the model around them is built."""
+    build = kind.__init__  # type: ignore[misc]
+
+    @functools.wraps(build)
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:  # noqa: N807
+        with torch.device("cpu"):
+            build(self, *args, **kwargs)
+
+    kind.__init__ = __init__  # type: ignore[misc]
+
+
 def remember_arguments(kind: type) -> None:
     """Let the objects of a module class keep the arguments they were built with."""
     build = kind.__init__  # type: ignore[misc]

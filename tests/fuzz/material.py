@@ -139,7 +139,7 @@ def make_prepared(folder: Path) -> None:
     rows = [
         {"question": f"q{k}", "intent": f"意图{k % 3}", "known": True, "reply": "r", "probability": 0.5,
          "runner_up": {"intent": "意图1", "probability": 0.25}, "constrained": True, "reference": f"意图{k % 2}"}
-        for k in range(6)
+        for k in range(24)
     ]  # fmt: skip
     write_lines(folder / "predictions.jsonl", rows)
 

@@ -24,6 +24,7 @@ ASKED = ["--question", "怎么办"]
 PREPARED = (
     "out", "out/train.jsonl", "out/test.jsonl", "out/intents.json", "out/.prepare.json", "out/.prepare.lock",
 )  # fmt: skip
+SCORED = ("predictions.png", "predictions_coverage.png", "predictions_coverage.json")
 KEPT = ("out", "out/.prepare.lock")
 CPU_OPTIONS = {"gpu_id": -1, "batch_size": 2, "max_seq_len": 600, "data_dir": "benchmarks", "output_path": "out"}
 
@@ -162,10 +163,13 @@ def light_subjects() -> list[Subject]:
             Subject("faq/templates", "templates", argv, f"templates/{name}.json", needs=needs, writes=PREPARED,
                     keeps=KEPT)
         )  # fmt: skip
-    argv = ("predictions.jsonl", "--intents_file", "prepared/intents.json")
+    argv = ("predictions.jsonl", "--intents_file", "prepared/intents.json", "--train_file", "prepared/train.jsonl")
     needs = ("predictions.jsonl", "prepared")
-    for name, file, form in (("predictions", argv[0], "jsonl"), ("intents.json (score)", argv[2], "json")):
-        found.append(Subject(name, "score", argv, file, form, needs, writes=("predictions.png",)))
+    for name, file, form in (
+        ("predictions", argv[0], "jsonl"), ("intents.json (score)", argv[2], "json"),
+        ("train.jsonl (score)", argv[4], "jsonl"),
+    ):  # fmt: skip
+        found.append(Subject(name, "score", argv, file, form, needs, writes=SCORED))
     logs = (Path(__file__).resolve().parent.parent / "logs").glob("[!R]*.*")
     for path in sorted(path for path in logs if path.stem != "deepspeed_steps_only"):  # has no loss
         form = {".txt": "text", ".jsonl": "jsonl", ".json": "json"}[path.suffix]

@@ -1,0 +1,297 @@
+"""What simple classifiers make of the same questions, in seconds: the measure of what a tuned model is worth.
+
+Nearest neighbour, a linear classifier and the most frequent intent, on an embedding model's vectors, or on hashed
+character n-grams without one. All of them see what the model sees: a question whose row lacks some candidates is not
+answered with those, and what is too unsure is 不符合, by a threshold from cross-validation on the training questions.
+"""
+
+import time
+import warnings
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from faq.catalog import Catalog
+from llmops import files
+from llmops.console import UserError, log
+from llmops.faq_records import read_faq
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from llmops.embedding.encoder import Encoder
+    from llmops.embedding.folder import ModelFolder
+
+FOLDS = 5
+NGRAM_WEIGHT = 0.5  # of n-grams beside an embedding's vectors: wording helps where meanings are near
+NAME_WEIGHT = 0.3  # of the cosines with intents' names; both tried on banking77, where they add 0.7 points
+STRENGTH = 30.0  # inverse regularisation C of the logistic regression, for features of length 1
+LARGEST_FIT = 5e10  # questions x features x intents; all of banking77 have 1e9
+ALL = -2.0  # a threshold below every cosine and probability
+ROWS_AT_ONCE = 512  # test questions that are compared with every training question together
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A question with its true intent; `variant`: the candidate list that its row has; `line`: where it stands."""
+
+    question: str
+    intent: str
+    variant: int | None = None
+    line: int = 0
+
+
+def check_variant(asked: Asked, catalog: Catalog, place: str) -> None:
+    """Raise UserError for a candidate list that the intents file does not have."""
+    if asked.variant is not None and not (type(asked.variant) is int and 0 <= asked.variant < catalog.variants):
+        raise UserError(f"{place}: variant {files.shown(asked.variant)} is not in the intents file, which has "
+                        f"{catalog.variants}; give the file that was written with this data")  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """A classifier's answers to the test questions: rows as faq/predict writes them, what they cost in seconds.
+
+    `values` (n, classes): probabilities, -1 where a row's list lacks the intent.
+    """
+
+    name: str
+    features: str
+    rows: list[dict[str, Any]]
+    seconds: float
+    values: "np.ndarray | None" = None
+
+
+def read_asked(path: Path, catalog: Catalog) -> list[Asked]:
+    """The training questions: train.jsonl of faq/prepare, or data in any shape that it reads."""
+    found = [
+        Asked(question, record.intent, record.variant, record.line)
+        for record in read_faq(path).records
+        for question in record.questions
+    ]
+    known = {*catalog.intents, catalog.none}
+    for asked in found:
+        if asked.intent not in known:
+            raise UserError(
+                f"{path}:{asked.line}: the intent {files.shown(asked.intent)} is not in the intents file; give the "
+                "training data that the model learned from with --train_file"
+            )
+        check_variant(asked, catalog, f"{path}:{asked.line}")
+    if len({asked.intent for asked in found if asked.intent != catalog.none}) < 2:
+        raise UserError(f"{path} has fewer than two intents; expected training questions of every intent")
+    return found
+
+
+def load_encoder(model: "ModelFolder", device: str) -> "Encoder":
+    """The embedding model of a folder that was checked."""
+    from llmops.embedding.encoder import Encoder
+
+    return Encoder(model, device, "fp32", False)
+
+
+class Features:
+    """Texts to rows of features of length 1: the embedding with n-grams beside it, or n-grams alone."""
+
+    def __init__(self, model: "ModelFolder | None", device: str = "cpu") -> None:
+        self.encoder = load_encoder(model, device) if model else None
+        self.name = f"embeddings of {model.folder.name}" if model else "character n-grams"
+
+    def vectors(self, texts: Sequence[str]) -> "np.ndarray":
+        """Unit vectors (n, d) for comparing texts with each other."""
+        from llmops.embedding.ngrams import ngram_vectors
+
+        return self.encoder.encode(texts) if self.encoder else ngram_vectors(texts)
+
+    def joined(self, texts: Sequence[str], vectors: "np.ndarray", names: "np.ndarray") -> "np.ndarray":
+        """What the linear classifier reads (n, e).
+
+        With an embedding model its vectors, n-grams and cosines with the names of the intents (c, d), side by side;
+        else the n-grams.
+        """
+        import numpy as np
+
+        from llmops.embedding.ngrams import ngram_vectors
+
+        if not self.encoder:
+            return vectors
+        return np.hstack([vectors, NGRAM_WEIGHT * ngram_vectors(texts), NAME_WEIGHT * (vectors @ names.T)])
+
+
+def nearest(vectors: "np.ndarray", known: "np.ndarray", labels: "np.ndarray", own: Sequence[int] = ()) -> "np.ndarray":
+    """Cosine (n, classes) of each row (n, d) with the nearest of `known` (m, d) of each class; `labels` (m,) from 0.
+
+    `own`: the known vector that each row is, which does not count for it; -1 for none.
+    """
+    import numpy as np
+
+    order = np.argsort(labels, kind="stable")
+    starts = np.searchsorted(labels[order], np.arange(int(labels.max()) + 1))
+    found = np.empty((len(vectors), len(starts)), np.float32)
+    for start in range(0, len(vectors), ROWS_AT_ONCE):
+        cosines = vectors[start : start + ROWS_AT_ONCE] @ known.T
+        for row, place in enumerate(own[start : start + ROWS_AT_ONCE]):
+            if place >= 0:
+                cosines[row, place] = -1
+        found[start : start + ROWS_AT_ONCE] = np.maximum.reduceat(cosines[:, order], starts, axis=1)
+    return found
+
+
+class Classifiers:
+    """What is fitted on the training questions; `own`: those whose intent is the question's, not their list's doing."""
+
+    def __init__(self, train: Sequence[Asked], catalog: Catalog, features: Features) -> None:
+        import numpy as np
+
+        self.catalog, self.features, self.train = catalog, features, list(train)
+        self.own = [asked for asked in train if asked.variant is None or asked.intent != catalog.none]
+        self.texts = [asked.question for asked in self.own]
+        self.classes = sorted({asked.intent for asked in self.own})
+        place = {intent: k for k, intent in enumerate(self.classes)}
+        self.labels = np.array([place[asked.intent] for asked in self.own])
+        self.vectors = features.vectors(self.texts)
+        self.names = features.vectors([intent.replace("_", " ") for intent in self.classes])
+        self.inputs = features.joined(self.texts, self.vectors, self.names)
+
+    def nearest(self, vectors: "np.ndarray", leave_out: bool = False) -> "np.ndarray":
+        """Cosine (n, classes) of each row with the nearest training question of each class, itself left out."""
+        return nearest(vectors, self.vectors, self.labels, list(range(len(vectors))) if leave_out else [])
+
+    @property
+    def too_large(self) -> bool:
+        """Whether a linear classifier would take hours."""
+        return self.inputs.size * len(self.classes) > LARGEST_FIT
+
+    def fit(self, rows: "np.ndarray | None" = None) -> Any:
+        """A logistic regression on these training questions (all)."""
+        from sklearn.exceptions import ConvergenceWarning
+        from sklearn.linear_model import LogisticRegression
+
+        chosen = slice(None) if rows is None else rows
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ConvergenceWarning)  # what a hundred steps leave open changes no answer
+            return LogisticRegression(C=STRENGTH).fit(self.inputs[chosen], self.labels[chosen])
+
+    def out_of_fold(self) -> "np.ndarray":
+        """Probabilities (n, classes) of every training question by classifiers that did not see it."""
+        import numpy as np
+        from sklearn.model_selection import StratifiedKFold
+
+        found = np.zeros((len(self.labels), len(self.classes)), np.float32)
+        folds = min(FOLDS, int(np.bincount(self.labels).max()))
+        if folds < 2 or self.too_large:  # one question an intent
+            return found
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # an intent with fewer questions than folds
+            parts = list(StratifiedKFold(folds, shuffle=True, random_state=0).split(self.inputs, self.labels))
+        for seen, unseen in parts:
+            if len(np.unique(self.labels[seen])) > 1:
+                model = self.fit(seen)
+                found[np.ix_(unseen, model.classes_)] = model.predict_proba(self.inputs[unseen])
+        return found
+
+    def threshold(self, values: "np.ndarray") -> float:
+        """The value under which 不符合 is the better answer; `values` (n, classes) are those of `out_of_fold`."""
+        row_of = {text: k for k, text in enumerate(self.texts)}
+        rows = [(row_of[asked.question], asked) for asked in self.train if asked.question in row_of]
+        if not values.any():
+            return ALL
+        best, top = self.best(values[[k for k, _ in rows]], [asked.variant for _, asked in rows])
+        none = self.catalog.none
+        kept = [self.classes[k] == asked.intent for k, (_, asked) in zip(best, rows, strict=True)]
+        return best_cut(top, kept, [asked.intent == none for _, asked in rows])
+
+    def best(self, values: "np.ndarray", variants: Sequence[int | None]) -> "tuple[np.ndarray, np.ndarray]":
+        """(class, value) of the likeliest candidate of each row."""
+        import numpy as np
+
+        masked = self.masked(values, variants)
+        best = masked.argmax(1)
+        return best, masked[np.arange(len(best)), best]
+
+    def masked(self, values: "np.ndarray", variants: Sequence[int | None]) -> "np.ndarray":
+        """The values (n, classes) with -1 where a row's list lacks the intent."""
+        masked = values.copy()
+        absent: dict[int | None, list[int]] = {None: []}
+        for row, variant in enumerate(variants):
+            if variant not in absent:
+                listed = {*self.catalog.candidates(variant), self.catalog.none}
+                absent[variant] = [k for k, intent in enumerate(self.classes) if intent not in listed]
+            masked[row, absent[variant]] = -1
+        return masked
+
+    def answers(self, values: "np.ndarray", test: Sequence[Asked], threshold: float) -> list[dict[str, Any]]:
+        """Rows as faq/predict writes them."""
+        best, top = self.best(values, [asked.variant for asked in test])
+        return [
+            {"question": asked.question, "intent": self.classes[k] if value >= threshold else self.catalog.none,
+             "probability": float(value), "reference": asked.intent}
+            for asked, k, value in zip(test, best, top, strict=True)
+        ]  # fmt: skip
+
+
+def best_cut(top: "np.ndarray", kept_right: Sequence[bool], none_right: Sequence[bool]) -> float:
+    """The threshold with the most right answers, when those below it are 不符合; ALL when none should be."""
+    import numpy as np
+
+    order = np.argsort(-top, kind="stable")
+    kept = np.concatenate([[0], np.cumsum(np.array(kept_right, int)[order])])
+    below = np.array(none_right, int)[order]
+    right = kept + below.sum() - np.concatenate([[0], np.cumsum(below)])
+    count = len(right) - 1 - int(right[::-1].argmax())  # as many answers as possible
+    return ALL if count == len(top) else float(np.nextafter(top[order[count]], np.float32(2)))
+
+
+def compare(classifiers: Classifiers, folds: "np.ndarray", test: Sequence[Asked]) -> list[Baseline]:
+    """The baselines' answers to the test questions. `folds`: of `out_of_fold`."""
+    features, name = classifiers.features, classifiers.features.name
+    texts = [asked.question for asked in test]
+    frequent = Counter(asked.intent for asked in classifiers.own).most_common(1)[0][0]
+    started = time.perf_counter()
+    vectors = features.vectors(texts)
+    encoded = time.perf_counter()
+    near = classifiers.nearest(vectors)
+    seconds = time.perf_counter() - started
+    cut = classifiers.threshold(classifiers.nearest(classifiers.vectors, leave_out=True))
+    found = [Baseline("nearest neighbour", name, classifiers.answers(near, test, cut), seconds)]
+    rows = [{"question": a.question, "intent": frequent, "probability": 0.0, "reference": a.intent} for a in test]
+    most = Baseline("most frequent intent", "", rows, 0.0)
+    if classifiers.too_large:
+        log(f"{len(classifiers.own)} questions with {len(classifiers.classes)} intents are too many for a linear "
+            "classifier; nearest neighbours are the baseline")  # fmt: skip
+        return [*found, most]
+    model = classifiers.fit()
+    started = time.perf_counter() - (encoded - started)
+    values = model.predict_proba(features.joined(texts, vectors, classifiers.names))
+    seconds = time.perf_counter() - started
+    found.append(Baseline("linear classifier", name, classifiers.answers(values, test, classifiers.threshold(folds)),
+                          seconds, classifiers.masked(values, [asked.variant for asked in test])))  # fmt: skip
+    return [*found, most]
+
+
+def advice(right: Sequence[bool], best: Baseline, figures: dict[str, float]) -> str:
+    """Which to use, in one sentence; `right`: per test question, whether the tuned model has its intent.
+
+    Differences are judged on the same questions (McNemar): by those that exactly one of the two has right.
+    """
+    theirs = [row["intent"] == row["reference"] for row in best.rows]
+    only, other = (sum(a > b for a, b in pairs) for pairs in (zip(right, theirs, strict=True),
+                                                                zip(theirs, right, strict=True)))  # fmt: skip
+    ours, count = sum(right) / len(right), len(right)
+    margin = 2 * (only + other) ** 0.5 / count
+    what = f"the {best.name} on {best.features} ({figures['accuracy']:.1%}, in "
+    what += f"{1000 * figures['seconds_per_question']:.1f} ms a question)"
+    if ours - sum(theirs) / count > margin:
+        return f"Use the tuned model: its {ours:.1%} are more than chance above {what}."
+    if sum(theirs) / count - ours > margin:
+        return f"Use {what}: the tuned model's {ours:.1%} are below it, so it is not worth its training here."
+    return f"Use {what}: the tuned model's {ours:.1%} differ from it by no more than chance, and cost more."
+
+
+def say_leaks(train: Sequence[Asked], test: Sequence[Asked]) -> None:
+    """Say when test questions are training questions."""
+    seen = {(asked.question, asked.intent) for asked in train}
+    count = sum((asked.question, asked.intent) in seen for asked in test)
+    if count:
+        log(f"warning: {count} of {len(test)} test questions are training questions; every figure is too good")

@@ -1,0 +1,297 @@
+"""What faq/score says beside the model's figures: baselines, calibration, coverage, advice; against plain loops."""
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from faq import baselines, coverage, predict, score
+from faq.advice import advise
+from faq.baselines import ALL, Asked, Classifiers, Features, best_cut, read_asked
+from faq.catalog import Catalog, load_catalog, wording_of
+from faq.joined import join
+from llmops.embedding.ngrams import ngram_vectors
+
+WORDS = {"退款": ["退款", "退钱", "钱退"], "物流": ["快递", "物流", "包裹"], "发票": ["发票", "开票", "报销"]}
+FRAMES = ["怎么{}", "我要{}", "请问{}多久", "{}在哪里", "查一下{}", "为什么{}不行", "{}的进度", "帮我{}吧"]
+INTENTS = dict.fromkeys(WORDS, "好的")
+
+
+def questions() -> list[tuple[str, str]]:
+    """72 questions of three intents, in a fixed order that mixes them."""
+    found = [(frame.format(word), intent) for intent, words in WORDS.items() for word in words for frame in FRAMES]
+    random.Random(0).shuffle(found)
+    return found
+
+
+def write(path: Path, rows: list[dict[str, Any]]) -> str:
+    """JSON lines."""
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    return str(path)
+
+
+def write_catalog(path: Path, **more: Any) -> Catalog:
+    """An intents.json."""
+    catalog = Catalog("auto", wording_of("auto"), INTENTS, **more)
+    path.write_text(catalog.to_json(), encoding="utf-8")
+    return catalog
+
+
+@pytest.fixture(scope="module")
+def fitted() -> Classifiers:
+    """Classifiers on the first 60 questions; variant 0 lacks 发票."""
+    train = [Asked(q, i, None, k) for k, (q, i) in enumerate(questions()[:60], 1)]
+    train += [Asked(a.question, "不符合", 0) for a in train if a.intent == "发票"][:8]
+    return Classifiers(train, Catalog("auto", wording_of("auto"), INTENTS, [["发票"]]), Features(None))
+
+
+def test_nearest_is_a_double_loop(fitted: Classifiers) -> None:
+    texts = [question for question, _ in questions()[60:]]
+    found = fitted.nearest(ngram_vectors(texts))
+    own = fitted.nearest(fitted.vectors, leave_out=True)
+    for text, row in zip(texts, found, strict=True):
+        vector = ngram_vectors([text])[0]
+        for k, intent in enumerate(fitted.classes):
+            cosines = [float(v @ vector) for a, v in zip(fitted.own, fitted.vectors, strict=True) if a.intent == intent]
+            assert row[k] == pytest.approx(max(cosines), abs=1e-6)
+    for i, row in enumerate(own):
+        for k, intent in enumerate(fitted.classes):
+            others = [fitted.vectors[j] for j, a in enumerate(fitted.own) if a.intent == intent and j != i]
+            assert row[k] == pytest.approx(max(float(v @ fitted.vectors[i]) for v in others), abs=1e-6)
+
+
+def test_a_candidate_that_a_row_lacks_is_not_answered(fitted: Classifiers) -> None:
+    values = np.array([[0.8, 0.1, 0.1], [0.8, 0.1, 0.1]], np.float32)
+    assert fitted.classes == ["发票", "物流", "退款"]
+    best, top = fitted.best(values, [None, 0])
+    assert best.tolist() == [0, 1]
+    assert top.tolist() == pytest.approx([0.8, 0.1])
+    cut = fitted.threshold(fitted.out_of_fold())
+    assert cut > 0  # the rows of the variant are worth a threshold
+    rows = fitted.answers(values, [Asked("a", "发票"), Asked("b", "不符合", 0)], 0.5)
+    assert [row["intent"] for row in rows] == ["发票", "不符合"]
+
+
+def test_the_cut_is_the_best_of_all() -> None:
+    draw = np.random.default_rng(0)
+    for _ in range(50):
+        top = draw.random(12).round(2)
+        kept, none = draw.random(12) < top, draw.random(12) < 0.3
+        top += np.arange(12) * 1e-6
+
+        def right(cut: float, top: Any = top, kept: Any = kept, none: Any = none) -> int:
+            return int(np.where(top >= cut, kept, none).sum())
+
+        assert right(best_cut(top, kept, none)) == max(right(cut) for cut in [*top, ALL, 2])
+
+
+def test_thresholds_are_the_lowest_that_hold() -> None:
+    draw = np.random.default_rng(1)
+    for _ in range(50):
+        confidence = draw.random(30).round(1)
+        right, intent = draw.random(30) < confidence, draw.random(30) < 0.9
+        cut = coverage.threshold_for(confidence, right, intent, precision=0.8)
+        good = [t for t in sorted(set(confidence[intent])) if right[intent & (confidence >= t)].mean() >= 0.8]
+        assert cut == (good[0] if good else 1.01)
+        cut = coverage.threshold_for(confidence, right, intent, share=0.4)
+        few = [t for t in sorted(set(confidence[intent])) if (intent & (confidence >= t)).sum() <= 12]
+        assert cut == (few[0] if few else 1.01)
+
+
+def test_calibration_finds_what_was_done_to_probabilities() -> None:
+    draw = np.random.default_rng(2)
+    true = draw.uniform(0.05, 0.95, 4000)
+    right = draw.random(4000) < true
+    said = 1 / (1 + np.exp(-3 * (np.log(true / (1 - true)) - 0.5)))  # three times too sure, and off
+    found = coverage.fit(said, right)
+    assert found.temperature == pytest.approx(3, rel=0.1)
+    assert found.shift == pytest.approx(0.5, abs=0.1)
+    assert coverage.calibration_error(said, right) > 0.1
+    assert coverage.calibration_error(found(said), right) < 0.03
+
+
+def test_the_curve_by_hand() -> None:
+    rows = [
+        {"intent": intent, "reference": true, "probability": p}
+        for intent, true, p in (
+            ("a", "a", 0.9),
+            ("a", "b", 0.8),
+            ("不符合", "a", 0.95),
+            ("b", "b", 0.8),
+            ("b", "a", 0.1),
+        )
+    ]
+    assert coverage.curve(rows, "不符合") == [
+        {"automated": 0.2, "accuracy": 1.0, "probability": 0.9},
+        {"automated": 0.6, "accuracy": 0.6667, "probability": 0.8},
+        {"automated": 0.8, "accuracy": 0.5, "probability": 0.1},
+    ]
+    assert coverage.curve([row | {"intent": "不符合"} for row in rows], "不符合") == []
+
+
+def test_shuffled_labels_are_found() -> None:
+    """5% of the labels are wrong on purpose; beside them an intent with few questions."""
+    asked = [Asked(q, i, None, k) for k, (q, i) in enumerate(questions(), 1)]
+    wrong = {5, 23, 41, 60}
+    other = {"退款": "物流", "物流": "发票", "发票": "退款"}
+    asked = [Asked(a.question, other[a.intent] if a.line in wrong else a.intent, None, a.line) for a in asked]
+    asked += [Asked("人工", "人工", None, 99), Asked("找真人", "人工", None, 100)]
+    catalog = Catalog("auto", wording_of("auto"), INTENTS | {"人工": ""})
+    classifiers = Classifiers(asked, catalog, Features(None))
+    found = advise(classifiers, classifiers.out_of_fold())
+    lines = {row["line"] for row in found["suspects"]}
+    assert len(lines & wrong) >= 3
+    assert len(lines - wrong) <= 1
+    assert all(other[row["suggested"]] == row["intent"] for row in found["suspects"] if row["line"] in wrong)
+    assert found["few_questions"] == [{"intent": "人工", "questions": 2}]
+
+
+def test_one_question_an_intent(tmp_path: Path) -> None:
+    """No cross-validation is possible; the baselines answer all the same."""
+    train = write(tmp_path / "train.jsonl", [{"question": w[0], "intent": i} for i, w in WORDS.items()])
+    catalog = write_catalog(tmp_path / "intents.json")
+    classifiers = Classifiers(read_asked(Path(train), catalog), catalog, Features(None))
+    folds = classifiers.out_of_fold()
+    assert not folds.any()
+    assert classifiers.threshold(folds) == ALL
+    assert advise(classifiers, folds)["suspects"] == []
+    assert len(advise(classifiers, folds)["few_questions"]) == 3
+
+
+def predictions(wrong: int) -> list[dict[str, Any]]:
+    """Of a model that is wrong where it is unsure."""
+    found = []
+    for k, (question, intent) in enumerate(questions()[48:]):
+        bad = k < wrong
+        said = "退款" if bad and intent != "退款" else "物流" if bad else intent
+        found.append({"question": question, "intent": said, "reference": intent, "known": True, "constrained": True,
+                      "reply": "好的", "probability": (0.3 if bad else 0.7) + k / 100, "runner_up": None})  # fmt: skip
+    return found
+
+
+def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    asked = questions()[:48]
+    train = write(tmp_path / "train.jsonl", [{"question": q, "intent": i} for q, i in asked])
+    write_catalog(tmp_path / "intents.json")
+    path = write(tmp_path / "predictions.jsonl", predictions(8))
+    suspects = tmp_path / "suspects.jsonl"
+    arguments = [path, "--train_file", train, "--keep_threshold", "true", "--suspects_file", str(suspects)]
+    assert score.main([*arguments, "--precision", "0.9"]) == 0
+    printed = capsys.readouterr()
+    found = json.loads(printed.out)
+    assert list(found) == ["results", "baselines", "recommendation", "joined", "training_data", "coverage"]
+    assert [row["name"] for row in found["baselines"]] == [
+        "nearest neighbour", "linear classifier", "most frequent intent"
+    ]  # fmt: skip
+    assert found["baselines"][1]["accuracy"] > 0.9
+    assert found["recommendation"].startswith("Use the linear classifier on character n-grams")
+    assert found["recommendation"] in printed.err
+    assert len(suspects.read_text().splitlines()) == found["training_data"]["suspects"]
+    assert found["coverage"]["model"]["wished"]["accuracy"] >= 0.9
+    for name in ("predictions_coverage.png", "predictions_coverage.json"):
+        assert (tmp_path / name).is_file()
+    # what is kept is what prediction does
+    catalog = load_catalog(tmp_path / "intents.json")
+    assert catalog.decision["precision"] == 0.9
+    decided = [predict.decide(catalog, dict(row)) for row in predictions(8)]
+    kept = [row for row in decided if row["intent"] != "不符合"]
+    assert len(kept) == 16 + 1  # 17 answers with one mistake are 94%, the next mistake makes it 89%
+    assert [row["proposed"] for row in decided] == [row["intent"] for row in predictions(8)]
+    order = sorted(range(len(decided)), key=lambda k: decided[k]["confidence"])
+    assert order == sorted(order, key=lambda k: predictions(8)[k]["probability"])
+    assert score.main([write(tmp_path / "decided.jsonl", decided)]) == 0
+    again = json.loads(capsys.readouterr().out)
+    assert again["coverage"]["model"]["error_before"] == found["coverage"]["model"]["error_before"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "phrase"),
+    [
+        (["--precision", "0"], "--precision is 0.0"),
+        (["--automate", "1.5"], "--automate is 1.5"),
+        (["--embedding_model", "x"], "need the --train_file"),
+        (["--train_file", "TRAIN", "--embedding_model", "/no/model"], "the model folder /no/model does not exist"),
+        (["--train_file", "TRAIN"], "intents.json does not exist"),
+        (["--train_file", "OTHER", "--intents_file", "INTENTS"], "other.jsonl:1: the intent '天气' is not in the"),
+        (["--train_file", "ONE", "--intents_file", "INTENTS"], "has fewer than two intents"),
+        (["--train_file", "/no/file", "--intents_file", "INTENTS"], "/no/file does not exist"),
+    ],
+)
+def test_wrong_settings(tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], phrase: str) -> None:
+    rows = [{"question": q, "intent": i} for q, i in questions()[:48]]
+    made = {
+        "TRAIN": write(tmp_path / "train.jsonl", rows), "ONE": write(tmp_path / "one.jsonl", [rows[0]]),
+        "OTHER": write(tmp_path / "other.jsonl", [{"question": "下雨吗", "intent": "天气"}]),
+        "INTENTS": str(tmp_path / "i.json"),
+    }  # fmt: skip
+    write_catalog(tmp_path / "i.json")
+    path = write(tmp_path / "predictions.jsonl", predictions(8))
+    assert score.main([path, *(made.get(argument, argument) for argument in arguments)]) == 2
+    printed = capsys.readouterr()
+    assert phrase in printed.err
+    assert printed.out == ""
+
+
+def test_two_classifiers_that_know_different_things_are_better_together() -> None:
+    """One tells the first half of the classes apart, the other the second; a useless one gets no weight."""
+    draw = np.random.default_rng(3)
+    classes = [str(k) for k in range(6)]
+    truth = draw.integers(0, 6, 600)
+    linear, rows = np.full((600, 6), 0.1), []
+    for i, true in enumerate(truth):
+        if true < 3:
+            linear[i, true] = 0.5
+        else:
+            linear[i, 3:] = 1 / 6
+        linear[i] /= linear[i].sum()
+        other = (true + 1) % 3 if true < 3 else 3 + (true + 1) % 3
+        said, p = (true, 0.6) if true >= 3 or draw.random() < 0.34 else (other, 0.3)
+        runner = {"intent": str(other if said == true else true), "probability": 0.25}
+        rows.append({"intent": str(said), "reference": str(true), "probability": p, "runner_up": runner})
+    both, weights = join(rows, linear, classes, "5")
+    right = np.mean([row["intent"] == row["reference"] for row in both])
+    assert right > max((linear.argmax(1) == truth).mean(), np.mean([r["intent"] == r["reference"] for r in rows]))
+    assert right > 0.95
+    assert min(weights) > 0.1
+    noise = [{"intent": str(draw.integers(6)), "reference": row["reference"], "probability": 0.9} for row in rows]
+    assert join(noise, linear, classes, "5")[1][0] < 0.05
+    linear[:, 0] = -1  # a candidate that is in no list is not answered
+    assert "0" not in {row["intent"] for row in join(rows, linear, classes, "5")[0]}
+
+
+def test_too_much_for_a_linear_classifier(fitted: Classifiers, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(baselines, "LARGEST_FIT", 1)
+    found = baselines.compare(fitted, fitted.out_of_fold(), [Asked("怎么退款", "退款")])
+    assert [baseline.name for baseline in found] == ["nearest neighbour", "most frequent intent"]
+    assert found[0].rows[0]["intent"] == "退款"
+
+
+def test_joined_predictions(tmp_path: Path, capsys: pytest.CaptureFixture[str], checkpoints: dict[str, Path]) -> None:
+    """A model that knows nothing and a classifier: what score keeps is what predict answers."""
+    train = write(tmp_path / "train.jsonl", [{"question": q, "intent": i} for q, i in questions()[:40]])
+    asked = write(tmp_path / "asked.jsonl", [{"question": q, "intent": i} for q, i in questions()[40:]])
+    intents = tmp_path / "intents.json"
+    write_catalog(intents)
+    common = ["--model_name_or_path", str(checkpoints["llama"]), "--intents_file", str(intents), "--input_file", asked]
+    alone, both = str(tmp_path / "alone.jsonl"), str(tmp_path / "both.jsonl")
+    assert predict.main([*common, "--join_file", train]) == 2
+    assert "--join_file needs weights in the intents file" in capsys.readouterr().err
+    assert predict.main([*common, "--output_file", alone]) == 0
+    kept = ["--intents_file", str(intents), "--train_file", train, "--keep_threshold", "true", "--join", "true"]
+    assert score.main([alone, *kept, "--automate", "0.8"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["joined"]["accuracy"] > found["results"][0]["accuracy"] + 0.3
+    assert predict.main([*common, "--output_file", both]) == 2
+    assert "pass --join_file" in capsys.readouterr().err
+    assert predict.main([*common, "--join_file", train, "--output_file", both]) == 0
+    rows = score.read_predictions(Path(both))
+    assert np.mean([row["proposed"] == row["reference"] for row in rows]) == pytest.approx(
+        found["joined"]["accuracy"], abs=0.1
+    )
+    sure = [row for row in rows if row["intent"] != "不符合"]
+    assert abs(len(sure) - int(0.8 * len(rows))) <= 3  # the threshold is from weights of halves
+    assert all(row["reply"] == "好的" for row in sure)
+    assert [row["model_intent"] for row in rows] == [row["intent"] for row in score.read_predictions(Path(alone))]

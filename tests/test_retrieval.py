@@ -1,0 +1,134 @@
+"""faq/prepare --candidates K: lists by similarity, in rows and for bare questions; against counting in the files."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import write_jsonl
+
+from faq import predict, prepare
+from faq.catalog import load_catalog
+from faq.retrieval import candidates_of, lists_of
+
+THINGS = ["退款", "物流", "发票", "密码", "优惠券", "地址", "积分", "会员", "安装", "维修"]
+ACTS = ["怎么办理{}", "{}要多久", "取消{}", "{}在哪里看"]
+INTENTS = [act.format(thing) for thing in THINGS for act in ACTS]
+FORMS = ["请问{}", "{}呢", "我想{}", "帮我看看{}", "{}可以吗", "急，{}"]
+Row = dict[str, Any]
+
+
+def records(intents: list[str], count: int = 6) -> list[Row]:
+    """Questions of each intent."""
+    return [{"question": form.format(intent), "intent": intent} for intent in intents for form in FORMS[:count]]
+
+
+def prepared(folder: Path, rows: list[Row], *arguments: str) -> tuple[list[Row], list[Row]]:
+    """(training rows, test rows)."""
+    data = write_jsonl(folder / "data.jsonl", [])
+    data.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    assert prepare.main(["--data_file", str(data), "--output_dir", str(folder / "out"), *arguments]) == 0
+    train, test = (
+        [json.loads(line) for line in (folder / "out" / name).read_text(encoding="utf-8").splitlines()]
+        for name in ("train.jsonl", "test.jsonl")
+    )
+    return train, test
+
+
+def test_rows_list_what_is_similar(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    train, test = prepared(tmp_path, records(INTENTS), "--candidates", "7", "--test_ratio", "0.3")
+    printed = json.loads(capsys.readouterr().out)
+    catalog = load_catalog(tmp_path / "out" / "intents.json")
+    assert catalog.retrieval["candidates"] == 7
+    held, right = 0, 0
+    for row in [*train, *test]:
+        listed = catalog.candidates(row["variant"])
+        assert len(listed) == 7
+        assert listed == [intent for intent in catalog.intents if intent in listed]  # in the order of all
+        assert "\n".join(listed) in row["messages"][0]["content"]
+        assert row["messages"][-1]["content"] == row["intent"]
+    for row in train:
+        assert row["intent"] == "不符合" or row["intent"] in catalog.candidates(row["variant"])
+    plain = {row["question"]: row["intent"] for row in test if row["intent"] != "不符合"}
+    for row in test:
+        listed = catalog.candidates(row["variant"])
+        if row["intent"] == "不符合":
+            assert plain[row["question"]] not in listed
+        else:
+            held, right = held + 1, right + (row["intent"] in listed)
+    assert printed["recall"] == round(right / held, 4)
+    assert printed["recall"] > 0.8
+    dropped = sum(row["intent"] == "不符合" for row in train)
+    assert dropped == round(0.1 * (len(train) - dropped))
+    # a bare question gets the list of its row
+    rows = [row for row in test if row["intent"] != "不符合"]
+    found = candidates_of(catalog, [row["question"] for row in rows])
+    assert [catalog.candidates(k) for k in found] == [catalog.candidates(row["variant"]) for row in rows]
+
+
+def test_lists_by_hand() -> None:
+    assert lists_of(5, [5, 2, 9], 2, learned=True, dropped=True) == [(True, [5, 2]), (False, [2, 9])]
+    assert lists_of(4, [5, 2, 9], 2, learned=True, dropped=False) == [(True, [5, 4])]
+    assert lists_of(4, [5, 2, 9], 2, learned=False, dropped=True) == [(True, [5, 2]), (False, [5, 2])]
+    assert lists_of(-1, [5, 2, 9], 2, learned=True, dropped=True) == [(True, [5, 2])]
+    assert lists_of(1, [1, 0], 2, learned=True, dropped=True) == [(True, [1, 0]), (False, [0])]  # all there are
+
+
+def test_two_thousand_intents(tmp_path: Path, capsys: pytest.CaptureFixture[str], checkpoints: dict[str, Path]) -> None:
+    """Prompts stay short, and a model answers a bare question among its candidates."""
+    many = [f"{intent}第{k}号" for k in range(50) for intent in INTENTS]
+    train, _ = prepared(tmp_path, records(many, 2), "--candidates", "10", "--test_ratio", "0.5")
+    assert json.loads(capsys.readouterr().out)["intents"] == 2000
+    assert max(len(row["messages"][0]["content"]) for row in train) < 400  # all 2,000 names have 20,000 characters
+    asked = ["请问怎么办理退款第3号", "取消会员第49号呢"]
+    arguments = [value for text in asked for value in ("--question", text)]
+    intents = str(tmp_path / "out" / "intents.json")
+    assert predict.main(["--model_name_or_path", str(checkpoints["llama"]), "--intents_file", intents, *arguments]) == 0
+    found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    catalog = load_catalog(Path(intents))
+    for row, number in zip(found, candidates_of(catalog, asked), strict=True):
+        assert row["variant"] == number
+        assert row["intent"] in catalog.answers(number)
+        assert row["runner_up"]["intent"] in catalog.answers(number)
+    assert asked[0][2:] in catalog.candidates(found[0]["variant"])
+
+
+def test_one_question_an_intent(tmp_path: Path) -> None:
+    test = write_jsonl(tmp_path / "test.jsonl", [])
+    test.write_text('{"question": "退款怎么办", "intent": "取消退款"}\n', encoding="utf-8")
+    train, rows = prepared(tmp_path, records(INTENTS, 1), "--candidates", "5", "--test_data_file", str(test))
+    assert len(train) == 44
+    assert len(rows) == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "phrase"),
+    [
+        (["--candidates", "0"], "--candidates is 0, expected all or a number from 2"),
+        (["--candidates", "1"], "--candidates is 1, expected all or a number from 2"),
+        (["--candidates", "some"], "--candidates is some, expected all or a number"),
+        (["--candidates", "41"], "--candidates is 41 and there are 40 intents"),
+        (["--embedding_model", "x"], "give their number with --candidates"),
+        (["--candidates", "5", "--embedding_model", "/no/model"], "the model folder /no/model does not exist"),
+        (["--candidates", "5", "--data_file", "MESSAGES"], "brings its own candidates or prompts"),
+        (["--candidates", "5", "--test_data_file", "OTHER"], "have intents that no training question has"),
+    ],
+)
+def test_wrong_settings(tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], phrase: str) -> None:
+    made = {
+        "DATA": records(INTENTS), "OTHER": [{"question": "下雨吗", "intent": "天气"}],
+        "MESSAGES": [
+            {"messages": [{"role": "user", "content": f"{k}"}, {"role": "assistant", "content": f"{k % 3}"}]}
+            for k in range(9)
+        ],
+    }  # fmt: skip
+    for name, rows in made.items():
+        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    given = [str(tmp_path / argument) if argument in made else argument for argument in arguments]
+    data = ["--data_file", str(tmp_path / "DATA")] if "--data_file" not in given else []
+    assert prepare.main([*data, *given, "--output_dir", str(tmp_path / "out")]) == 2
+    printed = capsys.readouterr()
+    assert phrase in printed.err
+    assert printed.out == ""
+    assert not (tmp_path / "out").exists()
