@@ -9,6 +9,7 @@ import csv
 import glob
 import hashlib
 import os
+import tempfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -224,13 +225,18 @@ def table_chunks(path: Path, kind: str, size: int) -> Iterator[Chunk]:
 
     number = 1
     try:
-        if kind == "folder":
-            found: Any = datasets.load_from_disk(str(path))
-        else:
-            found = datasets.load_dataset(kind, data_files=glob.escape(str(path)), split="train", streaming=True)
-        for table in found.with_format("arrow").iter(batch_size=size):
-            yield Chunk(path, kind, stream_of(table), number)
-            number += len(table)
+        # the package makes its cache folder even where it puts nothing there, and HF_HOME may not be writable
+        with tempfile.TemporaryDirectory(prefix="llmops-datasets.") as scratch:
+            found: Any
+            if kind == "folder":
+                found = datasets.load_from_disk(str(path))
+            else:
+                found = datasets.load_dataset(
+                    kind, data_files=glob.escape(str(path)), split="train", streaming=True, cache_dir=scratch
+                )
+            for table in found.with_format("arrow").iter(batch_size=size):
+                yield Chunk(path, kind, stream_of(table), number)
+                number += len(table)
     except (pyarrow.ArrowException, datasets.exceptions.DatasetsError, OSError, ValueError, TypeError) as error:
         said = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
         what = "a saved dataset" if kind == "folder" else kind
