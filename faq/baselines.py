@@ -281,7 +281,7 @@ def advice(right: Sequence[bool], best: Baseline, figures: dict[str, float]) -> 
     ours, count = sum(right) / len(right), len(right)
     margin = 2 * (only + other) ** 0.5 / count
     what = f"the {best.name} on {best.features} ({figures['accuracy']:.1%}, in "
-    what += f"{1000 * figures['seconds_per_question']:.1f} ms a question)"
+    what += f"{1000 * figures['seconds_per_question']:.2g} ms a question)"
     if ours - sum(theirs) / count > margin:
         return f"Use the tuned model: its {ours:.1%} are more than chance above {what}."
     if sum(theirs) / count - ours > margin:
