@@ -13,8 +13,8 @@ if TYPE_CHECKING:
 
 FEW = 5  # questions an intent should have at least
 SHARE_EATEN = 0.2  # of an intent's questions that go to one other intent
-SURE = 0.5  # probability of the other intent from which on a question is probably mislabelled
-DOUBTED = 0.1  # and of its own intent, at most
+SURE = 0.4  # probability of the other intent from which on a question is probably mislabelled
+DOUBTED = 0.05  # and of its own intent, at most
 SHOWN = 20
 
 
