@@ -58,7 +58,7 @@ LOGGING_STEPS="${LOGGING_STEPS:-1}"                      # steps between two lin
 TENSORBOARD="${TENSORBOARD:-true}"                       # serve TensorBoard while training runs
 TENSORBOARD_HOST="${TENSORBOARD_HOST:-127.0.0.1}"        # where it listens; 0.0.0.0: to everybody, without a login
 TENSORBOARD_PORT="${TENSORBOARD_PORT:-6006}"             # its port
-REPORT_TO="${REPORT_TO:-}"                                   # other trackers: swanlab, mlflow, trackio, wandb
+REPORT_TO="${REPORT_TO:-}"                               # other trackers: swanlab, mlflow, trackio, wandb
 MERGE_LORA="${MERGE_LORA:-false}"                        # also write output_path/merged
 # --- settings: behaviour -----------------------------------------------------------------------------------------------
 DRY_RUN="${DRY_RUN:-false}"                             # check data, show what is learned, estimate; no training

@@ -7,7 +7,7 @@ whose role tokens must be inserted by id). Sources of the formats: the vendors' 
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -412,6 +412,12 @@ class ChatFormat:
     def _encode(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
+    @cached_property
+    def _backend(self) -> Any:
+        """The tokenizer behind a fast one, without truncation and padding, as a call of the outer one leaves it."""
+        self.tokenizer("", add_special_tokens=False)
+        return self.tokenizer.backend_tokenizer
+
     def _encode_spans(self, text: str, spans: list[tuple[int, int]], named: bool) -> Rendered:
         """Encode the text as a whole and mark the tokens that overlap a span. Needs a fast tokenizer's offsets."""
         if not self.tokenizer.is_fast:
@@ -428,8 +434,8 @@ class ChatFormat:
         if named:
             ids, offsets = self.controls.encode_named(text)
         else:
-            encoding = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-            ids, offsets = encoding["input_ids"], encoding["offset_mapping"]
+            encoding = self._backend.encode(text, add_special_tokens=False)
+            ids, offsets = encoding.ids, encoding.offsets
         return Rendered(ids, overlapping(offsets, spans))
 
     def _encode_pieces(self, pieces: list[Piece]) -> Rendered:

@@ -1,8 +1,8 @@
 """Files of conversations: which there are, their rows with their places, what each holds, all problems at once.
 
 One file, several (commas between them), a glob, or a folder that `datasets.save_to_disk` wrote. JSON lines, JSON
-arrays, csv and tsv are read by the standard library, so they can be checked before any package is installed; parquet
-and arrow are read by the `datasets` package.
+arrays, csv and tsv are read by the standard library, so they can be checked before any package is installed; arrow
+files and saved datasets by the `datasets` package, parquet by the pyarrow that it brings.
 """
 
 import csv
@@ -12,6 +12,7 @@ import os
 import tempfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from itertools import groupby, islice
 from pathlib import Path
@@ -219,28 +220,47 @@ def text_lines(path: Path) -> Iterator[str]:
 
 
 def table_chunks(path: Path, kind: str, size: int) -> Iterator[Chunk]:
-    """A parquet or arrow file or a saved dataset through the `datasets` package; nothing is copied to its cache."""
+    """A parquet or arrow file or a saved dataset, some rows at a time; nothing is copied to a cache."""
     import datasets
     import pyarrow
 
     number = 1
     try:
-        # the package makes its cache folder even where it puts nothing there, and HF_HOME may not be writable
-        with tempfile.TemporaryDirectory(prefix="llmops-datasets.") as scratch:
-            found: Any
-            if kind == "folder":
-                found = datasets.load_from_disk(str(path))
-            else:
-                found = datasets.load_dataset(
-                    kind, data_files=glob.escape(str(path)), split="train", streaming=True, cache_dir=scratch
-                )
-            for table in found.with_format("arrow").iter(batch_size=size):
+        with closing(parquet_tables(path, size) if kind == "parquet" else dataset_tables(path, kind, size)) as tables:
+            for table in tables:
                 yield Chunk(path, kind, stream_of(table), number)
                 number += len(table)
     except (pyarrow.ArrowException, datasets.exceptions.DatasetsError, OSError, ValueError, TypeError) as error:
         said = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
         what = "a saved dataset" if kind == "folder" else kind
         raise UserError(f"{path} cannot be read as {what} ({said}); write it again, or export JSON lines") from error
+
+
+def parquet_tables(path: Path, size: int) -> Iterator[Any]:
+    """A parquet file by pyarrow in this thread: the threads of the `datasets` package's scanner may never end when a
+    file is not read to its end."""
+    import pyarrow
+    from pyarrow import parquet
+
+    with files.open_regular(path, "the data", CURE) as stream:
+        for batch in parquet.ParquetFile(stream).iter_batches(size, use_threads=False):
+            yield pyarrow.Table.from_batches([batch])
+
+
+def dataset_tables(path: Path, kind: str, size: int) -> Iterator[Any]:
+    """An arrow file or a saved dataset by the `datasets` package."""
+    import datasets
+
+    # the package makes its cache folder even where it puts nothing there, and HF_HOME may not be writable
+    with tempfile.TemporaryDirectory(prefix="llmops-datasets.") as scratch:
+        found: Any
+        if kind == "folder":
+            found = datasets.load_from_disk(str(path))
+        else:
+            found = datasets.load_dataset(
+                kind, data_files=glob.escape(str(path)), split="train", streaming=True, cache_dir=scratch
+            )
+        yield from found.with_format("arrow").iter(batch_size=size)
 
 
 def stream_of(table: Any) -> bytes:
