@@ -13,8 +13,8 @@ if TYPE_CHECKING:
 
 FEW = 5  # questions an intent should have at least
 SHARE_EATEN = 0.2  # of an intent's questions that go to one other intent
-SURE = 0.5  # probability of the other intent from which on a question is probably mislabelled
-DOUBTED = 0.1  # and of its own intent, at most
+SURE = 0.4  # probability of the other intent from which on a question is probably mislabelled
+TIMES = 10  # as probable as its own, at least
 SHOWN = 20
 
 
@@ -50,7 +50,7 @@ def suspects(classifiers: Classifiers, folds: "np.ndarray") -> list[dict[str, An
     own = folds[np.arange(len(folds)), classifiers.labels]
     best = folds.argmax(1)
     top = folds[np.arange(len(folds)), best]
-    found = ((top >= SURE) & (own <= DOUBTED)).nonzero()[0]
+    found = ((top >= SURE) & (TIMES * own <= top)).nonzero()[0]
     return [
         {"line": classifiers.own[k].line, "question": classifiers.own[k].question, "intent": classifiers.own[k].intent,
          "suggested": classifiers.classes[best[k]], "probability": round(float(top[k]), 4)}
