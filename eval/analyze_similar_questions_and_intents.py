@@ -101,11 +101,8 @@ def parse(argv: Sequence[str] | None) -> Config:
     if given.model_path.startswith("builtin:") and given.model_path != ngrams.NAME:
         problems.append(f"--model_path is {given.model_path}, expected a folder or {ngrams.NAME}")
     for name in ("report", "plot", "output_file"):
-        path = Path(getattr(given, name) or ".")
-        if getattr(given, name) and (not files.is_folder(path.parent) or files.is_folder(path)):
-            problems.append(f"--{name} {path} cannot be written, expected a file's name in a folder that exists")
-        elif getattr(given, name) and not os.access(path.parent, os.W_OK):
-            problems.append(f"--{name} {path} cannot be written, expected a folder that you may write to")
+        problem = files.target_problem(Path(getattr(given, name))) if getattr(given, name) else None
+        problems += [f"--{name} {problem}"] if problem else []
     if problems:
         raise UserError("; ".join(problems))
     refuse_others(given.report, given.plot)
@@ -218,18 +215,19 @@ def say(found: "Findings", output_file: Path | None = None) -> int:
     """Print the documented JSON; the exit code: 1 when its reader (head, say) closed the pipe before the end."""
     from eval.similar.findings import json_parts
 
-    if output_file:
-        with files.writing(output_file) as stream:
-            stream.writelines(json_parts(found))
+    code = 0
     try:
         sys.stdout.writelines(json_parts(found))
         sys.stdout.flush()
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains again at its end
-        return 1
+        code = 1
     except OSError as error:
         raise RunStopped(f"stdout cannot be written ({error.strerror})") from error
-    return 0
+    if output_file:
+        with files.writing(output_file) as stream:
+            stream.writelines(json_parts(found))
+    return code
 
 
 def failure(code: int, message: str) -> None:

@@ -87,7 +87,7 @@ def read_dimensions(text: str) -> list[Dimension]:
     names = read_json_argument(text, list, '["inference_ability"]')
     unknown = [name for name in names if not isinstance(name, str) or name not in DIMENSIONS]
     if unknown or not names:
-        found = ", ".join(map(repr, unknown)) or "an empty list"
+        found = ", ".join(map(files.shown, unknown)) or "an empty list"
         raise UserError(f"dimensions: found {found}, expected some of {', '.join(DIMENSIONS)}")
     return [DIMENSIONS[name] for name in dict.fromkeys(names)]
 
@@ -309,6 +309,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             export_official=options.export_official or given.export_official,
         )
         dimensions = read_dimensions(given.dimensions)
+        problem = files.target_problem(Path(given.output_file)) if given.output_file else None
+        if problem:
+            raise UserError(f"--output_file {problem}")
         processes = Processes()
         names = [name for d in dimensions for name in (d.name, f"{d.name}.test")]
         official = [f"{OFFICIAL}/{d.official.name}" for d in dimensions if d.official and options.export_official]
@@ -325,9 +328,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         finally:
             printed = evaluation.printed()
             if printed is not None and processes.first:
+                files.print_json(printed)
                 if given.output_file:
                     files.write_json(Path(given.output_file), printed)
-                files.print_json(printed)
         return 0
 
     return run_main(body, speaks=os.environ.get("RANK", "0") == "0")

@@ -14,7 +14,7 @@ import stat
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any, BinaryIO, NamedTuple
 
@@ -390,6 +390,21 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, value: Any, indent: int | None = 2) -> None:
     """Write a JSON file, strict and whole."""
     write_text(path, dumps(value, indent) + "\n")
+
+
+def target_problem(path: Path) -> str | None:
+    """Why a file cannot be written under a name that a user gave, before hours go into what it shall hold; or None."""
+    try:
+        with suppress(FileNotFoundError):
+            os.lstat(path)
+    except (OSError, ValueError) as error:
+        why = getattr(error, "strerror", None) or error
+        return f"{plain(str(path))} cannot be written ({why}); choose another name"
+    if not is_folder(path.parent) or is_folder(path):
+        return f"{path} cannot be written, expected a file's name in a folder that exists"
+    if not os.access(path.parent, os.W_OK):
+        return f"{path} cannot be written, expected a folder that you may write to"
+    return None
 
 
 def append_text(path: Path, text: str) -> None:

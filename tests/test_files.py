@@ -226,3 +226,13 @@ def test_places(tmp_path: Path) -> None:
     assert files.same_or_inside(tmp_path / "x" / ".." / "model" / "new", model)
     assert not files.same_or_inside(tmp_path, model)
     assert not files.same_or_inside(tmp_path / "model2", model)
+
+
+def test_a_name_that_cannot_be_written_is_known_beforehand(tmp_path: Path) -> None:
+    assert files.target_problem(tmp_path / "new.json") is None
+    assert files.target_problem(Path("new.json")) is None
+    for path, words in (
+        (tmp_path / ("a" * 3000), "File name too long"), (Path("a\0b"), "null"), (tmp_path, "expected a file's name"),
+        (tmp_path / "none" / "x", "in a folder that exists"),
+    ):  # fmt: skip
+        assert words in (files.target_problem(path) or ""), path
