@@ -12,4 +12,4 @@ cd "$HERE"
 bash tests/lint.sh "$bin"
 # A test mostly waits for a Python that imports torch: as many files side by side as there are cores (8 at most).
 workers=$(nproc)
-exec "$PYTHON" -m pytest -n "$((workers < 8 ? workers : 8))" --dist loadfile "$@"
+exec "$PYTHON" -m pytest -n "$((workers < 8 ? workers : 8))" --dist loadfile --no-loadscope-reorder "$@"

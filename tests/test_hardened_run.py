@@ -16,7 +16,7 @@ import psutil
 import pytest
 import torch
 from conftest import DEMO, FAST, ROOT, environment, read_messages, write_jsonl
-from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+from deepspeed.runtime.zero.config import DeepSpeedZeroConfig, ZeroStageEnum
 
 from llmops.console import RunStopped
 from llmops.process_group import free_port
@@ -183,3 +183,24 @@ def test_what_deepspeed_itself_refuses_is_a_sentence() -> None:
     refused = pytest.raises(RunStopped, match=r"DeepSpeed refuses .*reduce_scatter")
     with refused, session.explain_faults(Config(), Split()):
         DeepSpeedZeroConfig(reduce_scatter="maybe")
+
+
+class OldEnumPickle:
+    """A member of an Enum as Python 3.11.2 (Debian 12) pickles it, or any other attribute of anything."""
+
+    def __init__(self, kind: type, name: str) -> None:
+        self.kind, self.name = kind, name
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[type, str]]:
+        return getattr, (self.kind, self.name)
+
+
+def test_stages_load_as_every_python_writes_them(tmp_path: Path, trusting: None) -> None:
+    path = tmp_path / "state.pt"
+    torch.save({"stage": OldEnumPickle(ZeroStageEnum, "gradients")}, path)
+    with states.loadable():
+        assert torch.load(path, weights_only=True)["stage"] is ZeroStageEnum.gradients
+    for kind, name in ((ZeroStageEnum, "__class__"), (ZeroStageEnum, "mro"), (torch.Tensor, "numpy")):
+        torch.save({"stage": OldEnumPickle(kind, name)}, path)
+        with states.loadable(), pytest.raises(pickle.UnpicklingError):
+            torch.load(path, weights_only=True)

@@ -29,11 +29,24 @@ UNLOADABLE = (
 )  # fmt: skip
 
 
+def member(kind: type, name: str) -> ZeroStageEnum:
+    """What stands for `getattr` in a state: Python 3.11.0 to 3.11.3 pickle a member of an Enum as getattr(Enum, name).
+
+    Raises UnpicklingError for anything but a member of DeepSpeed's stages.
+    """
+    if kind is not ZeroStageEnum or name not in ZeroStageEnum.__members__:
+        raise pickle.UnpicklingError("GLOBAL builtins.getattr of something else than a ZeRO stage")
+    return ZeroStageEnum[name]
+
+
+MEMBER = (member, "builtins.getattr")
+
+
 @contextmanager
 def loadable() -> Iterator[None]:
     """Within this context torch.load takes DeepSpeed's and the Trainer's states."""
     with ExitStack() as stack:
-        stack.enter_context(torch.serialization.safe_globals(list(DEEPSPEED_GLOBALS)))
+        stack.enter_context(torch.serialization.safe_globals([*DEEPSPEED_GLOBALS, MEMBER]))
         stack.enter_context(numpy_globals())
         yield
 

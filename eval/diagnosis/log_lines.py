@@ -11,7 +11,8 @@ from typing import NamedTuple
 
 from eval.diagnosis.names import BEST_WORDS, EVAL_WORDS, PART_WORDS, TRAIN_WORDS, Name, data_of, name_of
 
-NUMBER = rb"[-+]?(?:(?:\d++(?:\.\d*+)?|\.\d++)(?:[eE][-+]?\d++)?+|(?i:nan|inf(?:inity)?)(?![A-Za-z]))"
+# The exponent is no possessive group: Python before 3.11.5 leaves half of it in the match (gh-101955).
+NUMBER = rb"[-+]?(?:(?:\d++(?:\.\d*+)?|\.\d++)(?:[eE][-+]?\d++)?|(?i:nan|inf(?:inity)?)(?![A-Za-z]))"
 LARGEST_PLACE = 1e15
 CHINESE = ("utf-8", "gb18030")
 
