@@ -269,8 +269,10 @@ def test_what_a_reader_must_know(
     assert (code, found["msg"]) == (2, "--max_new_tokens is 0; expected 1 or more")
 
 
-def test_a_signal_says_how_far_it_was(checkpoints: dict[str, Path], data: Path, tmp_path: Path) -> None:
+def test_a_signal_says_how_far_it_was(checkpoints: dict[str, Path], tmp_path: Path) -> None:
     """The documented JSON with the signal's code, and the answers on disk."""
+    questions = [[{"role": "user", "content": f"{i} + {i}"}, {"role": "assistant", "content": "?"}] for i in range(500)]
+    data = write_jsonl(tmp_path / "many.jsonl", questions)  # seconds of work, however late this process gets its turn
     arguments = ("--model_name_or_path", str(checkpoints["llama"]), "--dataset_path", str(data), "--gpu_id", "-1")
     process = subprocess.Popen(
         [sys.executable, str(SCRIPT), *arguments, "--per_device_batch_size", "1", "--output_path", str(tmp_path)],
