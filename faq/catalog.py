@@ -4,7 +4,9 @@ A variant is a candidate list with some intents left out, whose questions then h
 rows of the data brought with them. Rows with the same list share their prompts' beginnings.
 """
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from string import Formatter
 from typing import Any
@@ -54,6 +56,18 @@ class Catalog:
     def variants(self) -> int:
         """How many candidate lists there are beside that of all intents."""
         return len(self.left_out) + len(self.lists)
+
+    @cached_property
+    def _numbers(self) -> dict[tuple[str, ...], int]:
+        return {tuple(listed): number for number, listed in enumerate(self.lists)}
+
+    def variant_of(self, listed: Sequence[str]) -> int:
+        """The variant that has this list of its own; a list that is new is added."""
+        own = tuple(listed)
+        if own not in self._numbers:
+            self._numbers[own] = len(self.lists)
+            self.lists.append(list(own))
+        return len(self.left_out) + self._numbers[own]
 
     @property
     def none(self) -> str:

@@ -162,10 +162,7 @@ def own_variant(catalog: Catalog, record: FaqRecord, place: str) -> int:
             f"{place}: its candidate {files.shown(unknown[0])} is no intent of the {INTENTS_NAME}; give the file that "
             "was written for this model, or take the candidate out"
         )
-    listed = list(record.candidates)
-    if listed not in catalog.lists:
-        catalog.lists.append(listed)
-    return len(catalog.left_out) + catalog.lists.index(listed)
+    return catalog.variant_of(record.candidates)
 
 
 def candidate_tokens(chat: ChatFormat, prompt: Sequence[Message], answers: Sequence[str]) -> list[list[int]]:

@@ -238,8 +238,7 @@ def make_variants(intents: Sequence[str], config: Config) -> list[list[str]]:
 
 def make_rows(examples: Sequence[Example], catalog: Catalog, ratio: float, seed: int) -> list[dict[str, Any]]:
     """One row per example, then `ratio` as many rows of questions whose intent a variant leaves out."""
-    own = {tuple(listed): number for number, listed in enumerate(catalog.lists, len(catalog.left_out))}
-    rows = [make_row(example, example.intent, catalog, own.get(example.candidates)) for example in examples]
+    rows = [make_row(example, example.intent, catalog, variant_of_own(example, catalog)) for example in examples]
     variant_of = {intent: k for k, absent in enumerate(catalog.left_out) for intent in absent}
     if variant_of and ratio:
         movable = [e for e in examples if e.intent in variant_of]
@@ -251,9 +250,7 @@ def make_rows(examples: Sequence[Example], catalog: Catalog, ratio: float, seed:
 
 def variant_of_own(example: Example, catalog: Catalog) -> int | None:
     """The number of the list that an example brings, or None."""
-    if not example.candidates:
-        return None
-    return len(catalog.left_out) + catalog.lists.index(list(example.candidates))
+    return catalog.variant_of(example.candidates) if example.candidates else None
 
 
 def own_lists(examples: Sequence[Example], intents: dict[str, str], none: str) -> list[list[str]]:

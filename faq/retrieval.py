@@ -81,15 +81,7 @@ def candidates_of(catalog: Catalog, questions: Sequence[str], embedding_model: s
     with stdout_to_stderr():
         retriever = Retriever(how["examples"], folder)
         ranked = retriever.ranked(questions, how["candidates"]).tolist()
-    known = {tuple(listed): number for number, listed in enumerate(catalog.lists)}
-    found = []
-    for numbers in ranked:
-        listed = retriever.listed(numbers)
-        if listed not in known:
-            known[listed] = len(catalog.lists)
-            catalog.lists.append(list(listed))
-        found.append(len(catalog.left_out) + known[listed])
-    return found
+    return [catalog.variant_of(retriever.listed(numbers)) for numbers in ranked]
 
 
 def retrieve(

@@ -14,7 +14,7 @@ from llmops.chat_formats import ChatFormat
 from llmops.checkpoints import COPY, Checkpoint, check_files, recorded_thinking
 from llmops.console import UserError, log
 from llmops.loading import loading
-from llmops.portable import make_portable
+from llmops.portable import TOKENIZER_FILES, make_portable
 
 if TYPE_CHECKING:
     import torch
@@ -22,10 +22,6 @@ if TYPE_CHECKING:
 
     from llmops.generation import Generator
 
-TOKENIZER_FILES = (
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt",
-    "*.model", "chat_template.jinja",
-)  # fmt: skip
 ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 MODEL_FILES = ("generation_config.json", "*.safetensors", "*.bin", "*.index.json")
 

@@ -6,7 +6,6 @@ of it is another model, so both ways of writing stand side by side.
 """
 
 import inspect
-import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,8 +14,8 @@ from typing import Any
 from llmops import files
 
 TOKENIZER_FILES = (
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
-    "vocab.txt", "merges.txt", "*.model", "*.tiktoken", "chat_template.jinja",
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt",
+    "*.model", "*.tiktoken", "chat_template.jinja",
 )  # fmt: skip
 # what a folder with its own architecture needs to run, and the terms under which all of it may be used
 COMPANIONS = ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
@@ -103,15 +102,13 @@ def write_old_merges(path: Path) -> None:
 
     Left as it is where a piece holds a blank, which the old form cannot say.
     """
-    if '"merges"' not in (text := files.read_text(path, "the tokenizer")):
-        return
-    tokenizer = json.loads(text)  # as the library just loaded it
-    model = tokenizer.get("model", {})
+    tokenizer = files.read_object(path, "the tokenizer")
+    model = tokenizer.get("model") or {}
     merges = model.get("merges") or []
     if not merges or isinstance(merges[0], str) or any(" " in piece for pair in merges for piece in pair):
         return
     model["merges"] = [" ".join(pair) for pair in merges]
-    files.write_text(path, json.dumps(tokenizer, ensure_ascii=False, indent=2))
+    files.write_json(path, tokenizer)
 
 
 def write_config(folder: Path, base: Path) -> None:

@@ -108,7 +108,7 @@ def check_pooling(folder: Path, settings: dict[str, Any]) -> None:
 def check_activation(folder: Path, settings: dict[str, Any], trusted: bool) -> None:
     """Raise UserError for a dense layer's activation that is none of torch's: the library takes Tanh in its place."""
     named = settings.get("activation_function", "torch.nn.Tanh")
-    if not (isinstance(named, str) and (named.startswith("torch.") or trusted)):
+    if not (isinstance(named, str) and (named.startswith("torch.nn.") or trusted)):
         raise UserError(f"{folder}: activation_function is {files.shown(named)}, expected a class of torch.nn; {COPY}")
 
 
