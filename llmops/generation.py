@@ -18,7 +18,7 @@ import psutil
 import torch
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
-from llmops.choice_search import Choice, Search, Tree
+from llmops.choice_search import Choice, Search, Tree, logits_of_tokens
 from llmops.console import RunStopped, UserError, log
 from llmops.continuous import FEW_ALONE, Generated, Pool, Row
 from llmops.passes import MOST_TOKENS, Passes, check_numbers
@@ -92,7 +92,8 @@ class Generator:
             asked = [k for k, search in enumerate(searches) if search.next_path is not None]
             logits = state.logits[asked]
             while asked:
-                for k, row_logits in zip(asked, logits.float().cpu(), strict=True):
+                wanted = logits_of_tokens(logits, [searches[k].next_tokens for k in asked])
+                for k, row_logits in zip(asked, wanted, strict=True):
                     searches[k].advance(row_logits)
                 asked = [k for k, search in enumerate(searches) if search.next_path is not None]
                 if asked:
