@@ -139,6 +139,37 @@ def calibration(rows: Sequence[dict[str, Any]], none: str) -> dict[str, float]:
     }
 
 
+def out_of_scope(rows: Sequence[dict[str, Any]], none: str) -> dict[str, float] | None:
+    """How well questions that no intent fits are told from the others, by the probability of the best intent.
+
+    `auroc`: how often a question with an intent is surer than one without; `fpr_at_95_recall`: the share of those
+    without that are taken for one when 95% of the others are. None where the test has only one of the two kinds.
+    """
+    import numpy as np
+    from sklearn.metrics import roc_auc_score, roc_curve
+
+    inside = np.array([row["reference"] != none for row in rows])
+    if inside.all() or not inside.any():
+        return None
+    sure = np.array([best_intent(row, none) for row in rows])
+    false_rate, recall, _ = roc_curve(inside, sure, drop_intermediate=False)
+    return {
+        "questions": int((~inside).sum()),
+        "auroc": round(float(roc_auc_score(inside, sure)), 4),
+        "fpr_at_95_recall": round(float(false_rate[(recall >= 0.95 - 1e-9).nonzero()[0][0]]), 4),
+    }
+
+
+def best_intent(row: dict[str, Any], none: str) -> float:
+    """The probability of a row's best intent: that of its answer, or of the runner-up where the answer is 不符合.
+
+    A classifier's rows have no runner-up, and always the probability of their best intent.
+    """
+    if row["intent"] != none or "proposed" in row or "runner_up" not in row:
+        return float(row["probability"])
+    return float(row["runner_up"]["probability"]) if row["runner_up"] else 0.0
+
+
 def decision(rows: Sequence[dict[str, Any]], none: str, wished: dict[str, float]) -> dict[str, float]:
     """The calibration and the threshold to be kept for prediction, fitted on all rows."""
     probability, right, intent = columns(rows, none)

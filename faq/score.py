@@ -282,6 +282,7 @@ def report_coverage(
     return {
         name: coverage.calibration(rows, none) | {"wished": coverage.judge(rows, none, wished)}
         | {"at_precision": [coverage.judge(rows, none, {"precision": value}) for value in coverage.PRECISIONS]}
+        | {"out_of_scope": coverage.out_of_scope(rows, none)}
         for name, rows in ways.items()
     }  # fmt: skip
 

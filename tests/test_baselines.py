@@ -132,6 +132,26 @@ def test_the_curve_by_hand() -> None:
     assert coverage.curve([row | {"intent": "不符合"} for row in rows], "不符合") == []
 
 
+def test_out_of_scope_against_counting() -> None:
+    def row(intent: str, probability: float, reference: str, **more: Any) -> dict[str, Any]:
+        return {"intent": intent, "probability": probability, "reference": reference, **more}
+
+    second = {"runner_up": {"intent": "退款", "probability": 0.25}}
+    rows = [
+        row("退款", 0.9, "退款", **second), row("退款", 0.7, "发票", **second), row("退款", 0.4, "退款", **second),
+        row("不符合", 0.75, "发票", **second),  # its best intent has 0.25
+        row("退款", 0.6, "不符合", **second), row("不符合", 0.98, "不符合", runner_up=None),
+        row("不符合", 0.3, "不符合"),  # a classifier's
+    ]  # fmt: skip
+    inside, outside = [0.9, 0.7, 0.4, 0.25], [0.6, 0.0, 0.3]
+    pairs = [(a > b) + (a == b) / 2 for a in inside for b in outside]
+    found = coverage.out_of_scope(rows, "不符合")
+    # all four have to be let through for 95%: so are 0.6 and 0.3, but not 0
+    assert found == {"questions": 3, "auroc": round(sum(pairs) / 12, 4), "fpr_at_95_recall": round(2 / 3, 4)}
+    assert coverage.out_of_scope(rows[:4], "不符合") is None
+    assert coverage.out_of_scope(rows[4:], "不符合") is None
+
+
 def test_shuffled_labels_are_found() -> None:
     """5% of the labels are wrong on purpose; beside them an intent with few questions."""
     asked = [Asked(q, i, None, k) for k, (q, i) in enumerate(questions(), 1)]
