@@ -3,40 +3,18 @@
 import asyncio
 import json
 from collections.abc import Iterator
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
+from serve_adapter import INTENTS
 from test_serve_model import QUESTIONS, answers, rendered
 
 from llmops.chat_model import ChatModel
 from llmops.checkpoints import Checkpoint
-from llmops.faq_catalog import Catalog, wording_of
 from serve.settings import Limits, Model
 
-INTENTS = {"查询物流进度": "请在订单页查看。", "申请退款": "请提交申请。", "修改密码": "请进入设置。", "开具发票": ""}
 ASKED = ["我的包裹到哪了", "怎么退钱", "密码忘了", "要发票", "今天天气如何", "退款多久到账"]
-
-
-@pytest.fixture(scope="module")
-def adapter(checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A LoRA adapter with random weights, large enough to change answers, with an intents.json."""
-    import torch
-    from peft import LoraConfig, get_peft_model
-
-    folder = tmp_path_factory.mktemp("adapter")
-    torch.manual_seed(3)
-    model = ChatModel(Checkpoint(checkpoints["llama"])).weights(torch.float32)
-    config = LoraConfig(r=4, lora_alpha=32, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
-    get_peft_model(model, config).save_pretrained(folder)
-    ChatModel(Checkpoint(checkpoints["llama"])).tokenizer.save_pretrained(folder)
-    settings = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-    settings["base_model_name_or_path"] = str(checkpoints["llama"])
-    (folder / "adapter_config.json").write_text(json.dumps(settings), encoding="utf-8")
-    catalog = Catalog("auto", wording_of("auto"), INTENTS, none_reply="请转人工。")
-    (folder / "intents.json").write_text(json.dumps(asdict(catalog)), encoding="utf-8")
-    return folder
 
 
 @pytest.fixture(scope="module")
