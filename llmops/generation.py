@@ -27,9 +27,9 @@ from llmops.shared_prefix import MIN_SHARED, NOTHING, Prefix, group_by_prefix
 T = TypeVar("T")
 MOST_ROWS = 128  # prompts at once where memory does not set the limit
 MOST_PLAIN_ROWS = 16  # prompts at once in the plain way
-STEPS_SHARE = 8  # between two readings of prompts, steps of answers that cost this part of the first
+STEPS_SHARE = 16  # between two readings of prompts, steps of answers that cost this part of the first
 # per device: prompt tokens that are read at once, and what a pass costs beside its tokens, in tokens (the weights)
-PACE = {"cpu": (2048, 20), "cuda": (MOST_TOKENS, 512)}
+PACE = {"cpu": (4096, 20), "cuda": (MOST_TOKENS, 512)}
 
 
 class KeepBest(LogitsProcessor):

@@ -64,7 +64,7 @@ def test_rows_list_what_is_similar(tmp_path: Path, capsys: pytest.CaptureFixture
     # a bare question gets the list of its row
     rows = [row for row in test if row["intent"] != "不符合"]
     found = candidates_of(catalog, [row["question"] for row in rows], retriever_of(catalog))
-    assert [catalog.candidates(k) for k in found] == [catalog.candidates(row["variant"]) for row in rows]
+    assert [catalog.candidates(k) for k, _ in found] == [catalog.candidates(row["variant"]) for row in rows]
 
 
 def test_lists_by_hand() -> None:
@@ -87,7 +87,7 @@ def test_two_thousand_intents(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert predict.main(["--model_name_or_path", str(checkpoints["llama"]), "--intents_file", intents, *arguments]) == 0
     found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     catalog = load_catalog(Path(intents))
-    for row, number in zip(found, candidates_of(catalog, asked, retriever_of(catalog)), strict=True):
+    for row, (number, _) in zip(found, candidates_of(catalog, asked, retriever_of(catalog)), strict=True):
         assert row["variant"] == number
         assert row["intent"] in catalog.answers(number)
         assert row["runner_up"]["intent"] in catalog.answers(number)
