@@ -17,7 +17,7 @@ from typing import TypeVar
 import torch
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
-from llmops.choice_search import Choice, Search, Tree
+from llmops.choice_search import Choice, Search, Tree, logits_of_tokens
 from llmops.console import RunStopped, UserError, log
 from llmops.continuous import FEW_ALONE, Generated, Pool, Row
 from llmops.layers import cache_bytes, free_memory
@@ -85,7 +85,8 @@ class Generator:
             asked = [k for k, search in enumerate(searches) if search.next_path is not None]
             logits = state.logits[asked]
             while asked:
-                for k, row_logits in zip(asked, logits.float().cpu(), strict=True):
+                wanted = logits_of_tokens(logits, [searches[k].next_tokens for k in asked])
+                for k, row_logits in zip(asked, wanted, strict=True):
                     searches[k].advance(row_logits)
                 asked = [k for k, search in enumerate(searches) if search.next_path is not None]
                 if asked:
