@@ -13,9 +13,7 @@ HERE=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
 CUDA_VISIBLE_DEVICES="${CUDA_VISIBLE_DEVICES:-}" # the GPU to use; empty: the first, or the CPU without any
 MOUNT_PATH="${MOUNT_PATH:-$HERE/mnt}"            # folder with datasets/ and output_path/, which the console shows
 MODEL_NAME_OR_PATH="${MODEL_NAME_OR_PATH:-}"     # adapter, merged or whole model; empty: the console alone
-# shellcheck disable=SC2034 # read by name; HOST and PORT of the environment may be something else
 HOST="${SERVE_HOST:-127.0.0.1}"                  # address to listen on; 0.0.0.0: all (variable: SERVE_HOST)
-# shellcheck disable=SC2034
 PORT="${SERVE_PORT:-5000}"                       # 0: any that is free (variable: SERVE_PORT)
 AUTH="${AUTH:-true}"                             # ask for the token; false: on the loopback address alone
 TOKEN="${LLMOPS_TOKEN:-}"                        # empty: a random one, which is printed (variable: LLMOPS_TOKEN)
@@ -41,6 +39,7 @@ FEEDBACK_FILE="${FEEDBACK_FILE:-}"               # corrections of intents; empty
 source "$HERE/llmops/environment.sh"
 read_settings "${BASH_SOURCE[0]}" "$@"
 export LLMOPS_TOKEN="$TOKEN" # not as a flag, which every user of the machine can see
+: "$HOST" "$PORT" # read by name; in the environment HOST and PORT may mean something else
 mapfile -d '' -t settings < <(setting_flags CUDA_VISIBLE_DEVICES TOKEN)
 PYTHON=$(ensure_python "$HERE" "$HERE/requirements.txt") || exit 2
 has_gpu || tune_cpu
