@@ -143,12 +143,12 @@ def ours(options: argparse.Namespace) -> None:
     with server(command, port, "/health") as process:
         model = ask(port, "GET", "/v1/models")[1]["data"][0]
         alone: dict[str, str] = {}
-        for clients in dict.fromkeys([1, options.peer_clients, options.clients]):
+        for clients in dict.fromkeys([1, options.peer_clients, options.clients]) if options.what != "intents" else ():
             before = process.memory_info().rss
             found = chat_load(port, model["id"], clients, options, alone)
             memory = {"memory_before_mb": before >> 20, "memory_mb": process.memory_info().rss >> 20}
             print(json.dumps({"server": "ours", "unit": "tokens/s"} | found | memory), flush=True)
-        if "intents" in model:
+        if "intents" in model and options.what != "chats":
             intents(port, options)
 
 
@@ -203,6 +203,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", required=True, help="folder of a chat model")
     parser.add_argument("--work", type=Path, default=HERE / ".work" / "serve")
+    parser.add_argument("--what", choices=["both", "chats", "intents"], default="both")
     parser.add_argument("--clients", type=int, default=64)
     parser.add_argument("--peer_clients", type=int, default=16)
     parser.add_argument("--seconds", type=float, default=60)

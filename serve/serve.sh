@@ -13,7 +13,7 @@ HERE=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
 # --- settings ----------------------------------------------------------------------------------------------------------
 CUDA_VISIBLE_DEVICES="${CUDA_VISIBLE_DEVICES:-}" # the GPU to use; empty: the first, or the CPU without any
 MOUNT_PATH="${MOUNT_PATH:-$HERE/mnt}"            # folder with datasets/ and output_path/, which the console shows
-MODEL_NAME_OR_PATH="${MODEL_NAME_OR_PATH:-}"     # adapter, merged or whole model, or none; empty: MOUNT_PATH/output_path, where it is
+MODEL_NAME_OR_PATH="${MODEL_NAME_OR_PATH:-}"     # adapter, merged or whole model; empty: that of MOUNT_PATH; none
 HOST="${SERVE_HOST:-127.0.0.1}"                  # address to listen on; 0.0.0.0: all (variable: SERVE_HOST)
 PORT="${SERVE_PORT:-5000}"                       # 0: any that is free (variable: SERVE_PORT)
 AUTH="${AUTH:-true}"                             # ask for the token; false: on the loopback address alone
