@@ -62,16 +62,24 @@ def server(command: Sequence[str], port: int, path: str) -> Iterator[psutil.Proc
             process.kill()
 
 
+KEPT = threading.local()  # each client's connection
+
+
 def ask(port: int, method: str, path: str, body: Any = None) -> tuple[int, Any]:
-    """(status, JSON body) of a request on a connection of its own."""
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=600)
+    """(status, JSON body) of a request on this client's connection."""
+    kept: dict[int, http.client.HTTPConnection] = KEPT.__dict__.setdefault("ports", {})
+    connection = kept.setdefault(port, http.client.HTTPConnection("127.0.0.1", port, timeout=600))
     headers = {"authorization": f"Bearer {TOKEN}", "content-type": "application/json"}
-    try:
-        connection.request(method, path, None if body is None else json.dumps(body), headers)
-        response = connection.getresponse()
-        return response.status, json.loads(response.read())
-    finally:
-        connection.close()
+    for attempt in (1, 2):  # a server may close a connection that was idle
+        try:
+            connection.request(method, path, None if body is None else json.dumps(body), headers)
+            response = connection.getresponse()
+            return response.status, json.loads(response.read())
+        except (http.client.RemoteDisconnected, BrokenPipeError, ConnectionResetError):
+            connection.close()
+            if attempt == 2:
+                raise
+    raise AssertionError
 
 
 def chat(port: int, model: str, question: str, tokens: int) -> tuple[int, str, int]:
