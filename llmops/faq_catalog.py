@@ -142,8 +142,8 @@ def check_wording(described: Any, where: str) -> Wording:
     if not isinstance(described, dict) or {*described, "examples"} != set(places):
         found = ", ".join(map(files.shown, described)) if isinstance(described, dict) else files.kind_of(described)
         raise UserError(f"{where}: the wording has {found or 'nothing'}; expected {', '.join(places)}")
-    for name, allowed in places.items():
-        text = described[name]
+    for name, text in described.items():
+        allowed = places[name]
         if not isinstance(text, str):
             raise UserError(f"{where}: {name} is {files.kind_of(text)}, expected a text")
         if name not in ("separator", "none"):
