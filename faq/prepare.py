@@ -45,7 +45,7 @@ class Config:
     test_ratio: float
     out_of_scope_ratio: float
     variants: int
-    language: str
+    prompt_language: str
     candidates: str
     candidate_examples: int
     embedding_model: str
@@ -94,7 +94,12 @@ def build_parser() -> argparse.ArgumentParser:
     add("--model_name_or_path", default="", help="base model; if given, the prompts' length is checked with it")
     add("--max_seq_len", type=int, default=2048, help="longest prompt and answer in tokens")
     add("--instruction", default="", help="instead of the template's instruction")
-    add("--language", default="auto", choices=["auto", "zh", "en"], help="of the prompt's wording; auto: the data's")
+    add(
+        "--prompt_language",
+        default="auto",
+        choices=["auto", "zh", "en"],
+        help="of the prompt's wording; auto: the data's",
+    )
     add("--test_ratio", type=float, default=0.1, help="share of each intent's questions that is held out")
     add("--out_of_scope_ratio", type=float, default=0.1, help="questions added whose intent is left out of the list")
     add(
@@ -331,7 +336,7 @@ def run(config: Config) -> dict[str, Any]:
     made = {bool(record.messages) for record in data.records}
     if len(made) > 1:
         raise UserError(f"{data.path} mixes 'messages' with questions and intents; expected one of the two")
-    language = language_of(data.records) if config.language == "auto" else config.language
+    language = language_of(data.records) if config.prompt_language == "auto" else config.prompt_language
     wording = None if made == {True} else wording_of(config.mode, config.instruction, language)
     none = wording_of(config.mode).none
     own = {record.instruction for record in data.records} - {""}

@@ -91,6 +91,8 @@ def read_families(folder: Path) -> dict[str, Family]:
     families = {}
     for name, values in described.items():
         both = {key: described["auto"].get(key, {}) | values.get(key, {}) for key in LAID_OVER}
+        own = values.get("faq", {}) if name != "auto" else {}  # the wording of a file is for every language
+        both["faq_en"] = {k: v for k, v in both["faq_en"].items() if k not in own or k in values.get("faq_en", {})}
         plain = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
         families[name] = Family(name, **(plain | both))
         missing = [key for key in GENERATION if key not in families[name].generation]

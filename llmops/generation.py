@@ -151,9 +151,7 @@ class Generator:
         Prompts are read some at a time with steps of answers in between, so that the first answers end before the
         last prompts are read, and later ones one after the other.
         """
-        waiting = deque(
-            Row(i, prompts[i], limits[i], shared) for rows, shared in self._groups(prompts) for i in rows
-        )
+        waiting = deque(Row(i, prompts[i], limits[i], shared) for rows, shared in self._groups(prompts) for i in rows)
         pool = Pool(self.passes, stop_ids)
         at_once, pass_cost = PACE.get(self.device.type, PACE["cuda"])
         last, due = NOTHING, 0
