@@ -411,7 +411,7 @@ def test_the_description_is_true_whatever_comes(server: Running) -> None:
         operation = result.ok()
 
         @hypothesis.settings(
-            max_examples=25, deadline=None, derandomize=True, database=None,
+            max_examples=12, deadline=None, derandomize=True, database=None,
             suppress_health_check=list(hypothesis.HealthCheck),
         )  # fmt: skip
         @hypothesis.given(case=operation.as_strategy())
