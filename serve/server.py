@@ -120,5 +120,5 @@ class Server(uvicorn.Server):
         if self.should_exit:
             self.force_exit = True
             return
+        self.app.state.draining = self.should_exit = True  # first: whoever read stderr may be gone
         log("ending: no new requests; running answers may end (a second signal ends them)")
-        self.app.state.draining = self.should_exit = True

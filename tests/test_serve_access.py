@@ -189,6 +189,23 @@ def test_sigterm_with_idle_connections_ends_at_once_with_0(tmp_path: Path) -> No
         assert any(line.startswith("ending: no new requests") for line in running.said)
 
 
+def test_sigterm_ends_it_although_nobody_reads_its_stderr(tmp_path: Path) -> None:
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "serve" / "serve.py"), "--port", "0", "--mount_path", str(tmp_path)],
+        env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert process.stdout
+    assert process.stderr
+    assert json.loads(process.stdout.readline())["models"] == []
+    process.stderr.close()
+    process.terminate()
+    try:
+        assert process.wait(10) in (0, 120)  # 120: Python itself, which cannot flush stderr
+    finally:
+        process.kill()
+        process.stdout.close()
+
+
 @pytest.mark.parametrize(
     ("arguments", "phrase"),
     [
