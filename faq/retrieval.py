@@ -1,76 +1,18 @@
-"""Which intents are worth listing for a question: the K most similar ones, by their names and training questions.
-
-With thousands of intents the whole list fits no prompt. Similarity is the cosine with the nearest of an intent's texts,
-by an embedding model or by character n-grams. The list is in the order of the intents: where lists agree, prompts begin
-alike. A candidate may be shown with the training questions of its own that are most similar to the one asked.
-"""
+"""Training and test data with the most similar candidates listed for each question (llmops/faq_retrieval.py)."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING, Any
 
-from faq.baselines import Features, nearest
-from faq.catalog import Catalog
 from llmops.console import UserError, log, stdout_to_stderr
+from llmops.faq_catalog import Catalog
+from llmops.faq_retrieval import ROWS_AT_ONCE, Retriever
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from faq.prepare import Config, Example
 
 EXAMPLES = 20  # training questions of an intent that are compared
-ROWS_AT_ONCE = 4096  # questions
-
-
-class Retriever:
-    """The texts of every intent as vectors. `examples`: training questions by intent, in the order of the prompt."""
-
-    def __init__(self, examples: Mapping[str, Sequence[str]], embedding_model: str) -> None:
-        import numpy as np
-
-        from llmops.embedding.folder import read_folder
-
-        self.intents = list(examples)
-        self.number = {intent: k for k, intent in enumerate(self.intents)}
-        self.features = Features(read_folder(Path(embedding_model)) if embedding_model else None)
-        self.texts, labels, self.starts = list[str](), [], []
-        for number, (intent, questions) in enumerate(examples.items()):
-            self.starts.append(len(self.texts))
-            own = [intent.replace("_", " "), *questions]
-            self.texts += own
-            labels += [number] * len(own)
-        self.starts.append(len(self.texts))
-        self.place = {text: row for row, text in enumerate(self.texts)}
-        self.labels = np.array(labels)
-        self.known = self.features.vectors(self.texts)
-
-    def ranked(
-        self, questions: Sequence[str], vectors: "np.ndarray", count: int, itself: bool = True
-    ) -> "list[list[int]]":
-        """Numbers of the `count` most similar intents of each question, the most similar first; `vectors` (n, d).
-
-        `itself` False: a question that is one of the compared texts is not compared with itself.
-        """
-        import numpy as np
-
-        own = [] if itself else [self.place.get(text, -1) for text in questions]
-        cosines = nearest(vectors, self.known, self.labels, own)
-        return np.argsort(-cosines, axis=1, kind="stable")[:, :count].tolist()
-
-    def similar(self, vector: "np.ndarray", question: str, number: int, count: int) -> tuple[str, ...]:
-        """The `count` questions of an intent that are most similar to this one, the most similar first; not itself."""
-        first, last = self.starts[number] + 1, self.starts[number + 1]
-        if not count or first == last:
-            return ()
-        cosines = self.known[first:last] @ vector
-        texts = (self.texts[first + place] for place in (-cosines).argsort(kind="stable"))
-        return tuple(text for text in texts if text != question)[:count]
-
-    def listed(self, numbers: Sequence[int]) -> tuple[str, ...]:
-        """These intents in the order of the prompt."""
-        return tuple(self.intents[number] for number in sorted(numbers))
 
 
 def kept(examples: Mapping[str, Sequence[str]], config: "Config") -> dict[str, Any]:
@@ -79,30 +21,6 @@ def kept(examples: Mapping[str, Sequence[str]], config: "Config") -> dict[str, A
         "candidates": int(config.candidates), "shown": config.candidate_examples,
         "embedding_model": config.embedding_model, "examples": {k: [*v] for k, v in examples.items()},
     }  # fmt: skip
-
-
-def candidates_of(
-    catalog: Catalog, questions: Sequence[str], embedding_model: str = ""
-) -> list[tuple[int, tuple[tuple[str, ...], ...]]]:
-    """The candidate lists of bare questions as numbers of variants, and what is shown with each candidate.
-
-    Lists that are new are added to the catalog. Raises UserError where the embedding model is no longer in its folder.
-    """
-    how = catalog.retrieval
-    folder = embedding_model or how["embedding_model"]
-    if not how["embedding_model"]:
-        folder = ""  # they were found by n-grams
-    found = []
-    with stdout_to_stderr():
-        retriever = Retriever(how["examples"], folder)
-        for start in range(0, len(questions), ROWS_AT_ONCE):
-            part = questions[start : start + ROWS_AT_ONCE]
-            vectors = retriever.features.vectors(part)
-            for k, numbers in enumerate(retriever.ranked(part, vectors, how["candidates"])):
-                variant = catalog.variant_of(retriever.listed(numbers))
-                similar = [retriever.similar(vectors[k], part[k], n, how.get("shown", 0)) for n in sorted(numbers)]
-                found.append((variant, tuple(similar)))
-    return found
 
 
 def retrieve(

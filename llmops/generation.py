@@ -14,13 +14,13 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TypeVar
 
-import psutil
 import torch
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from llmops.choice_search import Choice, Search, Tree, logits_of_tokens
 from llmops.console import RunStopped, UserError, log
 from llmops.continuous import FEW_ALONE, Generated, Pool, Row
+from llmops.layers import cache_bytes, free_memory
 from llmops.passes import MOST_TOKENS, Passes, check_numbers
 from llmops.shared_prefix import MIN_SHARED, NOTHING, Prefix, group_by_prefix
 
@@ -54,26 +54,19 @@ class Generator:
     def __init__(self, model: torch.nn.Module, pad_id: int, batch_size: int = 32, reuse_prefix: bool = True) -> None:
         self.passes = Passes(model, pad_id, reuse_prefix)
         self.batch_size = batch_size
+        self.pinned = NOTHING  # a beginning that is kept from call to call; prompts that have it go together
         self.model, self.device, self.plain_because = model, self.passes.device, self.passes.plain_because
 
     def fit(self, length: int) -> None:
         """Answer as many prompts of `length` tokens at once as half of the free memory holds, at most MOST_ROWS.
 
-        A prompt takes 2 x layers x key/value heads x head width per token. The plain way has a fixed number, because
-        configurations of old checkpoints do not say all that.
+        The plain way has a fixed number, because configurations of old checkpoints do not say all that.
         """
         if self.plain_because is not None:
             self.batch_size = MOST_PLAIN_ROWS
             return
-        config = self.model.config.get_text_config(decoder=True)
-        heads = config.num_attention_heads
-        width = getattr(config, "head_dim", None) or config.hidden_size // heads
-        kv_heads = getattr(config, "num_key_value_heads", None) or heads
-        element = next(self.model.parameters()).element_size()
-        row = 2 * config.num_hidden_layers * kv_heads * width * element * length
-        on_gpu = self.device.type == "cuda"
-        free = torch.cuda.mem_get_info(self.device)[0] if on_gpu else psutil.virtual_memory().available
-        self.batch_size = max(1, min(MOST_ROWS, free // 2 // row))
+        row = cache_bytes(self.model) * length
+        self.batch_size = max(1, min(MOST_ROWS, free_memory(self.device) // 2 // row))
 
     def choose(
         self, prompts: Sequence[Sequence[int]], trees: Sequence[Tree], best: int = 2
@@ -237,19 +230,11 @@ class Generator:
 
     def _plain_greedy(self, prompts: list[Sequence[int]], limits: list[int], stop_ids: set[int]) -> list[Generated]:
         """Answers by the model's own `generate`, without what its generation_config adds to greedy search."""
-        ids, valid = self.passes.left_padded(prompts)
-        config = GenerationConfig(
-            max_new_tokens=max(limits), do_sample=False, num_beams=1, use_cache=True, eos_token_id=sorted(stop_ids),
-            pad_token_id=self.passes.pad_id, repetition_penalty=1.0, no_repeat_ngram_size=0,
-        )  # fmt: skip
         kept = KeepBest()
-        out = self.model.generate(
-            input_ids=ids, attention_mask=valid.long(), generation_config=config,
-            logits_processor=LogitsProcessorList([kept]),
-        )  # fmt: skip
+        out = plain_greedy(self.passes, prompts, max(limits), stop_ids, kept)
         costs = -torch.stack(kept.best, dim=1)
         answers = []
-        for row, cost, limit in zip(out[:, ids.shape[1] :].tolist(), costs.tolist(), limits, strict=True):
+        for row, cost, limit in zip(out.tolist(), costs.tolist(), limits, strict=True):
             end = next((k for k, token in enumerate(row[:limit]) if token in stop_ids), limit)
             answers.append(Generated(row[:end], math.exp(-sum(cost[: min(end + 1, limit)])), end < limit))
         return answers
@@ -258,9 +243,16 @@ class Generator:
         """Rows that share a beginning and its length, longest first; rows that share nothing come last."""
         if not prompts:
             return
-        groups = group_by_prefix(prompts) if self.plain_because is None else [(range(len(prompts)), 0)]
-        for rows, shared in groups:
-            yield sorted(rows, key=lambda i: -len(prompts[i])), shared
+        if self.plain_because is not None:
+            yield sorted(range(len(prompts)), key=lambda i: -len(prompts[i])), 0
+            return
+        pinned, length = self.pinned.ids, self.pinned.length
+        has = [bool(length) and len(ids) > length and list(ids[:length]) == pinned for ids in prompts]
+        rest = [i for i, one in enumerate(has) if not one]
+        if len(rest) < len(prompts):
+            yield sorted((i for i, one in enumerate(has) if one), key=lambda i: -len(prompts[i])), length
+        for rows, shared in group_by_prefix([prompts[i] for i in rest]) if rest else ():
+            yield sorted((rest[k] for k in rows), key=lambda i: -len(prompts[i])), shared
 
     def _batches(
         self, prompts: Sequence[Sequence[int]], most_tokens: float
@@ -271,7 +263,7 @@ class Generator:
         """
         rows: list[int] = []
         prefixes: list[Prefix] = []
-        last, tokens = NOTHING, 0
+        last, tokens = self.pinned, 0
         for group, shared in self._groups(prompts):
             if not shared and rows and len(group) > FEW_ALONE:
                 yield rows, prefixes
@@ -297,16 +289,26 @@ class Generator:
         both = zip(ids, last.ids, strict=False)
         common = next((i for i, (a, b) in enumerate(both) if a != b), min(len(ids), last.length))
         known = last.cut(common) if common >= MIN_SHARED else NOTHING
-        if known.length == len(ids):
-            return known, 0
-        state = self.passes.read([ids], [known])
-        own = [(layer.keys[0], layer.values[0]) for layer in state.cache.layers] if state.cache else []
-        if known.length:
-            own = [
-                (torch.cat([key, more_key], dim=1), torch.cat([value, more_value], dim=1))
-                for (key, value), (more_key, more_value) in zip(known.layers, own, strict=True)
-            ]
-        return Prefix(list(ids), own), len(ids) - known.length
+        return self.passes.prefix(ids, known), len(ids) - known.length
+
+
+def plain_greedy(
+    passes: Passes, prompts: Sequence[Sequence[int]], limit: int, stop_ids: Iterable[int], processor: LogitsProcessor
+) -> torch.Tensor:
+    """The new tokens [B, at most limit] by the model's own `generate`, without what its generation_config adds.
+
+    `processor` sees the logits [B, V] of every step, and may change them.
+    """
+    ids, valid = passes.left_padded(prompts)
+    config = GenerationConfig(
+        max_new_tokens=limit, do_sample=False, num_beams=1, use_cache=True, eos_token_id=sorted(stop_ids),
+        pad_token_id=passes.pad_id, repetition_penalty=1.0, no_repeat_ngram_size=0,
+    )  # fmt: skip
+    out = passes.model.generate(
+        input_ids=ids, attention_mask=valid.long(), generation_config=config,
+        logits_processor=LogitsProcessorList([processor]),
+    )  # fmt: skip
+    return out[:, ids.shape[1] :]
 
 
 def too_long(ids: Sequence[int]) -> RunStopped:

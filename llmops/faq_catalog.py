@@ -45,7 +45,7 @@ class Catalog:
     `lists` are candidate lists that the data's rows brought with them, or that faq/prepare found by similarity, in
     their own order; variants after those of `left_out`. `wording` is None for data whose prompts were made elsewhere.
     `decision` holds the calibration and the threshold that faq/score found; `retrieval` how candidates of a bare
-    question are found and shown (faq/retrieval.py); both are {} where there is none.
+    question are found and shown (llmops/faq_retrieval.py); both are {} where there is none.
     """
 
     mode: str
@@ -142,8 +142,8 @@ def check_wording(described: Any, where: str) -> Wording:
     if not isinstance(described, dict) or {*described, "examples"} != set(places):
         found = ", ".join(map(files.shown, described)) if isinstance(described, dict) else files.kind_of(described)
         raise UserError(f"{where}: the wording has {found or 'nothing'}; expected {', '.join(places)}")
-    for name, allowed in places.items():
-        text = described[name]
+    for name, text in described.items():
+        allowed = places[name]
         if not isinstance(text, str):
             raise UserError(f"{where}: {name} is {files.kind_of(text)}, expected a text")
         if name not in ("separator", "none"):
