@@ -1,0 +1,1 @@
+"""The model server and the console on port 5000."""
