@@ -10,6 +10,7 @@ from starlette.routing import BaseRoute
 from llmops import files
 from llmops.console import UserError
 from serve.console import shown
+from serve.console.curation import Curation
 from serve.console.diagnosis import Diagnoses
 from serve.console.mount import Mounted
 from serve.console.pages import Pages, whole_number
@@ -22,7 +23,8 @@ MOST_COMPARED = 8
 def routes(mount: Path) -> list[BaseRoute]:
     """Every page over the files of a mount."""
     pages, mounted = Pages(), Mounted(mount)
-    return [*RunPages(pages, mounted).routes(), *pages.shared()]
+    parts = (RunPages(pages, mounted), CuratorPages(pages, mounted))
+    return [*(route for part in parts for route in part.routes()), *pages.shared()]
 
 
 class RunPages:
@@ -106,6 +108,38 @@ class RunPages:
             raise UserError('found no "run"; expected the name of a run')
         self.runs.ask_to_stop(name)
         return {"run": name, "state": self.runs.one(name).state}
+
+
+class CuratorPages:
+    """Reports to work on, the work on one."""
+
+    def __init__(self, pages: Pages, mounted: Mounted) -> None:
+        self.pages, self.mounted = pages, mounted
+        self.curation = Curation(mounted)
+
+    def routes(self) -> list[BaseRoute]:
+        """Pages and what their scripts fetch and send."""
+        pages = self.pages
+        return [
+            pages.page("/curator", self.page),
+            pages.data("/console/api/curator", self.state),
+            pages.write("/console/api/curator/decide", self.curation.decide),
+            pages.write("/console/api/curator/write", self.curation.write),
+        ]
+
+    def page(self, request: Request) -> Response:
+        """The reports, or the work on one of them."""
+        found, report = self.mounted.look(), request.query_params.get("report", "")
+        if not report:
+            return self.pages.render(request, "reports.html", reports=found.pairs)
+        data = request.query_params.get("data", "") or self.curation.data_for(report)
+        if data:
+            self.curation.open(report, data)
+        return self.pages.render(request, "curator.html", report=report, data=data, choices=found.data)
+
+    def state(self, request: Request) -> Any:
+        """Groups, pairs, decisions."""
+        return self.curation.state(request.query_params.get("report", ""), request.query_params.get("data", ""))
 
 
 def named(request: Request) -> str:
