@@ -1,1 +1,1 @@
-"""The model server and the console on port 5000."""
+"""The model server and the console on port 5000: `bash serve/serve.sh`."""

@@ -5,6 +5,7 @@ the reply is then the one that the other intent has. A question that stands unde
 twice. Of two decisions about one question a drop wins over a new intent, and the later intent over the earlier one.
 """
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path

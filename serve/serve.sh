@@ -1,0 +1,46 @@
+#!/usr/bin/env bash
+# The model server and the console on one port.
+#
+#   bash serve/serve.sh                                            the console over mnt/
+#   bash serve/serve.sh --model_name_or_path mnt/output_path       and the trained model, for OpenAI's clients
+#
+# The token that it asks for is printed at the start. SIGTERM lets running answers end.
+# A setting can be edited here, set in the environment or given as a flag.
+set -euo pipefail
+HERE=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
+
+# --- settings ----------------------------------------------------------------------------------------------------------
+CUDA_VISIBLE_DEVICES="${CUDA_VISIBLE_DEVICES:-}" # the GPU to use; empty: the first, or the CPU without any
+MOUNT_PATH="${MOUNT_PATH:-$HERE/mnt}"            # folder with datasets/ and output_path/, which the console shows
+MODEL_NAME_OR_PATH="${MODEL_NAME_OR_PATH:-}"     # adapter, merged or whole model; empty: the console alone
+HOST="${SERVE_HOST:-127.0.0.1}"                  # address to listen on; 0.0.0.0: all (variable: SERVE_HOST)
+PORT="${SERVE_PORT:-5000}"                       # 0: any that is free (variable: SERVE_PORT)
+AUTH="${AUTH:-true}"                             # ask for the token; false: on the loopback address alone
+TOKEN="${LLMOPS_TOKEN:-}"                        # empty: a random one, which is printed (variable: LLMOPS_TOKEN)
+TOKEN_FILE="${TOKEN_FILE:-}"                     # or the file with it, which is made where it is not there
+ALLOWED_HOSTS="${ALLOWED_HOSTS:-}"               # names under which the server is reached, beside localhost: a,b
+MAX_BODY_MB="${MAX_BODY_MB:-8}"                  # largest request
+MAX_CONNECTIONS="${MAX_CONNECTIONS:-1024}"       # connections at once
+MAX_ROWS="${MAX_ROWS:-64}"                       # answers that are written at once
+MAX_QUEUE="${MAX_QUEUE:-256}"                    # requests that wait for a place; more are refused with 429
+MAX_TOKENS="${MAX_TOKENS:-4096}"                 # longest answer that may be asked for
+REQUEST_SECONDS="${REQUEST_SECONDS:-600}"        # longest time of a request
+PREFIX_CACHE_MB="${PREFIX_CACHE_MB:-1024}"       # memory for beginnings of prompts; 0: none are kept
+MODE="${MODE:-}"                                 # chat format; empty: as the model was trained, or auto
+DTYPE="${DTYPE:-auto}"                           # auto (bf16 where the GPU has it), bf16, fp16, fp32
+TRUST_REMOTE_CODE="${TRUST_REMOTE_CODE:-false}"  # run Python code that the checkpoint's folder ships
+BASE_TOO="${BASE_TOO:-true}"                     # beside an adapter its base model; false: merged, which is faster
+INTENTS_FILE="${INTENTS_FILE:-}"                 # intents.json of faq/prepare.sh; empty: the one in the model's folder
+EMBEDDING_MODEL="${EMBEDDING_MODEL:-}"           # what finds candidates, if it was moved since faq/prepare.sh
+FEEDBACK_FILE="${FEEDBACK_FILE:-}"               # corrections of intents; empty: MOUNT_PATH/datasets/feedback.jsonl
+# --- end of settings ---------------------------------------------------------------------------------------------------
+
+# shellcheck source=llmops/environment.sh
+source "$HERE/llmops/environment.sh"
+read_settings "${BASH_SOURCE[0]}" "$@"
+export LLMOPS_TOKEN="$TOKEN" # not as a flag, which every user of the machine can see
+mapfile -d '' -t settings < <(setting_flags CUDA_VISIBLE_DEVICES TOKEN)
+PYTHON=$(ensure_python "$HERE" "$HERE/requirements.txt") || exit 2
+has_gpu || tune_cpu
+if [ -n "$CUDA_VISIBLE_DEVICES" ]; then export CUDA_VISIBLE_DEVICES; else unset CUDA_VISIBLE_DEVICES; fi
+exec "$PYTHON" "$HERE/serve/serve.py" "${settings[@]}"

@@ -1,0 +1,106 @@
+"""uvicorn as this server runs it: connections that bring nothing are closed, SIGTERM lets running answers end."""
+
+import asyncio
+import contextlib
+import ipaddress
+import logging
+import signal
+import socket
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import uvicorn
+from starlette.applications import Starlette
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from llmops.console import UserError, log
+from serve.settings import Access
+
+HEADER_SECONDS = 10.0  # from a connection's first byte, or its opening, to the end of a request's header
+
+
+def bound(access: Access) -> socket.socket:
+    """A socket of the address, not yet listening. Raises UserError where that is not possible."""
+    address = ipaddress.ip_address(access.host)
+    family = socket.AF_INET6 if address.version == 6 else socket.AF_INET
+    found = socket.socket(family, socket.SOCK_STREAM)
+    found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        found.bind((access.host, access.port))
+    except OSError as error:
+        found.close()
+        raise UserError(
+            f"port {access.port} of {access.host} cannot be used ({error.strerror}); pass another --port, or end what "
+            "listens there"
+        ) from error
+    return found
+
+
+def protocol(most: int) -> type[H11Protocol]:
+    """uvicorn's HTTP protocol for at most so many connections, none of which may wait for a header for long."""
+
+    class Patient(H11Protocol):
+        waiting: asyncio.TimerHandle | None = None
+
+        def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+            super().connection_made(transport)
+            if len(self.connections) > most:
+                transport.abort()
+                return
+            self.waiting = self.loop.call_later(HEADER_SECONDS, transport.close)
+
+        def data_received(self, data: bytes) -> None:
+            super().data_received(data)
+            answering = self.cycle is not None and not self.cycle.response_complete
+            if answering and self.waiting:
+                self.waiting.cancel()
+                self.waiting = None
+            elif not answering and not self.waiting:
+                self.waiting = self.loop.call_later(HEADER_SECONDS, self.transport.close)
+
+        def connection_lost(self, exc: Exception | None) -> None:
+            if self.waiting:
+                self.waiting.cancel()
+            super().connection_lost(exc)
+
+    return Patient
+
+
+class Server(uvicorn.Server):
+    """A server that drains at SIGTERM and SIGINT and then ends in good order; a second signal ends it at once."""
+
+    def __init__(self, app: Starlette, access: Access, drain_seconds: float, ready: Callable[[], None]) -> None:
+        logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
+        config: Any = uvicorn.Config(
+            app, http=protocol(access.connections), ws="none", loop="asyncio", lifespan="off", log_config=None,
+            access_log=False, server_header=False, proxy_headers=False, timeout_graceful_shutdown=drain_seconds,
+        )  # fmt: skip
+        super().__init__(config)
+        self.app = app
+        self.ready = ready
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Begin to listen, then say so."""
+        await super().startup(sockets)
+        self.ready()
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Take the signals while the server runs; they are not raised again afterwards: the end was asked for."""
+        loop = asyncio.get_running_loop()
+        taken = (signal.SIGTERM, signal.SIGINT)
+        for number in taken:
+            loop.add_signal_handler(number, self.drain)
+        try:
+            yield
+        finally:
+            for number in taken:
+                loop.remove_signal_handler(number)
+
+    def drain(self) -> None:
+        """Take no new requests and end when the running ones have."""
+        if self.should_exit:
+            self.force_exit = True
+            return
+        log("ending: no new requests; running answers may end (a second signal ends them)")
+        self.app.state.draining = self.should_exit = True

@@ -1,0 +1,207 @@
+"""Who may come in and what a request may be: a real server without a model, attacked over its port."""
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, environment
+from serve_process import TOKEN, Running, serving
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    """A server without a model."""
+    mount = tmp_path_factory.mktemp("mnt")
+    with serving("--mount_path", str(mount), "--max_body_mb", "1", "--allowed_hosts", "models.example.org") as running:
+        yield running
+
+
+def test_it_starts_without_torch_in_less_than_a_second(tmp_path: Path) -> None:
+    started = time.monotonic()
+    with serving("--mount_path", str(tmp_path)) as running:
+        seconds = time.monotonic() - started
+        maps = Path(f"/proc/{running.process.pid}/maps").read_text(encoding="utf-8")
+        assert running.models == []
+        assert running.end() == 0
+    assert "torch" not in maps
+    assert seconds < 1 or os.getloadavg()[0] > 2  # on a machine that is busy with other tests it may take longer
+
+
+def test_a_token_is_asked_for(server: Running) -> None:
+    assert server.ask("GET", "/v1/models").json == {"object": "list", "data": []}
+    for token in (None, "", "wrong", TOKEN[:-1], TOKEN + "x", "é"):
+        assert server.ask("GET", "/v1/models", token=token).status == 401, token
+    denied = server.ask("GET", "/v1/models", token=None)
+    assert denied.json["error"] | {"message": ""} == {
+        "message": "", "type": "authentication_error", "param": None, "code": "token",
+    }  # fmt: skip
+    assert denied.headers["www-authenticate"] == "Bearer"
+    assert server.ask("GET", "/health", token=None).json == {"status": "ok"}
+    assert server.ask("GET", "/", token=None, accept="text/html").body.startswith(b"the token is missing")
+
+
+def test_the_page_gets_its_cookie_from_an_address_with_the_token(server: Running) -> None:
+    visit = server.ask("GET", f"/?token={TOKEN}", token=None)
+    assert (visit.status, visit.headers["location"]) == (303, "/")
+    cookie = visit.headers["set-cookie"]
+    assert {part.strip().lower() for part in cookie.split(";")[1:]} == {"httponly", "path=/", "samesite=strict"}
+    assert server.ask("GET", "/v1/models", token=None, cookie=cookie.partition(";")[0]).status == 200
+    wrong = server.ask("GET", "/?token=wrong", token=None)
+    assert wrong.status == 401
+    assert "set-cookie" not in wrong.headers
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost:5000", "[::1]:5000", "10.1.2.3", "MODELS.example.org:80"])
+def test_known_names_and_addresses_are_answered(server: Running, host: str) -> None:
+    assert server.ask("GET", "/v1/models", host=host).status == 200
+
+
+@pytest.mark.parametrize(
+    "host", ["evil.example", "localhost.evil.example", "127.0.0.1.evil.example", "evil@localhost", "", "a b", "[::1"]
+)
+def test_a_name_that_somebody_else_may_own_is_refused(server: Running, host: str) -> None:
+    assert server.ask("GET", "/v1/models", host=host).status in (400, 421)
+
+
+def test_another_sites_page_writes_nothing(server: Running) -> None:
+    own = f"http://127.0.0.1:{server.port}"
+    assert server.ask("POST", "/v1/models", {}, origin=own).status == 405  # let through to the route
+    for origin in ("http://evil.example", "null", "http://127.0.0.1:1", own + ".evil.example", "http://[", "x"):
+        assert server.ask("POST", "/v1/models", {}, origin=origin).json["error"]["code"] == "origin", origin
+    assert server.ask("POST", "/v1/models", {}, sec_fetch_site="cross-site").status == 403
+    for kind in ("text/plain", "application/x-www-form-urlencoded", "multipart/form-data; boundary=x", ""):
+        assert server.ask("POST", "/v1/models", {}, content_type=kind).status == 415, kind
+
+
+def test_every_answer_has_the_headers(server: Running) -> None:
+    for answer in (
+        server.ask("GET", "/v1/models"), server.ask("GET", "/no"), server.ask("GET", "/v1/models", token=None)
+    ):  # fmt: skip
+        assert "default-src 'self'" in answer.headers["content-security-policy"]
+        assert answer.headers["x-content-type-options"] == "nosniff"
+        assert answer.headers["referrer-policy"] == "no-referrer"
+        assert "access-control-allow-origin" not in answer.headers
+
+
+def test_a_path_that_is_not_there_is_an_error_in_openais_shape(server: Running) -> None:
+    for path in ("/v1/nothing", "/../etc/passwd", "/%2e%2e/%2e%2e/etc/passwd", "/<script>alert(1)</script>"):
+        answer = server.ask("GET", path)
+        assert (answer.status, answer.json["error"]["type"]) == (404, "not_found_error")
+        assert answer.headers["content-type"] == "application/json"
+
+
+def test_a_huge_body_is_refused_before_it_is_read(server: Running) -> None:
+    with socket.create_connection(("127.0.0.1", server.port), 10) as connection:
+        head = f"POST /v1/models HTTP/1.1\r\nhost: localhost\r\nauthorization: Bearer {TOKEN}\r\n"
+        connection.sendall((head + "content-type: application/json\r\ncontent-length: 104857600\r\n\r\n").encode())
+        assert connection.recv(100).startswith(b"HTTP/1.1 413 ")
+
+
+def test_metrics_count_answers_by_path_and_not_by_what_clients_make_up(server: Running) -> None:
+    before = server.ask("GET", "/metrics")
+    assert before.headers["content-type"].startswith("text/plain; version=0.0.4")
+    server.ask("GET", '/made"up%0A')
+    text = server.ask("GET", "/metrics").body.decode()
+    assert 'llmops_requests_total{path="/metrics",status="200"}' in text
+    assert "made" not in text
+
+
+def test_connections_beyond_the_limit_and_slow_ones_are_closed(tmp_path: Path) -> None:
+    with serving("--mount_path", str(tmp_path), "--max_connections", "20") as running:
+        idle = [socket.create_connection(("127.0.0.1", running.port), 10) for _ in range(60)]
+        time.sleep(0.3)
+        closed = 0
+        for connection in idle:
+            connection.settimeout(0.01)
+            try:
+                closed += connection.recv(1) == b""
+            except ConnectionResetError:
+                closed += 1
+            except TimeoutError:
+                pass
+        assert closed == 40
+        for connection in idle:
+            connection.close()
+        time.sleep(0.2)
+        assert running.ask("GET", "/v1/models").status == 200
+
+
+def test_sigterm_with_idle_connections_ends_at_once_with_0(tmp_path: Path) -> None:
+    with serving("--mount_path", str(tmp_path)) as running:
+        with socket.create_connection(("127.0.0.1", running.port), 10):
+            assert running.end(signal.SIGTERM, 5) == 0
+        assert any(line.startswith("ending: no new requests") for line in running.said)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "phrase"),
+    [
+        (["--port", "70000"], "--port is 70000, expected 0 to 65535"),
+        (["--port", "x"], "invalid int value: 'x'"),
+        (["--host", "example.org"], "expected an address such as 127.0.0.1"),
+        (["--token", "short"], "the token of --token cannot be used; expected 8 to 200"),
+        (["--token", "semicolon;semicolon"], "the token of --token cannot be used"),
+        (["--auth", "false", "--host", "0.0.0.0"], "would let everybody in"),
+        (["--model_name_or_path", "/nowhere"], "/nowhere holds no model"),
+        (["--intents_file", "x.json"], "--intents_file needs a model"),
+        (["--allowed_hosts", "a,http://b"], "--allowed_hosts has 'http://b'"),
+        (["--request_seconds", "nan"], "--request_seconds is nan, expected"),
+        (["--no_such", "1"], "unrecognized arguments"),
+    ],
+)
+def test_a_bad_setting_is_one_sentence(arguments: list[str], phrase: str) -> None:
+    from llmops.console import UserError
+    from serve.settings import read_settings
+
+    with pytest.raises(UserError, match=re.escape(phrase)):
+        read_settings(arguments)
+
+
+def test_a_taken_port_is_one_sentence_with_exit_code_2(server: Running) -> None:
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "serve" / "serve.py"), "--port", str(server.port)], env=environment(),
+        capture_output=True, text=True, timeout=30, check=False,
+    )  # fmt: skip
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith(f"error: port {server.port} of 127.0.0.1 cannot be used")
+    assert done.stderr.count("\n") == 1
+
+
+def test_a_token_file_is_made_for_its_owner_alone_and_read_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from serve.settings import read_settings
+
+    monkeypatch.delenv("LLMOPS_TOKEN", raising=False)
+    path = tmp_path / "token"
+    made = read_settings(["--token_file", str(path)]).access.token
+    assert len(made) >= 32
+    assert path.stat().st_mode & 0o777 == 0o600
+    assert read_settings(["--token_file", str(path)]).access.token == made
+    assert read_settings([]).access.token != read_settings([]).access.token
+    monkeypatch.setenv("LLMOPS_TOKEN", "from-the-environment")
+    assert read_settings([]).access.token == "from-the-environment"
+
+
+def test_the_shell_starts_it_and_keeps_the_token_out_of_the_command_line(tmp_path: Path) -> None:
+    process = subprocess.Popen(
+        ["bash", str(ROOT / "serve" / "serve.sh"), "--mount_path", str(tmp_path), "--port", "0", "--token", TOKEN],
+        env=environment(), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+    )  # fmt: skip
+    assert process.stdout
+    try:
+        ready = json.loads(process.stdout.readline())
+        assert TOKEN not in Path(f"/proc/{process.pid}/cmdline").read_text(encoding="utf-8")
+        assert Running(process, ready["url"], []).ask("GET", "/v1/models").status == 200
+    finally:
+        process.terminate()
+        assert process.wait(20) == 0
+        process.stdout.close()
