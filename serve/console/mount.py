@@ -47,8 +47,8 @@ class Found:
 class Cached(Generic[T]):
     """What was made of files, kept while they have the same size and time of change; safe between threads."""
 
-    def __init__(self, make: Callable[[Path], T]) -> None:
-        self.make = make
+    def __init__(self, make: Callable[[Path], T], most: int = CACHED) -> None:
+        self.make, self.most = make, most
         self.kept: dict[Path, tuple[tuple[int, int, int], T]] = {}
         self.lock = threading.Lock()
 
@@ -61,7 +61,7 @@ class Cached(Generic[T]):
         value = self.make(path)
         if stamp:
             with self.lock:
-                while len(self.kept) >= CACHED:
+                while len(self.kept) >= self.most:
                     self.kept.pop(next(iter(self.kept)))
                 self.kept[path] = (stamp, value)
         return value

@@ -33,8 +33,10 @@ class Pages:
         )  # fmt: skip
         self.environment.globals |= {"query": query, "address": address}
         self.environment.filters |= {
-            "loss": shown.loss, "amount": shown.amount, "percent": shown.percent,
+            "loss": shown.loss, "amount": shown.amount, "percent": shown.percent, "three": shown.three,
+            "words": shown.words,
         }  # fmt: skip
+        self.environment.tests["has_key"] = lambda mapping, key: key in mapping
         self.chinese = languages.load()
 
     def translator(self, request: Request) -> languages.Translate:

@@ -9,21 +9,25 @@ from starlette.routing import BaseRoute
 
 from llmops import files
 from llmops.console import UserError
-from serve.console import shown
+from serve.console import faq, shown
 from serve.console.curation import Curation
 from serve.console.diagnosis import Diagnoses
+from serve.console.evaluations import DIMENSIONS, FILTERS, Evaluations, labels_of
 from serve.console.mount import Mounted
 from serve.console.pages import Pages, whole_number
+from serve.console.radar import radar
 from serve.console.runs import STATES, Runs
 
 PER_PAGE = 50
+SAMPLES_PER_PAGE = 10
+QUESTIONS_PER_PAGE = 25
 MOST_COMPARED = 8
 
 
 def routes(mount: Path) -> list[BaseRoute]:
     """Every page over the files of a mount."""
     pages, mounted = Pages(), Mounted(mount)
-    parts = (RunPages(pages, mounted), CuratorPages(pages, mounted))
+    parts = [kind(pages, mounted) for kind in (RunPages, EvaluationPages, FaqPages, CuratorPages)]
     return [*(route for part in parts for route in part.routes()), *pages.shared()]
 
 
@@ -53,7 +57,7 @@ class RunPages:
         search = request.query_params.get("q", "").strip()
         state = request.query_params.get("state", "")
         names = [name for name in self.runs.newest() if search.lower() in name.lower()]
-        page = max(1, whole_number(request, "page", 1))
+        page = max(1, whole_number(request, "page", 1))  # how many there are is not known yet
         if state in STATES:  # every run has to be looked at
             found = [run for run in self.runs.several(names) if run.state == state]
             total, found = len(found), found[(page - 1) * PER_PAGE : page * PER_PAGE]
@@ -110,6 +114,87 @@ class RunPages:
         return {"run": name, "state": self.runs.one(name).state}
 
 
+class EvaluationPages:
+    """Results side by side, the samples behind a score."""
+
+    def __init__(self, pages: Pages, mounted: Mounted) -> None:
+        self.pages, self.evaluations = pages, Evaluations(mounted)
+
+    def routes(self) -> list[BaseRoute]:
+        """Pages alone: nothing here changes while it is looked at."""
+        return [self.pages.page("/evaluations", self.listed), self.pages.page("/evaluations/samples", self.samples)]
+
+    def listed(self, request: Request) -> Response:
+        """Every result; those that were marked on one radar, with their table."""
+        found = list(self.evaluations.all())
+        names = list(dict.fromkeys(request.query_params.getlist("result")))[:MOST_COMPARED]
+        marked = [(name, self.evaluations.one(name)) for name in names]
+        if not marked:  # the first of the five dimensions stand for themselves
+            marked = [(name, result) for name, result in found if result and result.five][:2]
+        five = [(name, result) for name, result in marked if result.five]
+        told = dict.fromkeys(d for _, result in five for d in result.scores)
+        dimensions = [d for d in DIMENSIONS if d in told] + [d for d in told if d not in DIMENSIONS]
+        others = [(name, result) for name, result in marked if not result.five]
+        return self.pages.render(
+            request, "evaluations.html", found=found, marked=[name for name, _ in marked], five=five, others=others,
+            labels=labels_of(five), other_labels=labels_of(others), dimensions=dimensions,
+            metrics=list(dict.fromkeys(metric for _, result in others for metric in result.scores)),
+            drawn=radar([result for _, result in five], dimensions),
+        )  # fmt: skip
+
+    def samples(self, request: Request) -> Response:
+        """The samples of one set, of one or two results."""
+        asked = request.query_params
+        first, second, of = asked.get("a", ""), asked.get("b", ""), asked.get("set", "")
+        chosen, search = asked.get("show", "all"), asked.get("q", "").strip()
+        result = self.evaluations.one(first)
+        rows, metrics = self.evaluations.asked(first, second, of)
+        kept = [row for row in rows if row.passes(chosen) and (not search or row.has(search.lower()))]
+        page, last = page_of(request, len(kept), SAMPLES_PER_PAGE)
+        alike = [name for name, other in self.evaluations.all() if other and name != first and of in other.sets]
+        both = [(first, result)] + ([(second, self.evaluations.one(second))] if second else [])
+        return self.pages.render(
+            request, "samples.html", first=first, second=second, of=of, chosen=chosen, search=search, total=len(rows),
+            kept=len(kept), rows=kept[(page - 1) * SAMPLES_PER_PAGE : page * SAMPLES_PER_PAGE], page=page, last=last,
+            metrics=metrics, alike=alike, labels=labels_of(both),
+            filters=FILTERS if second else FILTERS[:3],
+        )  # fmt: skip
+
+
+class FaqPages:
+    """Predictions of intents."""
+
+    def __init__(self, pages: Pages, mounted: Mounted) -> None:
+        self.pages, self.mounted = pages, mounted
+        self.faq = faq.Faq(mounted)
+
+    def routes(self) -> list[BaseRoute]:
+        """One page."""
+        return [self.pages.page("/faq", self.page)]
+
+    def page(self, request: Request) -> Response:
+        """Files of predictions; of one its intents, confusions, and the questions that were asked for."""
+        asked, listed = request.query_params, self.mounted.look().predictions
+        name = asked.get("file", "") or (listed[0] if listed else "")
+        if not name:
+            return self.pages.render(request, "faq.html", listed=[], name="")
+        rows, candidates = self.faq.open(name)
+        below = share_of(request, "below")
+        wanted = {
+            "true": asked.get("true", ""), "predicted": asked.get("predicted", ""), "below": below,
+            "wrong": asked.get("wrong") == "1", "search": asked.get("q", "").strip(),
+        }  # fmt: skip
+        kept = faq.chosen(rows, **wanted)
+        page, last = page_of(request, len(kept), QUESTIONS_PER_PAGE)
+        known = [row for row in rows if row.true]
+        return self.pages.render(
+            request, "faq.html", listed=listed, name=name, total=len(rows), known=len(known),
+            right=sum(row.true == row.intent for row in known), intents=faq.intents_of(rows, candidates),
+            matrix=faq.matrix_of(rows), wanted=wanted, kept=len(kept), page=page, last=last,
+            rows=kept[(page - 1) * QUESTIONS_PER_PAGE : page * QUESTIONS_PER_PAGE],
+        )  # fmt: skip
+
+
 class CuratorPages:
     """Reports to work on, the work on one."""
 
@@ -145,3 +230,21 @@ class CuratorPages:
 def named(request: Request) -> str:
     """The run that a query names."""
     return request.query_params.get("run", "")
+
+
+def page_of(request: Request, count: int, size: int) -> tuple[int, int]:
+    """(the page that is asked for, the last one)."""
+    last = max(1, -(-count // size))
+    return min(last, max(1, whole_number(request, "page", 1))), last
+
+
+def share_of(request: Request, name: str) -> float | None:
+    """A number from 0 to 1 of the query, None where it is left out. Raises UserError for another text."""
+    given = request.query_params.get(name, "").strip()
+    try:
+        value = float(given) if given else None
+    except ValueError:
+        value = -1.0
+    if value is not None and not 0 <= value <= 1:
+        raise UserError(f"{name} is {files.shown(given)}, expected a number from 0 to 1, such as 0.6")
+    return value

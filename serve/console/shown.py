@@ -46,6 +46,16 @@ def percent(share: float | None) -> str:
     return NONE if share is None else f"{100 * share:.1f}%"
 
 
+def three(value: float | None) -> str:
+    """A score from 0 to 1."""
+    return NONE if value is None else f"{value:.3f}"
+
+
+def words(name: str) -> str:
+    """A name of the files as words, where it has no text of its own; "kind: " before a word is left out."""
+    return name.removeprefix("samples: ").replace("_", " ")
+
+
 def cells(run: Run, t: Translate) -> dict[str, str]:
     """The texts of a run in the list and at the head of its page; the scripts put them into elements as they are."""
     found = {
