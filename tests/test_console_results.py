@@ -1,4 +1,4 @@
-"""The console's pages of evaluations and FAQ predictions: the numbers of the files, the questions that are asked for."""
+"""The pages of evaluations and FAQ predictions: the numbers of the files, the questions that are asked for."""
 
 import json
 import math
