@@ -5,7 +5,7 @@ Jinja template (formats whose special tokens are typed as text) or the name of a
 whose role tokens must be inserted by id). Sources of the formats: the vendors' own demos and fine-tuning code.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cache, cached_property
 from pathlib import Path
@@ -267,6 +267,7 @@ class ChatFormat:
         family: Family | None = None,
         allow_special_tokens: bool = False,
         thinking: bool | None = None,
+        variables: Mapping[str, Any] | None = None,
     ) -> None:
         self.tokenizer = tokenizer
         self.family = family = family or families()[OWN]
@@ -277,22 +278,23 @@ class ChatFormat:
         self.name = family.name if family.name != OWN else "the checkpoint's own chat template"
         if self.layout is None and not tokenizer.chat_template:
             raise UserError(f"the checkpoint has no chat template; pass --mode with its format, one of {modes_text()}")
-        variables = {} if thinking is None else {"enable_thinking": thinking}
+        variables = ({} if thinking is None else {"enable_thinking": thinking}) | dict(variables or {})
         self.template = None if self.layout else ChatTemplate(tokenizer, self._template_name(), variables)
         own = {self._token_text(token): self._special_id(token) for token in self._own_tokens()}
         self.controls = ControlTokens(tokenizer, own, written_around(self.template) if self.template else ())
 
-    def prompt(self, messages: Sequence[Message]) -> list[int]:
-        """Token ids of the messages up to where the assistant begins to write; the last message is the user's."""
+    def prompt(self, messages: Sequence[Message], tools: Sequence[Any] = ()) -> list[int]:
+        """Token ids of the messages up to where the assistant begins to write; the last is a user's or a tool's."""
+        self._check_tools(messages, tools)
         if self.layout:
             return self._encode_pieces(self.layout(messages, True)).ids
         self.template.start(messages)
-        if self._trusted(messages):
-            text = self.template.text(messages, generate=True)
+        if self._trusted(messages, tools):
+            text = self.template.text(messages, True, tools)
             ids = self._encode(text)
-            if self._own_only(text, Asked(messages), True, ids):
+            if self._own_only(text, Asked(messages, tools), True, ids):
                 return ids
-        return self.controls.encode_named(self.template.named(messages, True, self.controls))[0]
+        return self.controls.encode_named(self.template.named(messages, True, self.controls, tools))[0]
 
     def stop_ids(self) -> list[int]:
         """Tokens at which the assistant has finished: the end token and the family's own."""

@@ -4,7 +4,7 @@ Every command opens models here and nowhere else. The heavy libraries are import
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -49,9 +49,13 @@ class ChatModel:
     @cached_property
     def chat(self) -> ChatFormat:
         """How conversations are written."""
+        return self.chat_with({})
+
+    def chat_with(self, variables: Mapping[str, Any]) -> ChatFormat:
+        """How conversations are written when the chat template is told `variables`."""
         family = self.checkpoint.family(bool(self.tokenizer.chat_template))
         thinking = recorded_thinking(self.checkpoint.folder) if self.thinking is None else self.thinking
-        return ChatFormat(self.tokenizer, family, self.allow_special_tokens, thinking)
+        return ChatFormat(self.tokenizer, family, self.allow_special_tokens, thinking, variables)
 
     def weights(
         self, dtype: "torch.dtype", device: "torch.device | None" = None, attention: str | None = None

@@ -5,12 +5,12 @@ and takes the new ones in. A row's answer is the same in whatever company it is 
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
 
-from llmops.passes import Passes, State, merge, own_prefixes
+from llmops.passes import Passes, State, in_own_caches, merge, own_prefixes
 from llmops.shared_prefix import Prefix
 
 FEW_ALONE = 8  # rows that share nothing, but may go with others that do
@@ -60,14 +60,29 @@ class Row:
         return Generated(self.ids, math.exp(-self.cost), self.stopped)
 
 
+Choose = Callable[[Sequence[Row], torch.Tensor], list[tuple[int, float]]]
+
+
+def likeliest(rows: Sequence[Row], logits: torch.Tensor) -> list[tuple[int, float]]:
+    """The likeliest token of each row and its log-probability, by logits [rows, V]."""
+    top = logits.float().log_softmax(-1).max(-1)
+    return list(zip(top.indices.tolist(), top.values.tolist(), strict=True))
+
+
 class Pool:
     """The rows that are being answered together.
 
-    What runs out of memory changes no row; what was computed may be gone then (`state` None), or be half done.
+    `choose` takes the next token of each row. `own_caches`: what prefixes hold is copied into the rows' caches, for
+    rows of which each has a prefix of its own. What runs out of memory changes no row; what was computed may be gone
+    then (`state` None), or be half done.
     """
 
-    def __init__(self, passes: Passes, stop_ids: Sequence[int]) -> None:
+    def __init__(
+        self, passes: Passes, stop_ids: Sequence[int], choose: Choose = likeliest, own_caches: bool = False
+    ) -> None:
         self.passes = passes
+        self.choose = choose
+        self.own_caches = own_caches
         self.stop_ids = frozenset(stop_ids)
         self.rows: list[Row] = []
         self.state: State | None = None
@@ -85,7 +100,9 @@ class Pool:
     def admit(self, rows: list[Row], prefixes: list[Prefix]) -> list[Row]:
         """Take rows in and compute their first token; those that are done with it."""
         new = self.passes.read([[*row.prompt, *row.ids] for row in rows], prefixes)
-        tokens = likeliest(new.logits)
+        tokens = self.choose(rows, new.logits)
+        if self.own_caches:
+            new = in_own_caches(new)
         kept = [k for k, row in enumerate(self.rows) if not row.done]
         if kept and self.state:
             mixed = any(prefix.length for prefix in self.state.prefixes) and not any(p.length for p in new.prefixes)
@@ -106,7 +123,7 @@ class Pool:
             self.state = merge([(old, kept)], consume=True)
             self.rows = [self.rows[k] for k in kept]
         logits = self.passes.step(self.state, [row.ids[-1:] or [self.passes.pad_id] for row in self.rows])
-        return self._take(self.rows, likeliest(logits))
+        return self._take(self.rows, self.choose(self.rows, logits))
 
     def clear(self) -> list[Row]:
         """Forget what was computed; the rows that are not done, with their answers so far."""
@@ -124,8 +141,3 @@ class Pool:
                     ended.append(row)
         return ended
 
-
-def likeliest(logits: torch.Tensor) -> list[tuple[int, float]]:
-    """The likeliest token of each row and its log-probability, by logits [rows, V]."""
-    top = logits.float().log_softmax(-1).max(-1)
-    return list(zip(top.indices.tolist(), top.values.tolist(), strict=True))

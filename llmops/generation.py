@@ -14,13 +14,13 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TypeVar
 
-import psutil
 import torch
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from llmops.choice_search import Choice, Search, Tree
 from llmops.console import RunStopped, UserError, log
 from llmops.continuous import FEW_ALONE, Generated, Pool, Row
+from llmops.layers import cache_bytes, free_memory
 from llmops.passes import MOST_TOKENS, Passes, check_numbers
 from llmops.shared_prefix import MIN_SHARED, NOTHING, Prefix, group_by_prefix
 
@@ -59,21 +59,13 @@ class Generator:
     def fit(self, length: int) -> None:
         """Answer as many prompts of `length` tokens at once as half of the free memory holds, at most MOST_ROWS.
 
-        A prompt takes 2 x layers x key/value heads x head width per token. The plain way has a fixed number, because
-        configurations of old checkpoints do not say all that.
+        The plain way has a fixed number, because configurations of old checkpoints do not say all that.
         """
         if self.plain_because is not None:
             self.batch_size = MOST_PLAIN_ROWS
             return
-        config = self.model.config.get_text_config(decoder=True)
-        heads = config.num_attention_heads
-        width = getattr(config, "head_dim", None) or config.hidden_size // heads
-        kv_heads = getattr(config, "num_key_value_heads", None) or heads
-        element = next(self.model.parameters()).element_size()
-        row = 2 * config.num_hidden_layers * kv_heads * width * element * length
-        on_gpu = self.device.type == "cuda"
-        free = torch.cuda.mem_get_info(self.device)[0] if on_gpu else psutil.virtual_memory().available
-        self.batch_size = max(1, min(MOST_ROWS, free // 2 // row))
+        row = cache_bytes(self.model) * length
+        self.batch_size = max(1, min(MOST_ROWS, free_memory(self.device) // 2 // row))
 
     def choose(
         self, prompts: Sequence[Sequence[int]], trees: Sequence[Tree], best: int = 2
@@ -298,16 +290,7 @@ class Generator:
         both = zip(ids, last.ids, strict=False)
         common = next((i for i, (a, b) in enumerate(both) if a != b), min(len(ids), last.length))
         known = last.cut(common) if common >= MIN_SHARED else NOTHING
-        if known.length == len(ids):
-            return known, 0
-        state = self.passes.read([ids], [known])
-        own = [(layer.keys[0], layer.values[0]) for layer in state.cache.layers] if state.cache else []
-        if known.length:
-            own = [
-                (torch.cat([key, more_key], dim=1), torch.cat([value, more_value], dim=1))
-                for (key, value), (more_key, more_value) in zip(known.layers, own, strict=True)
-            ]
-        return Prefix(list(ids), own), len(ids) - known.length
+        return self.passes.prefix(ids, known), len(ids) - known.length
 
 
 def too_long(ids: Sequence[int]) -> RunStopped:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+import psutil
 import torch
 
 from llmops.console import UserError
@@ -23,6 +24,20 @@ def fixed_attention(model: torch.nn.Module) -> str | None:
     if getattr(config, "attn_logit_softcapping", None):
         return "it caps its attention scores"
     return None
+
+
+def cache_bytes(model: torch.nn.Module) -> int:
+    """Bytes of one token's keys and values: 2 x layers x key/value heads x head width x bytes of a number."""
+    config = model.config.get_text_config(decoder=True)
+    heads = config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // heads
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    return 2 * config.num_hidden_layers * kv_heads * width * next(model.parameters()).element_size()
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that are free on a device."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
 
 
 def linear_layers(model: torch.nn.Module) -> list[str]:

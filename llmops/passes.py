@@ -11,7 +11,7 @@ from transformers.cache_utils import Cache
 from llmops import shared_prefix
 from llmops.console import UserError
 from llmops.layers import fixed_attention
-from llmops.shared_prefix import ROOM, GrowingLayer, Prefix, empty_cache, segments_of
+from llmops.shared_prefix import NOTHING, ROOM, GrowingLayer, Prefix, empty_cache, segments_of
 
 T = TypeVar("T")
 WORTH_A_PASS = 512  # tokens of padding that cost less than a pass more
@@ -80,6 +80,19 @@ class Passes:
         joined = merge([(state, list(range(len(state.prompts)))) for state in states], order)
         joined.logits = side_by_side([state.logits for state in states], order)
         return joined
+
+    def prefix(self, ids: Sequence[int], known: Prefix) -> Prefix:
+        """The prefix of these tokens, of which `known` holds the beginning (NOTHING: none of it)."""
+        if known.length == len(ids):
+            return known
+        state = self.read([ids], [known])
+        own = [(layer.keys[0], layer.values[0]) for layer in state.cache.layers] if state.cache else []
+        if known.length:
+            own = [
+                (torch.cat([key, more_key], dim=1), torch.cat([value, more_value], dim=1))
+                for (key, value), (more_key, more_value) in zip(known.layers, own, strict=True)
+            ]
+        return Prefix(list(ids), own)
 
     def ask(self, state: State, rows: list[int], paths: Sequence[tuple[int, ...]], keep: int = 0) -> torch.Tensor:
         """Logits [rows, V] after these rows' prompts and paths; the state stays as it was.
@@ -176,6 +189,34 @@ def own_prefixes(state: State) -> State:
     for number, layer in enumerate(layers):
         cache.update(layer.keys[:, :, :0], layer.values[:, :, :0], number)
     return State(state.logits, [() for _ in found], found, cache, state.valid[:, :0])
+
+
+def in_own_caches(state: State) -> State:
+    """The same state after its prompts were read, with what a row's prefix holds in the cache of the row itself.
+
+    Then rows with many different prefixes cost no more than rows without any. The caches end with the prompts.
+    """
+    if not any(prefix.length for prefix in state.prefixes):
+        return state
+    whole = [prefix.length + len(own) for prefix, own in zip(state.prefixes, state.prompts, strict=True)]
+    width = max(whole)
+    layers = []
+    for number, layer in enumerate(state.cache.layers if state.cache else []):
+        pair = []
+        for which, tensor in enumerate((layer.keys, layer.values)):
+            rows, heads, _, d = tensor.shape
+            room = tensor.new_zeros(rows, heads, width + ROOM, d)
+            for k, (prefix, own) in enumerate(zip(state.prefixes, state.prompts, strict=True)):
+                begin = width - len(own)
+                room[k, :, begin:width] = tensor[k, :, tensor.shape[2] - len(own) :]
+                if prefix.length:
+                    room[k, :, begin - prefix.length : begin] = prefix.layers[number][which]
+            pair.append(room)
+        layers.append(GrowingLayer.of(pair[0], pair[1], width))
+    order = torch.arange(width, device=state.valid.device)
+    valid = order[None, :] >= width - torch.tensor(whole, device=order.device)[:, None]
+    prompts = [[*prefix.ids, *own] for prefix, own in zip(state.prefixes, state.prompts, strict=True)]
+    return State(state.logits, prompts, [NOTHING] * len(whole), Cache(layers), valid)
 
 
 def similar_lengths(lengths: Sequence[int]) -> list[list[int]]:

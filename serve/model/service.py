@@ -1,0 +1,168 @@
+"""A model that is opened, its engine, and how requests become rows of it."""
+
+import asyncio
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llmops import devices, files
+from llmops.chat_formats import ChatFormat
+from llmops.chat_model import ChatModel
+from llmops.checkpoints import RUN_SETTINGS, Checkpoint
+from llmops.console import UserError, has_gpu, log
+from llmops.layers import cache_bytes, free_memory
+from llmops.passes import Passes
+from llmops.records import Message
+from serve.answers import ApiError
+from serve.metrics import Metrics
+from serve.model.asked import Asked
+from serve.model.engine import Answer, Engine, Event, Lane
+from serve.model.sampling import Sampler
+from serve.model.text import Detokenizer
+from serve.settings import Limits, Model
+
+BASE, TUNED = "base", "tuned"
+MOST_FORMATS = 8  # chat formats with variables of their own that are kept
+
+
+class Service:
+    """What routes ask: models by name, prompts as token ids, answers."""
+
+    def __init__(self, model: ChatModel, limits: Limits, metrics: Metrics) -> None:
+        self.model = model
+        self.limits = limits
+        self.metrics = metrics
+        self.engine = Engine(limits, metrics)
+        self.names: list[str] = []
+        self.length = model.checkpoint.length
+        self._formats: OrderedDict[tuple[tuple[str, Any], ...], ChatFormat] = OrderedDict()
+        self._render = ThreadPoolExecutor(1, "render")  # one at a time: tokenizers and templates keep state
+        for name, about in (
+            ("llmops_prompt_tokens_total", "Tokens of prompts."),
+            ("llmops_cached_tokens_total", "Of these, tokens that were known from earlier prompts."),
+            ("llmops_completion_tokens_total", "Tokens of answers."),
+        ):
+            metrics.counter(name, about)
+        metrics.times("llmops_first_token_seconds", "From a request to the first token of its answer.")
+        metrics.times("llmops_answer_seconds", "From a request to the end of its answer.")
+
+    @property
+    def alive(self) -> bool:
+        """Whether the engine runs."""
+        return self.engine.alive
+
+    def close(self) -> bool:
+        """End the engine; whether all went well until now."""
+        self._render.shutdown()
+        return self.engine.close()
+
+    def listed(self) -> list[tuple[str, dict[str, Any]]]:
+        """Names of the models with what is told of them."""
+        length = {"max_model_len": self.length} if self.length else {}
+        return [(name, dict(length)) for name in self.names]
+
+    def name_of(self, wanted: str) -> str:
+        """A model's name; the first one's for "". Raises ApiError for a name that is not there."""
+        if wanted and wanted not in self.names:
+            raise ApiError(
+                404, f"there is no model {files.shown(wanted)}; expected {' or '.join(self.names)}", "model",
+                "model_not_found",
+            )  # fmt: skip
+        return wanted or self.names[0]
+
+    async def prompt(self, messages: Sequence[Message], tools: Sequence[Any], variables: dict[str, Any]) -> list[int]:
+        """A conversation as token ids. Raises ApiError for what the chat template refuses."""
+
+        def write() -> list[int]:
+            return self._format(variables).prompt(messages, tools)
+
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._render, write)
+        except UserError as error:
+            raise ApiError(400, str(error), "messages", "invalid_value") from error
+
+    async def encode(self, text: str) -> list[int]:
+        """A text that is continued, as token ids, with what the tokenizer puts before a text."""
+
+        def write() -> list[int]:
+            chat = self.model.chat
+            if chat.allow_special_tokens:
+                return chat.tokenizer(text)["input_ids"]
+            before = chat.tokenizer("")["input_ids"]
+            end = chat.tokenizer.eos_token_id
+            return [*(before[:-1] if before[-1:] == [end] else before), *chat.controls.encode_text(text)]
+
+        return await asyncio.get_running_loop().run_in_executor(self._render, write)
+
+    def _format(self, variables: dict[str, Any]) -> ChatFormat:
+        """The chat format that is told some variables; those used last are kept."""
+        if not variables:
+            return self.model.chat
+        key = tuple(sorted(variables.items()))
+        if key not in self._formats:
+            self._formats[key] = self.model.chat_with(variables)
+        self._formats.move_to_end(key)
+        if len(self._formats) > MOST_FORMATS:
+            self._formats.popitem(last=False)
+        return self._formats[key]
+
+    def answer(self, asked: Asked, ids: list[int], tell: Callable[[Event], None]) -> Answer:
+        """The row of a prompt. Raises ApiError for a prompt that is empty, too long or of another tokenizer."""
+        vocabulary = self.model.checkpoint.vocabulary
+        if not ids or (vocabulary and max(ids) >= vocabulary):
+            raise ApiError(400, "the prompt is empty or has tokens that the model does not know", code="invalid_value")
+        budget = min(lane.budget for lane in self.engine.lanes.values())
+        room = min(self.length or budget, budget) - len(ids)
+        wanted = min(asked.max_tokens or self.limits.tokens, self.limits.tokens)
+        if room < 1 or (asked.max_tokens and wanted > room):
+            more = f" and {wanted} of answer" if asked.max_tokens else ""
+            raise ApiError(
+                400, f"the prompt has {len(ids)} tokens{more}, more than the model's {room + len(ids)}", "messages",
+                "context_length_exceeded",
+            )  # fmt: skip
+        return Answer(
+            0, ids, min(wanted, room), sampler=Sampler(asked.sampling), tell=tell, pieces=asked.stream,
+            detokenizer=Detokenizer(self.decode, asked.stop), deadline=time.monotonic() + self.limits.seconds,
+        )  # fmt: skip
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Tokens as text, control tokens left out."""
+        return self.model.tokenizer.decode(list(ids), skip_special_tokens=True)
+
+    def token_text(self, token: int) -> str:
+        """One token as text."""
+        return self.model.tokenizer.decode([token])
+
+
+def open_service(settings: Model, limits: Limits, feedback: Path) -> Service:
+    """Open a model and start its engine. Raises UserError for what is wrong with its files."""
+    import transformers
+
+    devices.check_gpu()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    checkpoint = Checkpoint(settings.folder, settings.mode or "auto", settings.trust_remote_code)
+    model = ChatModel(checkpoint)
+    chat = model.chat
+    device = torch.device("cuda" if has_gpu() and torch.cuda.is_available() else "cpu")
+    dtype = devices.choose_dtype(settings.dtype)
+    weights = model.load(dtype, device, merge=True).to(device)
+    passes = Passes(weights, model.tokenizer.pad_token_id or 0, True)
+    service = Service(model, limits, Metrics())
+    name = TUNED if is_tuned(checkpoint) else BASE
+    budget = free_memory(device) // 2 // cache_bytes(weights)
+    service.names = [name]
+    service.engine.start({name: Lane(passes, chat.stop_ids(), limits, budget, service.metrics)})
+    log(f"{settings.folder}: {chat.name}, {dtype}, on {device.type}")
+    return service
+
+
+def is_tuned(checkpoint: Checkpoint) -> bool:
+    """Whether a folder is what training wrote: an adapter, or a model with the run's settings in it or above it."""
+    folder = files.real(checkpoint.folder)
+    return checkpoint.is_adapter or any(files.is_file(place / RUN_SETTINGS) for place in (folder, folder.parent))
