@@ -28,7 +28,8 @@ def routes(mount: Path) -> list[BaseRoute]:
     """Every page over the files of a mount."""
     pages, mounted = Pages(), Mounted(mount)
     parts = [kind(pages, mounted) for kind in (RunPages, EvaluationPages, FaqPages, CuratorPages)]
-    return [*(route for part in parts for route in part.routes()), *pages.shared()]
+    chat = pages.page("/chat", lambda request: pages.render(request, "chat.html"))
+    return [*(route for part in parts for route in part.routes()), chat, *pages.shared()]
 
 
 class RunPages:
