@@ -13,24 +13,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from faq.catalog import Catalog
 from llmops import files
 from llmops.console import UserError, log
+from llmops.faq_catalog import Catalog
 from llmops.faq_records import read_faq
+from llmops.faq_retrieval import Features, nearest
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from llmops.embedding.encoder import Encoder
-    from llmops.embedding.folder import ModelFolder
-
 FOLDS = 5
-NGRAM_WEIGHT = 0.5  # of n-grams beside an embedding's vectors: wording helps where meanings are near
-NAME_WEIGHT = 0.3  # of the cosines with intents' names; both tried on banking77, where they add 0.7 points
 STRENGTH = 30.0  # inverse regularisation C of the logistic regression, for features of length 1
 LARGEST_FIT = 5e10  # questions x features x intents; all of banking77 have 1e9
 ALL = -2.0  # a threshold below every cosine and probability
-ROWS_AT_ONCE = 512  # test questions that are compared with every training question together
 
 
 @dataclass(frozen=True)
@@ -81,60 +76,6 @@ def read_asked(path: Path, catalog: Catalog) -> list[Asked]:
         check_variant(asked, catalog, f"{path}:{asked.line}")
     if len({asked.intent for asked in found if asked.intent != catalog.none}) < 2:
         raise UserError(f"{path} has fewer than two intents; expected training questions of every intent")
-    return found
-
-
-def load_encoder(model: "ModelFolder", device: str) -> "Encoder":
-    """The embedding model of a folder that was checked."""
-    from llmops.embedding.encoder import Encoder
-
-    return Encoder(model, device, "fp32", False)
-
-
-class Features:
-    """Texts to rows of features of length 1: the embedding with n-grams beside it, or n-grams alone."""
-
-    def __init__(self, model: "ModelFolder | None", device: str = "cpu") -> None:
-        self.encoder = load_encoder(model, device) if model else None
-        self.name = f"embeddings of {model.folder.name}" if model else "character n-grams"
-
-    def vectors(self, texts: Sequence[str]) -> "np.ndarray":
-        """Unit vectors (n, d) for comparing texts with each other."""
-        from llmops.embedding.ngrams import ngram_vectors
-
-        return self.encoder.encode(texts) if self.encoder else ngram_vectors(texts)
-
-    def joined(self, texts: Sequence[str], vectors: "np.ndarray", names: "np.ndarray") -> "np.ndarray":
-        """What the linear classifier reads (n, e).
-
-        With an embedding model its vectors, n-grams and cosines with the names of the intents (c, d), side by side;
-        else the n-grams.
-        """
-        import numpy as np
-
-        from llmops.embedding.ngrams import ngram_vectors
-
-        if not self.encoder:
-            return vectors
-        return np.hstack([vectors, NGRAM_WEIGHT * ngram_vectors(texts), NAME_WEIGHT * (vectors @ names.T)])
-
-
-def nearest(vectors: "np.ndarray", known: "np.ndarray", labels: "np.ndarray", own: Sequence[int] = ()) -> "np.ndarray":
-    """Cosine (n, classes) of each row (n, d) with the nearest of `known` (m, d) of each class; `labels` (m,) from 0.
-
-    `own`: the known vector that each row is, which does not count for it; -1 for none.
-    """
-    import numpy as np
-
-    order = np.argsort(labels, kind="stable")
-    starts = np.searchsorted(labels[order], np.arange(int(labels.max()) + 1))
-    found = np.empty((len(vectors), len(starts)), np.float32)
-    for start in range(0, len(vectors), ROWS_AT_ONCE):
-        cosines = vectors[start : start + ROWS_AT_ONCE] @ known.T
-        for row, place in enumerate(own[start : start + ROWS_AT_ONCE]):
-            if place >= 0:
-                cosines[row, place] = -1
-        found[start : start + ROWS_AT_ONCE] = np.maximum.reduceat(cosines[:, order], starts, axis=1)
     return found
 
 

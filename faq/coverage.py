@@ -7,16 +7,15 @@ one half of the questions and judged on the other, both ways, so that the figure
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmops import pictures
+from llmops.intents import Calibration, log_odds
 
 if TYPE_CHECKING:
     import numpy as np
 
-EDGE = 1e-6  # probabilities are kept this far from 0 and 1
 BINS = 10  # of the calibration error
 POINTS = 100  # of the curve, at most
 PRECISIONS = (0.9, 0.95, 0.99)
@@ -31,28 +30,6 @@ def columns(rows: Sequence[dict[str, Any]], none: str) -> "tuple[np.ndarray, np.
     right = np.array([intent == row["reference"] for intent, row in zip(said, rows, strict=True)])
     known = [intent != none and row.get("known", True) for intent, row in zip(said, rows, strict=True)]
     return probability, right, np.array(known)
-
-
-@dataclass(frozen=True)
-class Calibration:
-    """Confidence is sigmoid(log-odds of the probability / temperature + shift)."""
-
-    temperature: float = 1.0
-    shift: float = 0.0
-
-    def __call__(self, probability: "np.ndarray") -> "np.ndarray":
-        """The confidence (n,) of probabilities (n,)."""
-        import numpy as np
-
-        return 1 / (1 + np.exp(-log_odds(probability) / self.temperature - self.shift))
-
-
-def log_odds(probability: "np.ndarray") -> "np.ndarray":
-    """log(p / (1 - p)), p kept a little from 0 and 1."""
-    import numpy as np
-
-    clipped = np.clip(probability, EDGE, 1 - EDGE)
-    return np.log(clipped / (1 - clipped))
 
 
 def fit(probability: "np.ndarray", right: "np.ndarray") -> Calibration:

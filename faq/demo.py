@@ -12,9 +12,9 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
-from faq.catalog import Catalog, wording_of
 from llmops import files
 from llmops.console import log, run_main
+from llmops.faq_catalog import Catalog, wording_of
 from llmops.faq_records import read_faq
 
 MODEL_NAME = "tiny-chat-model"

@@ -15,13 +15,14 @@ from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from faq.catalog import Catalog, load_catalog
 from llmops import devices, files
-from llmops.chat_formats import ChatFormat, families
+from llmops.chat_formats import families
 from llmops.chat_model import ChatModel
 from llmops.checkpoints import Checkpoint
 from llmops.console import Parser, UserError, has_gpu, log, progress, run_main, stdout_to_stderr, to_bool
+from llmops.faq_catalog import Catalog, load_catalog
 from llmops.faq_records import INTENTS_NAME, FaqRecord, read_faq, refuse_unfinished
+from llmops.intents import candidate_tokens, decide, prediction, top_prediction
 from llmops.records import Message
 
 if TYPE_CHECKING:
@@ -148,9 +149,9 @@ def bare_lists(config: Config, catalog: Catalog, questions: Sequence[str]) -> li
     """The candidate list of each bare question: the whole one, or the one that is found by similarity."""
     if not catalog.retrieval or not questions:
         return [None] * len(questions)
-    from faq.retrieval import candidates_of
+    from llmops.faq_retrieval import candidates_of, retriever_of
 
-    return [*candidates_of(catalog, questions, config.embedding_model)]
+    return [*candidates_of(catalog, questions, retriever_of(catalog, config.embedding_model))]
 
 
 def own_variant(catalog: Catalog, record: FaqRecord, place: str) -> int:
@@ -163,19 +164,6 @@ def own_variant(catalog: Catalog, record: FaqRecord, place: str) -> int:
             "was written for this model, or take the candidate out"
         )
     return catalog.variant_of(record.candidates)
-
-
-def candidate_tokens(chat: ChatFormat, prompt: Sequence[Message], answers: Sequence[str]) -> list[list[int]]:
-    """The tokens, with the end token, that each answer has after a prompt, exactly as in training."""
-    start = chat.prompt(prompt)
-    found = []
-    for answer in answers:
-        rendered = chat.conversation([*prompt, {"role": "assistant", "content": answer}])[-1]
-        end = max((i for i, learned in enumerate(rendered.learned) if learned), default=-1) + 1
-        if rendered.ids[: len(start)] != start or len(start) >= end:
-            raise UserError(f"the chat format {chat.name} writes the answer {answer!r} into its prompt; check --mode")
-        found.append(rendered.ids[len(start) : end])
-    return found
 
 
 def check_length(prompts: Sequence[Sequence[int]], queries: Sequence[Query], more: int, length: int | None) -> None:
@@ -204,7 +192,7 @@ def predict(
         answers = {v: catalog.answers(v) for v in variants}
         for i, choice in generator.choose(prompts, [trees[query.variant] for query in queries]):
             named = [(answers[queries[i].variant][k], p) for k, p in choice.ranked]
-            yield i, prediction(catalog, named[0], named[1] if len(named) > 1 else None, True)
+            yield i, top_prediction(catalog, named)
         return
     limit = config.max_new_tokens or chat.family.generation["max_new_tokens"]
     check_length(prompts, queries, limit, length)
@@ -213,20 +201,6 @@ def predict(
         text = chat.tokenizer.decode(answer.ids, skip_special_tokens=True).strip()
         known = text in catalog.answers(queries[i].variant)
         yield i, prediction(catalog, (text, answer.probability), None, known) | {"constrained": False}
-
-
-def prediction(
-    catalog: Catalog, best: tuple[str, float], second: tuple[str, float] | None, known: bool
-) -> dict[str, Any]:
-    """A prediction as it is printed."""
-    return {
-        "intent": best[0],
-        "known": known,
-        "reply": catalog.reply(best[0]),
-        "probability": round(best[1], 6),
-        "runner_up": {"intent": second[0], "probability": round(second[1], 6)} if second else None,
-        "constrained": True,
-    }
 
 
 def read_classifiers(config: Config, catalog: Catalog) -> "Classifiers | None":
@@ -269,25 +243,6 @@ def joined(classifiers: "Classifiers", rows: list[dict[str, Any]], queries: Sequ
         row | said | {"reply": catalog.reply(said["intent"]), "model_intent": row["intent"]}
         for row, said in zip(rows, found, strict=True)
     ]
-
-
-def decide(catalog: Catalog, predicted: dict[str, Any]) -> dict[str, Any]:
-    """A prediction by the threshold that faq/score kept, if it did: too unsure an answer becomes "none fits".
-
-    `confidence` is then the calibrated probability of `proposed`, which is what the model would have said.
-    """
-    kept = catalog.decision
-    if not kept or not predicted["constrained"]:
-        return predicted
-    import numpy as np
-
-    from faq.coverage import Calibration
-
-    confidence = float(Calibration(kept["temperature"], kept["shift"])(np.float64(predicted["probability"])))
-    predicted |= {"confidence": round(confidence, 6), "proposed": predicted["intent"]}
-    if confidence < kept["threshold"]:
-        predicted |= {"intent": catalog.none, "reply": catalog.reply(catalog.none)}
-    return predicted
 
 
 def run(config: Config) -> list[dict[str, Any]]:

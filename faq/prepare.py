@@ -17,13 +17,13 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from faq import prepared
-from faq.catalog import Catalog, wording_of
 from faq.prepared import OUTPUTS
 from llmops import files
 from llmops.chat_formats import families
 from llmops.chat_model import ChatModel
 from llmops.checkpoints import Checkpoint
 from llmops.console import Parser, UserError, log, run_main, to_bool
+from llmops.faq_catalog import Catalog, wording_of
 from llmops.faq_records import INTENTS_NAME, FaqFile, FaqRecord, read_faq
 from llmops.records import Message
 

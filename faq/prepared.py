@@ -10,9 +10,9 @@ from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 
-from faq.catalog import load_catalog
 from llmops import files
 from llmops.console import UserError, log
+from llmops.faq_catalog import load_catalog
 from llmops.faq_records import INTENTS_NAME, PREPARED_NAME
 
 OUTPUTS = ("train.jsonl", "test.jsonl", INTENTS_NAME)

@@ -1,87 +1,23 @@
-"""Which intents are worth listing for a question: the K most similar ones, by their names and training questions.
-
-With thousands of intents the whole list fits no prompt. Similarity is the cosine with the nearest of an intent's texts,
-by an embedding model or by character n-grams. The list is in the order of the intents: where lists agree, prompts begin
-alike.
-"""
+"""Training and test data with the most similar candidates listed for each question (llmops/faq_retrieval.py)."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING, Any
 
-from faq.baselines import Features, nearest
-from faq.catalog import Catalog
 from llmops.console import UserError, log, stdout_to_stderr
+from llmops.faq_catalog import Catalog
+from llmops.faq_retrieval import Retriever
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from faq.prepare import Config, Example
 
 EXAMPLES = 20  # training questions of an intent that are compared
-ROWS_AT_ONCE = 4096  # questions
-
-
-class Retriever:
-    """The texts of every intent as vectors. `examples`: training questions by intent, in the order of the prompt."""
-
-    def __init__(self, examples: Mapping[str, Sequence[str]], embedding_model: str) -> None:
-        import numpy as np
-
-        from llmops.embedding.folder import read_folder
-
-        self.intents = list(examples)
-        self.number = {intent: k for k, intent in enumerate(self.intents)}
-        self.features = Features(read_folder(Path(embedding_model)) if embedding_model else None)
-        texts, labels = [], []
-        for number, (intent, questions) in enumerate(examples.items()):
-            own = [intent.replace("_", " "), *questions]
-            texts += own
-            labels += [number] * len(own)
-        self.place = {text: row for row, text in enumerate(texts)}
-        self.labels = np.array(labels)
-        self.vectors = self.features.vectors(texts)
-
-    def ranked(self, questions: Sequence[str], count: int, itself: bool = True) -> "np.ndarray":
-        """Numbers of the `count` most similar intents (n, count), the most similar first.
-
-        `itself` False: a question that is one of the compared texts is not compared with itself.
-        """
-        import numpy as np
-
-        found = np.empty((len(questions), count), np.int64)
-        for start in range(0, len(questions), ROWS_AT_ONCE):
-            part = questions[start : start + ROWS_AT_ONCE]
-            own = [] if itself else [self.place.get(text, -1) for text in part]
-            cosines = nearest(self.features.vectors(part), self.vectors, self.labels, own)
-            found[start : start + len(part)] = np.argsort(-cosines, axis=1, kind="stable")[:, :count]
-        return found
-
-    def listed(self, numbers: Sequence[int]) -> tuple[str, ...]:
-        """These intents in the order of the prompt."""
-        return tuple(self.intents[number] for number in sorted(numbers))
 
 
 def kept(examples: Mapping[str, Sequence[str]], count: int, embedding_model: str) -> dict[str, Any]:
     """What intents.json keeps, so that candidates of a new question are found the same way."""
     return {"candidates": count, "embedding_model": embedding_model, "examples": {k: [*v] for k, v in examples.items()}}
-
-
-def candidates_of(catalog: Catalog, questions: Sequence[str], embedding_model: str = "") -> list[int]:
-    """The candidate lists of bare questions, as numbers of variants; lists that are new are added to the catalog.
-
-    Raises UserError where the embedding model is no longer in its folder.
-    """
-    how = catalog.retrieval
-    folder = embedding_model or how["embedding_model"]
-    if not how["embedding_model"]:
-        folder = ""  # they were found by n-grams
-    with stdout_to_stderr():
-        retriever = Retriever(how["examples"], folder)
-        ranked = retriever.ranked(questions, how["candidates"]).tolist()
-    return [catalog.variant_of(retriever.listed(numbers)) for numbers in ranked]
 
 
 def retrieve(

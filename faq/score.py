@@ -20,9 +20,9 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from faq.catalog import Catalog, load_catalog, wording_of
 from llmops import files, pictures
 from llmops.console import Parser, UserError, log, run_main, stdout_to_stderr, to_bool
+from llmops.faq_catalog import Catalog, load_catalog, wording_of
 from llmops.faq_records import INTENTS_NAME
 
 TOP_PAIRS = 10

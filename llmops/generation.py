@@ -54,6 +54,7 @@ class Generator:
     def __init__(self, model: torch.nn.Module, pad_id: int, batch_size: int = 32, reuse_prefix: bool = True) -> None:
         self.passes = Passes(model, pad_id, reuse_prefix)
         self.batch_size = batch_size
+        self.pinned = NOTHING  # a beginning that is kept from call to call; prompts that have it go together
         self.model, self.device, self.plain_because = model, self.passes.device, self.passes.plain_because
 
     def fit(self, length: int) -> None:
@@ -230,19 +231,11 @@ class Generator:
 
     def _plain_greedy(self, prompts: list[Sequence[int]], limits: list[int], stop_ids: set[int]) -> list[Generated]:
         """Answers by the model's own `generate`, without what its generation_config adds to greedy search."""
-        ids, valid = self.passes.left_padded(prompts)
-        config = GenerationConfig(
-            max_new_tokens=max(limits), do_sample=False, num_beams=1, use_cache=True, eos_token_id=sorted(stop_ids),
-            pad_token_id=self.passes.pad_id, repetition_penalty=1.0, no_repeat_ngram_size=0,
-        )  # fmt: skip
         kept = KeepBest()
-        out = self.model.generate(
-            input_ids=ids, attention_mask=valid.long(), generation_config=config,
-            logits_processor=LogitsProcessorList([kept]),
-        )  # fmt: skip
+        out = plain_greedy(self.passes, prompts, max(limits), stop_ids, kept)
         costs = -torch.stack(kept.best, dim=1)
         answers = []
-        for row, cost, limit in zip(out[:, ids.shape[1] :].tolist(), costs.tolist(), limits, strict=True):
+        for row, cost, limit in zip(out.tolist(), costs.tolist(), limits, strict=True):
             end = next((k for k, token in enumerate(row[:limit]) if token in stop_ids), limit)
             answers.append(Generated(row[:end], math.exp(-sum(cost[: min(end + 1, limit)])), end < limit))
         return answers
@@ -251,9 +244,16 @@ class Generator:
         """Rows that share a beginning and its length, longest first; rows that share nothing come last."""
         if not prompts:
             return
-        groups = group_by_prefix(prompts) if self.plain_because is None else [(range(len(prompts)), 0)]
-        for rows, shared in groups:
-            yield sorted(rows, key=lambda i: -len(prompts[i])), shared
+        if self.plain_because is not None:
+            yield sorted(range(len(prompts)), key=lambda i: -len(prompts[i])), 0
+            return
+        pinned, length = self.pinned.ids, self.pinned.length
+        has = [bool(length) and len(ids) > length and list(ids[:length]) == pinned for ids in prompts]
+        rest = [i for i, one in enumerate(has) if not one]
+        if len(rest) < len(prompts):
+            yield sorted((i for i, one in enumerate(has) if one), key=lambda i: -len(prompts[i])), length
+        for rows, shared in group_by_prefix([prompts[i] for i in rest]) if rest else ():
+            yield sorted((rest[k] for k in rows), key=lambda i: -len(prompts[i])), shared
 
     def _batches(
         self, prompts: Sequence[Sequence[int]], most_tokens: float
@@ -264,7 +264,7 @@ class Generator:
         """
         rows: list[int] = []
         prefixes: list[Prefix] = []
-        last, tokens = NOTHING, 0
+        last, tokens = self.pinned, 0
         for group, shared in self._groups(prompts):
             if not shared and rows and len(group) > FEW_ALONE:
                 yield rows, prefixes
@@ -291,6 +291,25 @@ class Generator:
         common = next((i for i, (a, b) in enumerate(both) if a != b), min(len(ids), last.length))
         known = last.cut(common) if common >= MIN_SHARED else NOTHING
         return self.passes.prefix(ids, known), len(ids) - known.length
+
+
+def plain_greedy(
+    passes: Passes, prompts: Sequence[Sequence[int]], limit: int, stop_ids: Iterable[int], processor: LogitsProcessor
+) -> torch.Tensor:
+    """The new tokens [B, at most limit] by the model's own `generate`, without what its generation_config adds.
+
+    `processor` sees the logits [B, V] of every step, and may change them.
+    """
+    ids, valid = passes.left_padded(prompts)
+    config = GenerationConfig(
+        max_new_tokens=limit, do_sample=False, num_beams=1, use_cache=True, eos_token_id=sorted(stop_ids),
+        pad_token_id=passes.pad_id, repetition_penalty=1.0, no_repeat_ngram_size=0,
+    )  # fmt: skip
+    out = passes.model.generate(
+        input_ids=ids, attention_mask=valid.long(), generation_config=config,
+        logits_processor=LogitsProcessorList([processor]),
+    )  # fmt: skip
+    return out[:, ids.shape[1] :]
 
 
 def too_long(ids: Sequence[int]) -> RunStopped:

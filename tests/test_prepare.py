@@ -10,7 +10,7 @@ import pytest
 from conftest import ROOT, environment
 
 from faq import prepare
-from faq.catalog import load_catalog
+from llmops.faq_catalog import load_catalog
 from llmops.faq_records import read_faq
 
 INTENTS = {

@@ -8,8 +8,9 @@ import pytest
 from conftest import write_jsonl
 
 from faq import predict, prepare
-from faq.catalog import load_catalog
-from faq.retrieval import candidates_of, lists_of
+from faq.retrieval import lists_of
+from llmops.faq_catalog import load_catalog
+from llmops.faq_retrieval import candidates_of, retriever_of
 
 THINGS = ["退款", "物流", "发票", "密码", "优惠券", "地址", "积分", "会员", "安装", "维修"]
 ACTS = ["怎么办理{}", "{}要多久", "取消{}", "{}在哪里看"]
@@ -62,7 +63,7 @@ def test_rows_list_what_is_similar(tmp_path: Path, capsys: pytest.CaptureFixture
     assert dropped == round(0.1 * (len(train) - dropped))
     # a bare question gets the list of its row
     rows = [row for row in test if row["intent"] != "不符合"]
-    found = candidates_of(catalog, [row["question"] for row in rows])
+    found = candidates_of(catalog, [row["question"] for row in rows], retriever_of(catalog))
     assert [catalog.candidates(k) for k in found] == [catalog.candidates(row["variant"]) for row in rows]
 
 
@@ -86,7 +87,7 @@ def test_two_thousand_intents(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert predict.main(["--model_name_or_path", str(checkpoints["llama"]), "--intents_file", intents, *arguments]) == 0
     found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     catalog = load_catalog(Path(intents))
-    for row, number in zip(found, candidates_of(catalog, asked), strict=True):
+    for row, number in zip(found, candidates_of(catalog, asked, retriever_of(catalog)), strict=True):
         assert row["variant"] == number
         assert row["intent"] in catalog.answers(number)
         assert row["runner_up"]["intent"] in catalog.answers(number)

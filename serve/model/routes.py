@@ -18,7 +18,8 @@ from serve.answers import ApiError, json_response
 from serve.model.asked import Asked, read_chat, read_completion, read_object
 
 if TYPE_CHECKING:
-    from serve.model.engine import Answer, Event
+    from serve.model.intents import Intents
+    from serve.model.lanes import Answer, Event
     from serve.model.sampling import Logprob
     from serve.model.service import Service
 
@@ -159,6 +160,38 @@ def routes(service: "Service") -> list[BaseRoute]:
     return [
         Route("/v1/chat/completions", chat, methods=["POST"]),
         Route("/v1/completions", completion, methods=["POST"]),
+        *(intent_routes(service, service.intents) if service.intents else ()),
+    ]
+
+
+def intent_routes(service: "Service", intents: "Intents") -> list[BaseRoute]:
+    """The routes of a model that knows FAQ intents."""
+    from serve.model.intents import Questions, keep_feedback, read_feedback, read_questions
+
+    async def predict(request: Request) -> Response:
+        questions, top = read_questions(read_object(await request.body()))
+        prepared = await service.in_order(lambda: intents.prepare(questions))
+        news: asyncio.Queue[Any] = asyncio.Queue()
+        until = time.monotonic() + service.limits.seconds
+        asked = Questions(questions, prepared, top, news.put_nowait, until)
+        service.engine.ask(intents.waiting, asked, asyncio.get_running_loop().call_soon_threadsafe)
+        try:
+            found = await unless_gone(request.receive, news.get())
+        finally:
+            asked.gone = True
+        if isinstance(found, ApiError):
+            raise found
+        return json_response({"object": "list", "model": service.names[0], "data": found})
+
+    async def correct(request: Request) -> Response:
+        row = read_feedback(read_object(await request.body()))
+        await service.in_order(lambda: keep_feedback(service.feedback, row))
+        known = row["intent"] in intents.catalog.intents or row["intent"] == intents.catalog.none
+        return json_response({"kept": row, "known": known}, 201)
+
+    return [
+        Route("/v1/intents", predict, methods=["POST"]),
+        Route("/v1/intents/feedback", correct, methods=["POST"]),
     ]
 
 

@@ -5,8 +5,9 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -15,30 +16,40 @@ from llmops.chat_formats import ChatFormat
 from llmops.chat_model import ChatModel
 from llmops.checkpoints import RUN_SETTINGS, Checkpoint
 from llmops.console import UserError, has_gpu, log
+from llmops.faq_catalog import Catalog, load_catalog
+from llmops.faq_records import INTENTS_NAME
+from llmops.generation import Generator
 from llmops.layers import cache_bytes, free_memory
 from llmops.passes import Passes
 from llmops.records import Message
 from serve.answers import ApiError
 from serve.metrics import Metrics
 from serve.model.asked import Asked
-from serve.model.engine import Answer, Engine, Event, Lane
+from serve.model.engine import Engine
+from serve.model.intents import Intents
+from serve.model.lanes import Answer, BatchLane, Event, Lane
+from serve.model.plain import PlainLane
 from serve.model.sampling import Sampler
 from serve.model.text import Detokenizer
 from serve.settings import Limits, Model
 
+T = TypeVar("T")
 BASE, TUNED = "base", "tuned"
+UNKNOWN = 1 << 40  # tokens that memory holds, where the configuration does not tell what one takes
 MOST_FORMATS = 8  # chat formats with variables of their own that are kept
 
 
 class Service:
     """What routes ask: models by name, prompts as token ids, answers."""
 
-    def __init__(self, model: ChatModel, limits: Limits, metrics: Metrics) -> None:
+    def __init__(self, model: ChatModel, limits: Limits, metrics: Metrics, feedback: Path) -> None:
         self.model = model
         self.limits = limits
         self.metrics = metrics
         self.engine = Engine(limits, metrics)
         self.names: list[str] = []
+        self.intents: Intents | None = None
+        self.feedback = feedback
         self.length = model.checkpoint.length
         self._formats: OrderedDict[tuple[tuple[str, Any], ...], ChatFormat] = OrderedDict()
         self._render = ThreadPoolExecutor(1, "render")  # one at a time: tokenizers and templates keep state
@@ -64,7 +75,8 @@ class Service:
     def listed(self) -> list[tuple[str, dict[str, Any]]]:
         """Names of the models with what is told of them."""
         length = {"max_model_len": self.length} if self.length else {}
-        return [(name, dict(length)) for name in self.names]
+        knows = {"intents": len(self.intents.catalog.intents)} if self.intents else {}
+        return [(name, length | (knows if name == self.names[0] else {})) for name in self.names]
 
     def name_of(self, wanted: str) -> str:
         """A model's name; the first one's for "". Raises ApiError for a name that is not there."""
@@ -82,9 +94,13 @@ class Service:
             return self._format(variables).prompt(messages, tools)
 
         try:
-            return await asyncio.get_running_loop().run_in_executor(self._render, write)
+            return await self.in_order(write)
         except UserError as error:
             raise ApiError(400, str(error), "messages", "invalid_value") from error
+
+    async def in_order(self, work: Callable[[], T]) -> T:
+        """The result of some work of the one thread that renders and writes."""
+        return await asyncio.get_running_loop().run_in_executor(self._render, work)
 
     async def encode(self, text: str) -> list[int]:
         """A text that is continued, as token ids, with what the tokenizer puts before a text."""
@@ -97,7 +113,7 @@ class Service:
             end = chat.tokenizer.eos_token_id
             return [*(before[:-1] if before[-1:] == [end] else before), *chat.controls.encode_text(text)]
 
-        return await asyncio.get_running_loop().run_in_executor(self._render, write)
+        return await self.in_order(write)
 
     def _format(self, variables: dict[str, Any]) -> ChatFormat:
         """The chat format that is told some variables; those used last are kept."""
@@ -146,20 +162,89 @@ def open_service(settings: Model, limits: Limits, feedback: Path) -> Service:
     devices.check_gpu()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    checkpoint = Checkpoint(settings.folder, settings.mode or "auto", settings.trust_remote_code)
+    catalog = find_catalog(settings)
+    mode = settings.mode or (catalog.mode if catalog else "auto")
+    checkpoint = Checkpoint(settings.folder, mode, settings.trust_remote_code)
     model = ChatModel(checkpoint)
-    chat = model.chat
+    stop_ids = model.chat.stop_ids()
     device = torch.device("cuda" if has_gpu() and torch.cuda.is_available() else "cpu")
     dtype = devices.choose_dtype(settings.dtype)
-    weights = model.load(dtype, device, merge=True).to(device)
-    passes = Passes(weights, model.tokenizer.pad_token_id or 0, True)
-    service = Service(model, limits, Metrics())
-    name = TUNED if is_tuned(checkpoint) else BASE
-    budget = free_memory(device) // 2 // cache_bytes(weights)
-    service.names = [name]
-    service.engine.start({name: Lane(passes, chat.stop_ids(), limits, budget, service.metrics)})
-    log(f"{settings.folder}: {chat.name}, {dtype}, on {device.type}")
+    both = checkpoint.is_adapter and settings.base_too
+    weights = model.load(dtype, device, merge=not both).to(device)
+    adapter = Adapter(weights) if both else None
+    passes = Passes(adapter.inner if adapter else weights, model.tokenizer.pad_token_id or 0, True)
+    service = Service(model, limits, Metrics(), feedback)
+    service.names = [TUNED, BASE] if adapter else [TUNED if is_tuned(checkpoint) else BASE]
+    lane_class: type[Lane] = BatchLane if passes.plain_because is None else PlainLane
+    memory = free_memory(device) // 2 // len(service.names)
+    budget = memory // cache_bytes(passes.model) if passes.plain_because is None else UNKNOWN
+    lanes = {
+        name: lane_class(
+            passes, stop_ids, limits=limits, budget=budget, metrics=service.metrics,
+            activate=partial(adapter.use, name == TUNED) if adapter else nothing,
+        )
+        for name in service.names
+    }  # fmt: skip
+    if catalog:
+        service.intents = open_intents(catalog, settings, model, passes, lanes[service.names[0]].activate)
+    service.engine.start(lanes, [service.intents] if service.intents else [])
+    how = f"; answers batch by batch, because {passes.plain_because}" if passes.plain_because else ""
+    log(f"{settings.folder}: {model.chat.name}, {dtype}, on {device.type}{how}")
     return service
+
+
+def find_catalog(settings: Model) -> Catalog | None:
+    """The intents file that was given, or the one of the model's folder; None where there is none that can be asked."""
+    folder = settings.folder
+    beside = next((p for p in (folder / INTENTS_NAME, folder.parent / INTENTS_NAME) if files.is_file(p)), None)
+    path = settings.intents_file or beside
+    if path is None or (path.parent != folder and not settings.intents_file and folder.name != "merged"):
+        return None
+    catalog = load_catalog(path)
+    lacking = ""
+    if catalog.wording is None:
+        lacking = "the prompts of this data were made elsewhere, so a bare question cannot be asked"
+    elif "linear" in catalog.decision:
+        lacking = "it keeps weights for model and linear classifier together, which faq/predict alone joins"
+    if lacking and settings.intents_file:
+        raise UserError(f"--intents_file {path} cannot be served: {lacking}")
+    if lacking:
+        log(f"{path} is not served: {lacking}")
+    return None if lacking else catalog
+
+
+def open_intents(
+    catalog: Catalog, settings: Model, model: ChatModel, passes: Passes, activate: Callable[[], None]
+) -> Intents:
+    """The FAQ side of a model."""
+    retriever = None
+    if catalog.retrieval:
+        from llmops.faq_retrieval import retriever_of
+
+        retriever = retriever_of(catalog, settings.embedding_model)
+    generator = Generator(passes.model, passes.pad_id, model.chat.family.generation["batch_size"])
+    with torch.inference_mode():
+        return Intents(generator, catalog, model.chat, model.checkpoint.length, activate, retriever)
+
+
+def nothing() -> None:
+    """What there is to do before a model's turn when there is only one."""
+
+
+class Adapter:
+    """Weights with an adapter that is on or off: base and tuned model in the memory of one."""
+
+    def __init__(self, model: Any) -> None:
+        self.inner = model.get_base_model()
+        self._layers = model.base_model
+        self._on = True
+
+    def use(self, on: bool) -> None:
+        """Make the weights those of the tuned model, or of its base."""
+        if on != self._on:
+            self._on = on
+            switch = self._layers.enable_adapter_layers if on else self._layers.disable_adapter_layers
+            switch()
 
 
 def is_tuned(checkpoint: Checkpoint) -> bool:

@@ -40,7 +40,7 @@ class Catalog:
     `lists` are candidate lists that the data's rows brought with them, or that faq/prepare found by similarity, in
     their own order; variants after those of `left_out`. `wording` is None for data whose prompts were made elsewhere.
     `decision` holds the calibration and the threshold that faq/score found; `retrieval` how candidates of a bare
-    question are found (faq/retrieval.py); both are {} where there is none.
+    question are found (llmops/faq_retrieval.py); both are {} where there is none.
     """
 
     mode: str

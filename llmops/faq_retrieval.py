@@ -1,0 +1,135 @@
+"""Which intents are worth listing for a question: the K most similar ones, by their names and training questions.
+
+With thousands of intents the whole list fits no prompt. Similarity is the cosine with the nearest of an intent's texts,
+by an embedding model or by character n-grams. The list is in the order of the intents: where lists agree, prompts begin
+alike.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from llmops.console import stdout_to_stderr
+from llmops.faq_catalog import Catalog
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from llmops.embedding.encoder import Encoder
+    from llmops.embedding.folder import ModelFolder
+
+NGRAM_WEIGHT = 0.5  # of n-grams beside an embedding's vectors: wording helps where meanings are near
+NAME_WEIGHT = 0.3  # of the cosines with intents' names; both tried on banking77, where they add 0.7 points
+COMPARED_AT_ONCE = 512  # questions that are compared with every known one together
+ROWS_AT_ONCE = 4096  # questions
+
+
+def load_encoder(model: "ModelFolder", device: str) -> "Encoder":
+    """The embedding model of a folder that was checked."""
+    from llmops.embedding.encoder import Encoder
+
+    return Encoder(model, device, "fp32", False)
+
+
+class Features:
+    """Texts to rows of features of length 1: the embedding with n-grams beside it, or n-grams alone."""
+
+    def __init__(self, model: "ModelFolder | None", device: str = "cpu") -> None:
+        self.encoder = load_encoder(model, device) if model else None
+        self.name = f"embeddings of {model.folder.name}" if model else "character n-grams"
+
+    def vectors(self, texts: Sequence[str]) -> "np.ndarray":
+        """Unit vectors (n, d) for comparing texts with each other."""
+        from llmops.embedding.ngrams import ngram_vectors
+
+        return self.encoder.encode(texts) if self.encoder else ngram_vectors(texts)
+
+    def joined(self, texts: Sequence[str], vectors: "np.ndarray", names: "np.ndarray") -> "np.ndarray":
+        """What the linear classifier reads (n, e).
+
+        With an embedding model its vectors, n-grams and cosines with the names of the intents (c, d), side by side;
+        else the n-grams.
+        """
+        import numpy as np
+
+        from llmops.embedding.ngrams import ngram_vectors
+
+        if not self.encoder:
+            return vectors
+        return np.hstack([vectors, NGRAM_WEIGHT * ngram_vectors(texts), NAME_WEIGHT * (vectors @ names.T)])
+
+
+def nearest(vectors: "np.ndarray", known: "np.ndarray", labels: "np.ndarray", own: Sequence[int] = ()) -> "np.ndarray":
+    """Cosine (n, classes) of each row (n, d) with the nearest of `known` (m, d) of each class; `labels` (m,) from 0.
+
+    `own`: the known vector that each row is, which does not count for it; -1 for none.
+    """
+    import numpy as np
+
+    order = np.argsort(labels, kind="stable")
+    starts = np.searchsorted(labels[order], np.arange(int(labels.max()) + 1))
+    found = np.empty((len(vectors), len(starts)), np.float32)
+    for start in range(0, len(vectors), COMPARED_AT_ONCE):
+        cosines = vectors[start : start + COMPARED_AT_ONCE] @ known.T
+        for row, place in enumerate(own[start : start + COMPARED_AT_ONCE]):
+            if place >= 0:
+                cosines[row, place] = -1
+        found[start : start + COMPARED_AT_ONCE] = np.maximum.reduceat(cosines[:, order], starts, axis=1)
+    return found
+
+
+class Retriever:
+    """The texts of every intent as vectors. `examples`: training questions by intent, in the order of the prompt."""
+
+    def __init__(self, examples: Mapping[str, Sequence[str]], embedding_model: str) -> None:
+        import numpy as np
+
+        from llmops.embedding.folder import read_folder
+
+        self.intents = list(examples)
+        self.number = {intent: k for k, intent in enumerate(self.intents)}
+        self.features = Features(read_folder(Path(embedding_model)) if embedding_model else None)
+        texts, labels = [], []
+        for number, (intent, questions) in enumerate(examples.items()):
+            own = [intent.replace("_", " "), *questions]
+            texts += own
+            labels += [number] * len(own)
+        self.place = {text: row for row, text in enumerate(texts)}
+        self.labels = np.array(labels)
+        self.vectors = self.features.vectors(texts)
+
+    def ranked(self, questions: Sequence[str], count: int, itself: bool = True) -> "np.ndarray":
+        """Numbers of the `count` most similar intents (n, count), the most similar first.
+
+        `itself` False: a question that is one of the compared texts is not compared with itself.
+        """
+        import numpy as np
+
+        found = np.empty((len(questions), count), np.int64)
+        for start in range(0, len(questions), ROWS_AT_ONCE):
+            part = questions[start : start + ROWS_AT_ONCE]
+            own = [] if itself else [self.place.get(text, -1) for text in part]
+            cosines = nearest(self.features.vectors(part), self.vectors, self.labels, own)
+            found[start : start + len(part)] = np.argsort(-cosines, axis=1, kind="stable")[:, :count]
+        return found
+
+    def listed(self, numbers: Sequence[int]) -> tuple[str, ...]:
+        """These intents in the order of the prompt."""
+        return tuple(self.intents[number] for number in sorted(numbers))
+
+
+def retriever_of(catalog: Catalog, embedding_model: str = "") -> Retriever:
+    """What finds candidates as faq/prepare found them. Raises UserError where the embedding model is not there."""
+    how = catalog.retrieval
+    folder = embedding_model or how["embedding_model"]
+    if not how["embedding_model"]:
+        folder = ""  # they were found by n-grams
+    with stdout_to_stderr():
+        return Retriever(how["examples"], folder)
+
+
+def candidates_of(catalog: Catalog, questions: Sequence[str], retriever: Retriever) -> list[int]:
+    """The candidate lists of bare questions, as numbers of variants; lists that are new are added to the catalog."""
+    with stdout_to_stderr():
+        ranked = retriever.ranked(questions, catalog.retrieval["candidates"]).tolist()
+    return [catalog.variant_of(retriever.listed(numbers)) for numbers in ranked]

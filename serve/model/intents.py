@@ -1,0 +1,204 @@
+"""Intents of questions over HTTP: as faq/predict tells them, many requests in one pass; corrections are kept."""
+
+import os
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llmops import files
+from llmops.chat_formats import ChatFormat
+from llmops.choice_search import Tree
+from llmops.console import UserError
+from llmops.faq_catalog import Catalog
+from llmops.faq_records import check_record
+from llmops.generation import Generator
+from llmops.intents import candidate_tokens, decide, top_prediction
+from llmops.shared_prefix import MIN_SHARED, NOTHING, common_length
+from serve.answers import RETRY_SECONDS, ApiError
+from serve.model.asked import Fields
+from serve.model.lanes import Outbox
+
+if TYPE_CHECKING:
+    from llmops.faq_retrieval import Retriever
+
+MOST_QUESTIONS = 256  # of one request
+MOST_AT_ONCE = 512  # questions of all requests that are answered in one go
+LONGEST_QUESTION = 10_000  # characters
+MOST_TOP = 50
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A question as the model reads it: token ids, its candidates as a tree, what they say."""
+
+    prompt: list[int]
+    tree: Tree
+    answers: list[str]
+
+
+@dataclass(eq=False)
+class Questions:
+    """One request's questions; `tell` gets the predictions, or why there are none."""
+
+    texts: list[str]
+    prepared: list[Prepared]
+    top: int
+    tell: Callable[[Any], None]
+    deadline: float
+    gone: bool = False
+
+
+@dataclass
+class Intents:
+    """The FAQ side of a model, a worker of the engine."""
+
+    generator: Generator
+    catalog: Catalog
+    chat: ChatFormat
+    length: int | None
+    activate: Callable[[], None]
+    retriever: "Retriever | None" = None
+    waiting: deque[Questions] = field(default_factory=deque)
+
+    def __post_init__(self) -> None:
+        self._trees: dict[int | None, tuple[Tree, list[str]]] = {}
+        if self.retriever is None:
+            self._pin()
+
+    def _pin(self) -> None:
+        """Keep what all prompts begin with: the instruction and the candidates."""
+        first, second = (self.chat.prompt(self.catalog.prompt(text)) for text in ("0?", "为什么"))
+        shared = common_length(first, second)
+        if shared >= MIN_SHARED and self.generator.plain_because is None:
+            self.activate()
+            self.generator.pinned = self.generator.passes.prefix(first[:shared], NOTHING)
+
+    def prepare(self, questions: Sequence[str]) -> list[Prepared]:
+        """Questions as the model reads them. Raises ApiError for one that is too long."""
+        catalog, variants = self.catalog, [None] * len(questions)
+        if self.retriever is not None:
+            from llmops.faq_retrieval import candidates_of
+
+            catalog = replace(catalog, lists=list(catalog.lists))  # new lists are this request's own
+            variants = candidates_of(catalog, questions, self.retriever)  # type: ignore[assignment]
+        found = []
+        for text, variant in zip(questions, variants, strict=True):
+            messages = catalog.prompt(text, variant)
+            if variant is not None or None not in self._trees:
+                answers = catalog.answers(variant)
+                candidates = Tree(candidate_tokens(self.chat, messages, answers)), answers
+                if variant is None:
+                    self._trees[None] = candidates
+            else:
+                candidates = self._trees[None]
+            prompt = self.chat.prompt(messages)
+            more = max(map(len, candidates[0].candidates))
+            if self.length and len(prompt) + more > self.length:
+                raise ApiError(
+                    400, f"the question {files.shown(text, 40)} makes {len(prompt)} prompt tokens and up to {more} of "
+                    f"answer, more than the model's {self.length}", "questions", "context_length_exceeded",
+                )  # fmt: skip
+            found.append(Prepared(prompt, *candidates))
+        return found
+
+    def turn(self, out: Outbox) -> bool:
+        """Answer the requests that wait, together; whether there were any."""
+        taken: list[Questions] = []
+        now = time.monotonic()
+        while self.waiting and sum(len(asked.texts) for asked in taken) < MOST_AT_ONCE:
+            asked = self.waiting.popleft()
+            if now > asked.deadline:
+                error = ApiError(503, "there was no time left for this request", code="timeout", retry=RETRY_SECONDS)
+                out.say(asked.tell, error)
+            elif not asked.gone:
+                taken.append(asked)
+        if not taken:
+            return False
+        self.activate()
+        rows = [row for asked in taken for row in asked.prepared]
+        best = max(2, *(asked.top for asked in taken))
+        chosen = dict(self.generator.choose([row.prompt for row in rows], [row.tree for row in rows], best))
+        place = 0
+        for asked in taken:
+            told = []
+            for text, row in zip(asked.texts, asked.prepared, strict=True):
+                named = [(row.answers[k], p) for k, p in chosen[place].ranked]
+                told.append(self._told(text, named, asked.top))
+                place += 1
+            out.say(asked.tell, told)
+        return True
+
+    def _told(self, question: str, named: Sequence[tuple[str, float]], top: int) -> dict[str, Any]:
+        """A prediction as faq/predict prints it, with the `top` candidates."""
+        found = decide(self.catalog, {"question": question} | top_prediction(self.catalog, named))
+        return found | {"top": [{"intent": name, "probability": round(p, 6)} for name, p in named[:top]]}
+
+    def fail(self, error: ApiError, out: Outbox) -> None:
+        """Refuse everything that waits."""
+        while self.waiting:
+            out.say(self.waiting.popleft().tell, error)
+
+
+def read_questions(body: dict[str, Any]) -> tuple[list[str], int]:
+    """(questions, how many candidates to name) of a body."""
+    fields = Fields(body)
+
+    def good(value: Any) -> bool:
+        one = isinstance(value, list) and 0 < len(value) <= MOST_QUESTIONS
+        return one and all(isinstance(t, str) and t.strip() and len(t) <= LONGEST_QUESTION for t in value)
+
+    questions = fields.take(
+        "questions", [], good, f"a list of 1 to {MOST_QUESTIONS} texts of at most {LONGEST_QUESTION} characters"
+    )
+    if not questions:
+        raise ApiError(400, "questions is missing; expected a list of texts", "questions", "invalid_value")
+    fields.text("model")
+    top = fields.whole("top", 3, 1, MOST_TOP)
+    unknown = next(iter(fields.left), None)
+    if unknown is not None:
+        raise ApiError(400, f"{files.plain(unknown)} is not known here; expected questions and top", unknown)
+    return [text.strip() for text in questions], top
+
+
+def read_feedback(body: dict[str, Any]) -> dict[str, Any]:
+    """A correction as faq/prepare reads it: {"question", "intent", "output"}; `predicted` is kept beside it."""
+    fields = Fields(body)
+    found = {name: fields.text(name).strip() for name in ("question", "intent", "reply", "predicted")}
+    unknown = next(iter(fields.left), None)
+    if unknown is not None:
+        expected = "expected question, intent, reply and predicted"
+        raise ApiError(400, f"{files.plain(unknown)} is not known here; {expected}", unknown)
+    if (
+        len(found["question"]) > LONGEST_QUESTION
+        or len(found["reply"]) > LONGEST_QUESTION
+        or len(found["intent"]) > 200
+    ):
+        raise ApiError(400, f"the text is longer than {LONGEST_QUESTION} characters (an intent: 200)", "question")
+    row = {"question": found["question"], "intent": found["intent"]}
+    row |= {"output": found["reply"]} if found["reply"] else {}
+    row |= {"predicted": found["predicted"]} if found["predicted"] else {}
+    _, problem = check_record(row, 1, 0, True)
+    if problem:
+        raise ApiError(400, problem, "question", "invalid_value")
+    return row
+
+
+def keep_feedback(path: Path, row: dict[str, Any]) -> None:
+    """Append a correction; it is on the disk when this returns. What a kill left half is ended by a line break."""
+    try:
+        files.make_folder(path.parent)
+        torn = files.is_file(path) and path.stat().st_size > 0 and last_byte(path) != b"\n"
+        files.append_text(path, ("\n" if torn else "") + files.dumps(row) + "\n")
+        files.fsync_entry(path)
+    except UserError as error:
+        raise ApiError(500, f"the correction could not be kept: {error}") from error
+
+
+def last_byte(path: Path) -> bytes:
+    """A file's last byte."""
+    with files.open_regular(path) as stream:
+        stream.seek(-1, os.SEEK_END)
+        return stream.read(1)
