@@ -107,15 +107,12 @@ async function answer(id, signal) {
 
 async function intents(question) {
   const found = await post("/v1/intents", { questions: [question], top: 5 });
-  const first = (found.data ?? found.results ?? found.answers ?? [])[0];
-  if (!first) return;
-  const listed = first.top ?? [{ intent: first.intent, probability: first.probability }, ...(first.runner_up ? [first.runner_up] : [])];
+  const [first] = found.data;
   at("intents").hidden = false;
   at("bars").replaceChildren(
-    ...listed.map((one) => {
-      const share = one.probability ?? 0;
-      return el("li", {}, el("span", { class: "name" }, one.intent), el("meter", { min: "0", max: "1", value: String(share), "aria-label": one.intent }), el("span", { class: "n" }, `${(100 * share).toFixed(1)}%`));
-    }),
+    ...first.top.map(({ intent, probability }) =>
+      el("li", {}, el("span", { class: "name" }, intent), el("meter", { min: "0", max: "1", value: String(probability), "aria-label": intent }), el("span", { class: "n" }, `${(100 * probability).toFixed(1)}%`)),
+    ),
     ...(first.reply ? [el("li", { class: "reply quiet" }, first.reply)] : []),
   );
 }

@@ -7,11 +7,15 @@ const at = (id) => document.getElementById(id);
 let state = await get("/console/api/curator", { report, data });
 let pairs = [];
 let current = 0; // place in `pairs`
-let busy = false;
+let queue = Promise.resolve(); // keys are obeyed one after the other, however fast they are pressed
 
-/** Pairs in the order of their groups, each with its group. */
+/** Pairs in the order of their groups, each with its group's place. */
 function flatten() {
-  pairs = state.groups.flatMap((group, number) => group.pairs.map((pair) => ({ ...pair, group, number })));
+  pairs = state.groups.flatMap((group, number) => group.pairs.map((pair) => Object.assign(pair, { number })));
+}
+
+function soon(act) {
+  queue = queue.then(act);
 }
 
 const isOpen = (pair) => !pair.decision;
@@ -51,26 +55,24 @@ function move(to) {
 }
 
 async function decide(what) {
-  if (busy) return;
-  busy = true;
-  const { key } = pairs[current];
+  const pair = pairs[current];
   try {
-    await post("/console/api/curator/decide", { report, data, pair: what.pair ?? key, ...what });
-    await load(key);
+    const { decision } = await post("/console/api/curator/decide", { report, data, pair: pair.key, ...what });
+    if (what.action === "merge" || what.action === "undo") await load(pair.key); // others of the group change, too
+    else pair.decision = decision;
     if (what.action !== "undo") current = nextOpen(current + 1);
     show();
     if (!pairs.some(isOpen)) say(t("All pairs are looked at. Now write the cleaned file."));
   } catch (error) {
     say(error.message, true);
-  } finally {
-    busy = false;
   }
 }
 
 function undo() {
   const { decision } = pairs[current];
-  if (decision) decide({ action: "undo", pair: decision.pair });
-  else say(t("There is nothing to undo here."));
+  if (decision) return decide({ action: "undo", pair: decision.pair });
+  say(t("There is nothing to undo here."));
+  return null;
 }
 
 function another() {
@@ -84,7 +86,8 @@ function another() {
 at("other-form").addEventListener("submit", (event) => {
   if (event.submitter?.value === "no") return;
   const side = Number(new FormData(event.target).get("side"));
-  decide({ action: "relabel", side, intent: at("other-intent").value.trim() });
+  const intent = at("other-intent").value.trim();
+  soon(() => decide({ action: "relabel", side, intent }));
 });
 at("intents").replaceChildren(...state.intents.map((intent) => el("option", { value: intent })));
 
@@ -133,7 +136,7 @@ function show() {
     el("p", { class: "verdict" }, badge(pair.decision), " ", told(pair)),
   );
   at("actions").replaceChildren(
-    ...ACTIONS.map(([key, words, act]) => el("button", { type: "button", "data-key": key, onclick: act }, typeof words === "function" ? words() : words, " ", el("kbd", {}, key))),
+    ...ACTIONS.map(([key, words, act]) => el("button", { type: "button", "data-key": key, onclick: () => soon(act) }, typeof words === "function" ? words() : words, " ", el("kbd", {}, key))),
   );
   const rows = pairs.map((one, i) => [one, i]).filter(([one]) => one.number === pair.number);
   at("pairs").replaceChildren(
@@ -141,7 +144,7 @@ function show() {
       el(
         "li",
         {},
-        el("button", { type: "button", "aria-current": i === current ? "true" : null, onclick: () => move(i) },
+        el("button", { type: "button", "aria-current": i === current ? "true" : null, onclick: () => soon(() => move(i)) },
           el("span", { class: "two" }, el("span", {}, one.sides[0].question), el("span", {}, one.sides[1].question)), badge(one.decision)),
       ),
     ),
@@ -163,7 +166,7 @@ function groups(number) {
         {},
         el(
           "button",
-          { type: "button", "aria-current": i === number ? "true" : null, onclick: () => move(pairs.findIndex((pair) => pair.number === i)) },
+          { type: "button", "aria-current": i === number ? "true" : null, onclick: () => soon(() => move(pairs.findIndex((pair) => pair.number === i))) },
           el("span", { class: "names" }, group.intents[0], el("span", { class: "quiet" }, " ↔ "), group.intents[1]),
           group.alike ? el("span", { class: "tag" }, t("alike names")) : null,
           el("span", { class: "quiet n" }, open ? t("{open} of {all} open", { open, all: group.pairs.length }) : t("done")),
@@ -189,7 +192,7 @@ document.addEventListener("keydown", (event) => {
   const found = [...ACTIONS, ...MOVES].find(([key]) => key === pressed);
   if (!found) return;
   event.preventDefault();
-  found[2]();
+  soon(found[2]);
 });
 
 at("write").addEventListener("click", async () => {
