@@ -16,6 +16,7 @@ from conftest import ROOT
 from starlette.applications import Starlette
 from starlette.testclient import TestClient
 
+from serve.console import mount as mount_module
 from serve.console import runs
 from serve.console.mount import Mounted, NotFound
 from serve.console.routes import routes
@@ -164,6 +165,26 @@ def test_nothing_outside_the_mount(mount: Path, client: TestClient, name: str) -
     assert not (outside / "STOP").exists()
 
 
+def test_what_comes_while_the_console_runs(mount: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mount_module, "STALE", 0.0)
+    monkeypatch.setattr(mount_module, "REST", 0)
+    of = Mounted(mount)
+    report = mount / "done" / "similar.json"
+    report.touch()  # made by a shell before the command has printed anything
+    assert of.look().pairs == []
+    report.write_text('{"code": 0, "msg": "Success", "data": {"mismatched_intents": []}}')
+    make_run(mount / "new" / "output_path", 3)
+
+    def seen() -> bool:
+        found = of.look()
+        return found.pairs == ["done/similar.json"] and "new/output_path" in found.runs
+
+    end = time.monotonic() + 5
+    while not seen():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
 def test_links_in_a_run_are_not_followed_out(mount: Path, client: TestClient) -> None:
     secret = mount.parent / "secret.txt"
     secret.write_text(log_lines(5))
@@ -204,15 +225,15 @@ def test_pages(mount: Path, client: TestClient) -> None:
     assert client.get("/?page=9").status_code == 200
 
 
-def test_names_of_folders_are_no_markup(mount: Path, client: TestClient) -> None:
-    name = "<img src=x onerror=alert(1)>\"'&"
-    make_run(mount / name, 3)
-    page = client.get("/").text
-    assert "<img" not in page
-    assert "&lt;img src=x" in page
-    link = re.search(r'href="(/runs/%3Cimg[^"]*)"', page)
-    assert link is not None
-    assert "<img" not in client.get(link[1]).text
+def test_names_of_folders_are_no_markup(mount: Path) -> None:
+    make_run(mount / "<img src=x onerror=alert(1)>\"'&", 3)
+    with TestClient(Starlette(routes=routes(mount))) as client:
+        page = client.get("/").text
+        assert "<img" not in page
+        assert "&lt;img src=x" in page
+        link = re.search(r'href="(/runs/%3Cimg[^"]*)"', page)
+        assert link is not None
+        assert "<img" not in client.get(link[1]).text
 
 
 def test_the_diagnosis_is_the_command_s(mount: Path, client: TestClient) -> None:

@@ -7,7 +7,7 @@ there was nothing. The walk follows no links and leaves out what holds no file t
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Generic, TypeVar
@@ -18,12 +18,14 @@ from llmops.checkpoints import RUN_SETTINGS
 T = TypeVar("T")
 
 LOG_NAME = "log.txt"
-STALE = 2.0  # seconds after which the folder is walked again
+STALE = 2.0  # seconds after which the mount is walked again
+REST = 50  # and at least so many times as long as the walk took: a training beside it needs the machine
 DEEPEST = 8  # folders below the mount
 MOST_FOLDERS = 50_000
 CACHED = 4096  # parsed files that are kept
 PASSED = ("cache", "tensorboard", "merged", "samples")
 PASSED_STARTS = (".", "checkpoint-", "global_step")
+SETTLED = 2_000_000_000  # nanoseconds: a folder that changed just now may change within the same tick of its clock
 PAIRS_HEAD = 4096  # bytes that tell whether a JSON file holds the pairs of similar questions
 DATA_SUFFIXES = (".jsonl", ".json", ".csv")
 
@@ -82,8 +84,9 @@ class Mounted:
     def __init__(self, root: Path) -> None:
         self.root = files.real(root)
         self.lock = threading.Lock()
-        self.found, self.walked = Found(), float("-inf")
-        self.is_pairs = Cached(holds_pairs)
+        self.found: Found | None = None
+        self.due = float("-inf")
+        self.listings: dict[str, Listing] = {}
 
     def inside(self, name: str) -> Path:
         """The path that a name stands for. Raises NotFound for everything that is not in the mount."""
@@ -114,56 +117,71 @@ class Mounted:
         return path.relative_to(self.root).as_posix()
 
     def look(self) -> Found:
-        """What there is; walked again when the last walk is older than STALE."""
-        with self.lock:
-            if time.monotonic() - self.walked > STALE:
-                self.found = self._walk()
-                self.walked = time.monotonic()
-            return self.found
+        """What there is. Known from the last walk; when that is old, another one begins meanwhile."""
+        if self.found is None:
+            with self.lock:
+                if self.found is None:
+                    self._walk()
+        elif time.monotonic() > self.due and self.lock.acquire(blocking=False):
+            threading.Thread(target=self._walk_aside, daemon=True).start()
+        assert self.found is not None
+        return self.found
 
-    def _walk(self) -> Found:
-        found = Found()
-        for count, (folder, names) in enumerate(folders_of(self.root)):
-            if count >= MOST_FOLDERS:
-                found.truncated = True
-                break
-            here = "" if folder == self.root else self.name_of(folder) + "/"
-            if here and (RUN_SETTINGS in names or LOG_NAME in names):
-                found.runs.append(here[:-1])
-            for name in names:
-                self._sort_in(found, folder / name, here + name)
+    def _walk_aside(self) -> None:
+        try:
+            self._walk()
+        finally:
+            self.lock.release()
+
+    def _walk(self) -> None:
+        """Go through the folders, breadth first; those that did not change are not read again. Under the lock."""
+        began = time.monotonic()
+        found, listings = Found(), dict[str, Listing]()
+        level = [str(self.root)]
+        for _ in range(DEEPEST + 1):
+            below: list[str] = []
+            for folder in level:
+                if len(listings) >= MOST_FOLDERS:
+                    found.truncated = True
+                    break
+                listings[folder] = listing = listing_of(folder, self.listings.get(folder))
+                self._sort_in(found, folder, listing)
+                below += [f"{folder}/{name}" for name in listing.folders]
+            level = below
         for listed in (found.runs, found.evaluations, found.predictions, found.pairs, found.data):
             listed.sort()
-        return found
+        self.listings, self.found = listings, found
+        now = time.monotonic()
+        self.due = now + max(STALE, REST * (now - began))
 
-    def _sort_in(self, found: Found, path: Path, name: str) -> None:
-        base = path.name
-        if base.startswith("eval_results") and base.endswith(".json"):
-            found.evaluations.append(name)
-        elif base.endswith(".jsonl") and "predictions" in base:
-            found.predictions.append(name)
-        elif base.endswith(".json") and self.is_pairs(path):
-            found.pairs.append(name)
-        elif base.endswith(DATA_SUFFIXES) and not base.endswith((".decisions.jsonl", ".cleaned.jsonl")):
-            found.data.append(name)
+    def _sort_in(self, found: Found, folder: str, listing: "Listing") -> None:
+        here = folder[len(str(self.root)) + 1 :]
+        if here and listing.is_run:
+            found.runs.append(here)
+        for kind, names in listing.files.items():
+            getattr(found, kind).extend(f"{here}/{name}" if here else name for name in names)
 
 
-def folders_of(root: Path) -> Iterator[tuple[Path, list[str]]]:
-    """(folder, names of its regular files), breadth first; links are not followed, unreadable folders are passed."""
-    level = [root]
-    for _ in range(DEEPEST + 1):
-        below: list[Path] = []
-        for folder in level:
-            names, folders = listing(folder)
-            yield folder, names
-            below += [folder / name for name in folders]
-        level = below
+@dataclass(frozen=True)
+class Listing:
+    """What a folder held at a time of change: names of files by the kind of `Found`, folders to look into."""
+
+    changed: int
+    is_run: bool = False
+    files: dict[str, list[str]] = field(default_factory=dict)
+    folders: tuple[str, ...] = ()
 
 
-def listing(folder: Path) -> tuple[list[str], list[str]]:
-    """(files, folders to look into) of a folder."""
-    names, folders = [], []
+def listing_of(folder: str, known: Listing | None) -> Listing:
+    """A folder's listing; the known one where the folder did not change. Links are left out, and so is what is not
+    readable.
+    """
     try:
+        changed = os.stat(folder).st_mtime_ns
+        if known and known.changed == changed and time.time_ns() - changed > SETTLED:
+            return known
+        names, folders, kinds = [], [], dict[str, list[str]]()
+        growing = False  # a file that a shell made for what a command is going to print
         with os.scandir(folder) as entries:
             for entry in entries:
                 if not files.encodable(entry.name):
@@ -173,9 +191,24 @@ def listing(folder: Path) -> tuple[list[str], list[str]]:
                         folders.append(entry.name)
                 elif entry.is_file(follow_symlinks=False):
                     names.append(entry.name)
+                    growing = growing or (entry.name.endswith(".json") and not entry.stat().st_size)
     except OSError:
-        return [], []
-    return sorted(names), sorted(folders)
+        return Listing(-1)
+    for name in names:
+        if kind := kind_of(folder, name):
+            kinds.setdefault(kind, []).append(name)
+    return Listing(-1 if growing else changed, RUN_SETTINGS in names or LOG_NAME in names, kinds, tuple(folders))
+
+
+def kind_of(folder: str, name: str) -> str:
+    """Which of the lists of `Found` a file belongs to; "" for none."""
+    if name.endswith((".decisions.jsonl", ".cleaned.jsonl")) or not name.endswith(DATA_SUFFIXES):
+        return ""
+    if name.startswith("eval_results") and name.endswith(".json"):
+        return "evaluations"
+    if name.endswith(".jsonl") and "predictions" in name:
+        return "predictions"
+    return "pairs" if name.endswith(".json") and holds_pairs(Path(folder, name)) else "data"
 
 
 def holds_pairs(path: Path) -> bool:

@@ -1,6 +1,7 @@
 """The console's routes: one list for the application of serve/app.py."""
 
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 from starlette.requests import Request
@@ -27,6 +28,7 @@ MOST_COMPARED = 8
 def routes(mount: Path) -> list[BaseRoute]:
     """Every page over the files of a mount."""
     pages, mounted = Pages(), Mounted(mount)
+    Thread(target=mounted.look, daemon=True).start()  # the first reader does not wait for the first walk
     parts = [kind(pages, mounted) for kind in (RunPages, EvaluationPages, FaqPages, CuratorPages)]
     chat = pages.page("/chat", lambda request: pages.render(request, "chat.html"))
     return [*(route for part in parts for route in part.routes()), chat, *pages.shared()]
