@@ -30,6 +30,8 @@ class ApiError(Exception):
     def response(self) -> Response:
         """The answer over HTTP."""
         headers = {} if self.retry is None else {"retry-after": str(self.retry)}
+        if self.status in (408, 413):  # the rest of the body is not waited for
+            headers["connection"] = "close"
         if self.status == 401:
             headers["www-authenticate"] = "Bearer"
         return json_response(self.body, self.status, headers)

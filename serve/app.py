@@ -14,6 +14,7 @@ from starlette.routing import BaseRoute, Route
 
 from serve.answers import ApiError, json_response
 from serve.metrics import CONTENT_TYPE, Metrics
+from serve.openapi import description
 from serve.security import Guard
 from serve.settings import Settings
 
@@ -34,6 +35,7 @@ def build_app(settings: Settings, model: "Service | None" = None) -> Starlette:
         Route("/health", health),
         Route("/metrics", lambda request: PlainTextResponse(metrics.text(), media_type=CONTENT_TYPE)),
         Route("/v1/models", models),
+        Route("/openapi.json", lambda request: json_response(description(bool(model), bool(model and model.intents)))),
     ]
     if model:
         from serve.model.routes import routes as model_routes

@@ -61,6 +61,14 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory, conversations: list[Me
     }
 
 
+@pytest.fixture(scope="session")
+def adapter(tmp_path_factory: pytest.TempPathFactory, checkpoints: dict[str, Path]) -> Path:
+    """An adapter with FAQ intents on the tiny Llama."""
+    from serve_adapter import write_adapter
+
+    return write_adapter(checkpoints["llama"], tmp_path_factory.mktemp("adapter"))
+
+
 @pytest.fixture
 def small_data(tmp_path: Path, conversations: list[Messages]) -> Path:
     """A mount folder with 24 training and 8 test conversations."""

@@ -10,6 +10,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from conftest import ROOT, environment
@@ -44,6 +45,7 @@ class Running:
     url: str
     models: list[str]
     said: list[str] = field(default_factory=list)
+    mount: Path = Path()
 
     @property
     def port(self) -> int:

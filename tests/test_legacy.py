@@ -654,6 +654,39 @@ def test_the_generator_answers_and_ranks(make: Make, style: str) -> None:
         assert scores[i] == pytest.approx([distribution(prompts[i])[5].item(), long.item()], abs=1e-4)
 
 
+@pytest.mark.parametrize("style", CAUSAL)
+def test_the_server_answers(make: Make, style: str) -> None:
+    """Rows with limits of their own, as the generator answers them."""
+    from llmops.passes import Passes
+    from serve.metrics import Metrics
+    from serve.model.asked import Sampling
+    from serve.model.lanes import Answer, Event, Outbox
+    from serve.model.plain import PlainLane
+    from serve.model.sampling import Sampler
+    from serve.model.text import Detokenizer
+    from serve.settings import Limits
+
+    model = load(make(style))
+    prompts = [prompt(style, 12), prompt(style, 7, seed=1)]
+    expected = dict(Generator(model, 0, 2).generate(prompts, [6, 4], [EOP]))
+    metrics = Metrics()
+    for name in ("llmops_prompt_tokens_total", "llmops_completion_tokens_total"):
+        metrics.counter(name, name)
+    lane = PlainLane(Passes(model, 0, True), [EOP], limits=Limits(), budget=1000, metrics=metrics)
+    found: list[Event] = []
+    for ids, limit in zip(prompts, (6, 4), strict=True):
+        written = Detokenizer(lambda tokens: "".join(map(chr, tokens)))
+        sampler = Sampler(Sampling(temperature=0))
+        lane.waiting.append(Answer(0, ids, limit, sampler=sampler, detokenizer=written, tell=found.append))
+    rows = list(lane.waiting)
+    out = Outbox()
+    out.post = lambda function, events: function(events)
+    assert lane.turn(out)
+    out.send()
+    assert [row.ids for row in rows] == [expected[0].ids, expected[1].ids]
+    assert {event.text for event in found} == {"".join(map(chr, row.ids)) for row in rows}
+
+
 # --- the whole way ---------------------------------------------------------------------------------------------------
 
 

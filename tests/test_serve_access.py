@@ -10,10 +10,13 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import ROOT, environment
 from serve_process import TOKEN, Running, serving
+from starlette.responses import PlainTextResponse
+from starlette.routing import Route
 
 
 @pytest.fixture(scope="module")
@@ -132,6 +135,52 @@ def test_connections_beyond_the_limit_and_slow_ones_are_closed(tmp_path: Path) -
             connection.close()
         time.sleep(0.2)
         assert running.ask("GET", "/v1/models").status == 200
+
+
+def test_who_sends_too_slowly_is_sent_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import asyncio
+
+    from serve import server as module
+    from serve.app import build_app
+    from serve.settings import Access, Settings
+
+    monkeypatch.setattr(module, "HEADER_SECONDS", 0.2)
+    access = Access(port=0, token=TOKEN, seconds_to_send=0.2)
+    head = f"POST /v1/models HTTP/1.1\r\nhost: localhost\r\nauthorization: Bearer {TOKEN}\r\n".encode()
+    more = b"content-type: application/json\r\ncontent-length: 100\r\n\r\n{"
+
+    async def answer(port: int, *parts: bytes) -> bytes:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        for part in parts:
+            writer.write(part)
+            await asyncio.sleep(0.05)
+        try:
+            return await asyncio.wait_for(reader.read(), 5)
+        finally:
+            writer.close()
+
+    async def run() -> list[bytes]:
+        listener = module.bound(access)
+        listener.listen(10)
+        ready = asyncio.Event()
+        app = build_app(Settings(tmp_path, access))
+
+        async def body(request: Any) -> Any:
+            return PlainTextResponse(str(len(await request.body())))
+
+        app.router.routes.insert(0, Route("/v1/models", body, methods=["POST"]))
+        server = module.Server(app, access, 1, ready.set)
+        running = asyncio.create_task(server.serve(sockets=[listener]))
+        await ready.wait()
+        port = listener.getsockname()[1]
+        found = await asyncio.gather(answer(port), answer(port, head[:20], head[20:]), answer(port, head + more))
+        server.drain()
+        await running
+        return found
+
+    nothing, half, body = asyncio.run(run())
+    assert (nothing, half) == (b"", b"")
+    assert body.startswith(b"HTTP/1.1 408 ")
 
 
 def test_sigterm_with_idle_connections_ends_at_once_with_0(tmp_path: Path) -> None:

@@ -3,8 +3,8 @@
 import asyncio
 import json
 import math
+import signal
 import socket
-import threading
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -22,10 +22,11 @@ QUESTIONS = [f"Question {i}: what comes after {'number ' * (i % 5)}{i}?" for i i
 
 
 @pytest.fixture(scope="module")
-def server(checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    """A server with a tiny model."""
+def server(adapter: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    """A server with a tiny model and an adapter that knows intents."""
     mount = tmp_path_factory.mktemp("mnt")
-    with serving("--mount_path", str(mount), "--model_name_or_path", str(checkpoints["llama"])) as running:
+    with serving("--mount_path", str(mount), "--model_name_or_path", str(adapter)) as running:
+        running.mount = mount
         yield running
 
 
@@ -72,7 +73,7 @@ def rendered(service: Any, questions: Sequence[str]) -> list[list[int]]:
 
 
 def test_the_client_lists_chats_and_streams(client: Any) -> None:
-    assert [model.id for model in client.models.list()] == ["base"]
+    assert [model.id for model in client.models.list()] == ["tuned", "base"]
     asked = {"model": "base", "messages": user("How late is it?"), "temperature": 0, "max_tokens": 12}
     whole = client.chat.completions.create(**asked)
     choice = whole.choices[0]
@@ -358,20 +359,71 @@ def test_text_comes_whole_whatever_the_tokens(service: Any) -> None:
     assert (said, stopping.stopped) == ("hello ", True)
 
 
-def test_sigterm_lets_running_answers_end(server: Running) -> None:
-    """The last test of the file: it ends the server."""
-    found: list[Any] = []
+def test_the_description_is_true_whatever_comes(server: Running) -> None:
+    """Bodies that schemathesis makes up of /openapi.json: no fault of ours, and no answer that is not described."""
+    import hypothesis
+    import schemathesis
+    from schemathesis.specs.openapi.checks import positive_data_acceptance  # the order of roles is no schema
 
-    def ask() -> None:
-        body = {"messages": user("Go on and on."), "max_tokens": 400, "temperature": 0, "stream": True}
-        found.append(server.ask("POST", "/v1/chat/completions", body))
+    headers = {"Authorization": f"Bearer {TOKEN}"}
+    described = schemathesis.openapi.from_url(server.url + "/openapi.json", headers=headers)
+    for result in described.get_all_operations():
+        operation = result.ok()
 
-    threads = [threading.Thread(target=ask) for _ in range(3)]
-    for thread in threads:
-        thread.start()
-    time.sleep(0.3)
-    assert server.end() == 0
-    for thread in threads:
-        thread.join(30)
-    assert [answer.body.endswith(b"data: [DONE]\n\n") for answer in found] == [True] * 3
-    assert all(b'"finish_reason": "length"' in answer.body or b'"stop"' in answer.body for answer in found)
+        @hypothesis.settings(
+            max_examples=25, deadline=None, derandomize=True, database=None,
+            suppress_health_check=list(hypothesis.HealthCheck),
+        )  # fmt: skip
+        @hypothesis.given(case=operation.as_strategy())
+        def check(case: Any) -> None:
+            if isinstance(case.body, dict):  # short answers
+                case.body = {k: v for k, v in case.body.items() if k != "max_completion_tokens"} | {"max_tokens": 2}
+            case.call_and_validate(headers=headers, excluded_checks=[positive_data_acceptance])
+
+        check()
+
+
+def test_markup_in_a_question_stays_json(server: Running) -> None:
+    text = '<script>alert(1)</script>"\u2028</p>'
+    answer = server.ask("POST", "/v1/completions", {"prompt": text, "max_tokens": 2, "model": text})
+    assert answer.headers["content-type"] == "application/json"
+    assert answer.headers["x-content-type-options"] == "nosniff"
+    assert answer.status == 404
+
+
+def test_after_kill_9_it_serves_and_has_every_correction_and_sigterm_lets_answers_end(
+    server: Running, adapter: Path
+) -> None:
+    """The last test of the file: it ends the server, and another one after it."""
+    kept: list[str] = []
+
+    def go_on(running: Running, tokens: int) -> Any:
+        body = {"messages": user("Go on and on."), "max_tokens": tokens, "temperature": 0, "stream": True}
+        return running.ask("POST", "/v1/chat/completions", body)
+
+    def correct(number: int) -> None:
+        row = {"question": f"question {number}", "intent": "申请退款"}
+        if server.ask("POST", "/v1/intents/feedback", row).status == 201:
+            kept.append(row["question"])
+
+    with ThreadPoolExecutor(40) as pool:
+        waiting = [pool.submit(go_on, server, 3000) for _ in range(20)]
+        correcting = [pool.submit(correct, number) for number in range(200)]
+        while len(kept) < 20:
+            time.sleep(0.005)
+        assert server.end(signal.SIGKILL) == -signal.SIGKILL
+    assert all(one.exception() for one in waiting)
+    assert any(one.exception() for one in correcting)
+    rows = (server.mount / "datasets" / "feedback.jsonl").read_text(encoding="utf-8").splitlines()
+    assert set(kept) <= {json.loads(row)["question"] for row in rows}
+    with serving("--mount_path", str(server.mount), "--model_name_or_path", str(adapter)) as again:
+        assert again.ask("POST", "/v1/intents/feedback", {"question": "x", "intent": "y"}).status == 201
+        assert again.ask("POST", "/v1/intents", {"questions": ["怎么退钱"]}).json["data"][0]["known"]
+        with ThreadPoolExecutor(3) as pool:
+            found = [pool.submit(go_on, again, 400) for _ in range(3)]
+            while "llmops_answers_running 3" not in again.ask("GET", "/metrics").body.decode():
+                time.sleep(0.01)
+            assert again.end() == 0
+        for answer in (one.result().body for one in found):
+            assert answer.endswith(b"data: [DONE]\n\n")
+            assert b'"finish_reason": "length"' in answer or b'"finish_reason": "stop"' in answer

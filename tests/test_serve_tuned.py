@@ -1,0 +1,219 @@
+"""Base and tuned model from one set of weights, models without our attention, FAQ intents: in this process."""
+
+import asyncio
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from serve_adapter import INTENTS
+from test_serve_model import QUESTIONS, answers, rendered
+
+from llmops.chat_model import ChatModel
+from llmops.checkpoints import Checkpoint
+from serve.settings import Limits, Model
+
+ASKED = ["我的包裹到哪了", "怎么退钱", "密码忘了", "要发票", "今天天气如何", "退款多久到账"]
+
+
+@pytest.fixture(scope="module")
+def service(adapter: Path) -> Iterator[Any]:
+    """Both models."""
+    from serve.model.service import open_service
+
+    found = open_service(Model(adapter), Limits(rows=8), adapter / "fed" / "feedback.jsonl")
+    yield found
+    assert found.close()
+
+
+def greedy(model: Any, prompts: list[list[int]], service: Any) -> list[str]:
+    """Transformers' own answers, one prompt at a time."""
+    import torch
+
+    found = []
+    for ids in prompts:
+        out = model.generate(torch.tensor([ids]), max_new_tokens=8, do_sample=False)[0, len(ids) :]
+        found.append(service.decode(out.tolist()))
+    return found
+
+
+def test_base_and_tuned_answer_side_by_side(service: Any, adapter: Path, checkpoints: dict[str, Path]) -> None:
+    import torch
+
+    from serve.model.asked import read_completion
+    from serve.model.routes import Exchange
+
+    prompts = rendered(service, QUESTIONS[:10])
+    base = greedy(ChatModel(Checkpoint(checkpoints["llama"])).weights(torch.float32).eval(), prompts, service)
+    merged = ChatModel(Checkpoint(adapter)).load(torch.float32, merge=True).eval()
+    tuned = greedy(merged, prompts, service)
+    assert base != tuned
+    assert service.names == ["tuned", "base"]
+
+    async def one(name: str, ids: list[int]) -> str:
+        asked = read_completion({"prompt": ids, "model": name, "temperature": 0, "max_tokens": 8}, service.limits).asked
+        return "".join([event.text async for _, event in Exchange(service, asked, [ids]).told()])
+
+    async def both() -> list[str]:
+        return await asyncio.gather(*(one(name, ids) for ids in prompts for name in ("base", "tuned")))
+
+    for _ in range(2):  # the second time beginnings are known, which are not the same for both
+        found = asyncio.run(both())
+        assert found[::2] == base
+        assert found[1::2] == tuned
+
+
+def test_an_adapter_alone_is_merged(adapter: Path, service: Any) -> None:
+    from serve.model.service import open_service
+
+    prompts = rendered(service, QUESTIONS[:3])
+    expected = answers(service, prompts, temperature=0, max_tokens=8)[0]
+    alone = open_service(Model(adapter, base_too=False), Limits(), adapter / "feedback.jsonl")
+    try:
+        assert alone.names == ["tuned"]
+        assert answers(alone, prompts, temperature=0, max_tokens=8)[0] == expected
+    finally:
+        assert alone.close()
+
+
+def test_a_model_without_our_attention_answers_batch_by_batch(
+    checkpoints: dict[str, Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    import torch
+
+    from llmops.passes import Passes
+    from serve.model import service as module
+
+    monkeypatch.setattr(module, "Passes", lambda model, pad, _: Passes(model, pad, False))
+    plain = module.open_service(Model(checkpoints["qwen2"]), Limits(rows=4), tmp_path / "feedback.jsonl")
+    try:
+        prompts = rendered(plain, QUESTIONS[:6])
+        model = plain.model.weights(torch.float32).eval()
+        expected = greedy(model, prompts, plain)
+        assert answers(plain, prompts, temperature=0, max_tokens=8)[0] == expected
+        assert answers(plain, prompts, temperature=0, max_tokens=8, stream=True)[0] == expected
+        stop = expected[0][3:5]
+        cut, exchange = answers(plain, prompts[:1], temperature=0, max_tokens=8, stop=stop)
+        assert cut == [expected[0][: expected[0].index(stop)]]
+        assert exchange.answers[0].finish == "stop"
+        seeded = [answers(plain, prompts[:k], max_tokens=6, seed=5, top_p=0.9)[0][0] for k in (1, 3)]
+        assert seeded[0] == seeded[1]
+    finally:
+        assert plain.close()
+
+
+def ask(service: Any, *requests: tuple[str, dict[str, Any]]) -> list[tuple[int, Any]]:
+    """(status, body) of requests that are posted at once to the application, in this process."""
+    from serve.app import build_app
+    from serve.settings import Settings
+
+    app = build_app(Settings(Path("mnt")), service)
+
+    async def post(path: str, body: dict[str, Any]) -> tuple[int, Any]:
+        sent: list[dict[str, Any]] = []
+        inbox = [{"type": "http.request", "body": json.dumps(body).encode(), "more_body": False}]
+
+        async def receive() -> dict[str, Any]:
+            if inbox:
+                return inbox.pop()
+            await asyncio.Event().wait()
+            raise AssertionError
+
+        async def send(message: dict[str, Any]) -> None:
+            sent.append(message)
+
+        headers = [(b"host", b"localhost"), (b"content-type", b"application/json")]
+        await app(
+            {"type": "http", "method": "POST", "path": path, "raw_path": path.encode(), "query_string": b"",
+             "headers": headers, "scheme": "http", "root_path": "", "http_version": "1.1"},
+            receive, send,
+        )  # fmt: skip
+        return sent[0]["status"], json.loads(b"".join(message.get("body", b"") for message in sent[1:]))
+
+    async def run() -> list[tuple[int, Any]]:
+        return await asyncio.gather(*(post(path, body) for path, body in requests))
+
+    return asyncio.run(run())
+
+
+def test_intents_are_those_of_predict(service: Any, adapter: Path) -> None:
+    import torch
+
+    from faq.predict import Config as PredictConfig
+    from faq.predict import Query, build_parser, predict
+
+    model = ChatModel(Checkpoint(adapter))
+    catalog = service.intents.catalog
+    config = PredictConfig(**(vars(build_parser().parse_args([])) | {"question": tuple(ASKED)}))
+    queries = [Query(text, tuple(catalog.prompt(text))) for text in ASKED]
+    generator = model.generator(torch.float32, torch.device("cpu"), 8)
+    expected = dict(predict(config, catalog, queries, model, generator))
+    requests = [("/v1/intents", {"questions": [text], "top": 5}) for text in ASKED]
+    told = ask(service, ("/v1/intents", {"questions": ASKED}), *requests)
+    assert [status for status, _ in told] == [200] * 7
+    assert service.intents.generator.pinned.length > 30
+    for place, text in enumerate(ASKED):
+        single = told[1 + place][1]["data"][0]
+        assert told[0][1]["data"][place] | {"top": single["top"]} == single
+        assert sum(one["probability"] for one in single["top"]) == pytest.approx(1, abs=1e-5)
+        assert len(single["top"]) == 5
+        for key in ("intent", "known", "reply", "constrained"):
+            assert single[key] == expected[place][key]
+        assert single["question"] == text
+        assert single["probability"] == pytest.approx(expected[place]["probability"], abs=2e-5)
+        assert single["runner_up"]["intent"] == expected[place]["runner_up"]["intent"]
+    assert len(told[0][1]["data"][0]["top"]) == 3
+    assert service.listed()[0][1]["intents"] == len(INTENTS)
+
+
+def test_a_threshold_that_was_kept_decides(service: Any) -> None:
+    kept = service.intents.catalog.decision
+    kept.update({"temperature": 1.0, "shift": 0.0, "threshold": 1.0})
+    try:
+        row = ask(service, ("/v1/intents", {"questions": ["怎么退钱"]}))[0][1]["data"][0]
+        assert (row["intent"], row["reply"]) == ("不符合", "请转人工。")
+        assert row["proposed"] in (*INTENTS, "不符合")
+        assert row["confidence"] == pytest.approx(row["probability"], abs=1e-5)
+    finally:
+        kept.clear()
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        ({}, "questions"),
+        ({"questions": []}, "questions"),
+        ({"questions": "x"}, "questions"),
+        ({"questions": ["x", " "]}, "questions"),
+        ({"questions": ["长" * 10_001]}, "questions"),
+        ({"questions": ["长" * 9_000]}, "questions"),
+        ({"questions": ["x"], "top": 0}, "top"),
+        ({"questions": ["x"], "extra": 1}, "extra"),
+        ({"questions": ["x"] * 257}, "questions"),
+    ],
+)
+def test_bad_questions_are_refused(service: Any, body: dict, param: str) -> None:
+    ((status, found),) = ask(service, ("/v1/intents", body))
+    assert (status, found["error"]["param"]) == (400, param)
+
+
+def test_corrections_are_what_prepare_reads(service: Any) -> None:
+    from llmops.faq_records import read_faq
+
+    path = service.feedback
+    first = {"question": "包裹丢了", "intent": "查询物流进度", "reply": "请联系客服。", "predicted": "申请退款"}
+    told = ask(
+        service, ("/v1/intents/feedback", first), ("/v1/intents/feedback", {"question": "换货", "intent": "换货"}),
+        ("/v1/intents/feedback", {"question": "换货", "intent": "a\nb"}),
+        ("/v1/intents/feedback", {"question": "", "intent": "换货"}),
+        ("/v1/intents/feedback", {"question": "x", "intent": "换货", "path": "/etc"}),
+    )  # fmt: skip
+    assert sorted(status for status, _ in told) == [201, 201, 400, 400, 400]
+    assert [body["known"] for status, body in told if status == 201] == [True, False]
+    with path.open("a", encoding="utf-8") as stream:
+        stream.write('{"question": "half')
+    assert ask(service, ("/v1/intents/feedback", {"question": "改密码", "intent": "修改密码"}))[0][0] == 201
+    records = read_faq(path, skip_bad_lines=True)
+    assert sorted(record.questions[0] for record in records.records) == sorted(["包裹丢了", "换货", "改密码"])
+    assert len(records.problems) == 1
