@@ -191,7 +191,14 @@ def test_links_in_a_run_are_not_followed_out(mount: Path, client: TestClient) ->
     log = mount / "fresh" / "output_path" / "log.txt"
     log.unlink()
     log.symlink_to(secret)
+    settings = log.with_name("finetune_config.json")
+    outside = mount.parent / "settings.json"
+    outside.write_text('{"scenario": "secret"}')
+    settings.unlink()
+    settings.symlink_to(outside)
     assert client.get("/console/api/log?run=fresh/output_path").json()["columns"]["step"] == []
+    assert client.get("/console/api/run?run=fresh/output_path").json()["cells"]["step"] == "0"
+    assert "secret" not in client.get("/runs/fresh/output_path").text
     assert "no log.txt" in client.get("/console/api/diagnosis?run=fresh/output_path").json()["problem"]
 
 

@@ -170,6 +170,17 @@ def test_a_file_of_somebody_else_is_not_replaced(mount: Path, client: TestClient
     assert "was not written here" in answer.json()["error"]["message"]
 
 
+def test_links_are_not_written_through(mount: Path, client: TestClient) -> None:
+    outside = mount.parent / "outside.jsonl"
+    outside.write_text("mine\n")
+    for name in ("combine_data.decisions.jsonl", "combine_data.cleaned.jsonl", "combine_data.changes.json"):
+        (mount / "faq" / name).symlink_to(outside)
+    pair = all_pairs(state_of(client))[0]
+    assert client.post(DECIDE, json=NAMES | {"pair": pair["key"], "action": "keep"}).status_code == 422
+    assert client.post(WRITE, json=NAMES).status_code == 422
+    assert outside.read_text() == "mine\n"
+
+
 def rows_of(path: Path, rows: list[dict[str, Any]], **edits: Any) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     path.write_text("".join(files.dumps(row) + "\n" for row in rows), encoding="utf-8")
     cleaned = clean(path, Edits(**edits))

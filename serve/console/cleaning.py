@@ -137,7 +137,7 @@ def first_key(raw: Row, keys: Sequence[str]) -> str:
 
 def write(path: Path, cleaned: Cleaned, target: Path, changes: Path, decisions: int) -> Row:
     """Write the rows, then what changed; the summary that is in it. Raises UserError over a file of somebody else."""
-    if target.exists() and not changes.exists():
+    if (target.exists() and not changes.exists()) or target.is_symlink() or changes.is_symlink():
         raise UserError(f"{target.name} is there and was not written here; move it away, then write again")
     kinds = Counter(change["change"] for change in cleaned.changes)
     summary = {

@@ -240,7 +240,7 @@ def shown_pair(pair: Pair, data: Data, decision: Decision | None) -> dict[str, A
 
 def lines_of(path: Path) -> Iterator[Decision]:
     """The whole lines of a decisions file; what a kill cut, or somebody else wrote, is passed over."""
-    if not files.is_file(path):
+    if path.is_symlink() or not files.is_file(path):
         return
     for line in files.json_lines(path, "the decisions"):
         if line.problem is None and is_decision(line.value):

@@ -90,8 +90,18 @@ class Pages:
         """Scripts and styles, and the switch of the language."""
         return [
             Route("/console/language/{language}", set_language, methods=["GET"]),
-            Mount("/console/static", StaticFiles(directory=HERE / "static")),
+            Mount("/console/static", Kept(directory=HERE / "static")),
         ]
+
+
+class Kept(StaticFiles):
+    """Files that a browser may keep and has to ask about."""
+
+    def file_response(self, *args: Any, **kwargs: Any) -> Response:
+        """As Starlette's, with the header."""
+        found = super().file_response(*args, **kwargs)
+        found.headers["Cache-Control"] = "no-cache"
+        return found
 
 
 def in_thread(handler: Handler) -> Callable[[Request], Any]:

@@ -96,13 +96,14 @@ class RunPages:
     def compare(self, request: Request) -> Response:
         """Several runs on one chart."""
         t = self.pages.translator(request)
-        names = list(dict.fromkeys(request.query_params.getlist("run")))[:MOST_COMPARED]
-        found = [self.runs.one(name) for name in names]
+        names = list(dict.fromkeys(request.query_params.getlist("run")))
+        found = [self.runs.one(name) for name in names[:MOST_COMPARED]]
         about = [self.runs.about(run.name)["settings"] for run in found]
         keys = sorted({key for settings in about for key in settings})
         differ = [key for key in keys if len({files.dumps(settings.get(key)) for settings in about}) > 1]
         rows = [(run, shown.cells(run, t)) for run in found]
-        return self.pages.render(request, "compare.html", rows=rows, settings=about, differ=differ)
+        return self.pages.render(request, "compare.html", rows=rows, settings=about, differ=differ,
+                                 left_out=len(names) - len(found))  # fmt: skip
 
     def log(self, request: Request) -> Any:
         """Columns of a log from a byte on."""

@@ -76,9 +76,9 @@ def parsed(raw: bytes) -> dict[str, Any]:
 
 
 def read_tail(path: Path) -> Tail:
-    """Look at the end of a log, as far back as the last loss of every kind is."""
+    """Look at the end of a log, as far back as the last loss of every kind is; links are not followed."""
     try:
-        with open(path, "rb") as stream:
+        with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "rb") as stream:
             size = stream.seek(0, os.SEEK_END)
             stream.seek(max(0, size - TAIL))
             lines = stream.read(TAIL).split(b"\n")[:-1]  # what follows the last line break is not whole
@@ -104,8 +104,10 @@ def read_tail(path: Path) -> Tail:
 
 
 def read_settings(path: Path) -> dict[str, Any]:
-    """A JSON object of a run; {} for one that is damaged or not there."""
+    """A JSON object of a run; {} for one that is damaged, a link or not there."""
     try:
+        if path.is_symlink():
+            return {}
         return files.read_object(path)
     except UserError:
         return {}
@@ -244,7 +246,7 @@ def changed(folder: Path) -> float:
 def chosen(path: Path) -> dict[str, Any]:
     """What the run chose by itself: the first line of its log."""
     try:
-        with open(path, "rb") as stream:
+        with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "rb") as stream:
             found = parsed(stream.readline(TAIL)).get("chosen")
     except OSError:
         return {}

@@ -9,7 +9,8 @@ async function refresh() {
   live = runs.some((run) => run.live);
   const others = runs.filter((run) => !rows.has(run.name)).length;
   for (const run of runs) if (rows.has(run.name)) fill(rows.get(run.name), run);
-  if (others && !document.querySelector("input:checked")) location.reload(); // a new run: the list is another one
+  const busy = document.querySelector("input:checked") || document.activeElement?.matches("input, select");
+  if (others && !busy) location.reload(); // a new run: the list is another one
 }
 
 poll(refresh, () => (live ? 2 : 10));
