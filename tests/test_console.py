@@ -218,6 +218,23 @@ def test_stop(mount: Path, client: TestClient) -> None:
     assert client.post("/console/api/stop", json={}).status_code == 422
 
 
+@pytest.mark.parametrize("value", ["NaN", "1e999", "1" + "0" * 400, "null", "[[]]", '{"a": 1}', '"x"', "true", "-5"])
+def test_values_of_any_kind(mount: Path, client: TestClient, value: str) -> None:
+    """Whatever stands in a run's files, its pages are there, and what a script fetches is JSON."""
+    run = mount / "done" / "output_path"
+    with (run / "log.txt").open("a") as log:
+        log.write(f'{{"step": 21, "epoch": {value}, "loss": {value}, "elapsed": {value}, "remaining": {value}}}\n')
+        log.write(f'{{"step": {value}, "loss": 1.0}}\n{value}\n')
+    for name, keys in (("train_results.json", RESULTS), ("finetune_config.json", SETTINGS)):
+        (run / name).write_text("{" + ", ".join(f'"{key}": {value}' for key in keys) + "}")
+    (run / "cache" / "train-0d60a9262e0b51e9067c" / "meta.json").write_text(f'{{"rows": {value}, "files": {value}}}')
+    name = "done/output_path"
+    for path in ("/", f"/runs/{name}", f"/compare?run={name}&run=fresh/output_path"):
+        assert client.get(path).status_code == 200
+    for part in ("run", "log"):
+        assert client.get(f"/console/api/{part}?run={name}").status_code == 200
+
+
 def test_pages(mount: Path, client: TestClient) -> None:
     listed = client.get("/?q=&state=finished").text
     assert 'href="/runs/done/output_path"' in listed

@@ -117,10 +117,18 @@ def test_a_decision_is_on_the_disk_and_a_cut_line_is_passed_over(mount: Path, cl
     decide(client, pairs[0], action="keep")
     kept = mount / "faq" / "combine_data.decisions.jsonl"
     with kept.open("a") as stream:
+        line = json.loads(kept.read_text(encoding="utf-8")) | {"pair": pairs[3]["key"]}
+        for harm in (
+            {"records": [float("nan"), 1]},
+            {"action": "drop", "side": 1.0},
+            {"intents": "AB"},
+            {"group": [[], 1]},
+        ):
+            stream.write(json.dumps(line | harm) + "\n")  # what somebody else wrote
         stream.write('{"pair": "' + pairs[1]["key"] + '", "action": "ke')  # as kill -9 or a full disk may leave it
     decide(client, pairs[2], action="keep")
-    assert [pair["decision"] is not None for pair in all_pairs(state_of(client))[:3]] == [True, False, True]
-    assert kept.read_text(encoding="utf-8").count("\n") == 3
+    assert [pair["decision"] is not None for pair in all_pairs(state_of(client))[:4]] == [True, False, True, False]
+    assert kept.read_text(encoding="utf-8").count("\n") == 7
 
 
 def test_decisions_do_not_meet(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from llmops.faq_records import FaqRecord
 from serve.console import cleaning
 from serve.console.mount import Cached, Mounted, NotFound
 
+TOLD = ("pair", "action", "side", "intent", "intents")  # of a decision, to the page
 ACTIONS = ("keep", "merge", "relabel", "drop", "undo")
 MOST_SHOWN = 5_000  # pairs that a page has
 MOST_BYTES = 64 << 20  # of a data file that is looked at by itself
@@ -78,9 +79,8 @@ def pair_of(row: dict[str, Any], alike: bool, names: tuple[str, ...]) -> Pair | 
     intents = row.get(names[0]) if len(names) == 1 else [row.get(name) for name in names]
     questions = [None, None] if alike else row.get("questionPair")
     records = row.get("lineNumbers")
-    for values, kinds in ((intents, str), (questions, str | None), (records, int)):
-        if not isinstance(values, list) or len(values) != 2 or not all(isinstance(value, kinds) for value in values):
-            return None
+    if not (is_two(intents, str) and is_two(questions, str | None) and is_two(records, int)):
+        return None
     told = files.dumps([records, questions, intents])
     key = hashlib.sha256(told.encode()).hexdigest()[:16]
     return Pair(key, tuple(records), tuple(questions), tuple(intents), alike)
@@ -185,7 +185,7 @@ class Curation:
         }  # fmt: skip
         if action in ("merge", "relabel", "drop"):
             side = body.get("side")
-            if side not in (0, 1) or isinstance(side, bool):
+            if not is_side(side):
                 raise UserError(f"side is {files.shown(side)}, expected 0 (the left question) or 1 (the right one)")
             decision["side"] = side
             if action != "drop":
@@ -198,7 +198,7 @@ class Curation:
         decision["time"] = datetime.now(UTC).isoformat(timespec="seconds")
         with self.lock:
             files.append_line(decisions_path(path), decision)
-        return {"decision": decision}
+        return {"decision": {name: decision[name] for name in TOLD if name in decision}}
 
     def write(self, body: dict[str, Any]) -> dict[str, Any]:
         """Write the cleaned file and what changed; the summary."""
@@ -235,7 +235,8 @@ def shown_pair(pair: Pair, data: Data, decision: Decision | None) -> dict[str, A
          "record": record.index, "whole": question is None}
         for question, record in zip(pair.questions, found, strict=False)
     ]  # fmt: skip
-    return {"key": pair.key, "sides": sides, "decision": decision}
+    told = {name: decision[name] for name in TOLD if name in decision} if decision else None
+    return {"key": pair.key, "sides": sides, "decision": told}
 
 
 def lines_of(path: Path) -> Iterator[Decision]:
@@ -247,14 +248,23 @@ def lines_of(path: Path) -> Iterator[Decision]:
             yield line.value
 
 
+def is_two(values: Any, kind: Any) -> bool:
+    """Whether a value is a list of two of a kind."""
+    return isinstance(values, list) and len(values) == 2 and all(isinstance(value, kind) for value in values)
+
+
+def is_side(value: Any) -> bool:
+    """Whether a value names a question of a pair."""
+    return type(value) is int and value in (0, 1)
+
+
 def is_decision(value: Any) -> bool:
     """Whether a line is one that `decide` wrote."""
     if not isinstance(value, dict) or value.get("action") not in ACTIONS or not isinstance(value.get("pair"), str):
         return False
-    pairs = all(
-        isinstance(value.get(n), list) and len(value[n]) == 2 for n in ("group", "records", "questions", "intents")
-    )
-    sided = value["action"] in ("keep", "undo") or value.get("side") in (0, 1)
+    kinds = {"group": str, "records": int, "questions": str | None, "intents": str}
+    pairs = all(is_two(value.get(name), kind) for name, kind in kinds.items())
+    sided = value["action"] in ("keep", "undo") or is_side(value.get("side"))
     aimed = value["action"] not in ("merge", "relabel") or isinstance(value.get("intent"), str)
     return pairs and sided and aimed
 

@@ -100,7 +100,7 @@ class RunPages:
         found = [self.runs.one(name) for name in names[:MOST_COMPARED]]
         about = [self.runs.about(run.name)["settings"] for run in found]
         keys = sorted({key for settings in about for key in settings})
-        differ = [key for key in keys if len({files.dumps(settings.get(key)) for settings in about}) > 1]
+        differ = [key for key in keys if len({shown.amount(settings.get(key)) for settings in about}) > 1]
         rows = [(run, shown.cells(run, t)) for run in found]
         return self.pages.render(request, "compare.html", rows=rows, settings=about, differ=differ,
                                  left_out=len(names) - len(found))  # fmt: skip

@@ -5,9 +5,9 @@ machine writes there), while its log is fresh; `stopping` once it was also asked
 else `stopped` when it ended with a checkpoint of its last step, and `interrupted` when it did not.
 """
 
-import math
 import os
 import re
+import sys
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -27,6 +27,7 @@ FRESH = 30.0  # seconds since the log grew that still count as running
 TAIL = 1 << 18  # bytes at the end of a log in which the last losses are looked for
 PIECE = 4 << 20  # bytes of a log that one answer holds
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+MOST_STEPS = 1 << 53  # a browser counts no further
 LOSSES = ("loss", "eval_loss", "retention_loss")
 LAST = (*LOSSES, "tokens_per_second")
 SETS = ("train", "test", "retention", "replay")  # of data, in the order of a run's page
@@ -65,14 +66,18 @@ class Run:
 
 
 def number(value: Any) -> float | None:
-    """A number that JSON knows, or None."""
-    return value if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) else None
+    """A number that JSON and a double know, or None."""
+    known = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+    return value if known else None  # NaN compares as False
 
 
 def parsed(raw: bytes) -> dict[str, Any]:
     """A line of the log; {} for one that is none of ours."""
     value, problem = files.parse_line(raw) if raw.strip() else (None, "")
-    return value if problem is None and isinstance(value, dict) and isinstance(value.get("step"), int) else {}
+    if problem is not None or not isinstance(value, dict):
+        return {}
+    step = value.get("step")
+    return value if isinstance(step, int) and 0 <= step <= MOST_STEPS else {}
 
 
 def read_tail(path: Path) -> Tail:
