@@ -39,7 +39,7 @@ RUN --mount=type=secret,id=pip.conf,target=/root/.config/pip/pip.conf \
     && rm /tmp/requirements.txt
 
 # Caches in a folder that any user may write to, because --user can be anyone; LOGNAME for users without an account.
-# Docker's -p reaches the container's own address and not its loopback, so in here TensorBoard listens on all addresses;
+# Docker's -p reaches the container's own address and not its loopback, so in here both servers listen on all addresses;
 # who may reach it is decided by -p (-p 127.0.0.1:6006:6006 keeps it on the host).
 ENV HOME=/var/cache/llmops \
     LOGNAME=llmops \
@@ -53,6 +53,7 @@ ENV HOME=/var/cache/llmops \
     PYTHONDONTWRITEBYTECODE=1 \
     PYTHONUNBUFFERED=1 \
     MOUNT_PATH=/app/mnt \
+    SERVE_HOST=0.0.0.0 \
     TENSORBOARD_HOST=0.0.0.0
 RUN install --directory --mode=1777 /var/cache/llmops \
     && install --directory --owner=1000 --group=1000 /app/mnt
@@ -61,8 +62,10 @@ WORKDIR /app
 COPY . .
 
 USER 1000:1000
-# 6006: TensorBoard while training runs; 5000: kept for a model server
+# 6006: TensorBoard while training runs; 5000: the model server and the console, which ask for a token
 EXPOSE 6006 5000
+# loading a large model takes minutes, during which nothing answers
+HEALTHCHECK --interval=30s --timeout=5s --start-period=10m CMD ["python3", "/app/serve/health.py"]
 # The CUDA image's own entry point prints a banner to stdout, which belongs to results.
 ENTRYPOINT []
 # chat_main.sh ends in exec: the launcher becomes process 1 and passes SIGTERM on to the training processes.

@@ -62,16 +62,24 @@ def server(command: Sequence[str], port: int, path: str) -> Iterator[psutil.Proc
             process.kill()
 
 
+KEPT = threading.local()  # each client's connection
+
+
 def ask(port: int, method: str, path: str, body: Any = None) -> tuple[int, Any]:
-    """(status, JSON body) of a request on a connection of its own."""
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=600)
+    """(status, JSON body) of a request on this client's connection."""
+    kept: dict[int, http.client.HTTPConnection] = KEPT.__dict__.setdefault("ports", {})
+    connection = kept.setdefault(port, http.client.HTTPConnection("127.0.0.1", port, timeout=600))
     headers = {"authorization": f"Bearer {TOKEN}", "content-type": "application/json"}
-    try:
-        connection.request(method, path, None if body is None else json.dumps(body), headers)
-        response = connection.getresponse()
-        return response.status, json.loads(response.read())
-    finally:
-        connection.close()
+    for attempt in (1, 2):  # a server may close a connection that was idle
+        try:
+            connection.request(method, path, None if body is None else json.dumps(body), headers)
+            response = connection.getresponse()
+            return response.status, json.loads(response.read())
+        except OSError as error:
+            connection.close()
+            if attempt == 2 or isinstance(error, ConnectionRefusedError):
+                raise
+    raise AssertionError
 
 
 def chat(port: int, model: str, question: str, tokens: int) -> tuple[int, str, int]:
@@ -143,12 +151,13 @@ def ours(options: argparse.Namespace) -> None:
     with server(command, port, "/health") as process:
         model = ask(port, "GET", "/v1/models")[1]["data"][0]
         alone: dict[str, str] = {}
-        for clients in dict.fromkeys([1, options.peer_clients, options.clients]):
+        counts = [1, options.peer_clients, options.clients] if options.what in ("all", "chats") else []
+        for clients in dict.fromkeys(counts):
             before = process.memory_info().rss
             found = chat_load(port, model["id"], clients, options, alone)
             memory = {"memory_before_mb": before >> 20, "memory_mb": process.memory_info().rss >> 20}
             print(json.dumps({"server": "ours", "unit": "tokens/s"} | found | memory), flush=True)
-        if "intents" in model:
+        if "intents" in model and options.what in ("all", "intents"):
             intents(port, options)
 
 
@@ -168,9 +177,10 @@ def intents(port: int, options: argparse.Namespace) -> None:
 
 
 def peer(options: argparse.Namespace) -> None:
-    """`transformers serve`, one request at a time, and with its continuous batching."""
+    """`transformers serve`: one request at a time, or with its continuous batching."""
     program = str(Path(options.peer_python).with_name("transformers"))
-    for batching in ("--no-continuous-batching", "--continuous-batching"):
+    ways = {"single": "--no-continuous-batching", "continuous": "--continuous-batching"}
+    for batching in (ways[name] for name in options.peer_batching):
         port = free_port()
         command = [
             program,
@@ -203,18 +213,21 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", required=True, help="folder of a chat model")
     parser.add_argument("--work", type=Path, default=HERE / ".work" / "serve")
+    parser.add_argument("--what", choices=["all", "chats", "intents", "peer"], default="all")
     parser.add_argument("--clients", type=int, default=64)
     parser.add_argument("--peer_clients", type=int, default=16)
     parser.add_argument("--seconds", type=float, default=60)
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--questions", type=int, default=64, help="how many different ones")
+    parser.add_argument("--peer_batching", nargs="+", choices=["single", "continuous"], default=["single"])
     parser.add_argument("--peer_python", default="", help="a Python with transformers[serving]; empty: without it")
     options = parser.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
     load_now = os.getloadavg()[0]
     log(f"load of the machine before: {load_now:.1f}, {os.cpu_count()} cores")
-    ours(options)
-    if options.peer_python:
+    if options.what != "peer":
+        ours(options)
+    if options.peer_python and options.what in ("all", "peer"):
         peer(options)
     return 0
 

@@ -50,6 +50,9 @@ class Config:
     trust_remote_code: bool
 
 
+Shown = tuple[tuple[str, ...], ...]  # questions beside each candidate
+
+
 @dataclass(frozen=True)
 class Query:
     """One question with its prompt; `reference` is its true intent where the file has it."""
@@ -122,7 +125,8 @@ def read_queries(config: Config, catalog: Catalog) -> list[Query]:
     """The questions with their prompts."""
     if config.question:
         lists = bare_lists(config, catalog, config.question)
-        return [Query(text, tuple(catalog.prompt(text, k)), k) for text, k in zip(config.question, lists, strict=True)]
+        both = zip(config.question, lists, strict=True)
+        return [Query(text, tuple(catalog.prompt(text, k, shown)), k) for text, (k, shown) in both]
     refuse_unfinished(Path(config.input_file).parent)
     data = read_faq(Path(config.input_file), need_intent=False)
     bare = [q for record in data.records if not record.messages and not record.candidates for q in record.questions]
@@ -138,17 +142,19 @@ def read_queries(config: Config, catalog: Catalog) -> list[Query]:
         if record.candidates:
             variant = own_variant(catalog, record, f"{data.path}:{record.line}")
         for question in record.questions:
+            shown: Shown = ()
             if not record.messages and not record.candidates:
-                variant = next(found)
-            prompt = record.messages[:-1] or tuple(catalog.prompt(question, variant))
+                variant, shown = next(found)
+            prompt = record.messages[:-1] or tuple(catalog.prompt(question, variant, shown))
             queries.append(Query(question, prompt, variant, record.intent))
     return queries
 
 
-def bare_lists(config: Config, catalog: Catalog, questions: Sequence[str]) -> list[int | None]:
-    """The candidate list of each bare question: the whole one, or the one that is found by similarity."""
+def bare_lists(config: Config, catalog: Catalog, questions: Sequence[str]) -> list[tuple[int | None, Shown]]:
+    """The candidate list of each bare question: the whole one, or the one that is found by similarity, and what it
+    shows beside each candidate."""
     if not catalog.retrieval or not questions:
-        return [None] * len(questions)
+        return [(None, ())] * len(questions)
     from llmops.faq_retrieval import candidates_of, retriever_of
 
     return [*candidates_of(catalog, questions, retriever_of(catalog, config.embedding_model))]

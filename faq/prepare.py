@@ -23,7 +23,7 @@ from llmops.chat_formats import families
 from llmops.chat_model import ChatModel
 from llmops.checkpoints import Checkpoint
 from llmops.console import Parser, UserError, log, run_main, to_bool
-from llmops.faq_catalog import Catalog, wording_of
+from llmops.faq_catalog import ENGLISH, Catalog, wording_of
 from llmops.faq_records import INTENTS_NAME, FaqFile, FaqRecord, read_faq
 from llmops.records import Message
 
@@ -45,7 +45,9 @@ class Config:
     test_ratio: float
     out_of_scope_ratio: float
     variants: int
+    prompt_language: str
     candidates: str
+    candidate_examples: int
     embedding_model: str
     skip_bad_lines: bool
     overwrite: bool
@@ -57,7 +59,7 @@ class Config:
 class Example:
     """One question with its intent, and where it was read; `messages` when its prompt was made elsewhere.
 
-    `candidates` when it brings a list of its own.
+    `candidates` when it brings a list of its own; `shown`: questions to show beside each of these.
     """
 
     path: Path
@@ -66,6 +68,7 @@ class Example:
     intent: str
     messages: tuple[Message, ...] = ()
     candidates: tuple[str, ...] = ()
+    shown: tuple[tuple[str, ...], ...] = ()
 
     @property
     def asked(self) -> str:
@@ -91,11 +94,21 @@ def build_parser() -> argparse.ArgumentParser:
     add("--model_name_or_path", default="", help="base model; if given, the prompts' length is checked with it")
     add("--max_seq_len", type=int, default=2048, help="longest prompt and answer in tokens")
     add("--instruction", default="", help="instead of the template's instruction")
+    add(
+        "--prompt_language",
+        default="auto",
+        choices=["auto", "zh", "en"],
+        help="of the prompt's wording; auto: the data's",
+    )
     add("--test_ratio", type=float, default=0.1, help="share of each intent's questions that is held out")
     add("--out_of_scope_ratio", type=float, default=0.1, help="questions added whose intent is left out of the list")
     add(
         "--candidates", default="all", metavar="all|K", help="list every intent, or the K most similar to each question"
     )
+    add(
+        "--candidate_examples", type=int, default=0, metavar="N",
+        help="with --candidates K: show each with the N of its training questions that are most similar",
+    )  # fmt: skip
     add("--embedding_model", default="", help="folder of the model that finds them; empty: character n-grams")
     add("--variants", type=int, default=2, help="how many such lists; few, so that prompts stay shared")
     for name, text in (
@@ -118,6 +131,8 @@ def check(config: Config) -> None:
         problems.append(f"--max_seq_len is {config.max_seq_len}, expected at least 1")
     if config.variants < 1:
         problems.append(f"--variants is {config.variants}, expected at least 1")
+    if config.candidate_examples < 0:
+        problems.append(f"--candidate_examples is {config.candidate_examples}, expected at least 0")
     problems += check_candidates(config)
     if not config.test_data_file and config.test_ratio == 0:
         problems.append("there is no --test_data_file and --test_ratio is 0; give one of the two")
@@ -138,9 +153,8 @@ def check(config: Config) -> None:
 def check_candidates(config: Config) -> list[str]:
     """What is wrong with --candidates; raises UserError for a folder that holds no embedding model."""
     if config.candidates == "all":
-        return ["--embedding_model finds candidates; give their number with --candidates"] * bool(
-            config.embedding_model
-        )
+        given = {"embedding_model finds": config.embedding_model, "candidate_examples shows": config.candidate_examples}
+        return [f"--{flag} candidates; give their number with --candidates" for flag, value in given.items() if value]
     if not config.candidates.isdecimal() or int(config.candidates) < 2:
         return [f"--candidates is {config.candidates}, expected all or a number from 2"]
     if config.embedding_model:
@@ -163,6 +177,12 @@ def listed(places: Sequence[str]) -> str:
     """The first of these places, and how many more there are."""
     more = f" and {len(places) - LINES_SHOWN} more" if len(places) > LINES_SHOWN else ""
     return ", ".join(places[:LINES_SHOWN]) + more
+
+
+def language_of(records: Sequence[FaqRecord]) -> str:
+    """Chinese where any intent or question is written with Chinese characters, else English."""
+    texts = (text for record in records for text in (record.intent, *record.questions))
+    return "zh" if any("\u4e00" <= letter <= "\u9fff" for text in texts for letter in text) else ENGLISH
 
 
 def without_conflicts(examples: Sequence[Example], skip_bad: bool, repeats_stay: bool = False) -> list[Example]:
@@ -271,7 +291,7 @@ def make_row(example: Example, answer: str, catalog: Catalog, variant: int | Non
     """A line of train.jsonl or test.jsonl: the conversation, and what predict and score want to know of it."""
     if example.messages:
         return {"messages": list(example.messages), "question": example.question, "intent": answer}
-    messages = [*catalog.prompt(example.question, variant), {"role": "assistant", "content": answer}]
+    messages = [*catalog.prompt(example.question, variant, example.shown), {"role": "assistant", "content": answer}]
     row = {"messages": messages, "question": example.question, "intent": answer}
     return row if variant is None else row | {"variant": variant}
 
@@ -316,7 +336,8 @@ def run(config: Config) -> dict[str, Any]:
     made = {bool(record.messages) for record in data.records}
     if len(made) > 1:
         raise UserError(f"{data.path} mixes 'messages' with questions and intents; expected one of the two")
-    wording = None if made == {True} else wording_of(config.mode, config.instruction)
+    language = language_of(data.records) if config.prompt_language == "auto" else config.prompt_language
+    wording = None if made == {True} else wording_of(config.mode, config.instruction, language)
     none = wording_of(config.mode).none
     own = {record.instruction for record in data.records} - {""}
     if own and not config.instruction and wording:

@@ -1,13 +1,13 @@
 """Training and test data with the most similar candidates listed for each question (llmops/faq_retrieval.py)."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from random import Random
 from typing import TYPE_CHECKING, Any
 
 from llmops.console import UserError, log, stdout_to_stderr
 from llmops.faq_catalog import Catalog
-from llmops.faq_retrieval import Retriever
+from llmops.faq_retrieval import ROWS_AT_ONCE, Retriever
 
 if TYPE_CHECKING:
     from faq.prepare import Config, Example
@@ -15,9 +15,12 @@ if TYPE_CHECKING:
 EXAMPLES = 20  # training questions of an intent that are compared
 
 
-def kept(examples: Mapping[str, Sequence[str]], count: int, embedding_model: str) -> dict[str, Any]:
-    """What intents.json keeps, so that candidates of a new question are found the same way."""
-    return {"candidates": count, "embedding_model": embedding_model, "examples": {k: [*v] for k, v in examples.items()}}
+def kept(examples: Mapping[str, Sequence[str]], config: "Config") -> dict[str, Any]:
+    """What intents.json keeps, so that candidates of a new question are found and shown the same way."""
+    return {
+        "candidates": int(config.candidates), "shown": config.candidate_examples,
+        "embedding_model": config.embedding_model, "examples": {k: [*v] for k, v in examples.items()},
+    }  # fmt: skip
 
 
 def retrieve(
@@ -33,27 +36,23 @@ def retrieve(
     for example in examples:
         if example.intent in texts and len(texts[example.intent]) < EXAMPLES:
             texts[example.intent].append(example.question)
-    more = min(count + 1, len(texts))
     with stdout_to_stderr():
         retriever = Retriever(texts, config.embedding_model)
-        ranked = [
-            retriever.ranked([e.question for e in part], more, itself=False).tolist() for part in (examples, test)
-        ]
-    asked = [(retriever.number[e.intent], found) for e, found in zip(test, ranked[1], strict=True) if e.intent in texts]
-    recall = sum(own in found[:count] for own, found in asked) / max(1, len(asked))
+        rows = {
+            learned: list(listed_rows(retriever, part, catalog.none, config, learned))
+            for learned, part in ((True, examples), (False, test))
+        }
+    asked = [row for row in rows[False] if row.known and row.answered]
+    recall = sum(row.found for row in asked) / max(1, len(asked))
     log(
         f"{count} candidates by {retriever.features.name} hold the right intent of {recall:.1%} of the test questions, "
         "the most that can be answered rightly"
     )
-    made = []
-    for part, found in zip((examples, test), ranked, strict=True):
-        learned = part is examples
-        share = config.out_of_scope_ratio if learned or not config.test_data_file else 0  # a given test is not changed
-        dropped = set(Random(config.seed + 1).sample(range(len(part)), round(share * len(part))))
-        made.append(listed_rows(retriever, part, found, catalog.none, count, learned, dropped))
+    made = [[row.example for row in rows[learned]] for learned in (True, False)]
     lists = dict.fromkeys(example.candidates for part in made for example in part)
-    how = kept(texts, count, config.embedding_model)
-    catalog = replace(catalog, lists=[list(listed) for listed in lists], left_out=[], retrieval=how)
+    catalog = replace(
+        catalog, lists=[list(listed) for listed in lists], left_out=[], retrieval=kept(texts, config)
+    )  # fmt: skip
     return made[0], made[1], catalog, {"recall": round(recall, 4)}
 
 
@@ -70,20 +69,37 @@ def lists_of(own: int, found: list[int], count: int, learned: bool, dropped: boo
     return [(True, first)] + ([(False, others)] if dropped and own >= 0 else [])
 
 
+@dataclass(frozen=True)
+class Listed:
+    """An example with its candidates; whether its intent is known, is the answer, and was among those found."""
+
+    example: "Example"
+    known: bool
+    answered: bool
+    found: bool
+
+
 def listed_rows(
-    retriever: Retriever,
-    part: "list[Example]",
-    found: list[list[int]],
-    none: str,
-    count: int,
-    learned: bool,
-    dropped: set[int],
-) -> "list[Example]":
-    """The examples with their candidates, and those that are `dropped` once more without their intent."""
-    return [
-        replace(example, intent=example.intent if answered else none, candidates=retriever.listed(numbers))
-        for k, example in enumerate(part)
-        for answered, numbers in lists_of(
-            retriever.number.get(example.intent, -1), found[k], count, learned, k in dropped
-        )
-    ]  # fmt: skip
+    retriever: Retriever, part: "list[Example]", none: str, config: "Config", learned: bool
+) -> Iterator[Listed]:
+    """The examples with their candidates; some of them once more without their intent (`out_of_scope_ratio`)."""
+    count = int(config.candidates)
+    more = min(count + 1, len(retriever.intents))
+    share = config.out_of_scope_ratio if learned or not config.test_data_file else 0  # a given test is not changed
+    dropped = set(Random(config.seed + 1).sample(range(len(part)), round(share * len(part))))
+    for start in range(0, len(part), ROWS_AT_ONCE):
+        some = part[start : start + ROWS_AT_ONCE]
+        questions = [example.question for example in some]
+        vectors = retriever.features.vectors(questions)
+        for k, found in enumerate(retriever.ranked(questions, vectors, more, itself=False)):
+            own = retriever.number.get(some[k].intent, -1)
+            for answered, numbers in lists_of(own, found, count, learned, start + k in dropped):
+                similar = [
+                    retriever.similar(vectors[k], questions[k], number, config.candidate_examples)
+                    for number in sorted(numbers)
+                ]
+                example = replace(
+                    some[k], intent=some[k].intent if answered else none, candidates=retriever.listed(numbers),
+                    shown=tuple(similar),
+                )  # fmt: skip
+                yield Listed(example, own >= 0, answered, own in numbers)

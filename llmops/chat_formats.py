@@ -36,6 +36,7 @@ class Piece:
 
 
 GENERATION = ("max_new_tokens", "batch_size")  # keys of a family's `generation`
+LAID_OVER = ("faq", "faq_en", "generation")  # keys of auto.json that every mode has, too
 Layout = Callable[[Sequence[Message], bool], list[Piece]]
 
 
@@ -48,7 +49,7 @@ class Family:
     config.json model_type values that fit; `config_has` keys of config.json, `tokenizer_has` and `tokenizer_lacks`
     texts in the checkpoint's tokenizer files narrow them. `one_sample_per_answer`: the prompt is not causal. `stop`:
     tokens that end an answer, beside the end token.
-    `faq` and `generation` are laid over those of `auto`.
+    `faq`, `faq_en` (where English differs) and `generation` are laid over those of `auto`.
     """
 
     name: str
@@ -63,6 +64,7 @@ class Family:
     one_sample_per_answer: bool = False
     lora_layers: tuple[str, ...] = ()
     faq: dict[str, str] = field(default_factory=dict)
+    faq_en: dict[str, str] = field(default_factory=dict)
     generation: dict[str, int] = field(default_factory=dict)
 
     def misfit(self, config: dict[str, Any], tokenizer_text: str) -> str | None:
@@ -88,7 +90,9 @@ def read_families(folder: Path) -> dict[str, Family]:
         raise UserError(f"{folder} has no auto.json, whose wording every mode is laid over; copy the project again")
     families = {}
     for name, values in described.items():
-        both = {key: described["auto"].get(key, {}) | values.get(key, {}) for key in ("faq", "generation")}
+        both = {key: described["auto"].get(key, {}) | values.get(key, {}) for key in LAID_OVER}
+        own = values.get("faq", {}) if name != "auto" else {}  # the wording of a file is for every language
+        both["faq_en"] = {k: v for k, v in both["faq_en"].items() if k not in own or k in values.get("faq_en", {})}
         plain = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
         families[name] = Family(name, **(plain | both))
         missing = [key for key in GENERATION if key not in families[name].generation]
@@ -105,7 +109,7 @@ def read_family(path: Path) -> dict[str, Any]:
         if key not in known:
             raise UserError(f"{path}: unknown key {files.plain(key)}; expected some of {', '.join(known)}")
         default = known[key].default
-        if key == "faq":
+        if key in ("faq", "faq_en"):
             good, expected = is_texts_by_name(value), "an object of texts"
         elif key == "generation":
             good, expected = is_counts(value), f"an object of whole numbers from 1 under {', '.join(GENERATION)}"

@@ -65,10 +65,21 @@ class Search:
         """The tokens after which the model is asked next; None when all wanted candidates are found."""
         return self.heap[0][1] if len(self.found) < self.wanted and self.heap else None
 
+    @property
+    def next_tokens(self) -> list[int]:
+        """The tokens that may follow `next_path`."""
+        return self.tree.children[self.heap[0][1]]
+
     def advance(self, logits: torch.Tensor) -> None:
-        """Continue with the model's logits [vocabulary] after `next_path`, renormalised over the allowed tokens."""
+        """Continue with the model's logits of `next_tokens`, in their order, renormalised over them."""
         cost, path = heapq.heappop(self.heap)
-        tokens = self.tree.children[path]
-        for token, logp in zip(tokens, logits[tokens].float().log_softmax(-1).tolist(), strict=True):
+        for token, logp in zip(self.tree.children[path], logits.float().log_softmax(-1).tolist(), strict=True):
             heapq.heappush(self.heap, (cost - logp, self.tree.down((*path, token))))
         self.settle()
+
+
+def logits_of_tokens(logits: torch.Tensor, tokens: Sequence[Sequence[int]]) -> list[torch.Tensor]:
+    """Of each row of logits [rows, V] those of its tokens, on the CPU; gathered first where the logits are."""
+    width = max(map(len, tokens))
+    index = torch.tensor([[*ids, *[0] * (width - len(ids))] for ids in tokens], device=logits.device)
+    return [row[: len(ids)] for row, ids in zip(logits.gather(1, index).cpu(), tokens, strict=True)]

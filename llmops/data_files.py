@@ -20,9 +20,11 @@ from typing import Any, NamedTuple
 
 from llmops import files, shapes
 from llmops.console import UserError, log, progress
+from llmops.loading import loading
 from llmops.records import BadRow, Conversation, Problem, problems_error
 
 CURE = "put it there or name another file"
+TABLE_CURE = "write it again, or export JSON lines"
 DATASET_MARK = "dataset_info.json"  # in a folder of datasets.save_to_disk
 TABLES = {".parquet": "parquet", ".arrow": "arrow"}
 SEPARATORS = {".csv": ",", ".tsv": "\t", ".tab": "\t"}
@@ -179,7 +181,7 @@ def rows_of(chunk: Chunk) -> Iterator[tuple[int, Any, str | None]]:
         return iter(chunk.rows)
     import pyarrow
 
-    with pyarrow.ipc.open_stream(chunk.rows) as stream:
+    with loading(described(chunk.path, chunk.kind), TABLE_CURE), pyarrow.ipc.open_stream(chunk.rows) as stream:
         values = stream.read_all().to_pylist()
     return ((number, without_nulls(value), None) for number, value in enumerate(values, chunk.first))
 
@@ -221,19 +223,19 @@ def text_lines(path: Path) -> Iterator[str]:
 
 def table_chunks(path: Path, kind: str, size: int) -> Iterator[Chunk]:
     """A parquet or arrow file or a saved dataset, some rows at a time; nothing is copied to a cache."""
-    import datasets
-    import pyarrow
-
     number = 1
-    try:
-        with closing(parquet_tables(path, size) if kind == "parquet" else dataset_tables(path, kind, size)) as tables:
-            for table in tables:
-                yield Chunk(path, kind, stream_of(table), number)
-                number += len(table)
-    except (pyarrow.ArrowException, datasets.exceptions.DatasetsError, OSError, ValueError, TypeError) as error:
-        said = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-        what = "a saved dataset" if kind == "folder" else kind
-        raise UserError(f"{path} cannot be read as {what} ({said}); write it again, or export JSON lines") from error
+    with (
+        loading(described(path, kind), TABLE_CURE),
+        closing(parquet_tables(path, size) if kind == "parquet" else dataset_tables(path, kind, size)) as tables,
+    ):
+        for table in tables:
+            yield Chunk(path, kind, stream_of(table), number)
+            number += len(table)
+
+
+def described(path: Path, kind: str) -> str:
+    """What messages call a file that is a table."""
+    return f"the saved dataset {path}" if kind == "folder" else f"the {kind} file {path}"
 
 
 def parquet_tables(path: Path, size: int) -> Iterator[Any]:
@@ -255,6 +257,8 @@ def dataset_tables(path: Path, kind: str, size: int) -> Iterator[Any]:
     with tempfile.TemporaryDirectory(prefix="llmops-datasets.") as scratch:
         found: Any
         if kind == "folder":
+            for one in sorted([*path.glob("*.arrow"), *path.glob("*.json")]):
+                files.open_regular(one, "the data", CURE).close()  # a pipe would never end
             found = datasets.load_from_disk(str(path))
         else:
             found = datasets.load_dataset(

@@ -17,13 +17,17 @@ from llmops.console import UserError
 from llmops.faq_records import INTENTS_NAME
 from llmops.records import Message
 
+BETWEEN_EXAMPLES = " / "
+ENGLISH = "en"
+
 
 @dataclass(frozen=True)
 class Wording:
     """How a prompt is written; a template file of faq/templates holds these texts under "faq".
 
     `prompt` has the places {instruction}, {candidates} and, last, {question}; `candidate` has {intent} and may have
-    {number}, from 1; `separator` stands between candidates; `none` is the answer when no intent fits.
+    {number}, from 1; `separator` stands between candidates; `none` is the answer when no intent fits; `examples`, with
+    the place {questions}, follows a candidate that is shown with questions of its own.
     """
 
     instruction: str
@@ -31,6 +35,7 @@ class Wording:
     separator: str
     prompt: str
     none: str
+    examples: str = " ({questions})"
 
 
 @dataclass(frozen=True)
@@ -40,7 +45,7 @@ class Catalog:
     `lists` are candidate lists that the data's rows brought with them, or that faq/prepare found by similarity, in
     their own order; variants after those of `left_out`. `wording` is None for data whose prompts were made elsewhere.
     `decision` holds the calibration and the threshold that faq/score found; `retrieval` how candidates of a bare
-    question are found (llmops/faq_retrieval.py); both are {} where there is none.
+    question are found and shown (llmops/faq_retrieval.py); both are {} where there is none.
     """
 
     mode: str
@@ -85,8 +90,8 @@ class Catalog:
         """What may be answered to a variant of the prompt: its candidates and "none fits"."""
         return [*self.candidates(variant), *([] if self.none in self.intents else [self.none])]
 
-    def prompt(self, question: str, variant: int | None = None) -> list[Message]:
-        """The messages that ask for a question's intent."""
+    def prompt(self, question: str, variant: int | None = None, shown: Sequence[Sequence[str]] = ()) -> list[Message]:
+        """The messages that ask for a question's intent; `shown`: questions to show beside each candidate."""
         if self.wording is None:
             raise UserError(
                 "the prompts of this data were made elsewhere, so a bare question cannot be asked; "
@@ -97,6 +102,9 @@ class Catalog:
             wording.candidate.format(number=number, intent=intent)
             for number, intent in enumerate(self.candidates(variant), 1)
         ]
+        for k, questions in enumerate(shown):
+            if questions:
+                listed[k] += wording.examples.format(questions=BETWEEN_EXAMPLES.join(questions))
         text = wording.prompt.format(
             instruction=wording.instruction.format(none=wording.none),
             candidates=wording.separator.join(listed),
@@ -113,9 +121,10 @@ class Catalog:
         return files.dumps(asdict(self), indent=2) + "\n"
 
 
-def wording_of(mode: str, instruction: str = "") -> Wording:
-    """The wording of a mode's template, with another instruction if one is given."""
-    described = families()[mode].faq
+def wording_of(mode: str, instruction: str = "", language: str = "zh") -> Wording:
+    """The wording of a mode's template in Chinese or English, with another instruction if one is given."""
+    family = families()[mode]
+    described = family.faq | (family.faq_en if language == ENGLISH else {})
     if instruction:
         described = described | {"instruction": instruction.replace("{", "{{").replace("}", "}}")}
     return check_wording(described, f"faq/templates/{mode}.json")
@@ -128,13 +137,13 @@ def check_wording(described: Any, where: str) -> Wording:
     """
     places = {
         "instruction": {"none"}, "candidate": {"number", "intent"}, "separator": set(), "none": set(),
-        "prompt": {"instruction", "candidates", "question"},
+        "prompt": {"instruction", "candidates", "question"}, "examples": {"questions"},
     }  # fmt: skip
-    if not isinstance(described, dict) or set(described) != set(places):
+    if not isinstance(described, dict) or {*described, "examples"} != set(places):
         found = ", ".join(map(files.shown, described)) if isinstance(described, dict) else files.kind_of(described)
         raise UserError(f"{where}: the wording has {found or 'nothing'}; expected {', '.join(places)}")
-    for name, allowed in places.items():
-        text = described[name]
+    for name, text in described.items():
+        allowed = places[name]
         if not isinstance(text, str):
             raise UserError(f"{where}: {name} is {files.kind_of(text)}, expected a text")
         if name not in ("separator", "none"):
@@ -220,6 +229,7 @@ def is_retrieval(value: Any) -> bool:
     return (
         type(value.get("candidates")) is int
         and value["candidates"] > 0
+        and type(value.get("shown", 0)) is int
         and is_text(value.get("embedding_model"))
         and isinstance(examples, dict)
         and is_lists(list(examples.values()))

@@ -2,7 +2,7 @@
 
 With thousands of intents the whole list fits no prompt. Similarity is the cosine with the nearest of an intent's texts,
 by an embedding model or by character n-grams. The list is in the order of the intents: where lists agree, prompts begin
-alike.
+alike. A candidate may be shown with the training questions of its own that are most similar to the one asked.
 """
 
 from collections.abc import Mapping, Sequence
@@ -89,29 +89,38 @@ class Retriever:
         self.intents = list(examples)
         self.number = {intent: k for k, intent in enumerate(self.intents)}
         self.features = Features(read_folder(Path(embedding_model)) if embedding_model else None)
-        texts, labels = [], []
+        self.texts, labels, self.starts = list[str](), [], []
         for number, (intent, questions) in enumerate(examples.items()):
+            self.starts.append(len(self.texts))
             own = [intent.replace("_", " "), *questions]
-            texts += own
+            self.texts += own
             labels += [number] * len(own)
-        self.place = {text: row for row, text in enumerate(texts)}
+        self.starts.append(len(self.texts))
+        self.place = {text: row for row, text in enumerate(self.texts)}
         self.labels = np.array(labels)
-        self.vectors = self.features.vectors(texts)
+        self.known = self.features.vectors(self.texts)
 
-    def ranked(self, questions: Sequence[str], count: int, itself: bool = True) -> "np.ndarray":
-        """Numbers of the `count` most similar intents (n, count), the most similar first.
+    def ranked(
+        self, questions: Sequence[str], vectors: "np.ndarray", count: int, itself: bool = True
+    ) -> "list[list[int]]":
+        """Numbers of the `count` most similar intents of each question, the most similar first; `vectors` (n, d).
 
         `itself` False: a question that is one of the compared texts is not compared with itself.
         """
         import numpy as np
 
-        found = np.empty((len(questions), count), np.int64)
-        for start in range(0, len(questions), ROWS_AT_ONCE):
-            part = questions[start : start + ROWS_AT_ONCE]
-            own = [] if itself else [self.place.get(text, -1) for text in part]
-            cosines = nearest(self.features.vectors(part), self.vectors, self.labels, own)
-            found[start : start + len(part)] = np.argsort(-cosines, axis=1, kind="stable")[:, :count]
-        return found
+        own = [] if itself else [self.place.get(text, -1) for text in questions]
+        cosines = nearest(vectors, self.known, self.labels, own)
+        return np.argsort(-cosines, axis=1, kind="stable")[:, :count].tolist()
+
+    def similar(self, vector: "np.ndarray", question: str, number: int, count: int) -> tuple[str, ...]:
+        """The `count` questions of an intent that are most similar to this one, the most similar first; not itself."""
+        first, last = self.starts[number] + 1, self.starts[number + 1]
+        if not count or first == last:
+            return ()
+        cosines = self.known[first:last] @ vector
+        texts = (self.texts[first + place] for place in (-cosines).argsort(kind="stable"))
+        return tuple(text for text in texts if text != question)[:count]
 
     def listed(self, numbers: Sequence[int]) -> tuple[str, ...]:
         """These intents in the order of the prompt."""
@@ -128,8 +137,20 @@ def retriever_of(catalog: Catalog, embedding_model: str = "") -> Retriever:
         return Retriever(how["examples"], folder)
 
 
-def candidates_of(catalog: Catalog, questions: Sequence[str], retriever: Retriever) -> list[int]:
-    """The candidate lists of bare questions, as numbers of variants; lists that are new are added to the catalog."""
+def candidates_of(
+    catalog: Catalog, questions: Sequence[str], retriever: Retriever
+) -> list[tuple[int, tuple[tuple[str, ...], ...]]]:
+    """The candidate lists of bare questions as numbers of variants, and what is shown with each candidate.
+
+    Lists that are new are added to the catalog.
+    """
+    how, found = catalog.retrieval, []
     with stdout_to_stderr():
-        ranked = retriever.ranked(questions, catalog.retrieval["candidates"]).tolist()
-    return [catalog.variant_of(retriever.listed(numbers)) for numbers in ranked]
+        for start in range(0, len(questions), ROWS_AT_ONCE):
+            part = questions[start : start + ROWS_AT_ONCE]
+            vectors = retriever.features.vectors(part)
+            for k, numbers in enumerate(retriever.ranked(part, vectors, how["candidates"])):
+                variant = catalog.variant_of(retriever.listed(numbers))
+                similar = [retriever.similar(vectors[k], part[k], n, how.get("shown", 0)) for n in sorted(numbers)]
+                found.append((variant, tuple(similar)))
+    return found

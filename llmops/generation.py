@@ -17,7 +17,7 @@ from typing import TypeVar
 import torch
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
-from llmops.choice_search import Choice, Search, Tree
+from llmops.choice_search import Choice, Search, Tree, logits_of_tokens
 from llmops.console import RunStopped, UserError, log
 from llmops.continuous import FEW_ALONE, Generated, Pool, Row
 from llmops.layers import cache_bytes, free_memory
@@ -27,9 +27,9 @@ from llmops.shared_prefix import MIN_SHARED, NOTHING, Prefix, group_by_prefix
 T = TypeVar("T")
 MOST_ROWS = 128  # prompts at once where memory does not set the limit
 MOST_PLAIN_ROWS = 16  # prompts at once in the plain way
-STEPS_SHARE = 8  # between two readings of prompts, steps of answers that cost this part of the first
+STEPS_SHARE = 16  # between two readings of prompts, steps of answers that cost this part of the first
 # per device: prompt tokens that are read at once, and what a pass costs beside its tokens, in tokens (the weights)
-PACE = {"cpu": (2048, 20), "cuda": (MOST_TOKENS, 512)}
+PACE = {"cpu": (4096, 20), "cuda": (MOST_TOKENS, 512)}
 
 
 class KeepBest(LogitsProcessor):
@@ -85,7 +85,8 @@ class Generator:
             asked = [k for k, search in enumerate(searches) if search.next_path is not None]
             logits = state.logits[asked]
             while asked:
-                for k, row_logits in zip(asked, logits.float().cpu(), strict=True):
+                wanted = logits_of_tokens(logits, [searches[k].next_tokens for k in asked])
+                for k, row_logits in zip(asked, wanted, strict=True):
                     searches[k].advance(row_logits)
                 asked = [k for k, search in enumerate(searches) if search.next_path is not None]
                 if asked:
@@ -150,9 +151,7 @@ class Generator:
         Prompts are read some at a time with steps of answers in between, so that the first answers end before the
         last prompts are read, and later ones one after the other.
         """
-        waiting = deque(
-            Row(i, prompts[i], limits[i], shared) for rows, shared in self._groups(prompts) for i in rows
-        )
+        waiting = deque(Row(i, prompts[i], limits[i], shared) for rows, shared in self._groups(prompts) for i in rows)
         pool = Pool(self.passes, stop_ids)
         at_once, pass_cost = PACE.get(self.device.type, PACE["cuda"])
         last, due = NOTHING, 0

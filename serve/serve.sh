@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # The model server and the console on one port.
 #
-#   bash serve/serve.sh                                            the console over mnt/
-#   bash serve/serve.sh --model_name_or_path mnt/output_path       and the trained model, for OpenAI's clients
+#   bash serve/serve.sh                                 the console over mnt/, and mnt/output_path for OpenAI's clients
+#   bash serve/serve.sh --mount_path mnt_demo           the same over another folder
+#   bash serve/serve.sh --model_name_or_path none       the console alone
 #
 # The token that it asks for is printed at the start. SIGTERM lets running answers end.
 # A setting can be edited here, set in the environment or given as a flag.
@@ -12,10 +13,8 @@ HERE=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
 # --- settings ----------------------------------------------------------------------------------------------------------
 CUDA_VISIBLE_DEVICES="${CUDA_VISIBLE_DEVICES:-}" # the GPU to use; empty: the first, or the CPU without any
 MOUNT_PATH="${MOUNT_PATH:-$HERE/mnt}"            # folder with datasets/ and output_path/, which the console shows
-MODEL_NAME_OR_PATH="${MODEL_NAME_OR_PATH:-}"     # adapter, merged or whole model; empty: the console alone
-# shellcheck disable=SC2034 # read by name; HOST and PORT of the environment may be something else
+MODEL_NAME_OR_PATH="${MODEL_NAME_OR_PATH:-}"     # adapter, merged or whole model; empty: that of MOUNT_PATH; none
 HOST="${SERVE_HOST:-127.0.0.1}"                  # address to listen on; 0.0.0.0: all (variable: SERVE_HOST)
-# shellcheck disable=SC2034
 PORT="${SERVE_PORT:-5000}"                       # 0: any that is free (variable: SERVE_PORT)
 AUTH="${AUTH:-true}"                             # ask for the token; false: on the loopback address alone
 TOKEN="${LLMOPS_TOKEN:-}"                        # empty: a random one, which is printed (variable: LLMOPS_TOKEN)
@@ -40,7 +39,12 @@ FEEDBACK_FILE="${FEEDBACK_FILE:-}"               # corrections of intents; empty
 # shellcheck source=llmops/environment.sh
 source "$HERE/llmops/environment.sh"
 read_settings "${BASH_SOURCE[0]}" "$@"
+trained=$MOUNT_PATH/output_path
+if [ -z "$MODEL_NAME_OR_PATH" ] && { [ -f "$trained/adapter_config.json" ] || [ -f "$trained/config.json" ]; }; then
+    MODEL_NAME_OR_PATH=$trained
+fi
 export LLMOPS_TOKEN="$TOKEN" # not as a flag, which every user of the machine can see
+: "$HOST" "$PORT"            # read by name; in the environment HOST and PORT may mean something else
 mapfile -d '' -t settings < <(setting_flags CUDA_VISIBLE_DEVICES TOKEN)
 PYTHON=$(ensure_python "$HERE" "$HERE/requirements.txt") || exit 2
 has_gpu || tune_cpu

@@ -97,6 +97,13 @@ class Server(uvicorn.Server):
             for number in taken:
                 loop.remove_signal_handler(number)
 
+    async def on_tick(self, counter: int) -> bool:
+        """Whether to end: it was asked for, or the model's engine has failed and nothing can be answered any more."""
+        model = self.app.state.model
+        if model is not None and not model.alive:
+            self.app.state.draining = self.should_exit = True
+        return await super().on_tick(counter)
+
     def drain(self) -> None:
         """Take no new requests and end when the running ones have."""
         if self.should_exit:

@@ -79,7 +79,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = Parser(prog="serve.py", description="Serve a model and the console.", allow_abbrev=False)
     add = parser.add_argument
     add("--mount_path", default="mnt", help="folder with datasets/ and output_path/, which the console shows")
-    add("--model_name_or_path", default="", help="adapter, merged or whole model; empty: the console alone")
+    add("--model_name_or_path", default="", help="adapter, merged or whole model; empty or none: the console alone")
     add("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0: all")
     add("--port", type=int, default=5000, help="0: any that is free")
     add("--auth", type=to_bool, default=True, metavar="true|false", help="ask for the token")
@@ -132,7 +132,7 @@ def read_settings(argv: list[str] | None = None) -> Settings:
 
 def check_model(given: argparse.Namespace) -> Model | None:
     """The model's part. Raises UserError for folders that hold none."""
-    if not given.model_name_or_path:
+    if given.model_name_or_path in ("", "none"):
         if given.intents_file:
             raise UserError("--intents_file needs a model that answers; pass --model_name_or_path")
         return None

@@ -269,6 +269,11 @@ def test_a_model_is_added_with_one_file(tmp_path: Path) -> None:
     family = read_families(tmp_path)["falcon"]
     assert family.faq["none"] == "其他"
     assert family.faq["prompt"] == families()["auto"].faq["prompt"]  # what a file leaves out is auto's
+    own = new | {"faq": {"prompt": "{instruction} {candidates} {question}"}}
+    (tmp_path / "falcon.json").write_text(json.dumps(own), encoding="utf-8")
+    family = read_families(tmp_path)["falcon"]
+    assert "prompt" not in family.faq_en  # a wording of its own is for English data, too
+    assert family.faq_en["instruction"] == families()["auto"].faq_en["instruction"]
     for text, phrase in (
         ("{", "falcon.json is not JSON"),
         ('{"lora": []}', "unknown key lora"),

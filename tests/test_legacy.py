@@ -7,6 +7,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,6 +23,7 @@ from llmops.checkpoints import Checkpoint
 from llmops.console import UserError
 from llmops.generation import Generator
 from llmops.layers import choose_lora_layers
+from llmops.legacy.two_positions import read_prompt
 from train.batches import PaddedCollator, target_losses
 
 MODULES = ROOT / "tests" / "legacy_modules"
@@ -230,6 +232,22 @@ def config_beside(saved: Path, tmp_path: Path) -> Path:
 # --- configuration, building, loading --------------------------------------------------------------------------------
 
 
+def test_a_vocabulary_file_that_was_not_kept_is_saved(make: Make, tmp_path: Path) -> None:
+    with pytest.raises(AttributeError, match="vocab_file"):
+        trusted_tokenizer(make("rotary", without="vocabulary_file_forgotten")).save_pretrained(tmp_path)
+    folder = make("rotary")
+    trusted_tokenizer(folder).save_pretrained(tmp_path / "saved")
+    assert (tmp_path / "saved" / "tokenizer.model").read_bytes() == (folder / "tokenizer.model").read_bytes()
+
+
+def test_batch_encode_plus_is_another_name(make: Make) -> None:
+    """What the vendors' `model.chat` calls."""
+    with pytest.raises(AttributeError, match="batch_encode_plus"):
+        trusted_tokenizer(make("rotary", without="batches_only_by_calling")).batch_encode_plus(["hello"])
+    tokenizer = trusted_tokenizer(make("rotary"))
+    assert tokenizer.batch_encode_plus(["hello", "a"])["input_ids"] == tokenizer(["hello", "a"])["input_ids"]
+
+
 def test_names_that_the_library_expects(make: Make) -> None:
     folder = make("rotary", without="names_of_today_missing")
     with pytest.raises(AttributeError, match="use_cache"):
@@ -380,6 +398,16 @@ def test_padded_equals_unpadded(make: Make, style: str, left: bool) -> None:
         logits = model(**batch).logits
     for i, row in enumerate(rows):
         assert close(logits[i, -1 if left else len(row) - 1], logits_of(model, row)[-1])
+
+
+def test_mask_tokens_that_the_config_does_not_name() -> None:
+    """ChatGLM-6B with 150,528 rows: its code had the ids of [MASK] and [gMASK] written in it."""
+    rows = torch.tensor([[5, 6, 150001, 150004, 7], [5, 150000, 8, 150004, 7]])
+    hidden = torch.zeros_like(rows, dtype=torch.bool)
+    named = SimpleNamespace(bos_token_id=150004, gmask_token_id=150001, mask_token_id=150000)
+    old = read_prompt(rows, hidden, SimpleNamespace(bos_token_id=150004))
+    assert all(torch.equal(a, b) for a, b in zip(old, read_prompt(rows, hidden, named), strict=True))
+    assert old[2].tolist() == [2, 1]  # where the mask tokens stand
 
 
 def test_a_2d_mask_crashes_the_prefix_style(make: Make) -> None:

@@ -64,7 +64,40 @@ def test_rows_list_what_is_similar(tmp_path: Path, capsys: pytest.CaptureFixture
     # a bare question gets the list of its row
     rows = [row for row in test if row["intent"] != "不符合"]
     found = candidates_of(catalog, [row["question"] for row in rows], retriever_of(catalog))
-    assert [catalog.candidates(k) for k in found] == [catalog.candidates(row["variant"]) for row in rows]
+    assert [catalog.candidates(k) for k, _ in found] == [catalog.candidates(row["variant"]) for row in rows]
+
+
+def test_candidates_are_shown_with_their_most_similar_questions(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By hand: of each intent the question that shares most with the one asked; never that question itself."""
+    rows = [
+        {"question": question, "intent": intent}
+        for intent, questions in {
+            "card_lost": ["I lost my card", "my card is gone", "I lost my card yesterday"],
+            "pin": ["I forgot my pin", "change the pin code", "what is my pin"],
+            "rate": ["which rate do I get", "exchange rate today", "is the rate fixed"],
+        }.items()
+        for question in questions
+    ]
+    asked = write_jsonl(tmp_path / "asked.jsonl", [])
+    asked.write_text('{"question": "is my card lost", "intent": "card_lost"}\n', encoding="utf-8")
+    train, test = prepared(
+        tmp_path, rows, "--candidates", "2", "--candidate_examples", "1", "--test_data_file", str(asked),
+        "--out_of_scope_ratio", "0",
+    )  # fmt: skip
+    prompts = {row["question"]: row["messages"][0]["content"] for row in [*train, *test]}
+    assert "Which intent does the question have?" in prompts["what is my pin"]  # no Chinese character in the data
+    assert "\ncard_lost (I lost my card yesterday)\n" in prompts["I lost my card"]
+    assert "\ncard_lost (I lost my card)\n" in prompts["I lost my card yesterday"]
+    assert "\ncard_lost (I lost my card)\n" in prompts["is my card lost"]
+    for question, prompt in prompts.items():
+        assert prompt.count(" (") == 2
+        assert f"({question})" not in prompt
+    # a bare question is asked as its row is
+    catalog = load_catalog(tmp_path / "out" / "intents.json")
+    for row, (variant, shown) in zip(test, candidates_of(catalog, [r["question"] for r in test]), strict=True):
+        assert catalog.prompt(row["question"], variant, shown) == row["messages"][:1]
 
 
 def test_lists_by_hand() -> None:
@@ -87,7 +120,7 @@ def test_two_thousand_intents(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert predict.main(["--model_name_or_path", str(checkpoints["llama"]), "--intents_file", intents, *arguments]) == 0
     found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     catalog = load_catalog(Path(intents))
-    for row, number in zip(found, candidates_of(catalog, asked, retriever_of(catalog)), strict=True):
+    for row, (number, _) in zip(found, candidates_of(catalog, asked, retriever_of(catalog)), strict=True):
         assert row["variant"] == number
         assert row["intent"] in catalog.answers(number)
         assert row["runner_up"]["intent"] in catalog.answers(number)

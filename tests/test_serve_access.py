@@ -254,3 +254,31 @@ def test_the_shell_starts_it_and_keeps_the_token_out_of_the_command_line(tmp_pat
         process.terminate()
         assert process.wait(20) == 0
         process.stdout.close()
+
+
+def test_a_container_is_well_when_its_server_is(
+    server: Running, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from serve import health
+
+    serving_one, training = tmp_path / "serve", tmp_path / "train"
+    serving_one.write_bytes(b"python3\0/app/serve/serve.py\0")
+    training.write_bytes(b"python3\0-m\0deepspeed.launcher.runner\0")
+    monkeypatch.setenv("SERVE_PORT", str(server.port))
+    assert health.main(serving_one) == 0
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        monkeypatch.setenv("SERVE_PORT", str(free.getsockname()[1]))
+    assert health.main(training) == 0
+    assert health.main(serving_one) == 1
+    assert "does not answer" in capsys.readouterr().err
+
+
+def test_the_compose_file_starts_what_the_image_has() -> None:
+    import yaml
+
+    services = yaml.safe_load((ROOT / "compose.yaml").read_text(encoding="utf-8"))["services"]
+    assert sorted(services) == ["serve", "tensorboard", "train"]
+    command = services["serve"]["command"]
+    assert (ROOT / command[1]).is_file()
+    assert command[2] == "--model_name_or_path"
+    assert all(port.startswith("127.0.0.1:") for name in ("serve", "tensorboard") for port in services[name]["ports"])

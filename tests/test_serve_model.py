@@ -236,6 +236,7 @@ def test_a_client_that_hangs_up_frees_its_row(server: Running) -> None:
         ({"messages": [{"role": "user", "content": "x"}] * 2}, 400, "messages"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, 400, "messages"),
         ({"messages": [{"role": "user", "content": "word " * 5000}]}, 400, "messages"),
+        ({"messages": [{"role": "user", "content": "word " * 60000}]}, 400, "messages"),
         ({"max_tokens": 0}, 400, "max_tokens"),
         ({"max_tokens": True}, 400, "max_tokens"),
         ({"temperature": "hot"}, 400, "temperature"),
@@ -295,6 +296,45 @@ def test_more_requests_than_the_queue_holds_are_refused(service: Any) -> None:
     with pytest.raises(ApiError) as caught:
         engine.submit("base", [object()], print)  # type: ignore[list-item]
     assert (caught.value.status, caught.value.response.headers["retry-after"]) == (429, "1")
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_fault_in_the_engine_refuses_what_waits_and_ends_the_server(service: Any, tmp_path: Path) -> None:
+    from serve import server as module
+    from serve.app import build_app
+    from serve.metrics import Metrics
+    from serve.model.engine import Engine
+    from serve.settings import Access, Settings
+
+    class Faulty:
+        refused = False
+
+        def turn(self, out: Any) -> bool:
+            raise KeyError("a fault")
+
+        def fail(self, error: ApiError, out: Any) -> None:
+            self.refused = error.status == 500
+
+    faulty, engine = Faulty(), Engine(Limits(), Metrics())
+    engine.start({}, [faulty])
+    engine._thread.join(10)
+    assert (faulty.refused, engine.alive) == (True, False)
+    with pytest.raises(ApiError):
+        engine.check()
+
+    class Dead:
+        alive = False
+        intents = None
+        metrics = Metrics()
+
+    async def run() -> None:
+        access = Access(port=0)
+        app = build_app(Settings(tmp_path, access))
+        app.state.model = Dead()
+        listener = module.bound(access)
+        await module.Server(app, access, 1, lambda: None).serve(sockets=[listener])
+
+    asyncio.run(asyncio.wait_for(run(), 10))
 
 
 def test_time_that_is_over_ends_an_answer_and_refuses_one_that_waits(service: Any) -> None:

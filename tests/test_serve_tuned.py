@@ -217,3 +217,12 @@ def test_corrections_are_what_prepare_reads(service: Any) -> None:
     records = read_faq(path, skip_bad_lines=True)
     assert sorted(record.questions[0] for record in records.records) == sorted(["包裹丢了", "换货", "改密码"])
     assert len(records.problems) == 1
+
+
+def test_an_intents_file_from_before_examples_were_shown_is_read(adapter: Path, tmp_path: Path) -> None:
+    from llmops.faq_catalog import load_catalog
+
+    values = json.loads((adapter / "intents.json").read_text(encoding="utf-8"))
+    del values["wording"]["examples"]
+    (tmp_path / "intents.json").write_text(json.dumps(values), encoding="utf-8")
+    assert load_catalog(tmp_path / "intents.json").wording == load_catalog(adapter / "intents.json").wording

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -264,8 +265,21 @@ def test_tools_survive_a_table(tmp_path: Path, chat: ChatFormat) -> None:
 @pytest.mark.parametrize("name", ["a.parquet", "a.arrow"])
 def test_a_broken_table_is_one_sentence(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_bytes(b"PAR1 and then nothing")
-    with pytest.raises(UserError, match=r"cannot be read as (parquet|arrow) \(.*\); write it again"):
+    with pytest.raises(UserError, match=r"the (parquet|arrow) file .* cannot be loaded \(.*\); write it again"):
         list(data_files.read_conversations(tmp_path / name))
+
+
+def test_a_broken_saved_dataset_is_one_sentence(tmp_path: Path) -> None:
+    """The package reads its own files trustingly: an AttributeError, or waiting for ever for a pipe."""
+    write(tmp_path / "saved", [TOOL_TURNS["messages"]])
+    (tmp_path / "saved" / "dataset_info.json").write_text('"text"', encoding="utf-8")
+    with pytest.raises(UserError, match=r"the saved dataset .* cannot be loaded \(.*\); write it again"):
+        list(data_files.read_conversations(tmp_path / "saved"))
+    table = next((tmp_path / "saved").glob("*.arrow"))
+    table.unlink()
+    os.mkfifo(table)
+    with pytest.raises(UserError, match=rf"{table} is a named pipe, expected a file"):
+        list(data_files.read_conversations(tmp_path / "saved"))
 
 
 def test_several_files_and_mixed_shapes(

@@ -40,11 +40,13 @@ from llmops.legacy.running import (
     nothing_is_recomputed,
 )
 from llmops.legacy.tokenizers import (
+    batches_only_by_calling,
     ids_beyond_the_vocabulary,
     ids_without_a_name,
     padding_side_not_accepted,
     saved_without_bos_setting,
     special_tokens_before_vocabulary,
+    vocabulary_file_forgotten,
 )
 from llmops.legacy.two_positions import (
     masks_only_in_four_dimensions,
@@ -59,6 +61,8 @@ TOKENIZER_PATCHES: tuple[Patch, ...] = (
     ids_without_a_name,
     ids_beyond_the_vocabulary,
     saved_without_bos_setting,
+    vocabulary_file_forgotten,
+    batches_only_by_calling,
 )
 CONFIG_PATCHES: tuple[Patch, ...] = (
     names_of_today_missing,

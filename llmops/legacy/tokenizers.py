@@ -133,3 +133,29 @@ def ids_beyond_the_vocabulary(cls: Any) -> bool:
 
     cls._convert_id_to_token = _convert_id_to_token
     return True
+
+
+def vocabulary_file_forgotten(cls: Any) -> bool:
+    """Saving fails: `save_vocabulary` copies `self.vocab_file`, which `__init__` was given and did not keep."""
+    owner = own_definition(cls, "save_vocabulary")
+    if owner is None or "vocab_file" not in names_used(owner.save_vocabulary):
+        return False
+    build = cls.__init__
+    if "vocab_file" not in parameters_of(build) or "self.vocab_file =" in inspect.getsource(inspect.unwrap(build)):
+        return False
+
+    @functools.wraps(build)
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:  # noqa: N807
+        self.vocab_file = inspect.signature(build).bind(self, *args, **kwargs).arguments["vocab_file"]
+        build(self, *args, **kwargs)
+
+    cls.__init__ = __init__
+    return True
+
+
+def batches_only_by_calling(cls: Any) -> bool:
+    """`no attribute batch_encode_plus` in the vendors' `model.chat`: the library calls it `__call__` now."""
+    if hasattr(cls, "batch_encode_plus"):
+        return False
+    cls.batch_encode_plus = cls.__call__
+    return True

@@ -55,6 +55,9 @@ def masks_only_in_four_dimensions(cls: type) -> bool:
     return True
 
 
+MASKS = (("gmask_token_id", 150001), ("mask_token_id", 150000))  # before "slim" the code had these ids, not the config
+
+
 def read_prompt(
     ids: torch.Tensor, hidden: torch.Tensor, config: Any
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -65,7 +68,7 @@ def read_prompt(
     column = torch.arange(ids.shape[1], device=ids.device)
     start = (~hidden).int().argmax(1)
     sop = first_column(ids, config.bos_token_id)
-    gmask, single = first_column(ids, config.gmask_token_id), first_column(ids, config.mask_token_id)
+    gmask, single = (first_column(ids, getattr(config, name, fixed)) for name, fixed in MASKS)
     place = torch.where(gmask >= 0, gmask, single)
     if (sop < 0).any() or (place < 0).any():
         raise ValueError("every row must hold [gMASK] (or [MASK]) and <sop>: the prompt ends with them")

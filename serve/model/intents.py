@@ -78,15 +78,16 @@ class Intents:
 
     def prepare(self, questions: Sequence[str]) -> list[Prepared]:
         """Questions as the model reads them. Raises ApiError for one that is too long."""
-        catalog, variants = self.catalog, [None] * len(questions)
+        catalog = self.catalog
+        lists: Sequence[tuple[int | None, Sequence[Sequence[str]]]] = [(None, ())] * len(questions)
         if self.retriever is not None:
             from llmops.faq_retrieval import candidates_of
 
             catalog = replace(catalog, lists=list(catalog.lists))  # new lists are this request's own
-            variants = candidates_of(catalog, questions, self.retriever)  # type: ignore[assignment]
+            lists = candidates_of(catalog, questions, self.retriever)
         found = []
-        for text, variant in zip(questions, variants, strict=True):
-            messages = catalog.prompt(text, variant)
+        for text, (variant, shown) in zip(questions, lists, strict=True):
+            messages = catalog.prompt(text, variant, shown)
             if variant is not None or None not in self._trees:
                 answers = catalog.answers(variant)
                 candidates = Tree(candidate_tokens(self.chat, messages, answers)), answers

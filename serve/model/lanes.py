@@ -22,6 +22,7 @@ from serve.model.text import Detokenizer
 from serve.settings import Limits
 
 WORTH_A_PASS = 64  # tokens that new rows need not read each if what they share is read first
+SOON = 256  # tokens of an answer that memory is kept for on a GPU, which says when it has too little
 COPIED_PER_TOKEN = 32  # tokens of a cache that are copied in about the time that one is read
 
 
@@ -243,10 +244,10 @@ class BatchLane(Lane):
     def _admit(self, taken: list[Answer]) -> list[Row]:
         """Take in what waits, as much as is read in one go; those that are done with their first token."""
         tokens, free = 0, self.rows - self.pool.going
-        width = max((len(row.prompt) + row.limit for row in self.going), default=0)
+        width = max(map(self._room, self.going), default=0)
         while self.waiting and len(taken) < free and tokens < self.at_once:
             answer = self.waiting[0]
-            width = max(width, len(answer.prompt) + answer.limit)
+            width = max(width, self._room(answer))
             if (self.pool.going + len(taken) + 1) * width > self.budget and (taken or self.pool.going):
                 break
             if not answer.known.length and not answer.ids:
@@ -274,6 +275,11 @@ class BatchLane(Lane):
             self.metrics.add("llmops_prompt_tokens_total", len(answer.prompt))
             self.metrics.add("llmops_cached_tokens_total", answer.cached)
         return ended
+
+    def _room(self, answer: Answer) -> int:
+        """Tokens that are reckoned for an answer: all that it may get, or less where too much can be taken back."""
+        more = answer.limit - len(answer.ids)
+        return len(answer.prompt) + len(answer.ids) + (min(more, SOON) if self.passes.device.type == "cuda" else more)
 
     def _share(self, taken: Sequence[Answer]) -> None:
         """Read first what several new rows begin with and nobody knows yet."""

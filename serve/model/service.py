@@ -21,7 +21,7 @@ from llmops.faq_records import INTENTS_NAME
 from llmops.generation import Generator
 from llmops.layers import cache_bytes, free_memory
 from llmops.passes import Passes
-from llmops.records import Message
+from llmops.records import Message, texts_in
 from serve.answers import ApiError
 from serve.metrics import Metrics
 from serve.model.asked import Asked
@@ -36,6 +36,7 @@ from serve.settings import Limits, Model
 T = TypeVar("T")
 BASE, TUNED = "base", "tuned"
 UNKNOWN = 1 << 40  # tokens that memory holds, where the configuration does not tell what one takes
+LONGEST_TOKEN = 64  # characters of a token, on average over a prompt
 MOST_FORMATS = 8  # chat formats with variables of their own that are kept
 
 
@@ -90,6 +91,8 @@ class Service:
     async def prompt(self, messages: Sequence[Message], tools: Sequence[Any], variables: dict[str, Any]) -> list[int]:
         """A conversation as token ids. Raises ApiError for what the chat template refuses."""
 
+        self._check_size(sum(map(len, texts_in(messages, tools))))
+
         def write() -> list[int]:
             return self._format(variables).prompt(messages, tools)
 
@@ -104,6 +107,7 @@ class Service:
 
     async def encode(self, text: str) -> list[int]:
         """A text that is continued, as token ids, with what the tokenizer puts before a text."""
+        self._check_size(len(text))
 
         def write() -> list[int]:
             chat = self.model.chat
@@ -114,6 +118,12 @@ class Service:
             return [*(before[:-1] if before[-1:] == [end] else before), *chat.controls.encode_text(text)]
 
         return await self.in_order(write)
+
+    def _check_size(self, characters: int) -> None:
+        """Raise ApiError for a text that is too long in any tokenizer, before time goes into its tokens."""
+        if self.length and characters > self.length * LONGEST_TOKEN:
+            more = f"the prompt has {characters} characters, far more than the model's {self.length} tokens"
+            raise ApiError(400, more, "messages", "context_length_exceeded")
 
     def _format(self, variables: dict[str, Any]) -> ChatFormat:
         """The chat format that is told some variables; those used last are kept."""
@@ -176,7 +186,7 @@ def open_service(settings: Model, limits: Limits, feedback: Path) -> Service:
     service = Service(model, limits, Metrics(), feedback)
     service.names = [TUNED, BASE] if adapter else [TUNED if is_tuned(checkpoint) else BASE]
     lane_class: type[Lane] = BatchLane if passes.plain_because is None else PlainLane
-    memory = free_memory(device) // 2 // len(service.names)
+    memory = free_memory(device) // 2 // (len(service.names) if device.type == "cpu" else 1)
     budget = memory // cache_bytes(passes.model) if passes.plain_because is None else UNKNOWN
     lanes = {
         name: lane_class(

@@ -1,5 +1,6 @@
 """The sound files that are harmed: small real checkpoints, data, runs and caches, made once by the toolkit itself."""
 
+import csv
 import json
 import shutil
 from contextlib import redirect_stdout
@@ -35,6 +36,7 @@ def make_data(folder: Path) -> None:
     rows = conversations()
     for name in ("train", "test", "retention"):
         write_lines(folder / f"{name}.jsonl", rows)
+    make_shapes(folder, rows)
     shutil.copy(ROOT / "train" / "ds_zero2.json", folder / "ds.json")
     faq = [
         {"instruction": "i", "question": f"问题{k}怎么办{n}", "intent": f"意图{n}", "output": f"答案{n}"}
@@ -54,6 +56,21 @@ def make_data(folder: Path) -> None:
     scores = {"evaluation_results": {"inference_ability": 0.5, "innovation_capacity": 0.25}, "model": "mnt/other"}
     write(folder / "compared" / "eval_results.json", json.dumps(scores, indent=2))
     make_benchmarks(folder / "benchmarks")
+
+
+def make_shapes(folder: Path, rows: list[Any]) -> None:
+    """The conversations in other shapes and kinds of file: ShareGPT, Alpaca, csv, parquet, a saved dataset."""
+    import datasets
+
+    pairs = [(row["messages"][0]["content"], row["messages"][-1]["content"]) for row in rows]
+    talks = [{"conversations": [{"from": "human", "value": a}, {"from": "gpt", "value": b}]} for a, b in pairs]
+    write(folder / "sharegpt.json", json.dumps(talks, ensure_ascii=False))
+    write_lines(folder / "alpaca.jsonl", [{"instruction": a, "input": "", "output": b} for a, b in pairs])
+    with (folder / "talks.csv").open("w", encoding="utf-8", newline="") as file:
+        csv.writer(file).writerows([("query", "response"), *pairs])
+    table = datasets.Dataset.from_list(rows)
+    table.to_parquet(folder / "talks.parquet")
+    table.save_to_disk(folder / "saved")
 
 
 def make_benchmarks(folder: Path) -> None:

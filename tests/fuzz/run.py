@@ -367,7 +367,6 @@ def preload(heavy: bool) -> None:
     pictures.prepare_labels(["x"])
     import matplotlib.pyplot  # noqa: F401
 
-
     if heavy:
         import transformers.models.auto.modeling_auto
         import transformers.models.bert.modeling_bert

@@ -68,7 +68,7 @@ def commands() -> dict[str, Main]:
         "finetune": finetune.main, "prepare": prepare.main, "predict": predict.main, "score": score.main,
         "diagnosis": diagnosis_monitoring.main, "five": evaluate_model_from_five_dimensions.main,
         "performance": model_performance_evaluation.main, "similar": similar.main, "resume": resume,
-        "tokens": tokens, "templates": prepare_with_templates,
+        "tokens": tokens, "encode": encode, "templates": prepare_with_templates,
     }  # fmt: skip
 
 
@@ -116,6 +116,24 @@ def tokens(argv: Sequence[str]) -> int:
     return run_main(body)
 
 
+def encode(argv: Sequence[str]) -> int:
+    """Read and tokenise conversations of any kind of file, as the start of a training does."""
+    from llmops.chat_model import ChatModel
+    from llmops.checkpoints import Checkpoint
+    from llmops.console import run_main
+    from llmops.data_files import list_files
+    from llmops.files import print_json
+    from train.dataset import Source, describe, load_or_encode
+
+    def body() -> int:
+        source = Source(tuple(list_files(argv[0])), Path("model"), "auto", 256, False)
+        data = load_or_encode(source, ChatModel(Checkpoint(Path("model"))).chat, Path("kept"))
+        print_json([describe(data.meta), data.learned_tokens()])
+        return 0
+
+    return run_main(body)
+
+
 def prepare_with_templates(argv: Sequence[str]) -> int:
     """faq/prepare with a folder of templates of one's own."""
     from faq import prepare
@@ -138,6 +156,9 @@ def light_subjects() -> list[Subject]:
     data = ("model", "train.jsonl", "test.jsonl", "retention.jsonl", "ds.json")
     quiet: dict[str, Any] = {"command": "finetune", "needs": data, "speaks": "nothing"}
     found = [Subject(f, argv=check, file=f, form="jsonl", **quiet) for f in ("train.jsonl", "test.jsonl")]
+    for f, form in (("sharegpt.json", "json"), ("alpaca.jsonl", "jsonl"), ("talks.csv", "text")):
+        given = {"command": "finetune", "needs": (*data, f), "speaks": "nothing"}
+        found.append(Subject(f"{f} (--check)", argv=(*check, "--train_file", f), file=f, form=form, **given))
     found += [Subject("retention file", argv=check, file="retention.jsonl", form="jsonl", **quiet)]
     found += [Subject("DeepSpeed file", argv=check, file="ds.json", **quiet)]
     for name in ("config.json", "tokenizer_config.json"):
@@ -267,6 +288,14 @@ def heavy_subjects() -> list[Subject]:
     found.append(Subject("settings of performance", "performance", argv, needs=needs, speaks="always", **flags))
     argv = ("--model_name_or_path", "model", *predict)
     found.append(Subject("settings of predict", "predict", argv, needs=("model", "prepared"), speaks="lines", **flags))
+    tables = {"talks.parquet": "talks.parquet", "saved": "saved/*.arrow", "saved ": "saved/*.json"}
+    for name, file in tables.items():
+        form = "json" if file.endswith(".json") else "binary"
+        needs = ("model", name.strip())
+        found.append(
+            Subject(f"{file} (tokenised)", "encode", needs[1:], file, form, needs, writes=("kept", "kept/*"),
+                    keeps=("kept", "kept/*"), **model)
+        )  # fmt: skip
     return found + embedder_subjects() + cache_subjects() + dimension_subjects()
 
 

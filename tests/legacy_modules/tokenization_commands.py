@@ -1,4 +1,9 @@
-"""Written as in 2023: special ids behind the vocabulary, several ids without a name, a `_pad` of the old signature."""
+"""Written as in 2023: special ids behind the vocabulary, several ids without a name, a `_pad` of the old signature.
+
+Its `save_vocabulary` copies a file whose path `__init__` does not keep.
+"""
+
+import shutil
 
 import sentencepiece as spm
 from transformers import PreTrainedTokenizer
@@ -56,8 +61,7 @@ class CommandTokenizer(PreTrainedTokenizer):
 
     def save_vocabulary(self, save_directory, filename_prefix=None):
         target = f"{save_directory}/tokenizer.model"
-        with open(target, "wb") as stream:
-            stream.write(self.pieces.serialized_model_proto())
+        shutil.copyfile(self.vocab_file, target)
         return (target,)
 
     def _pad(
