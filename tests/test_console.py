@@ -105,7 +105,7 @@ def test_what_a_run_says(mount: Path) -> None:
     assert fresh.losses == {"loss": 4 / 7, "eval_loss": 4.0, "retention_loss": 1.0}
     about = of.about("done/output_path")
     assert about["reports"]["train"]["rows"] == 388
-    assert [(c["step"], c["best"]) for c in about["checkpoints"]] == [(10, True), (20, False)]
+    assert [(c["step"], c["best"]) for c in of.checkpoints("done/output_path")] == [(10, True), (20, False)]
     assert about["chosen"] == {"dtype": "float32"}
 
 

@@ -86,12 +86,14 @@ class RunPages:
         """A run's page."""
         t, name = self.pages.translator(request), request.path_params["name"]
         run = self.runs.one(name)
-        about = self.runs.about(name)
-        return self.pages.render(request, "run.html", run=run, cells=shown.cells(run, t), about=about)
+        return self.pages.render(request, "run.html", run=run, cells=shown.cells(run, t), about=self.runs.about(name),
+                                 checkpoints=shown.checkpoints(self.runs.checkpoints(name), t))  # fmt: skip
 
     def one_json(self, request: Request) -> Any:
         """A run's live values."""
-        return shown.run_json(self.runs.one(named(request)), self.pages.translator(request))
+        t, name = self.pages.translator(request), named(request)
+        found = shown.run_json(self.runs.one(name), t)
+        return found | {"checkpoints": shown.checkpoints(self.runs.checkpoints(name), t)}
 
     def compare(self, request: Request) -> Response:
         """Several runs on one chart."""

@@ -182,21 +182,25 @@ class Runs:
         )  # fmt: skip
 
     def about(self, name: str) -> dict[str, Any]:
-        """Settings, results, data report and checkpoints of a run, for its page."""
+        """Settings and data report of a run, for its page."""
         folder = self.mounted.folder(name)
         reports = {}
         for path in sorted((folder / "cache").glob("*/meta.json")):
             if files.same_or_inside(path, folder):
                 reports[path.parent.name.rpartition("-")[0]] = self.settings(path)
-        results = self.settings(folder / RESULTS_NAME)
-        checkpoints = [
-            {"step": step, "changed": changed(folder / f"checkpoint-{step}"), "best": step == results.get("best_step")}
+        return {
+            "settings": self.settings(folder / RUN_SETTINGS), "chosen": chosen(folder / LOG_NAME),
+            "reports": {key: reports[key] for key in SETS if reports.get(key)},
+        }  # fmt: skip
+
+    def checkpoints(self, name: str) -> list[dict[str, Any]]:
+        """The checkpoints of a run, ascending: {"step", "changed", "best"}."""
+        folder = self.mounted.folder(name)
+        best = self.settings(folder / RESULTS_NAME).get("best_step")
+        return [
+            {"step": step, "changed": changed(folder / f"checkpoint-{step}"), "best": step == best}
             for step in checkpoint_steps(folder)
         ]
-        return {
-            "settings": self.settings(folder / RUN_SETTINGS), "results": results, "chosen": chosen(folder / LOG_NAME),
-            "reports": {key: reports[key] for key in SETS if reports.get(key)}, "checkpoints": checkpoints,
-        }  # fmt: skip
 
     def log(self, name: str, offset: int, identity: int) -> dict[str, Any]:
         """Columns of the log from a byte on, up to its last whole line and at most PIECE bytes.

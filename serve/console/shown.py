@@ -2,6 +2,7 @@
 
 import math
 import time
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from llmops.console import duration
@@ -71,6 +72,15 @@ def cells(run: Run, t: Translate) -> dict[str, str]:
         found[name] = loss(run.losses.get(name))
         found[f"{name}_before"] = loss(run.before.get(name))
     return found
+
+
+def checkpoints(found: Sequence[Mapping[str, Any]], t: Translate) -> list[dict[str, Any]]:
+    """The checkpoints of a run, the newest first."""
+    return [
+        {"name": f"checkpoint-{one['step']}", "step": f"{one['step']:,}", "changed": ago(one["changed"], t),
+         "best": one["best"]}
+        for one in reversed(found)
+    ]  # fmt: skip
 
 
 def run_json(run: Run, t: Translate) -> dict[str, Any]:

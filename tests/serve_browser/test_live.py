@@ -46,6 +46,7 @@ def test_a_running_training(server: Running, mount: Path, visit: Callable[..., A
         assert (run / "STOP").exists()
     (run / "checkpoint-100").mkdir()
     page.locator(".state.stopped").wait_for()  # it ended in good order
+    page.get_by_text("checkpoint-100").wait_for()
 
 
 def test_a_curator_s_session(mount: Path, visit: Callable[..., Any]) -> None:

@@ -3,6 +3,7 @@ import uPlot from "./vendor/uPlot.esm.js";
 import { t } from "./common.js";
 
 const HEIGHT = 340;
+const MOST_POINTS = 60; // of a curve whose points are marked
 const probe = document.createElement("span");
 probe.hidden = true;
 document.body.append(probe);
@@ -83,12 +84,12 @@ export class Chart {
       legend: { live: true },
       series: [
         { label: t("Step"), value: (_, value) => (value === null ? "–" : value.toLocaleString()) },
-        ...curves.map((curve) => ({
+        ...curves.map((curve, i) => ({
           label: curve.label,
           stroke: color(curve.color, curve.faint ? 0.35 : 1),
           width: curve.width ?? 2,
           spanGaps: true,
-          points: { show: curve.points[0].length <= 60 && !curve.faint, size: 5, fill: color(curve.color) },
+          points: { show: () => !curve.faint && this.curves[i].points[0].length <= MOST_POINTS, size: 5, fill: color(curve.color) },
           value: (_, value) => figure(value),
         })),
       ],

@@ -157,6 +157,17 @@ dialog.addEventListener("close", async () => {
   }
 });
 
+function saved(found) {
+  document.getElementById("no-checkpoints").hidden = found.length > 0;
+  const rows = document.getElementById("checkpoints");
+  rows.closest("table").hidden = !found.length;
+  rows.replaceChildren(
+    ...found.map((one) =>
+      el("tr", {}, el("td", {}, one.name, one.best ? [" ", el("span", { class: "tag" }, t("best"))] : null), el("td", { class: "n" }, one.step), el("td", { class: "n quiet" }, one.changed)),
+    ),
+  );
+}
+
 let judged = 0;
 async function refresh() {
   const run = await get("/console/api/run", { run: name });
@@ -164,6 +175,7 @@ async function refresh() {
   live = run.live;
   head.dataset.live = String(live);
   fill(document, run);
+  saved(run.checkpoints);
   stop.hidden = run.state !== "running";
   if (await log.grow()) show();
   if (ended || (live && Date.now() - judged > 15000)) {
