@@ -37,30 +37,41 @@ def bound(access: Access) -> socket.socket:
 
 
 def protocol(most: int) -> type[H11Protocol]:
-    """uvicorn's HTTP protocol for at most so many connections, none of which may wait for a header for long."""
+    """uvicorn's HTTP protocol for at most so many connections, none of which may wait for a header for long.
+
+    Beyond them the one that has waited longest is closed: who holds connections open keeps nobody else out.
+    """
+    waiting: dict[H11Protocol, asyncio.TimerHandle] = {}  # without a whole header, the longest first
 
     class Patient(H11Protocol):
-        waiting: asyncio.TimerHandle | None = None
-
         def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
             super().connection_made(transport)
             if len(self.connections) > most:
-                transport.abort()
-                return
-            self.waiting = self.loop.call_later(HEADER_SECONDS, transport.close)
+                victim = next(iter(waiting), self)
+                victim.forget()  # type: ignore[attr-defined]
+                victim.connections.discard(victim)
+                victim.transport.abort()
+                if victim is self:
+                    return
+            self.wait()
+
+        def wait(self) -> None:
+            waiting[self] = self.loop.call_later(HEADER_SECONDS, self.transport.close)
+
+        def forget(self) -> None:
+            timer = waiting.pop(self, None)
+            if timer:
+                timer.cancel()
 
         def data_received(self, data: bytes) -> None:
             super().data_received(data)
-            answering = self.cycle is not None and not self.cycle.response_complete
-            if answering and self.waiting:
-                self.waiting.cancel()
-                self.waiting = None
-            elif not answering and not self.waiting:
-                self.waiting = self.loop.call_later(HEADER_SECONDS, self.transport.close)
+            if self.cycle is not None and not self.cycle.response_complete:
+                self.forget()
+            elif self not in waiting:
+                self.wait()
 
         def connection_lost(self, exc: Exception | None) -> None:
-            if self.waiting:
-                self.waiting.cancel()
+            self.forget()
             super().connection_lost(exc)
 
     return Patient

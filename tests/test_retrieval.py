@@ -96,7 +96,8 @@ def test_candidates_are_shown_with_their_most_similar_questions(
         assert f"({question})" not in prompt
     # a bare question is asked as its row is
     catalog = load_catalog(tmp_path / "out" / "intents.json")
-    for row, (variant, shown) in zip(test, candidates_of(catalog, [r["question"] for r in test]), strict=True):
+    found = candidates_of(catalog, [row["question"] for row in test], retriever_of(catalog))
+    for row, (variant, shown) in zip(test, found, strict=True):
         assert catalog.prompt(row["question"], variant, shown) == row["messages"][:1]
 
 

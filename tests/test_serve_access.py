@@ -131,10 +131,9 @@ def test_connections_beyond_the_limit_and_slow_ones_are_closed(tmp_path: Path) -
             except TimeoutError:
                 pass
         assert closed == 40
+        assert running.ask("GET", "/v1/models").status == 200  # who holds connections keeps nobody out
         for connection in idle:
             connection.close()
-        time.sleep(0.2)
-        assert running.ask("GET", "/v1/models").status == 200
 
 
 def test_who_sends_too_slowly_is_sent_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -225,4 +225,27 @@ def test_an_intents_file_from_before_examples_were_shown_is_read(adapter: Path, 
     values = json.loads((adapter / "intents.json").read_text(encoding="utf-8"))
     del values["wording"]["examples"]
     (tmp_path / "intents.json").write_text(json.dumps(values), encoding="utf-8")
-    assert load_catalog(tmp_path / "intents.json").wording == load_catalog(adapter / "intents.json").wording
+    read, whole = (load_catalog(folder / "intents.json") for folder in (tmp_path, adapter))
+    assert read.prompt("怎么退钱") == whole.prompt("怎么退钱")
+
+
+def test_packed_layers_compute_the_same(checkpoints: dict[str, Path]) -> None:
+    import torch
+
+    from llmops.packed import PackedLinear, pack
+
+    model = ChatModel(Checkpoint(checkpoints["qwen2"])).weights(torch.float32).eval()  # it has biases
+    ids = torch.arange(60).reshape(3, 20)
+    with torch.inference_mode():
+        before = model(ids).logits
+        count = sum(isinstance(module, torch.nn.Linear) for module in model.modules())
+        assert pack(model) == count > 10
+        assert pack(model) == 0
+        assert (model(ids).logits - before).abs().max() < 1e-4 * before.abs().max()
+        for dtype, bound in ((torch.float32, 1e-5), (torch.bfloat16, 2e-2)):
+            linear = torch.nn.Linear(48, 40).to(dtype)
+            for rows in (1, 5, 300):
+                inputs = torch.randn(rows, 2, 48).to(dtype)
+                expected = linear.double()(inputs.double())
+                found = PackedLinear(linear.to(dtype))(inputs).double()
+                assert (found - expected).abs().max() < bound * expected.abs().max()

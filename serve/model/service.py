@@ -20,6 +20,7 @@ from llmops.faq_catalog import Catalog, load_catalog
 from llmops.faq_records import INTENTS_NAME
 from llmops.generation import Generator
 from llmops.layers import cache_bytes, free_memory
+from llmops.packed import pack
 from llmops.passes import Passes
 from llmops.records import Message, texts_in
 from serve.answers import ApiError
@@ -183,6 +184,8 @@ def open_service(settings: Model, limits: Limits, feedback: Path) -> Service:
     weights = model.load(dtype, device, merge=not both).to(device)
     adapter = Adapter(weights) if both else None
     passes = Passes(adapter.inner if adapter else weights, model.tokenizer.pad_token_id or 0, True)
+    if passes.plain_because is None:
+        pack(passes.model)
     service = Service(model, limits, Metrics(), feedback)
     service.names = [TUNED, BASE] if adapter else [TUNED if is_tuned(checkpoint) else BASE]
     lane_class: type[Lane] = BatchLane if passes.plain_because is None else PlainLane
