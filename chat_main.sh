@@ -50,6 +50,7 @@ EARLY_STOPPING_PATIENCE="${EARLY_STOPPING_PATIENCE:-0}"        # evaluations wit
 EVAL_RATIO="${EVAL_RATIO:-0.1}"                          # held-out share when there is no test file
 EVAL_STEPS="${EVAL_STEPS:-0}"                            # also evaluate and save every N steps; 0: every epoch only
 SAVE_TOTAL_LIMIT="${SAVE_TOTAL_LIMIT:-2}"                # newest checkpoints kept, beside the best one
+METRIC_FOR_BEST="${METRIC_FOR_BEST:-loss}"               # the best evaluation has the least loss, or the best accuracy
 LOAD_BEST_MODEL_AT_END="${LOAD_BEST_MODEL_AT_END:-true}" # output_path gets the best weights; false: the last
 REPLAY_RATIO="${REPLAY_RATIO:-0}"                        # share of each step that is general data, against forgetting
 REPLAY_FILE="${REPLAY_FILE:-}"                           # general conversations to learn again; empty: ours

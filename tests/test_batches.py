@@ -10,7 +10,15 @@ from llmops.chat_model import ChatModel
 from llmops.checkpoints import Checkpoint
 from train import attention
 from train.attention import Layout, Node
-from train.batches import PackedCollator, PaddedCollator, Sample, target_losses
+from train.batches import (
+    PackedCollator,
+    PaddedCollator,
+    Sample,
+    first_learned,
+    right_answers,
+    target_logits,
+    target_losses,
+)
 
 Batchable = list[Sample]
 
@@ -107,6 +115,29 @@ def test_the_plain_loss_is_the_models_own(checkpoints: dict[str, Path]) -> None:
             )
         theirs = model(input_ids=ids, attention_mask=mask, labels=labels).loss.item()
     assert ours == pytest.approx(theirs, rel=1e-6)
+
+
+def test_right_answers_are_what_greedy_decoding_writes(checkpoints: dict[str, Path]) -> None:
+    """Against transformers' generate: answers that it wrote, and the same with one token changed."""
+    model = ChatModel(Checkpoint(checkpoints["llama"])).weights(torch.float32).eval()
+    samples, expected = [], []
+    for k, plain in enumerate(random_samples("one long prefix")):
+        prompt = plain["ids"][: first_learned(plain)].tolist()
+        whole = model.generate(torch.tensor([prompt]), max_new_tokens=6, do_sample=False, eos_token_id=[])[0]
+        answer = whole[len(prompt) :].tolist()
+        if k % 3 == 1:
+            answer[k % 6] = (answer[k % 6] + 1) % 250
+        samples.append(sample(prompt, (answer, [])))
+        expected.append(k % 3 != 1)
+    for collator in (PackedCollator(), PaddedCollator(0), PaddedCollator(0, left=True)):
+        packed = isinstance(collator, PackedCollator)
+        model.set_attn_implementation(attention.NAME if packed else "sdpa")
+        with torch.no_grad():
+            batch = collator(samples)
+            assert right_answers(target_logits(model, batch), batch) == sum(expected)
+            for one, right in zip(samples, expected, strict=True):
+                batch = collator([one])
+                assert right_answers(target_logits(model, batch), batch) == right
 
 
 def test_left_padding_gives_the_same_losses(checkpoints: dict[str, Path]) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT, chat_main, environment, write_jsonl
+from conftest import ROOT, chat_main, environment, read_log, write_jsonl
 
 from llmops.faq_catalog import load_catalog
 
@@ -41,6 +41,8 @@ def test_the_demo_classifies_held_out_questions(demo: Path) -> None:
     assert constrained["outside_the_candidates"] == 0
     assert constrained["constrained"]
     assert not free["constrained"]
+    results = json.loads((demo / "output_path" / "train_results.json").read_text(encoding="utf-8"))
+    assert results["eval_accuracy"] == pytest.approx(free["accuracy"], abs=1e-4)  # what greedy decoding writes
     catalog = load_catalog(demo / "output_path" / "intents.json")
     rows = read_lines(demo / "output_path" / "predictions.jsonl")
     asked = read_lines(demo / "datasets" / "test.jsonl")
@@ -90,10 +92,14 @@ def test_train_lora_merge_predict(demo: Path, tmp_path: Path) -> None:
     settings = (
         "--scenario", "faq", "--mount_path", str(demo), "--output_path", str(tmp_path / "lora"),
         "--model_name_or_path", str(demo / "output_path"), "--merge_lora", "true", "--max_steps", "2",
-        "--tensorboard", "false", "--max_seq_len", "1024",
+        "--tensorboard", "false", "--max_seq_len", "1024", "--metric_for_best", "accuracy", "--eval_steps", "1",
     )  # fmt: skip
     done = chat_main(*settings)
     assert done.returncode == 0, done.stderr[-3000:]
+    evaluated = [line for line in read_log(tmp_path / "lora") if "eval_accuracy" in line and line["step"]]
+    best = max(evaluated, key=lambda line: line["eval_accuracy"])  # the first of equal ones
+    results = json.loads((tmp_path / "lora" / "train_results.json").read_text(encoding="utf-8"))
+    assert (results["best_step"], results["eval_accuracy"]) == (best["step"], best["eval_accuracy"])
     saved = json.loads((tmp_path / "lora" / "finetune_config.json").read_text())
     assert (saved["lora_dim"], saved["per_device_train_batch_size"], saved["warmup_ratio"]) == (8, 16, 0.1)
     answers = []

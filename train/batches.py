@@ -9,6 +9,7 @@ A batch is a dict:
     kept           int64 [m]            padded batches only: the columns in `columns`, each once, in order
     kept_columns   int64 [n]            padded batches only: where each of `columns` stands in `kept`
     labels         int64 [n]            the learned tokens, aligned with rows and columns (not shifted)
+    samples        int64 [n]            which of the conversations each belongs to
     tokens         int                  tokens of the conversations, as a plain padding-free run would process them
 """
 
@@ -61,6 +62,7 @@ class PackedCollator:
             "rows": torch.zeros_like(column),
             "columns": column,
             "labels": torch.from_numpy(np.concatenate(labels).astype(np.int64)),
+            "samples": numbered(labels),
             "tokens": sum(len(sample["ids"]) for sample in samples),
         }
 
@@ -156,21 +158,39 @@ class PaddedCollator:
             "kept": torch.from_numpy(kept),
             "kept_columns": torch.from_numpy(kept_columns),
             "labels": torch.from_numpy(np.concatenate(labels).astype(np.int64)),
+            "samples": numbered(labels),
             "tokens": sum(len(sample["ids"]) for sample in samples),
         }
 
 
+def numbered(labels: Sequence[np.ndarray]) -> torch.Tensor:
+    """The number of its conversation for every learned token, int64 [n]."""
+    return torch.from_numpy(np.repeat(np.arange(len(labels)), [len(one) for one in labels]))
+
+
 def target_losses(model: torch.nn.Module, batch: dict[str, Any]) -> torch.Tensor:
     """Cross entropy of every learned token, float32 [n]; logits are computed at these positions only."""
+    return token_losses(target_logits(model, batch), batch["labels"])
+
+
+def target_logits(model: torch.nn.Module, batch: dict[str, Any]) -> torch.Tensor:
+    """The logits [n, V] that predict the learned tokens."""
     inputs = {key: batch[key] for key in ("input_ids", "position_ids", "attention_mask", "layout") if key in batch}
     if "layout" in batch:
-        logits = model(**inputs, use_cache=False, logits_to_keep=batch["columns"]).logits[0]
-    elif accepts_logits_to_keep(model):
+        return model(**inputs, use_cache=False, logits_to_keep=batch["columns"]).logits[0]
+    if accepts_logits_to_keep(model):
         kept, column = batch["kept"], batch["kept_columns"]
-        logits = model(**inputs, use_cache=False, logits_to_keep=kept).logits[batch["rows"], column]
-    else:
-        logits = model(**inputs, use_cache=False).logits[batch["rows"], batch["columns"]]
-    return token_losses(logits, batch["labels"])
+        return model(**inputs, use_cache=False, logits_to_keep=kept).logits[batch["rows"], column]
+    return model(**inputs, use_cache=False).logits[batch["rows"], batch["columns"]]
+
+
+def right_answers(logits: torch.Tensor, batch: dict[str, Any]) -> torch.Tensor:
+    """How many conversations have the likeliest token at every learned place: those that greedy decoding would write.
+
+    A scalar on the logits' device. Decoding goes another way at its first wrong token, so this is exact.
+    """
+    wrong = (logits.argmax(-1) != batch["labels"]).long()
+    return (torch.zeros_like(wrong).index_add_(0, batch["samples"], wrong)[: int(batch["samples"][-1]) + 1] == 0).sum()
 
 
 def token_losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

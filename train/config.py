@@ -112,6 +112,10 @@ class Config:
     eval_ratio: float = setting(0.1, "share of train_file held out when there is no test file", min=0)
     eval_steps: int = setting(0, "evaluate and save every N steps as well as at every epoch; 0: epochs only", min=0)
     save_total_limit: int = setting(2, "newest checkpoints kept; the best one is always kept", min=1)
+    metric_for_best: str = setting(
+        "loss", "what makes an evaluation the best: its loss, or accuracy: answers that are right to their end",
+        ["loss", "accuracy"],
+    )  # fmt: skip
     load_best_model_at_end: bool = setting(True, "output_path gets the best evaluated weights; false: the last")
     replay_ratio: float = setting(
         0.0, "share of every optimizer step's conversations that are general ones, against forgetting", min=0

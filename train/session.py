@@ -41,7 +41,7 @@ from train.replay import Joined, replayed
 from train.run_folder import CACHE_NAME, CONFIG_NAME, LOG_NAME, PICTURE_NAME, RESULTS_NAME, STOP_NAME, data_digest
 from train.steps import Split
 from train.trainer import ChatTrainer, Schedule, barrier
-from train.training_log import ConsoleServer, TensorBoardServer, TokenCounter, TrainingLog, plot, read_log
+from train.training_log import ACCURACY, ConsoleServer, TensorBoardServer, TokenCounter, TrainingLog, plot, read_log
 
 LAUNCHER_PID = "LLMOPS_LAUNCHER_PID"
 NEVER = 10**9
@@ -212,8 +212,8 @@ def training_arguments(config: Config, dtype: torch.dtype, choices: Choices) -> 
         eval_steps=NEVER,
         save_strategy="steps",
         save_steps=NEVER,
-        metric_for_best_model="eval_loss",
-        greater_is_better=False,
+        metric_for_best_model=f"eval_{config.metric_for_best}",
+        greater_is_better=config.metric_for_best == "accuracy",
         logging_steps=config.logging_steps,
         logging_nan_inf_filter=False,
         report_to=[],
@@ -289,6 +289,7 @@ def build_trainer(config: Config, data: Data) -> tuple[ChatTrainer, Schedule]:
         retention=data.retention, tokens=tokens, keep=config.save_total_limit,
         grouped=isinstance(collator, PaddedCollator), split=choices.split, replay=data.replay,
         replay_ratio=config.replay_ratio, checkpoint=data.model.checkpoint,
+        with_accuracy=config.scenario == "faq" or config.metric_for_best == "accuracy",
     )  # fmt: skip
     trainer.chosen = chosen
     schedule = Schedule(config.eval_steps, trainer.evaluate_and_compare, output / STOP_NAME)
@@ -413,6 +414,7 @@ def finish(config: Config, trainer: ChatTrainer, rank: int) -> dict[str, Any]:
         "saved_step": step,
         "eval_loss_before": evaluated[0]["eval_loss"],
         "eval_loss": evaluated[step]["eval_loss"],
+        **({"eval_accuracy": evaluated[step][ACCURACY]} if ACCURACY in evaluated[step] else {}),
         "retention_loss_before": evaluated[0]["retention_loss"],
         "retention_loss": evaluated[step]["retention_loss"],
         "train_loss": losses[-1] if losses else None,

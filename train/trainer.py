@@ -19,11 +19,11 @@ from llmops.checkpoints import Checkpoint
 from llmops.console import EXIT_TERMINATED, RunStopped, Terminated, log
 from llmops.portable import make_portable
 from train import checkpointing, ownership
-from train.batches import target_losses, to_device
+from train.batches import right_answers, target_logits, target_losses, to_device, token_losses
 from train.dataset import TokenDataset
 from train.replay import Joined, ReplayOrder, replayed
 from train.steps import Split, StepCollator, StepSampler
-from train.training_log import TokenCounter
+from train.training_log import ACCURACY, TokenCounter
 
 
 def barrier() -> None:
@@ -80,13 +80,15 @@ class ChatTrainer(Trainer):
 
     def __init__(
         self, *args: Any, retention: TokenDataset, tokens: TokenCounter, keep: int, grouped: bool, split: Split,
-        checkpoint: Checkpoint, replay: TokenDataset | None = None, replay_ratio: float = 0.0, **kwargs: Any,
+        checkpoint: Checkpoint, replay: TokenDataset | None = None, replay_ratio: float = 0.0,
+        with_accuracy: bool = False, **kwargs: Any,
     ) -> None:  # fmt: skip
         super().__init__(*args, **kwargs)
         self.retention = retention
         self.step_size = self.args.train_batch_size * self.args.world_size
         self.replay = replay
         self.replayed = replayed(self.step_size, replay_ratio) if replay is not None else 0
+        self.with_accuracy = with_accuracy  # an evaluation says how many conversations are written rightly
         self.tokens = tokens
         self.keep = keep
         self.grouped = grouped
@@ -176,10 +178,14 @@ class ChatTrainer(Trainer):
 
     def mean_loss(self, dataset: TokenDataset) -> float:
         """Mean loss per learned token of a data set, over all processes."""
+        return self.measure(dataset)[0]
+
+    def measure(self, dataset: TokenDataset) -> tuple[float, float]:
+        """Mean loss per learned token, and share of conversations that are written rightly to their end."""
         size, world, rank = self.args.per_device_eval_batch_size, self.args.world_size, self.args.process_index
         order = np.argsort(-dataset.lengths, kind="stable")  # longest first: memory runs out early or never
         rounds = math.ceil(len(order) / (size * world))
-        total, count = torch.zeros((), dtype=torch.float64, device=self.args.device), 0
+        sums, count = torch.zeros(2, dtype=torch.float64, device=self.args.device), 0
         was_training = self.model_wrapped.training
         self.model_wrapped.eval()
         with torch.no_grad():
@@ -188,17 +194,22 @@ class ChatTrainer(Trainer):
                 chosen = order[start : start + size]
                 empty = len(chosen) == 0  # every process runs as many forward passes (ZeRO 3 gathers in step)
                 batch = self.data_collator([dataset[int(j)] for j in (order[-1:] if empty else chosen)])
-                losses = target_losses(self.model_wrapped, to_device(batch, self.args.device))
+                batch = to_device(batch, self.args.device)
+                logits = target_logits(self.model_wrapped, batch)
                 if not empty:
-                    total += losses.double().sum()
+                    losses = token_losses(logits, batch["labels"])
+                    sums += torch.stack([losses.double().sum(), right_answers(logits, batch).double()])
                     count += len(losses)
         self.model_wrapped.train(was_training)
-        summed, number = all_sum([total.item(), float(count)], self.args.device)
-        return summed / number
+        loss, right, tokens = all_sum([*sums.tolist(), float(count)], self.args.device)
+        return loss / tokens, right / len(order)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Loss on the held-out and on the retention conversations; logged and handed to the callbacks."""
-        metrics = {"eval_loss": self.mean_loss(self.eval_dataset), "retention_loss": self.mean_loss(self.retention)}
+        loss, accuracy = self.measure(self.eval_dataset)
+        metrics = {"eval_loss": loss, "retention_loss": self.mean_loss(self.retention)}
+        if self.with_accuracy:
+            metrics[ACCURACY] = accuracy
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics

@@ -1,8 +1,9 @@
 """What a run tells: log.txt, TensorBoard events and server, a progress line, the picture of the loss curves.
 
 log.txt is one JSON object per line: step, epoch, loss, learning_rate, grad_norm, tokens_per_second, elapsed,
-remaining (seconds); evaluation lines have eval_loss and retention_loss. The first line, of step 0, says in `chosen`
-what the run chose by itself. A value that is no number of JSON is null, and `not_finite` names it: inf, -inf or nan.
+remaining (seconds); evaluation lines have eval_loss and retention_loss, in the FAQ scenario eval_accuracy, too. The
+first line, of step 0, says in `chosen` what the run chose by itself. A value that is no number of JSON is null, and
+`not_finite` names it: inf, -inf or nan.
 """
 
 import ctypes
@@ -24,6 +25,7 @@ from train.run_folder import LOG_NAME
 
 CHOSEN = "chosen"
 SERVE = Path(__file__).resolve().parent.parent / "serve" / "serve.py"
+ACCURACY = "eval_accuracy"
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
@@ -90,7 +92,7 @@ class TrainingLog(TrainerCallback):
         done = state.global_step - self.first_step
         remaining = elapsed / done * (state.max_steps - state.global_step) if done else None
         line: dict[str, Any] = {"step": state.global_step, "epoch": round(state.epoch or 0, 4)}
-        for key in ("loss", "learning_rate", "grad_norm", "eval_loss", "retention_loss"):
+        for key in ("loss", "learning_rate", "grad_norm", "eval_loss", ACCURACY, "retention_loss"):
             if key in logs:
                 value = float(logs[key])
                 line[key] = files.finite(value)
@@ -102,7 +104,7 @@ class TrainingLog(TrainerCallback):
         line["remaining"] = round(remaining, 2) if remaining is not None else None
         files.append_text(self.path, files.dumps(line) + "\n")
         if self.bar:
-            losses = [key for key in ("loss", "eval_loss", "retention_loss") if line.get(key) is not None]
+            losses = [key for key in ("loss", "eval_loss", ACCURACY, "retention_loss") if line.get(key) is not None]
             shown = {key: f"{line[key]:.4g}" for key in losses}
             if rate is not None:
                 shown["tokens/s"] = f"{rate:,.0f}"
