@@ -89,6 +89,22 @@ def test_results(mount: Path) -> None:
     assert labels_of([known[0], ("other/eval_results.json", known[0][1])]) == ["first (one)", "first (other)"]
 
 
+@pytest.mark.parametrize("value", ["NaN", "1e999", "1" + "0" * 400, "null", "[null, 0.5]", "[0.9, 0.1]", '"x"', "-5"])
+def test_values_of_any_kind(mount: Path, client: TestClient, value: str) -> None:
+    """Whatever stands in the files of an evaluation or of predictions, their pages say it or a sentence."""
+    for name in ("eval_results.json", f"samples/{DIMENSIONS[0]}.jsonl"):
+        path = mount / "one" / name
+        for old in ("[0.25, 0.5]", '"score": 0.25', '"accuracy": 1.0', '"seconds": 1.5'):
+            key = old.rpartition(": ")[0]
+            path.write_text(path.read_text().replace(old, f"{key}: {value}" if key else value))
+    path = mount / "faq" / "predictions.jsonl"
+    path.write_text(path.read_text().replace('"probability": 0.9', f'"probability": {value}'))
+    names = {"a": "one/eval_results.json", "b": "two/eval_results.json", "set": DIMENSIONS[0]}
+    assert client.get("/evaluations/samples", params=names | {"show": "better"}).status_code == 200
+    for path in ("/evaluations", "/evaluations?result=one/eval_results.json", "/faq", "/faq?below=0.5"):
+        assert client.get(path).status_code == 200
+
+
 def test_radar(mount: Path) -> None:
     found = Evaluations(Mounted(mount))
     results = [found.one(f"{name}/eval_results.json") for name in ("one", "two")]

@@ -85,9 +85,11 @@ def interval(metrics: Any, name: str) -> tuple[float | None, float | None, int |
     """(low, high, samples) of a metric."""
     metric = section(section(metrics).get(name))
     bounds = metric.get("interval_95")
-    low, high = bounds if isinstance(bounds, list) and len(bounds) == 2 else (None, None)
+    low, high = map(number, bounds) if isinstance(bounds, list) and len(bounds) == 2 else (None, None)
+    if low is None or high is None or low > high:
+        low = high = None
     samples = metric.get("samples")
-    return number(low), number(high), samples if isinstance(samples, int) else None
+    return low, high, samples if isinstance(samples, int) else None
 
 
 def dimension_scores(found: dict[str, Any]) -> dict[str, Score]:

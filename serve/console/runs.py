@@ -31,7 +31,10 @@ MOST_STEPS = 1 << 53  # a browser counts no further
 LOSSES = ("loss", "eval_loss", "retention_loss")
 LAST = (*LOSSES, "tokens_per_second")
 SETS = ("train", "test", "retention", "replay")  # of data, in the order of a run's page
-COLUMNS = ("step", "epoch", "loss", "learning_rate", "grad_norm", "tokens_per_second", "eval_loss", "retention_loss")
+COLUMNS = (
+    "step", "epoch", "loss", "learning_rate", "grad_norm", "tokens_per_second", "eval_loss", "eval_accuracy",
+    "retention_loss",
+)  # fmt: skip
 RUNNING = ("running", "stopping")
 STATES = (*RUNNING, "finished", "stopped", "interrupted")
 
@@ -74,10 +77,21 @@ def number(value: Any) -> float | None:
 def parsed(raw: bytes) -> dict[str, Any]:
     """A line of the log; {} for one that is none of ours."""
     value, problem = files.parse_line(raw) if raw.strip() else (None, "")
-    if problem is not None or not isinstance(value, dict):
-        return {}
-    step = value.get("step")
-    return value if isinstance(step, int) and 0 <= step <= MOST_STEPS else {}
+    return value if problem is None and is_line(value) else {}
+
+
+def is_line(value: Any) -> bool:
+    """Whether a value is a line of the log."""
+    step = value.get("step") if isinstance(value, dict) else None
+    return isinstance(step, int) and 0 <= step <= MOST_STEPS
+
+
+def parsed_lines(lines: list[bytes]) -> list[dict[str, Any]]:
+    """The lines of a log that are ours: parsed as one, which takes a third of the time, else one by one."""
+    values, problem = files.parse_line(b"[" + b",".join(line for line in lines if line.strip()) + b"]")
+    if problem is None:
+        return [value for value in values if is_line(value)]
+    return [line for line in map(parsed, lines) if line]
 
 
 def read_tail(path: Path) -> Tail:
@@ -219,8 +233,8 @@ class Runs:
             stream.seek(start)
             piece = stream.read(PIECE)
         whole = piece[: piece.rfind(b"\n") + 1]
-        rows = [row for row in map(parsed, whole.split(b"\n")) if row]
-        columns = {key: [number(row.get(key)) for row in rows if "chosen" not in row] for key in COLUMNS}
+        rows = [row for row in parsed_lines(whole.split(b"\n")) if "chosen" not in row]
+        columns = {key: [number(row.get(key)) for row in rows] for key in COLUMNS}
         stop = start + len(whole)
         more = bool(whole) and stop < found.st_size and len(piece) == PIECE
         return {"offset": stop, "identity": found.st_ino, "restart": restart, "more": more, "columns": columns}

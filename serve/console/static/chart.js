@@ -28,6 +28,8 @@ export class Chart {
     this.place = place;
     this.draw = draw;
     this.plot = null;
+    this.note = document.getElementById("chart-note");
+    this.hint = this.note.textContent;
     this.shape = "";
     this.curves = [];
     this.log = false;
@@ -39,6 +41,10 @@ export class Chart {
   /** Show curves of {label, points: [steps, values], color: a CSS variable's name, width, faint}. */
   show(curves, log) {
     this.curves = curves;
+    const some = curves.some(({ points }) => points[0].length);
+    this.place.hidden = !some;
+    this.note.textContent = some ? this.hint : t("This log has no values of this kind.");
+    if (!some) return;
     const shape = JSON.stringify([log, curves.map(({ label, color, width, faint }) => [label, color, width, faint])]);
     const data = joined(curves);
     if (this.plot && shape === this.shape) {
@@ -57,7 +63,7 @@ export class Chart {
 
   again() {
     this.shape = "";
-    if (this.curves.length) this.show(this.curves, this.log);
+    if (this.plot) this.show(this.curves, this.log);
   }
 
   reset() {

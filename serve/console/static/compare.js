@@ -10,7 +10,7 @@ const settings = controls(chart, show);
 function show() {
   const [metric, weight, scale] = settings();
   const key = metric === "losses" ? "eval_loss" : metric;
-  const smooths = weight > 0 && !["eval_loss", "retention_loss"].includes(key);
+  const smooths = weight > 0 && !["eval_loss", "eval_accuracy", "retention_loss"].includes(key);
   const curves = logs.map((log, i) => {
     const [steps, values] = log.points(key);
     return { label: log.run, points: [steps, smooths ? smoothed(values, weight) : values], color: `--c${i % 8}` };

@@ -13,6 +13,7 @@ const NAMES = {
   loss: [t("Train loss"), "--train"],
   eval_loss: [t("Test loss"), "--test"],
   retention_loss: [t("Retention loss"), "--retention"],
+  eval_accuracy: [t("Test accuracy"), "--test"],
   learning_rate: [t("Learning rate"), "--c0"],
   grad_norm: [t("Gradient norm"), "--c1"],
   tokens_per_second: [t("Tokens per second"), "--c2"],
@@ -31,7 +32,7 @@ function show() {
     if (smooths) curves.push({ label: t("{name}, as logged", { name: label }), points, color, width: 1, faint: true });
     curves.push({ label, points: [points[0], smooths ? smoothed(points[1], weight) : points[1]], color });
   }
-  if (curves.length) chart.show(curves, scale);
+  chart.show(curves, scale);
 }
 
 /** Draw what the diagnosis rests on: the best test loss and the rise after it, the first retention loss. */
@@ -186,7 +187,6 @@ async function refresh() {
 
 await log.grow();
 show();
-if (!chart.plot) document.getElementById("chart-note").textContent = t("The log has no losses yet.");
 judged = Date.now();
 judge().catch((error) => (document.getElementById("judging").textContent = error.message));
 poll(refresh, () => (live ? 2 : 15));
