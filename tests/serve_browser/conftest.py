@@ -20,7 +20,7 @@ CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", 
 DATA = ROOT / "eval" / "eval_datasets" / "faq_similar" / "combine_data.json"
 HOSTILE = "<img src=x onerror=window.hacked=1>"  # a name of a folder
 SCRIPT = f"{HOSTILE}<script>window.hacked=1</script>"  # in questions and answers
-SECONDS = 10_000  # milliseconds that a browser waits for what must come
+SECONDS = 30_000  # milliseconds that a browser waits for what must come, on a busy machine, too
 
 
 def log_line(step: int, steps: int = 200, **values: Any) -> str:
@@ -144,7 +144,7 @@ def visit(chromium: "Browser") -> Iterator[Callable[..., "Page"]]:
     assert wrong == []
 
 
-def until(condition: Callable[[], bool], seconds: float = 10) -> None:
+def until(condition: Callable[[], bool], seconds: float = 30) -> None:
     """Wait for something outside of the browser."""
     end = time.monotonic() + seconds
     while not condition():

@@ -39,7 +39,8 @@ def test_a_running_training(server: Running, mount: Path, visit: Callable[..., A
         assert page.locator('[data-cell="eval_loss"]').inner_text() == "0.75"
         until(lambda: page.locator("#chart canvas").screenshot() != before)
         row.get_by_text("100 / 200").wait_for()
-        assert row.locator('[data-cell="remaining"]').inner_text() in ("0:00:50", "0:00:49", "0:00:48", "0:00:47")
+        left = row.locator('[data-cell="remaining"]').inner_text()  # of the 50 seconds that the log said
+        assert "0:00:20" < left <= "0:00:50"
         page.get_by_role("button", name="Ask to stop").click()
         page.get_by_role("button", name="Stop it").click()
         page.locator(".state.stopping").wait_for()
