@@ -53,6 +53,7 @@ ENV HOME=/var/cache/llmops \
     PYTHONDONTWRITEBYTECODE=1 \
     PYTHONUNBUFFERED=1 \
     MOUNT_PATH=/app/mnt \
+    CONSOLE_HOST=0.0.0.0 \
     SERVE_HOST=0.0.0.0 \
     TENSORBOARD_HOST=0.0.0.0
 RUN install --directory --mode=1777 /var/cache/llmops \

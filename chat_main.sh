@@ -59,6 +59,9 @@ LOGGING_STEPS="${LOGGING_STEPS:-1}"                      # steps between two lin
 TENSORBOARD="${TENSORBOARD:-true}"                       # serve TensorBoard while training runs
 TENSORBOARD_HOST="${TENSORBOARD_HOST:-127.0.0.1}"        # where it listens; 0.0.0.0: to everybody, without a login
 TENSORBOARD_PORT="${TENSORBOARD_PORT:-6006}"             # its port
+CONSOLE="${CONSOLE:-false}"                              # serve the console over MOUNT_PATH while training runs
+CONSOLE_HOST="${CONSOLE_HOST:-127.0.0.1}"                # where it listens; 0.0.0.0: to all who have the token
+CONSOLE_PORT="${CONSOLE_PORT:-5000}"                     # its port
 REPORT_TO="${REPORT_TO:-}"                               # other trackers: swanlab, mlflow, trackio, wandb
 MERGE_LORA="${MERGE_LORA:-false}"                        # also write output_path/merged
 # --- settings: behaviour -----------------------------------------------------------------------------------------------
@@ -113,7 +116,7 @@ if [ "$SCENARIO" = faq ]; then
         TRAIN_FILE=$prepared/train.jsonl TEST_FILE=$prepared/test.jsonl
     fi
 fi
-mapfile -d '' -t settings < <(setting_flags CUDA_VISIBLE_DEVICES MOUNT_PATH NUM_PROCESSES HOSTFILE MASTER_ADDR MASTER_PORT NO_SSH NODE_RANK)
+mapfile -d '' -t settings < <(setting_flags CUDA_VISIBLE_DEVICES NUM_PROCESSES HOSTFILE MASTER_ADDR MASTER_PORT NO_SSH NODE_RANK)
 checker=$(project_python "$HERE") || exit 2
 status=0
 "$checker" "$HERE/train/finetune.py" "${settings[@]}" --check || status=$?

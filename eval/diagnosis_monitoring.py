@@ -54,6 +54,7 @@ class Config:
     log_path: str
     explain: bool
     plot: str
+    details: str
     watch: bool
     watch_interval: float
     watch_until_idle: float
@@ -73,6 +74,7 @@ def build_parser() -> argparse.ArgumentParser:
     switch: dict[str, Any] = {"type": to_bool, "default": False, "metavar": "true|false"}
     add("--explain", **switch, help="tell on stderr what was seen: the numbers against the thresholds")
     add("--plot", default="", metavar="FILE.png", help="draw the curves with the findings marked")
+    add("--details", default="", metavar="FILE.json", help="write reasons, numbers and missing evidence there as JSON")
     add("--watch", **switch, help="follow a running training; a new JSON line whenever a risk changes")
     add("--watch_interval", type=float, default=1.0, help="seconds between two looks (default: %(default)s)")
     add("--watch_until_idle", type=float, default=0.0,
@@ -124,6 +126,8 @@ def parse(argv: Sequence[str] | None) -> Config:
         problems.append("--watch follows a file, found - (stdin); pass the log's path")
     if given["plot"] and not Path(given["plot"]).absolute().parent.is_dir():
         problems.append(f"--plot: the folder of {given['plot']} does not exist; make it or choose another")
+    if given["details"] and (problem := files.target_problem(Path(given["details"]))):
+        problems.append(f"--details {problem}")
     if problems:
         raise UserError("; ".join(problems))
     if given["plot"]:
@@ -196,8 +200,20 @@ def say(answer: dict[str, Any]) -> None:
     files.print_json(answer)
 
 
+def details_json(diagnosis: Diagnosis) -> dict[str, Any]:
+    """What the findings rest on, for a program: numbers that are no numbers of JSON (a quotient by 0) are null."""
+    findings = {
+        risk: {
+            "level": finding.level, "reason": finding.reason, "missing": finding.missing, "diverged": finding.diverged,
+            "numbers": {name: files.finite(value) for name, value in finding.numbers.items()},
+        }
+        for risk, finding in diagnosis.findings.items()
+    }  # fmt: skip
+    return {"axis": diagnosis.axis, "findings": findings}
+
+
 def tell(config: Config, run: TrainingRun) -> Diagnosis:
-    """Judge what was read; what is for people goes to stderr and into the picture."""
+    """Judge what was read; what is for people goes to stderr and into the picture, what is for programs into a file."""
     diagnosis = judge(run, config.thresholds)
     if run.passed["doubt"]:
         log(f"passed over: {run.passed['doubt']:,} lines whose loss may be an evaluation's or a part of one")
@@ -212,6 +228,8 @@ def tell(config: Config, run: TrainingRun) -> Diagnosis:
         from eval.diagnosis.plot import draw
 
         draw(diagnosis, run, Path(config.plot))
+    if config.details:
+        files.write_json(Path(config.details), details_json(diagnosis))
     return diagnosis
 
 

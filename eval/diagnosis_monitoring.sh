@@ -16,6 +16,7 @@ MOUNT_PATH="${MOUNT_PATH:-$HERE/mnt}"     # folder with output_path/
 LOG_PATH="${LOG_PATH:-}"                  # a log, a folder that holds one, or - for stdin; empty: MOUNT_PATH/output_path
 EXPLAIN="${EXPLAIN:-false}"               # tell on stderr what was seen: the numbers against the thresholds
 PLOT="${PLOT:-}"                          # PNG of the curves with the findings marked; empty: none
+DETAILS="${DETAILS:-}"                    # JSON file for reasons, numbers and missing evidence; empty: none
 WATCH="${WATCH:-false}"                   # follow a running training; a new JSON line whenever a risk changes
 WATCH_INTERVAL="${WATCH_INTERVAL:-1}"     # seconds between two looks
 WATCH_UNTIL_IDLE="${WATCH_UNTIL_IDLE:-0}" # end when the log has not grown for so many seconds; 0: never

@@ -416,6 +416,33 @@ def append_text(path: Path, text: str) -> None:
         raise unwritable(path, error) from error
 
 
+def append_line(path: Path, value: Any) -> None:
+    """Add one JSON value as a line of its own, on the disk before this returns, also after a kill in mid-line.
+
+    One writer at a time, among all processes; a link is not followed. What the disk did not take is taken back.
+    """
+    line = (dumps(value) + "\n").encode()
+    flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+    try:
+        new = not path.exists()
+        with open(os.open(path, flags, 0o666), "rb+", buffering=0) as stream:
+            fcntl.flock(stream, fcntl.LOCK_EX)
+            size = stream.seek(0, os.SEEK_END)
+            if size and os.pread(stream.fileno(), 1, size - 1) != b"\n":
+                line = b"\n" + line
+            try:
+                if stream.write(line) != len(line):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                os.fsync(stream.fileno())
+            except OSError:
+                stream.truncate(size)
+                raise
+        if new:
+            fsync_entry(path.parent)
+    except OSError as error:
+        raise unwritable(path, error) from error
+
+
 def make_folder(path: Path, what: str = "the folder") -> None:
     """Make a folder and its parents. Raises UserError where that is not possible."""
     try:

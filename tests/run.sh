@@ -7,6 +7,11 @@ HERE=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
 source "$HERE/llmops/environment.sh"
 
 PYTHON=$(ensure_python "$HERE" "$HERE/requirements-dev.txt") || exit 2
+# The console's tests drive Chromium; without one they are skipped and say so.
+if ! command -v chromium >/dev/null && [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
+    { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq --yes --no-install-recommends chromium; } >&2 ||
+        log "chromium cannot be installed; the console's tests in a browser will be skipped"
+fi
 bin=$("$PYTHON" -c 'import sysconfig; print(sysconfig.get_path("scripts"))')
 cd "$HERE"
 bash tests/lint.sh "$bin"

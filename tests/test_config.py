@@ -13,7 +13,7 @@ from train.config import FAQ_DEFAULTS, Config, find_problems, parse
 
 SCRIPT = (ROOT / "chat_main.sh").read_text(encoding="utf-8")
 VARIABLES = dict(re.findall(r'^([A-Z_]+)="\$\{\1:-(.*)\}" ', SCRIPT, re.MULTILINE))
-PATHS = {"model_name_or_path", "train_file", "output_path"}  # chat_main.sh derives these from MOUNT_PATH
+PATHS = {"mount_path", "model_name_or_path", "train_file", "output_path"}  # MOUNT_PATH, and what is derived from it
 
 
 def test_two_dashes_are_no_value() -> None:

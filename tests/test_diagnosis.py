@@ -171,6 +171,7 @@ def test_picture(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
         ([str(LOGS / "ours.txt"), "--patience", "x"], 2, "argument --patience: invalid int value: 'x'"),
         ([str(LOGS / "ours.txt"), "--min_points", "1"], 2, "--min_points is 1, expected 2 or more"),
         ([str(LOGS / "ours.txt"), "--plot", "no/such/folder/a.png"], 2, "the folder of no/such/folder/a.png does not"),
+        ([str(LOGS / "ours.txt"), "--details", "no/such/a.json"], 2, "--details no/such/a.json cannot be written"),
         (["-", "--watch"], 2, "--watch follows a file, found - (stdin)"),
         (["--unknown"], 2, "unrecognized arguments: --unknown; --help lists every setting"),
     ],

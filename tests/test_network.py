@@ -6,7 +6,9 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 import tomllib
+import urllib.request
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -15,7 +17,7 @@ from conftest import ROOT, environment
 
 from llmops import LIBRARY_DEFAULTS, process_group
 from llmops.console import UserError
-from train.training_log import TensorBoardServer
+from train.training_log import ConsoleServer, TensorBoardServer
 
 ENTRIES = sorted(
     path
@@ -125,6 +127,30 @@ def test_an_address_that_tensorboard_cannot_use_is_said(tmp_path: Path, capsys: 
         with TensorBoardServer(tmp_path, host, port, True) as server:
             assert server.process is None
         assert phrase in capsys.readouterr().err
+
+
+def test_the_console_lives_as_long_as_the_run(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    port = process_group.free_port()
+    with ConsoleServer(tmp_path, "127.0.0.1", port, True) as server:
+        assert server.process is not None
+        end = time.monotonic() + 20
+        while "?token=" not in (said := capfd.readouterr().err):
+            assert time.monotonic() < end
+            time.sleep(0.05)
+        address = re.search(r"http://\S+\?token=\S+", said)
+        assert address is not None
+        opener = urllib.request.build_opener(urllib.request.HTTPCookieProcessor())
+        assert b"LLMOps" in opener.open(address[0]).read()
+        maps = Path(f"/proc/{server.process.pid}/maps").read_text()
+        assert "torch" not in maps
+    assert server.process.returncode is not None
+    with socket.socket() as taken:
+        taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        taken.bind(("127.0.0.1", port))
+        taken.listen()
+        with ConsoleServer(tmp_path, "127.0.0.1", port, True) as server:
+            assert server.process is None
+        assert f"port {port} is taken, the console is not served" in capfd.readouterr().err
 
 
 def pattern(text: str) -> re.Pattern[str]:

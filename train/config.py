@@ -126,6 +126,10 @@ class Config:
     tensorboard: bool = setting(True, "serve TensorBoard while training runs")
     tensorboard_host: str = setting("127.0.0.1", "address that TensorBoard listens on; 0.0.0.0: all, without a login")
     tensorboard_port: int = setting(6006, "port of the TensorBoard server", min=1, max=65535)
+    console: bool = setting(False, "serve the console (runs, evaluations, FAQ) while training runs")
+    console_host: str = setting("127.0.0.1", "address that the console listens on; 0.0.0.0: all, with its token")
+    console_port: int = setting(5000, "port of the console", min=1, max=65535)
+    mount_path: str = setting("", "folder that the console shows; empty: the one that output_path is in")
     report_to: str = setting(
         "", "trackers that get every logged line as well, comma separated: swanlab, mlflow, trackio, wandb"
     )
@@ -159,6 +163,11 @@ class Config:
     def peak_learning_rate(self) -> float:
         """The learning rate with the default of scenario and training type filled in."""
         return self.learning_rate or PEAK_LEARNING_RATES[self.scenario][self.train_type]
+
+    @property
+    def mount(self) -> Path:
+        """The folder that the console shows."""
+        return Path(self.mount_path) if self.mount_path else Path(self.output_path).absolute().parent
 
     @property
     def trackers(self) -> list[str]:
@@ -217,6 +226,10 @@ RESTARTABLE = frozenset(
         "tensorboard",
         "tensorboard_host",
         "tensorboard_port",
+        "console",
+        "console_host",
+        "console_port",
+        "mount_path",
         "report_to",
         "merge_lora",
         "save_total_limit",

@@ -41,7 +41,7 @@ from train.replay import Joined, replayed
 from train.run_folder import CACHE_NAME, CONFIG_NAME, LOG_NAME, PICTURE_NAME, RESULTS_NAME, STOP_NAME, data_digest
 from train.steps import Split
 from train.trainer import ChatTrainer, Schedule, barrier
-from train.training_log import ACCURACY, TensorBoardServer, TokenCounter, TrainingLog, plot, read_log
+from train.training_log import ACCURACY, ConsoleServer, TensorBoardServer, TokenCounter, TrainingLog, plot, read_log
 
 LAUNCHER_PID = "LLMOPS_LAUNCHER_PID"
 NEVER = 10**9
@@ -347,6 +347,7 @@ def train(config: Config, trainer: ChatTrainer, schedule: Schedule, rank: int) -
         TensorBoardServer(
             output / "tensorboard", config.tensorboard_host, config.tensorboard_port, config.tensorboard and rank == 0
         ),
+        ConsoleServer(config.mount, config.console_host, config.console_port, config.console and rank == 0),
         explain_faults(config, trainer.split),
         states.loadable(),
     ):

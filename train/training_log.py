@@ -24,6 +24,7 @@ from llmops.console import duration, log
 from train.run_folder import LOG_NAME
 
 CHOSEN = "chosen"
+SERVE = Path(__file__).resolve().parent.parent / "serve" / "serve.py"
 ACCURACY = "eval_accuracy"
 
 
@@ -152,32 +153,44 @@ def die_with_parent() -> None:
     ctypes.CDLL(None, use_errno=True).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
 
-class TensorBoardServer:
-    """A TensorBoard server that lives as long as this process; a context manager.
+class SideServer:
+    """A server beside the run that lives as long as this process; a context manager.
 
-    It has no login, so `host` is this machine's loopback address unless the user says otherwise.
+    `name` is what people know it by, `option` the beginning of its flags (--tensorboard_host, --tensorboard_port).
+    `without` says what is still there when it cannot be served. It listens on this machine's loopback address unless
+    the user says otherwise.
     """
+
+    name, option, without = "", "", ""
 
     def __init__(self, folder: Path, host: str, port: int, enabled: bool) -> None:
         self.folder, self.host, self.port, self.enabled = folder, host, port, enabled
         self.process: subprocess.Popen[bytes] | None = None
 
-    def __enter__(self) -> "TensorBoardServer":
+    def command(self) -> list[str]:
+        """What is started."""
+        raise NotImplementedError
+
+    def __enter__(self) -> "SideServer":
         if not self.enabled:
             return self
         problem = self._problem()
         if problem:
-            log(f"warning: {problem}, TensorBoard is not served; events are in {self.folder}")
+            log(f"warning: {problem}, {self.name} is not served; {self.without}")
             return self
-        command = [sys.executable, "-m", "tensorboard.main", "--logdir", str(self.folder), "--host", self.host]
-        command += ["--port", str(self.port)]
-        quiet = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
         environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-        self.process = subprocess.Popen(command, preexec_fn=die_with_parent, env=environment, **quiet)  # noqa: PLW1509
+        self.process = subprocess.Popen(
+            self.command(), preexec_fn=die_with_parent, env=environment, stdin=subprocess.DEVNULL,  # noqa: PLW1509
+            stdout=subprocess.DEVNULL, stderr=self.stderr(),
+        )  # fmt: skip
         everywhere = self.host in ("0.0.0.0", "::")
         shown = "localhost" if everywhere else f"[{self.host}]" if ":" in self.host else self.host
-        log(f"TensorBoard: http://{shown}:{self.port} while training runs")
+        log(f"{self.name}: http://{shown}:{self.port} while training runs")
         return self
+
+    def stderr(self) -> int | None:
+        """Where its messages go: nowhere."""
+        return subprocess.DEVNULL
 
     def _problem(self) -> str | None:
         """Why nothing can listen at this address, if so."""
@@ -189,7 +202,7 @@ class TensorBoardServer:
                 probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
                 probe.bind(address)
         except socket.gaierror:
-            return f"--tensorboard_host {self.host} is no address"
+            return f"--{self.option}_host {self.host} is no address"
         except OSError as error:
             if error.errno == errno.EADDRINUSE:
                 return f"port {self.port} is taken"
@@ -203,6 +216,35 @@ class TensorBoardServer:
                 self.process.wait(10)
             except subprocess.TimeoutExpired:
                 self.process.kill()
+
+
+class TensorBoardServer(SideServer):
+    """TensorBoard over a folder of events. It has no login."""
+
+    name, option, without = "TensorBoard", "tensorboard", "events are in output_path/tensorboard"
+
+    def command(self) -> list[str]:
+        """TensorBoard's own program."""
+        found = [sys.executable, "-m", "tensorboard.main", "--logdir", str(self.folder), "--host", self.host]
+        return [*found, "--port", str(self.port)]
+
+
+class ConsoleServer(SideServer):
+    """The console of serve/ over the mount, without a model and at low priority: the run goes first.
+
+    Its messages, one of which has the token, go to stderr.
+    """
+
+    name, option, without = "the console", "console", "bash serve/serve.sh serves it, too"
+
+    def command(self) -> list[str]:
+        """A process of its own: train never imports serve."""
+        found = ["nice", "-n", "10", sys.executable, str(SERVE), "--mount_path", str(self.folder)]
+        return [*found, "--host", self.host, "--port", str(self.port)]
+
+    def stderr(self) -> int | None:
+        """Where its messages go: to ours."""
+        return None
 
 
 def plot(lines: list[dict[str, Any]], picture: Path, title: str, best_step: int | None = None) -> None:

@@ -1,0 +1,209 @@
+// The curator: one pair at a time, by keyboard; every decision is on the server's disk before the next pair is shown.
+import { el, get, post, say, t } from "./common.js";
+
+const place = document.getElementById("curate");
+const { report, data } = place.dataset;
+const at = (id) => document.getElementById(id);
+let state = await get("/console/api/curator", { report, data });
+let pairs = [];
+let current = 0; // place in `pairs`
+let queue = Promise.resolve(); // keys are obeyed one after the other, however fast they are pressed
+
+/** Pairs in the order of their groups, each with its group's place. */
+function flatten() {
+  pairs = state.groups.flatMap((group, number) => group.pairs.map((pair) => Object.assign(pair, { number })));
+}
+
+function soon(act) {
+  queue = queue.then(act);
+}
+
+const isOpen = (pair) => !pair.decision;
+const left = () => pairs[current].sides[0].intent;
+const right = () => pairs[current].sides[1].intent;
+
+const ACTIONS = [
+  ["k", t("Keep both"), () => decide({ action: "keep" })],
+  ["l", () => t("Left is {intent}", { intent: right() }), () => decide({ action: "relabel", side: 0 })],
+  ["r", () => t("Right is {intent}", { intent: left() }), () => decide({ action: "relabel", side: 1 })],
+  ["e", t("Another intent …"), another],
+  ["m", () => t("Merge into {intent}", { intent: left() }), () => decide({ action: "merge", side: 1 })],
+  ["Shift+M", () => t("Merge into {intent}", { intent: right() }), () => decide({ action: "merge", side: 0 })],
+  ["1", t("Drop left"), () => decide({ action: "drop", side: 0 })],
+  ["2", t("Drop right"), () => decide({ action: "drop", side: 1 })],
+  ["u", t("Undo"), undo],
+];
+const MOVES = [
+  ["↓", t("Next pair"), () => move(current + 1)],
+  ["↑", t("Pair before"), () => move(current - 1)],
+  ["n", t("Next open pair"), () => move(nextOpen(current + 1))],
+  ["?", t("Keys"), () => at("keys").showModal()],
+];
+const NAMES = { ArrowDown: "↓", ArrowUp: "↑", j: "↓" };
+
+function nextOpen(from) {
+  for (let i = 0; i < pairs.length; i += 1) {
+    const k = (from + i) % pairs.length;
+    if (isOpen(pairs[k])) return k;
+  }
+  return Math.min(from, pairs.length - 1);
+}
+
+function move(to) {
+  current = Math.max(0, Math.min(pairs.length - 1, to));
+  show();
+}
+
+async function decide(what) {
+  const pair = pairs[current];
+  try {
+    const { decision } = await post("/console/api/curator/decide", { report, data, pair: pair.key, ...what });
+    if (what.action === "merge" || what.action === "undo") await load(pair.key); // others of the group change, too
+    else pair.decision = decision;
+    if (what.action !== "undo") current = nextOpen(current + 1);
+    show();
+    if (!pairs.some(isOpen)) say(t("All pairs are looked at. Now write the cleaned file."));
+  } catch (error) {
+    say(error.message, true);
+  }
+}
+
+function undo() {
+  const { decision } = pairs[current];
+  if (decision) return decide({ action: "undo", pair: decision.pair });
+  say(t("There is nothing to undo here."));
+  return null;
+}
+
+function another() {
+  const { sides } = pairs[current];
+  sides.forEach((side, i) => (at(`other-${i}`).textContent = side.question));
+  at("other-intent").value = "";
+  at("other").showModal();
+  at("other-intent").focus();
+}
+
+at("other-form").addEventListener("submit", (event) => {
+  if (event.submitter?.value === "no") return;
+  const side = Number(new FormData(event.target).get("side"));
+  const intent = at("other-intent").value.trim();
+  soon(() => decide({ action: "relabel", side, intent }));
+});
+at("intents").replaceChildren(...state.intents.map((intent) => el("option", { value: intent })));
+
+async function load(key) {
+  state = await get("/console/api/curator", { report, data });
+  flatten();
+  const found = pairs.findIndex((pair) => pair.key === key);
+  current = found < 0 ? 0 : found;
+}
+
+const WORDS = { keep: t("kept"), merge: t("merged"), relabel: t("relabelled"), drop: t("dropped") };
+
+function badge(decision) {
+  return decision ? el("span", { class: `tag ${decision.action}` }, WORDS[decision.action]) : el("span", { class: "tag open" }, t("open"));
+}
+
+/** What a decision did, in words. */
+function told(pair) {
+  const { decision, sides } = pair;
+  if (!decision) return t("Not looked at yet.");
+  const question = sides[decision.side]?.question ?? "";
+  if (decision.action === "merge") return t("{gone} goes into {intent}.", { gone: decision.intents[decision.side], intent: decision.intent });
+  if (decision.action === "relabel") return t("“{question}” gets the intent {intent}.", { question, intent: decision.intent });
+  if (decision.action === "drop") return t("“{question}” is left out.", { question });
+  return t("Both are right as they are.");
+}
+
+function show() {
+  const pair = pairs[current];
+  if (!pair) return;
+  at("pair").replaceChildren(
+    el(
+      "div",
+      { class: "sides" },
+      pair.sides.map((side, i) =>
+        el(
+          "div",
+          { class: "sidecard" },
+          el("p", { class: "quiet small" }, `${i ? t("Right") : t("Left")} · ${t("record {n}", { n: side.record })}${side.whole ? ` · ${t("all its questions")}` : ""}`),
+          el("p", { class: "question" }, side.question),
+          el("p", {}, el("span", { class: "intent" }, side.intent)),
+          side.reply ? el("p", { class: "reply quiet small" }, side.reply) : null,
+        ),
+      ),
+    ),
+    el("p", { class: "verdict" }, badge(pair.decision), " ", told(pair)),
+  );
+  at("actions").replaceChildren(
+    ...ACTIONS.map(([key, words, act]) => el("button", { type: "button", "data-key": key, onclick: () => soon(act) }, typeof words === "function" ? words() : words, " ", el("kbd", {}, key))),
+  );
+  const rows = pairs.map((one, i) => [one, i]).filter(([one]) => one.number === pair.number);
+  at("pairs").replaceChildren(
+    ...rows.map(([one, i]) =>
+      el(
+        "li",
+        {},
+        el("button", { type: "button", "aria-current": i === current ? "true" : null, onclick: () => soon(() => move(i)) },
+          el("span", { class: "two" }, el("span", {}, one.sides[0].question), el("span", {}, one.sides[1].question)), badge(one.decision)),
+      ),
+    ),
+  );
+  at("pairs").querySelector("[aria-current]")?.scrollIntoView({ block: "nearest" });
+  groups(pair.number);
+  const done = pairs.filter((one) => !isOpen(one)).length;
+  at("share").value = pairs.length ? done / pairs.length : 1;
+  at("counted").textContent = t("{done} of {all} looked at", { done, all: pairs.length }) + (state.shown < state.total ? ` · ${t("the first {n} of {all} pairs are shown", { n: state.shown, all: state.total })}` : "");
+}
+
+function groups(number) {
+  const only = at("open-only").checked;
+  const items = state.groups.map((group, i) => [group, i, group.pairs.filter(isOpen).length]).filter(([, i, open]) => !only || open || i === number);
+  at("groups").replaceChildren(
+    ...items.map(([group, i, open]) =>
+      el(
+        "li",
+        {},
+        el(
+          "button",
+          { type: "button", "aria-current": i === number ? "true" : null, onclick: () => soon(() => move(pairs.findIndex((pair) => pair.number === i))) },
+          el("span", { class: "names" }, group.intents[0], el("span", { class: "quiet" }, " ↔ "), group.intents[1]),
+          group.alike ? el("span", { class: "tag" }, t("alike names")) : null,
+          el("span", { class: "quiet n" }, open ? t("{open} of {all} open", { open, all: group.pairs.length }) : t("done")),
+        ),
+      ),
+    ),
+  );
+  at("groups").querySelector("[aria-current]")?.scrollIntoView({ block: "nearest" });
+}
+
+at("open-only").addEventListener("change", () => groups(pairs[current]?.number));
+at("help").addEventListener("click", () => at("keys").showModal());
+at("key-list").replaceChildren(
+  ...[...ACTIONS, ...MOVES].map(([key, words]) =>
+    el("div", {}, el("dt", {}, el("kbd", {}, key)), el("dd", {}, { l: t("left question gets the right one's intent"), r: t("right question gets the left one's intent"), m: t("merge the intents, the left name stays"), "Shift+M": t("merge the intents, the right name stays") }[key] ?? words)),
+  ),
+);
+
+document.addEventListener("keydown", (event) => {
+  if (event.ctrlKey || event.metaKey || event.altKey || document.querySelector("dialog[open]")) return;
+  if (/^(input|textarea|select)$/i.test(event.target.tagName) && event.target.type !== "checkbox") return;
+  const pressed = event.shiftKey && event.key.toUpperCase() === "M" ? "Shift+M" : (NAMES[event.key] ?? event.key);
+  const found = [...ACTIONS, ...MOVES].find(([key]) => key === pressed);
+  if (!found) return;
+  event.preventDefault();
+  soon(found[2]);
+});
+
+at("write").addEventListener("click", async () => {
+  try {
+    const found = await post("/console/api/curator/write", { report, data });
+    say(t("{file} is written: {relabelled} relabelled, {merged} merged, {dropped} dropped; {changes} says what changed.", { ...found, file: found.cleaned }));
+  } catch (error) {
+    say(error.message, true);
+  }
+});
+
+flatten();
+if (pairs.length) move(nextOpen(0));
+else at("pair").replaceChildren(el("p", {}, t("The report has no pairs.")));

@@ -1,0 +1,240 @@
+"""The curator: pairs of a real report, decisions that outlast everything, a cleaned file that says what was decided."""
+
+import json
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import ROOT
+from starlette.applications import Starlette
+from starlette.testclient import TestClient
+
+from eval import analyze_similar_questions_and_intents as similar
+from llmops import files
+from llmops.faq_records import read_faq
+from serve.console.cleaning import Edits, clean
+from serve.console.routes import routes
+
+DATA = ROOT / "eval" / "eval_datasets" / "faq_similar" / "combine_data.json"
+DECIDE, WRITE, STATE = (f"/console/api/curator{part}" for part in ("/decide", "/write", ""))
+NAMES = {"report": "faq/similar.json", "data": "faq/combine_data.json"}
+
+
+@pytest.fixture
+def mount(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> Path:
+    """A mount with FAQ data and the report of the similar-questions command on it."""
+    folder = tmp_path / "mnt" / "faq"
+    folder.mkdir(parents=True)
+    data = folder / "combine_data.json"
+    data.write_bytes(DATA.read_bytes())
+    arguments = ["--data_file_path", str(data), "--model_path", "builtin:ngram", "--similarity_threshold", "0.5"]
+    assert similar.main([*arguments, "--output_file", str(folder / "similar.json")]) == 0
+    return tmp_path / "mnt"
+
+
+@pytest.fixture
+def client(mount: Path) -> Iterator[TestClient]:
+    """A browser without scripts."""
+    with TestClient(Starlette(routes=routes(mount))) as opened:
+        yield opened
+
+
+def state_of(client: TestClient) -> dict[str, Any]:
+    return client.get(STATE, params=NAMES).json()
+
+
+def all_pairs(state: dict[str, Any]) -> list[dict[str, Any]]:
+    return [pair for group in state["groups"] for pair in group["pairs"]]
+
+
+def decide(client: TestClient, pair: dict[str, Any], **what: Any) -> None:
+    answer = client.post(DECIDE, json=NAMES | {"pair": pair["key"]} | what)
+    assert answer.status_code == 200, answer.text
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def test_groups_are_the_report_s_pairs(mount: Path, client: TestClient) -> None:
+    report = json.loads((mount / "faq" / "similar.json").read_text(encoding="utf-8"))["data"]
+    state = state_of(client)
+    pairs = all_pairs(state)
+    assert state["total"] == len(pairs) == len(report["mismatched_intents"]) + len(report["similar_intents"])
+    assert [len(group["pairs"]) for group in state["groups"]] == sorted(
+        (len(g["pairs"]) for g in state["groups"]), reverse=True
+    )
+    first = next(
+        pair for pair in pairs if pair["sides"][0]["question"] == report["mismatched_intents"][0]["questionPair"][0]
+    )
+    assert [side["record"] for side in first["sides"]] == report["mismatched_intents"][0]["lineNumbers"]
+    assert first["decision"] is None
+    page = client.get("/curator?report=faq/similar.json").text  # the data is found by what the report says
+    assert 'data-data="faq/combine_data.json"' in page
+
+
+def test_a_session(mount: Path, client: TestClient) -> None:
+    pairs = all_pairs(state_of(client))
+    kept, dropped, moved, gone, taken_back = pairs[0], pairs[6], pairs[7], pairs[4], pairs[8]
+    decide(client, kept, action="keep")
+    decide(client, dropped, action="drop", side=1)
+    decide(client, moved, action="relabel", side=0)
+    decide(client, gone, action="merge", side=1)  # the right one's intent goes into the left one's
+    decide(client, taken_back, action="drop", side=0)
+    decide(client, taken_back, action="undo")
+    with TestClient(Starlette(routes=routes(mount))) as other:  # another process, a reload
+        decisions = {pair["key"]: pair["decision"] for pair in all_pairs(state_of(other))}
+        written = other.post(WRITE, json=NAMES)
+    assert [decisions[p["key"]]["action"] for p in (kept, dropped, moved, gone)] == ["keep", "drop", "relabel", "merge"]
+    assert decisions[taken_back["key"]] is None
+    assert decisions[pairs[5]["key"]]["pair"] == gone["key"]  # of the same group: the merge decides it, too
+    assert written.status_code == 200, written.text
+
+    cleaned = mount / "faq" / "combine_data.cleaned.jsonl"
+    before, after = read_faq(DATA).records, read_faq(cleaned).records
+    was = {(question, record.intent) for record in before for question in record.questions}
+    now = {(question, record.intent) for record in after for question in record.questions}
+    away = dropped["sides"][1]
+    label = moved["sides"]
+    into, merged = (gone["sides"][i]["intent"] for i in (0, 1))
+    expected = {(q, into if i == merged else i) for q, i in was - {(away["question"], away["intent"])}}
+    expected -= {(label[0]["question"], label[0]["intent"])}
+    expected |= {(label[0]["question"], label[1]["intent"])}
+    assert now == expected
+    replies = {record.intent: record.reply for record in before}
+    assert {r.reply for r in after if label[0]["question"] in r.questions} == {replies[label[1]["intent"]]}
+    told = json.loads((mount / "faq" / "combine_data.changes.json").read_text(encoding="utf-8"))
+    assert (told["relabelled"], told["dropped"], told["decisions"]) == (1, 1, 4)
+    assert told["merged"] == sum(len(r.questions) for r in before if r.intent == merged)
+    assert told["questions_before"] - told["dropped"] == told["questions_after"] == sum(len(r.questions) for r in after)
+    assert (mount / "faq" / "combine_data.json").read_bytes() == DATA.read_bytes()  # the original stays
+
+
+def test_a_decision_is_on_the_disk_and_a_cut_line_is_passed_over(mount: Path, client: TestClient) -> None:
+    pairs = all_pairs(state_of(client))
+    decide(client, pairs[0], action="keep")
+    kept = mount / "faq" / "combine_data.decisions.jsonl"
+    with kept.open("a") as stream:
+        line = json.loads(kept.read_text(encoding="utf-8")) | {"pair": pairs[3]["key"]}
+        for harm in (
+            {"records": [float("nan"), 1]},
+            {"action": "drop", "side": 1.0},
+            {"intents": "AB"},
+            {"group": [[], 1]},
+        ):
+            stream.write(json.dumps(line | harm) + "\n")  # what somebody else wrote
+        stream.write('{"pair": "' + pairs[1]["key"] + '", "action": "ke')  # as kill -9 or a full disk may leave it
+    decide(client, pairs[2], action="keep")
+    assert [pair["decision"] is not None for pair in all_pairs(state_of(client))[:4]] == [True, False, True, False]
+    assert kept.read_text(encoding="utf-8").count("\n") == 7
+
+
+def test_decisions_do_not_meet(tmp_path: Path) -> None:
+    path = tmp_path / "decisions.jsonl"
+    threads = [threading.Thread(target=lambda n=n: [files.append_line(path, {"n": n, "i": i}) for i in range(20)])
+               for n in range(8)]  # fmt: skip
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted((line["n"], line["i"]) for line in lines(path)) == [(n, i) for n in range(8) for i in range(20)]
+
+
+@pytest.mark.parametrize(("what", "sentence"), [
+    ({"action": "burn"}, "action is 'burn', expected one of keep, merge, relabel, drop, undo"),
+    ({"action": "drop"}, "side is null, expected 0 (the left question) or 1"),
+    ({"action": "drop", "side": True}, "side is true, expected 0"),
+    ({"action": "relabel", "side": 0, "intent": "飞行"}, "'飞行' is no intent of faq/combine_data.json"),
+    ({"action": "relabel", "side": 0, "intent": "SELF"}, "has the intent"),
+    ({"action": "merge", "side": 0, "intent": "更换手机号码"}, "is no intent of"),
+    ({"action": "keep", "pair": "0" * 16}, "has no pair"),
+    ({"action": "keep", "report": "faq/combine_data.json"}, "the pairs"),
+    ({"action": "keep", "data": 3}, "data is 3, expected a text"),
+])  # fmt: skip
+def test_decisions_that_make_no_sense(client: TestClient, what: dict[str, Any], sentence: str) -> None:
+    pair = all_pairs(state_of(client))[0]
+    if what.get("intent") == "SELF":
+        what = what | {"intent": pair["sides"][0]["intent"]}
+    answer = client.post(DECIDE, json=NAMES | {"pair": pair["key"]} | what)
+    assert answer.status_code == 422
+    assert sentence in answer.json()["error"]["message"]
+
+
+def test_a_report_about_other_data_is_refused(mount: Path, client: TestClient) -> None:
+    (mount / "faq" / "other.jsonl").write_text('{"question": "a", "intent": "b"}\n{"question": "c", "intent": "d"}\n')
+    answer = client.get(STATE, params=NAMES | {"data": "faq/other.jsonl"})
+    assert "is not about faq/other.jsonl" in answer.json()["error"]["message"]
+    assert client.get("/curator?report=faq/similar.json&data=../../etc/passwd").status_code == 404
+
+
+def test_a_file_of_somebody_else_is_not_replaced(mount: Path, client: TestClient) -> None:
+    target = mount / "faq" / "combine_data.cleaned.jsonl"
+    target.write_text("mine\n")
+    decide(client, all_pairs(state_of(client))[0], action="keep")
+    answer = client.post(WRITE, json=NAMES)
+    assert (answer.status_code, target.read_text()) == (422, "mine\n")
+    assert "was not written here" in answer.json()["error"]["message"]
+
+
+def test_links_are_not_written_through(mount: Path, client: TestClient) -> None:
+    outside = mount.parent / "outside.jsonl"
+    outside.write_text("mine\n")
+    for name in ("combine_data.decisions.jsonl", "combine_data.cleaned.jsonl", "combine_data.changes.json"):
+        (mount / "faq" / name).symlink_to(outside)
+    pair = all_pairs(state_of(client))[0]
+    assert client.post(DECIDE, json=NAMES | {"pair": pair["key"], "action": "keep"}).status_code == 422
+    assert client.post(WRITE, json=NAMES).status_code == 422
+    assert outside.read_text() == "mine\n"
+
+
+def rows_of(path: Path, rows: list[dict[str, Any]], **edits: Any) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    path.write_text("".join(files.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    cleaned = clean(path, Edits(**edits))
+    return cleaned.rows, cleaned.changes
+
+
+def test_rows_keep_their_shape(tmp_path: Path) -> None:
+    rows = [
+        {"id": 7, "question": "q0", "intent": "A", "output": "a"},
+        {"input": "['q1', 'q2', 'q3']", "intent": "B", "output": "b", "note": "n"},
+        {"input": ["q4"], "意图": "C"},
+        {"question": "q1", "intent": "A", "output": "a"},
+    ]
+    path = tmp_path / "data.jsonl"
+    assert rows_of(path, rows)[0] == rows
+    found, changes = rows_of(path, rows, relabelled={(1, "q2"): "A", (1, "q1"): "A"}, dropped={(2, "q4")})
+    assert found == [
+        rows[0],
+        {"input": "['q3']", "intent": "B", "output": "b", "note": "n"},
+        {"input": "['q2']", "intent": "A", "output": "a", "note": "n"},
+        rows[3],
+    ]  # q1 stands under A already, in the last row
+    assert [(c["question"], c["change"]) for c in changes] == [
+        ("q1", "dropped"),
+        ("q2", "relabelled"),
+        ("q4", "dropped"),
+    ]
+
+
+def test_merges_that_meet(tmp_path: Path) -> None:
+    rows = [{"question": f"q{i}", "intent": intent} for i, intent in enumerate("ABCD")]
+    edits = Edits()
+    edits.merge("A", "B")
+    edits.merge("B", "C")  # A goes along
+    edits.merge("D", "A")
+    path = tmp_path / "data.jsonl"
+    found, _ = rows_of(path, rows, merged=edits.merged)
+    assert [row["intent"] for row in found] == ["C", "C", "C", "C"]
+    edits.merge("C", "B")  # turned around: B stays
+    assert {edits.final(intent) for intent in "ABCD"} == {"B"}
+
+
+def test_prompts_that_are_made_already_are_not_edited(tmp_path: Path) -> None:
+    messages = [{"role": "user", "content": "候选意图：A B\n问题：q"}, {"role": "assistant", "content": "A"}]
+    rows = [{"question": "q", "messages": messages}, {"question": "q0", "intent": "B"}]
+    path = tmp_path / "data.jsonl"
+    assert rows_of(path, rows, dropped={(1, "q0")})[0] == rows[:1]
+    with pytest.raises(Exception, match=r"data.jsonl:1 holds a prompt that is made already"):
+        rows_of(path, rows, relabelled={(0, "q"): "B"})
