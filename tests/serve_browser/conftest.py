@@ -100,9 +100,9 @@ def server(mount: Path) -> Iterator[Running]:
         yield running
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def chromium() -> Iterator["Browser"]:
-    """One Chromium for all tests."""
+    """One Chromium for a file's tests. While it lives an event loop runs, and asyncio.run() of other files fails."""
     if sync_playwright is None:
         pytest.skip("playwright is not installed; requirements-dev.txt has it")
     if not CHROMIUM:
