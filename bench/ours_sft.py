@@ -27,6 +27,7 @@ def main() -> None:
     """Train once and print the report as the last line of stdout."""
     parser = build_parser(__doc__ or "")
     parser.add_argument("--scenario", default="general", choices=("general", "faq"))
+    parser.add_argument("--cpu_kernels", default="auto", choices=("auto", "default"))
     args = parser.parse_args()
     prepare_environment(args.threads)
     os.environ["DS_ACCELERATOR"] = "cpu"
@@ -51,7 +52,7 @@ def main() -> None:
             per_device_train_batch_size=micro, gradient_accumulation_steps=accumulation, max_seq_len=args.max_length,
             learning_rate=LEARNING_RATE, num_train_epochs=1, max_steps=args.max_steps or -1,
             lr_scheduler_type="constant", warmup_ratio=0.0,
-            gradient_checkpointing="false", packing=args.packing == "on", dtype="fp32",
+            gradient_checkpointing="false", packing=args.packing == "on", dtype="fp32", cpu_kernels=args.cpu_kernels,
         )  # fmt: skip
         data = session.prepare_data(config, encodes=True)
         trainer, schedule = session.build_trainer(config, data)

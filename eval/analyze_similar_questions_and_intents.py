@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from llmops import devices, files
+from llmops import cpu_kernels, devices, files
 from llmops.console import (
     FailureJson,
     Parser,
@@ -52,6 +52,7 @@ class Config:
     cache_dir: str
     gpu_id: int
     dtype: str
+    cpu_kernels: str
     max_pairs: int
     skip_bad_lines: bool
     trust_remote_code: bool
@@ -77,6 +78,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--cache_dir", default="", help="folder for vectors that were computed; empty: ~/.cache/llmops/embeddings")
     add("--gpu_id", type=int, default=0, help="number of the GPU; -1: CPU; without any GPU 0 is the CPU too")
     add("--dtype", default="fp32", choices=["fp32", "bf16", "fp16"], help="of the model's weights")
+    add("--cpu_kernels", default="auto", choices=cpu_kernels.SETTINGS, help=cpu_kernels.HELP)
     add("--max_pairs", type=int, default=10_000_000, help="more pairs than this are an error, never left out silently")
     add("--skip_bad_lines", type=to_bool, default=False, metavar="true|false", help="drop and count bad lines")
     add("--trust_remote_code", type=to_bool, default=False, metavar="true|false",
@@ -109,7 +111,7 @@ def parse(argv: Sequence[str] | None) -> Config:
     return Config(
         Path(given.data_file_path), given.model_path, given.similarity_threshold, given.intent_similarity_threshold,
         Path(given.report) if given.report else None, Path(given.plot) if given.plot else None, given.cache_dir,
-        given.gpu_id, given.dtype, given.max_pairs, given.skip_bad_lines, given.trust_remote_code,
+        given.gpu_id, given.dtype, given.cpu_kernels, given.max_pairs, given.skip_bad_lines, given.trust_remote_code,
         Path(given.output_file) if given.output_file else None,
     )  # fmt: skip
 
@@ -162,6 +164,7 @@ def vectors_of(config: Config, texts: list[str], device: str) -> "np.ndarray":
 def run(config: Config) -> "Findings":
     """Read, embed, compare, write the page and the picture."""
     started = time.monotonic()
+    cpu_kernels.settle(config.cpu_kernels)
     # 1. everything that can be wrong without the model
     from eval.similar.questions import read_questions
 

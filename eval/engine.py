@@ -18,7 +18,7 @@ from eval.processes import Processes
 from eval.prompts import Fitter, Prepared, Request
 from eval.rendering import Renderer
 from eval.samples import Answer, Sample
-from llmops import devices, files
+from llmops import cpu_kernels, devices, files
 from llmops.chat_model import ChatModel
 from llmops.checkpoints import Checkpoint
 from llmops.console import UserError, has_gpu, log, progress
@@ -46,6 +46,7 @@ class Settings:
     gpu_id: int = 0
     mode: str = "auto"
     dtype: str = "auto"
+    cpu_kernels: str = "auto"
     chat_template: bool = True
     reuse_prefix: bool = True
     trust_remote_code: bool = False
@@ -126,6 +127,7 @@ class Engine:
 
         transformers.logging.set_verbosity_error()
         transformers.logging.disable_progress_bar()
+        cpu_kernels.settle(settings.cpu_kernels)
         self.settings = settings
         self.processes = processes
         self.device = choose_device(settings.gpu_id, processes)

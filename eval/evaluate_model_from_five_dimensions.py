@@ -133,8 +133,8 @@ class Evaluation:
         self.settings = Settings(
             model=model, adapter=options.adapter, max_seq_len=options.max_seq_len, batch_size=options.batch_size,
             gpu_id=options.gpu_id, mode=options.mode, dtype=options.dtype, chat_template=options.chat_template,
-            reuse_prefix=options.reuse_prefix, trust_remote_code=options.trust_remote_code,
-            output_path=options.output_path,
+            reuse_prefix=options.reuse_prefix, cpu_kernels=options.cpu_kernels,
+            trust_remote_code=options.trust_remote_code, output_path=options.output_path,
         )  # fmt: skip
         if options.export_official and not options.output_path:
             raise UserError("export_official writes into output_path, which is not given; name a folder")

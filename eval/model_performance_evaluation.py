@@ -25,7 +25,7 @@ from eval.metrics import METRICS, language
 from eval.processes import Processes
 from eval.prompts import Prepared
 from eval.samples import Answer, Sample, draw, rows_of, summarise
-from llmops import data_files, files
+from llmops import cpu_kernels, data_files, files
 from llmops.chat_formats import families
 from llmops.console import FailureJson, Parser, Terminated, UserError, log, run_main, stdout_to_stderr, to_bool
 from llmops.data_files import list_files, read_chunks, read_conversations
@@ -76,6 +76,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--reuse_prefix", type=to_bool, default=True, metavar="true|false",
         help="compute what prompts share once; false: each prompt anew")  # fmt: skip
     add("--dtype", default="auto", choices=["auto", "bf16", "fp16", "fp32"], help="auto: bf16 where the GPU has it")
+    add("--cpu_kernels", default="auto", choices=cpu_kernels.SETTINGS, help=cpu_kernels.HELP)
     add("--trust_remote_code", type=to_bool, default=False, metavar="true|false",
         help="run Python code that the checkpoint's folder ships")  # fmt: skip
     return parser
@@ -103,6 +104,7 @@ def parse(argv: Sequence[str] | None) -> Config:
     settings = Settings(
         model=given.model_name_or_path, adapter=given.adapter, max_seq_len=given.max_seq_len,
         batch_size=given.per_device_batch_size, gpu_id=given.gpu_id, mode=given.mode, dtype=given.dtype,
+            cpu_kernels=given.cpu_kernels,
         chat_template=given.chat_template, reuse_prefix=given.reuse_prefix,
         trust_remote_code=given.trust_remote_code, output_path=given.output_path,
     )  # fmt: skip

@@ -5,7 +5,7 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-from llmops import files
+from llmops import cpu_kernels, files
 from llmops.chat_formats import families
 from llmops.console import UserError, to_bool
 
@@ -27,6 +27,7 @@ class Options:
     chat_template: bool = True
     mode: str = "auto"
     dtype: str = "auto"
+    cpu_kernels: str = "auto"
     reuse_prefix: bool = True
     compare_with: tuple[str, ...] = ()
     export_official: bool = False
@@ -48,6 +49,7 @@ HELP = """additional_parameters (JSON object), with their defaults:
   chat_template true     false: ask in plain text, for base models
   mode auto              chat format, as --mode of chat_main.sh
   dtype auto             bf16 where the GPU has it; or bf16, fp16, fp32
+  cpu_kernels auto       float32 products by oneDNN where they are as exact as torch's and faster; or default
   reuse_prefix true      compute what prompts share once
   compare_with           list of eval_results.json of other models to draw in the same radar chart
   export_official false  write the answers as CMRC2018's script and CLUE's submission want them, into
@@ -79,6 +81,8 @@ def read_options(text: str) -> Options:
         raise UserError(f"additional_parameters: max_seq_len is {options.max_seq_len}, expected 0 or more")
     if options.mode not in families():
         raise UserError(f"additional_parameters: mode {options.mode!r}, expected one of {', '.join(families())}")
+    if options.cpu_kernels not in cpu_kernels.SETTINGS:
+        raise UserError(f"additional_parameters: cpu_kernels {options.cpu_kernels!r}, expected auto or default")
     if options.dtype not in ("auto", "bf16", "fp16", "fp32"):
         raise UserError(f"additional_parameters: dtype {options.dtype!r}, expected auto, bf16, fp16 or fp32")
     return options

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from llmops import devices, files
+from llmops import cpu_kernels, devices, files
 from llmops.chat_formats import families
 from llmops.chat_model import ChatModel
 from llmops.checkpoints import Checkpoint
@@ -47,6 +47,7 @@ class Config:
     batch_size: int
     max_new_tokens: int
     dtype: str
+    cpu_kernels: str
     trust_remote_code: bool
 
 
@@ -89,6 +90,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--batch_size", type=int, default=0, help="questions per pass; 0: as the mode's template says")
     add("--max_new_tokens", type=int, default=0, help="length limit without constraint; 0: as the template says")
     add("--dtype", default="auto", choices=["auto", "bf16", "fp16", "fp32"], help="auto: bf16 where the GPU has it")
+    add("--cpu_kernels", default="auto", choices=cpu_kernels.SETTINGS, help=cpu_kernels.HELP)
     add("--trust_remote_code", type=to_bool, default=False, metavar="true|false",
         help="run Python code that the checkpoint's folder ships")  # fmt: skip
     return parser
@@ -253,6 +255,7 @@ def joined(classifiers: "Classifiers", rows: list[dict[str, Any]], queries: Sequ
 
 def run(config: Config) -> list[dict[str, Any]]:
     """Load the model, answer every question; the predictions in the order of the questions."""
+    cpu_kernels.settle(config.cpu_kernels)
     # 1. what is asked
     catalog = load_catalog(check(config))
     queries = read_queries(config, catalog)

@@ -9,7 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmops import files
+from llmops import cpu_kernels, files
 from llmops.chat_formats import ChatFormat
 from llmops.checkpoints import COPY, Checkpoint, check_files, recorded_thinking
 from llmops.console import UserError, log
@@ -92,9 +92,14 @@ class ChatModel:
     ) -> "Generator":
         """The model on `device`, its adapters merged, ready to answer `batch_size` prompts per pass."""
         from llmops.generation import Generator
+        from llmops.packed import pack
 
+        cpu_kernels.allow(cpu_kernels.choose(device, dtype))
         model = self.load(dtype, device, merge=True).to(device)
-        return Generator(model, self.tokenizer.pad_token_id or 0, batch_size, reuse_prefix)
+        generator = Generator(model, self.tokenizer.pad_token_id or 0, batch_size, reuse_prefix)
+        if generator.plain_because is None:
+            pack(model)
+        return generator
 
     def save_merged(self, target: Path, dtype: "torch.dtype", prompts: Sequence[list[int]]) -> float:
         """Merge the adapters into the base model, save it as `target`, check that the saved model answers alike.

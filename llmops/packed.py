@@ -7,6 +7,8 @@ rows 0.8, reading prompts 0.9. torch.compile's inference uses the same two opera
 
 import torch
 
+from llmops import cpu_kernels
+
 ROWS = 16  # that the layout is chosen for; others are as fast with it
 
 
@@ -30,6 +32,8 @@ def pack(model: torch.nn.Module) -> int:
 
     Adapters that read the weights under them (DoRA) leave them as they are.
     """
+    if cpu_kernels.settled() == cpu_kernels.DEFAULT:
+        return 0
     available = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
     parameter = next(model.parameters())
     if not available or parameter.device.type != "cpu" or parameter.dtype not in (torch.float32, torch.bfloat16):

@@ -8,7 +8,7 @@ import secrets
 from dataclasses import dataclass
 from pathlib import Path
 
-from llmops import files
+from llmops import cpu_kernels, files
 from llmops.chat_formats import families
 from llmops.checkpoints import Checkpoint
 from llmops.console import Parser, UserError, log, to_bool
@@ -56,6 +56,7 @@ class Model:
     base_too: bool = True
     intents_file: Path | None = None
     embedding_model: str = ""
+    kernels: str = "auto"
 
 
 @dataclass(frozen=True)
@@ -95,6 +96,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--prefix_cache_mb", type=float, default=1024, help="memory for beginnings of prompts; 0: none are kept")
     add("--mode", default="", choices=["", *families()], help="chat format; empty: as the model was trained, or auto")
     add("--dtype", default="auto", choices=["auto", "bf16", "fp16", "fp32"], help="auto: bf16 where the GPU has it")
+    add("--cpu_kernels", default="auto", choices=cpu_kernels.SETTINGS, help=cpu_kernels.HELP)
     add("--trust_remote_code", type=to_bool, default=False, metavar="true|false",
         help="run Python code that the checkpoint's folder ships")  # fmt: skip
     add("--base_too", type=to_bool, default=True, metavar="true|false",
@@ -144,8 +146,9 @@ def check_model(given: argparse.Namespace) -> Model | None:
     if intents and not files.is_file(intents):
         raise UserError(f"--intents_file {intents} is not there; faq/prepare.sh writes it")
     return Model(
-        folder, given.mode, given.dtype, given.trust_remote_code, given.base_too, intents, given.embedding_model
-    )
+        folder, given.mode, given.dtype, given.trust_remote_code, given.base_too, intents, given.embedding_model,
+        given.cpu_kernels,
+    )  # fmt: skip
 
 
 def check_host(host: str) -> str:

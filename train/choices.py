@@ -5,7 +5,7 @@ decides which numbers dropout draws. `docs/speed.md` says what is chosen when.
 """
 
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import numpy as np
 import psutil
 import torch
 
-from llmops import files
+from llmops import cpu_kernels, files
 from train.config import Config
 from train.dataset import TokenDataset
 from train.estimates import GIB, Shape, memory_parts, model_shape, state_parts
@@ -32,16 +32,16 @@ SAMPLE = 512  # conversations that tell how much of a conversation is learned
 
 @dataclass(frozen=True)
 class Choices:
-    """The resolved choices. `recompute`: every so-manieth layer is recomputed, 0: none."""
+    """The resolved choices. `recompute`: every so-manieth layer is recomputed, 0: none. `kernel`: of `cpu_kernels`."""
 
     recompute: int
     split: Split
+    kernel: str = cpu_kernels.DEFAULT
 
     def to_json(self) -> dict[str, Any]:
         """As they are written down."""
-        return {"gradient_checkpointing": self.recompute} | {
-            f"micro_batch_{name}": value for name, value in asdict(self.split).items()
-        }
+        split = {f"micro_batch_{name}": value for name, value in asdict(self.split).items()}
+        return {"gradient_checkpointing": self.recompute} | split | {"cpu_kernels": self.kernel}
 
     def words(self) -> str:
         """For people."""
@@ -63,8 +63,18 @@ def read_record(output: Path) -> dict[str, Any]:
 def resolve(
     config: Config, dtype: torch.dtype, data: TokenDataset | Joined, device: torch.device, processes: int
 ) -> Choices:
-    """What was asked for, else what an earlier start chose, else what fits into the memory that is free now."""
+    """What was asked for, else what an earlier start chose, else what is fastest here and fits into the memory."""
     record = {} if config.overwrite_output_path else read_record(Path(config.output_path))
+    cpu_kernels.settle(config.cpu_kernels)
+    kernel = cpu_kernels.choose(device, dtype, record.get("cpu_kernels", ""))
+    return replace(fitting(config, dtype, data, device, processes, record), kernel=kernel)
+
+
+def fitting(
+    config: Config, dtype: torch.dtype, data: TokenDataset | Joined, device: torch.device, processes: int,
+    record: dict[str, Any],
+) -> Choices:  # fmt: skip
+    """The choices that memory decides; `record` is what an earlier start chose."""
     every = record.get("gradient_checkpointing") if config.recompute is None else config.recompute
     rows, tokens = config.per_device_train_batch_size, config.micro_batch_tokens
     if tokens:

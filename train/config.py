@@ -12,7 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from llmops import data_files, files
+from llmops import cpu_kernels, data_files, files
 from llmops.chat_formats import families
 from llmops.chat_model import ChatModel
 from llmops.checkpoints import Checkpoint
@@ -94,6 +94,7 @@ class Config:
     zero_stage: str = setting("2", "DeepSpeed ZeRO stage", list(DS_FILES))
     ds_file: str = setting("", "your own DeepSpeed JSON instead of train/ds_zero*.json")
     dtype: str = setting("auto", "auto: bf16 where the device has it, else fp32", ["auto", "bf16", "fp16", "fp32"])
+    cpu_kernels: str = setting("auto", cpu_kernels.HELP, list(cpu_kernels.SETTINGS))
     gradient_checkpointing: str = setting(
         "auto", "recompute layers, for memory: auto (as few as fit), true (all), false, or N for one layer in N"
     )

@@ -18,7 +18,7 @@ import numpy as np
 import psutil
 import torch
 
-from llmops import devices
+from llmops import cpu_kernels, devices
 from llmops.console import duration, log
 from train import attention, session
 from train.batches import PackedCollator, PaddedCollator, target_losses, to_device
@@ -208,6 +208,7 @@ def estimate(config: Config, data: Data) -> None:
     dtype = devices.choose_dtype(config.dtype)
     shape = model_shape(config, dtype)
     choices = resolve(config, dtype, data.learned, device, processes)
+    cpu_kernels.allow(choices.kernel)
     log(f"\nmodel: {shape.weights:,} weights, {shape.trained:,} trained ({config.train_type})\n{choices.words()}")
     sample = Sample(config, data, choices.split, processes)
     tell_memory(config, shape, choices, sample, processes, device)

@@ -26,7 +26,7 @@ from transformers import DefaultFlowCallback, EarlyStoppingCallback, PrinterCall
 from transformers.integrations import TensorBoardCallback, get_reporting_integration_callbacks
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled, unset_hf_deepspeed_config
 
-from llmops import data_files, devices, files, process_group
+from llmops import cpu_kernels, data_files, devices, files, process_group
 from llmops.chat_model import ChatModel
 from llmops.checkpoints import Checkpoint
 from llmops.console import RunStopped, UserError, log
@@ -262,6 +262,7 @@ def build_trainer(config: Config, data: Data) -> tuple[ChatTrainer, Schedule]:
     device = join_processes()
     rank, world = dist.get_rank(), dist.get_world_size()
     choices = agree(lambda: resolve(config, dtype, data.learned, device, world), rank)
+    cpu_kernels.allow(choices.kernel)
     arguments = training_arguments(config, dtype, choices)  # starts ZeRO 3's partitioned loading
     set_seed(config.seed)
     model = load_for_training(config, data.model, dtype, device)

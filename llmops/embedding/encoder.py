@@ -1,8 +1,7 @@
 """Texts to unit vectors with a sentence embedding model: sentence-transformers' modules, in batches of our own.
 
 What `SentenceTransformer.encode` spends half of its time on is left out:
-- on the CPU the linear layers run in oneDNN (torch.utils.mkldnn), which uses AVX-512 on every maker's processors, where
-  torch's own path is twice as slow on some;
+- on the CPU the matrices are multiplied by the fastest of torch's exact kernels (`llmops.cpu_kernels`);
 - short sequences take the plain attention: the fused one starts too much for a matrix of 16 by 16;
 - batches have as many tokens as keep the caches busy, of texts of about one length.
 """
@@ -10,6 +9,7 @@ What `SentenceTransformer.encode` spends half of its time on is left out:
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+from llmops import cpu_kernels
 from llmops.console import RunStopped, UserError, log, progress
 from llmops.embedding.folder import COPY, LIBRARY, ModelFolder
 from llmops.loading import loading
@@ -48,10 +48,7 @@ class Encoder:
         positions = int(getattr(core and core.config, "max_position_embeddings", 0) or 0)
         if positions > 0 and (self.model.max_seq_length or positions) > positions:
             self.model.max_seq_length = positions
-        if core is not None and self.device.type == "cpu" and dtype == "fp32" and torch.backends.mkldnn.is_available():
-            from torch.utils.mkldnn import to_mkldnn
-
-            to_mkldnn(core)
+        cpu_kernels.allow(cpu_kernels.choose(self.device, number))
         with loading(f"the embedding model {folder.folder}", CURE):
             self.encode(["."])  # modules that do not fit each other show here
 

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from llmops import devices, files
+from llmops import cpu_kernels, devices, files
 from llmops.chat_formats import ChatFormat
 from llmops.chat_model import ChatModel
 from llmops.checkpoints import RUN_SETTINGS, Checkpoint
@@ -180,6 +180,8 @@ def open_service(settings: Model, limits: Limits, feedback: Path) -> Service:
     stop_ids = model.chat.stop_ids()
     device = torch.device("cuda" if has_gpu() and torch.cuda.is_available() else "cpu")
     dtype = devices.choose_dtype(settings.dtype)
+    cpu_kernels.settle(settings.kernels)
+    cpu_kernels.allow(cpu_kernels.choose(device, dtype))
     both = checkpoint.is_adapter and settings.base_too
     weights = model.load(dtype, device, merge=not both).to(device)
     adapter = Adapter(weights) if both else None
