@@ -2,7 +2,8 @@
 
 (a) conversations of alpaca_zh; (b) banking77 questions, prepared and trained as the FAQ scenario does: their prompts
 begin with the same list of 77 labels.
-LoRA rank 8 on all linear layers, fp32, AdamW, batch 8, rows in the file's order, a Llama of about 40M weights.
+LoRA rank 8 on all linear layers, fp32, AdamW, batch 8, rows in the file's order, a Llama of about 40M weights or
+--model. A row's share of the machine's product rate counts the FLOPs of its conversations when nothing is shared.
 """
 
 import argparse
@@ -78,8 +79,10 @@ def main() -> int:
     parser.add_argument("--steps_a", type=int, default=32, help="steps of 8 conversations in (a); 32 is all of them")
     parser.add_argument("--steps_b", type=int, default=4, help="steps of 8 questions in (b) for the peers; 20 is all")
     parser.add_argument("--parts", default="ab")
+    parser.add_argument("--model", type=Path, help="a real model's folder instead of the 40M one of random weights")
     args = parser.parse_args()
     model, alpaca, banking = make_inputs(args.work, args.data)
+    model = args.model or model
     ours = (Path(sys.executable), HERE / "ours_sft.py")
     trl = (args.peers / "trl" / "bin" / "python", HERE / "peers" / "trl_sft.py")
     factory = (args.peers / "llamafactory" / "bin" / "python", HERE / "peers" / "llamafactory_sft.py")
@@ -125,14 +128,17 @@ def compare(title: str, cases: list[Any], flags: list[str], rounds: int) -> dict
             if name not in best or found.get("samples_per_second", 0) > best[name].get("samples_per_second", 0):
                 best[name] = found
     reference = best["ours"]
-    print(f"\n{title}\n\n| | samples/s | ours is | peak memory, MiB | loss of the first step |\n|---|---|---|---|---|")
+    best_rate, work = reference["best_flops_per_second"], reference["flops_per_sample"]
+    print(f"\n{title}; this machine multiplies {best_rate / 1e9:,.0f} GFLOP/s at best\n")
+    print("| | samples/s | ours is | share of that rate | peak memory, MiB | loss of the first step |")
+    print("|---|---|---|---|---|---|")
     for name, found in best.items():
         if "failed" in found:
-            print(f"| {name} | failed | | | |")
+            print(f"| {name} | failed | | | | |")
             continue
-        ratio = reference["samples_per_second"] / found["samples_per_second"]
+        speed = found["samples_per_second"]
         print(
-            f"| {name} | {found['samples_per_second']:.2f} | {ratio:.2f}x "
+            f"| {name} | {speed:.2f} | {reference['samples_per_second'] / speed:.2f}x | {speed * work / best_rate:.0%} "
             f"| {found['peak_rss_mib']:.0f} | {found['first_loss']:.6f} |"
         )
         same = found["supervised_tokens_first_batch"] == reference["supervised_tokens_first_batch"]

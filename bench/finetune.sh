@@ -16,5 +16,5 @@ done
 PYTHON=$(ensure_python "$HERE" "$HERE/requirements.txt") || exit 2
 [ -x "$PEERS/llamafactory/bin/python" ] || PYTHON=$PYTHON bash "$HERE/bench/peers/install.sh" "$PEERS" >&2
 # the same allocator settings for everybody, those that chat_main.sh uses
-export MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=8589934592 MALLOC_TOP_PAD_=268435456
+export MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=8589934592 MALLOC_TOP_PAD_=268435456 GLIBC_TUNABLES=glibc.malloc.hugetlb=1
 exec "$PYTHON" "$HERE/bench/finetune.py" --work "$WORK" --peers "$PEERS" --data "$DATA" "$@"

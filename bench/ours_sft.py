@@ -23,6 +23,30 @@ from peer_common import (
 )
 
 
+def work_of(trainer: Any, data: Any) -> dict[str, float]:
+    """FLOPs of a conversation that LoRA cannot do without, shared beginnings counted each time, and the machine's rate.
+
+    4 a weight and token: forward, and backward towards the inputs; the head at learned tokens only.
+    """
+    import torch
+
+    from llmops import cpu_kernels
+
+    model = trainer.model.get_base_model()
+    head = model.get_output_embeddings()
+    layers = sum(
+        module.weight.numel() for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear) and module is not head and "lora_" not in name
+    )  # fmt: skip
+    tokens = data.train.lengths.mean()
+    learned = sum(int(data.train[i]["learned"].sum()) for i in range(len(data.train))) / len(data.train)
+    kernels = cpu_kernels.probe()
+    return {
+        "flops_per_sample": 4 * float(layers * tokens + head.weight.numel() * learned),
+        "best_flops_per_second": max(kernel.rate for kernel in kernels) if kernels else 0.0,
+    }
+
+
 def main() -> None:
     """Train once and print the report as the last line of stdout."""
     parser = build_parser(__doc__ or "")
@@ -35,6 +59,7 @@ def main() -> None:
 
     from llmops.console import stdout_to_stderr
 
+    report: dict[str, Any] = {}
     with stdout_to_stderr(), tempfile.TemporaryDirectory() as folder:
         import torch
         from torch.utils.data import SequentialSampler
@@ -60,6 +85,7 @@ def main() -> None:
         schedule.evaluate = lambda: None  # no evaluation and no checkpoint, as with the peers
         schedule._evaluate_and_save = lambda *_: None
         trainer.remove_callback(TrainingLog)
+        report.update(work_of(trainer, data))
         record = RunRecord(row_counts=[1.0] * len(data.train))
         record.supervised_first = sum(
             int(data.train[i]["learned"].sum()) for i in range(min(args.batch_size, len(data.train)))
@@ -81,7 +107,7 @@ def main() -> None:
 
         trainer.add_callback(Clock())
         trainer.train()
-    print_report("llmops", "0.1.0", args.packing, args.batch_size, micro, record)
+    print_report("llmops", "0.2.0", args.packing, args.batch_size, micro, record, report)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ rate on a Zen 5. Where it has one, it rounds. So nothing is assumed of a process
 start, compared with the same products in float64, and timed.
 """
 
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ HELP = "matrix products in float32 on a CPU: auto takes oneDNN's where they are 
 DEFAULT, ONEDNN = "default", "oneDNN"
 ROWS, WIDTH = 256, 768  # of the products that are tried
 TIMES, SECONDS = 5, 0.02  # each at most; the fastest counts
+KEPT_KERNELS = "ONEDNN_PRIMITIVE_CACHE_CAPACITY"  # one for each size of a product, 1 MB; 1,024 unless it is told
 EXACT = 1e-5  # of the largest value; float32 sums differ by 1e-6, TF32 by 3e-4, bfloat16 by 3e-3
 
 
@@ -94,6 +96,7 @@ def probe() -> tuple[Kernel, Kernel] | None:
 
     if not torch.backends.mkldnn.is_available() or not torch.backends.mkldnn.enabled:
         return None
+    os.environ.setdefault(KEPT_KERNELS, "256")
     before = torch.backends.mkldnn.matmul.fp32_precision
     try:
         found = []

@@ -183,6 +183,8 @@ tune_cpu() {
     # the same cores stall each other by a factor of ten and more; without spinning small operations take twice as long
     [ -n "${OMP_WAIT_POLICY:-}" ] || export GOMP_SPINCOUNT="${GOMP_SPINCOUNT:-1000}"
     export MALLOC_TOP_PAD_=${MALLOC_TOP_PAD_:-268435456}
+    # pages of 2 MB where the kernel gives them on request, which is the usual setting: 500 times fewer faults
+    export GLIBC_TUNABLES=${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1}
 }
 
 # start_processes PYTHON NUMBER SCRIPT ARGUMENTS...: the end of a shell whose work is shared by processes of one machine.

@@ -8,7 +8,7 @@ import torch
 
 from llmops.chat_model import ChatModel
 from llmops.checkpoints import Checkpoint
-from train import attention
+from train import attention, batches
 from train.attention import Layout, Node
 from train.batches import (
     PackedCollator,
@@ -18,6 +18,7 @@ from train.batches import (
     right_answers,
     target_logits,
     target_losses,
+    token_losses,
 )
 
 Batchable = list[Sample]
@@ -193,3 +194,26 @@ def test_models_that_cannot_be_packed_are_told_apart(checkpoints: dict[str, Path
     assert attention.supports_packing(model) is None
     model.config.layer_types = ["sliding_attention", "full_attention"]
     assert "sliding_attention" in str(attention.supports_packing(model))
+
+
+def test_cross_entropy_in_the_cache_is_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
+    draw = torch.Generator().manual_seed(1)
+    logits, labels = torch.randn(37, 50, generator=draw) * 5, torch.randint(50, (37,), generator=draw)
+    weights = torch.rand(37, generator=draw)
+    for cached in (1, 200, 1 << 19):
+        monkeypatch.setattr(batches, "CACHED", cached)
+        found = []
+        for losses in (token_losses, lambda x, y: torch.nn.functional.cross_entropy(x, y, reduction="none")):
+            given = logits.clone().requires_grad_()
+            loss = losses(given, labels)
+            (gradient,) = torch.autograd.grad((loss * weights).sum(), given)
+            found.append((loss.detach(), gradient))
+        for one, other in zip(*found, strict=True):
+            assert (one - other).abs().max() < 2e-6
+
+
+def test_a_loss_is_gone_through_once() -> None:
+    loss = token_losses(torch.randn(3, 5, requires_grad=True), torch.tensor([0, 1, 2])).sum()
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="ran before"):
+        loss.backward()

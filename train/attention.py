@@ -4,10 +4,11 @@ A layout is a tree written in depth-first order: a node is a run of tokens, its 
 tokens before it in its own node and everything in the nodes above. With `end[k]`, the position where the subtree of
 k's node ends, that is: q sees k when k <= q < end[k].
 
-Two ways to compute it, of equal result:
+Ways to compute it, of equal result:
 
 - blocks: `Layout.blocks` cuts the tree into runs of queries with the contiguous runs of keys they see, so the cost
-  follows the tree and not the square of its length. Each block goes through transformers' own SDPA function.
+  follows the tree and not the square of its length. Each block goes through transformers' own SDPA function, or on a
+  CPU through plain products (`cpu_attention`).
 - flex: one FlexAttention kernel per layer with the rule above as its mask (Dong et al. 2024, "Flex Attention"). Which
   tiles of 128 x 128 it looks at follows from the least and the greatest end[k] of every tile, without a T x T mask.
 """
@@ -25,6 +26,7 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from llmops.layers import fixed_attention
+from train import cpu_attention
 
 NAME = "shared_prefix"
 BLOCK_TOKENS = 256  # sibling branches are attended together up to this many tokens
@@ -206,6 +208,10 @@ def attention(
             enable_gqa=query.shape[1] != key.shape[1],
         )  # fmt: skip
         return out.transpose(1, 2).contiguous(), None
+    if cpu_attention.is_faster(query, layout.blocks, kwargs.get("dropout", 0.0)):
+        scale = kwargs.get("scaling") or query.shape[-1] ** -0.5
+        out = cpu_attention.BlockAttention.apply(query[0], key[0], value[0], layout.blocks, scale)
+        return out.transpose(0, 1)[None], None
     if len(layout.blocks) == 1:
         return sdpa_attention_forward(module, query, key, value, four_dimensional(layout.blocks[0].mask), **kwargs)
     sizes = [block.stop - block.start for block in layout.blocks]

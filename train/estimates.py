@@ -42,8 +42,8 @@ class Shape:
         return tokens * (kept + self.outside + self.per_layer)  # and one layer while its gradients are computed
 
     def logits(self, learned: int, on_gpu: bool) -> float:
-        """Bytes of logits and their gradient; without the kernel of GPUs of their softmax in fp32, too."""
-        return learned * self.vocabulary * (2 * self.width + (0 if on_gpu else 4 if self.width == 4 else 8))
+        """Bytes of logits and their gradient; on a CPU below fp32 of their softmax in fp32, too."""
+        return learned * self.vocabulary * (2 * self.width + (0 if on_gpu or self.width == 4 else 8))
 
 
 class _KeepsLikeFused(torch.autograd.Function):

@@ -120,8 +120,9 @@ def make_callback(record: RunRecord, count_rows: Callable[[Any], list[float]]) -
 
 
 def print_report(
-    peer: str, version: str, packing: str, batch_size: int, micro_batch_size: int, record: RunRecord
-) -> None:
+    peer: str, version: str, packing: str, batch_size: int, micro_batch_size: int, record: RunRecord,
+    more: dict[str, Any] | None = None,
+) -> None:  # fmt: skip
     """Print the JSON report as the last line of standard output."""
     conversations = trained_conversations(record.row_counts, batch_size, record.steps)
     report = {
@@ -136,4 +137,4 @@ def print_report(
         "steps": record.steps,
         "micro_batch_size": micro_batch_size,
     }
-    print(json.dumps(report), flush=True)
+    print(json.dumps(report | (more or {})), flush=True)
