@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from llmops.console import UserError, log, stdout_to_stderr
 from llmops.faq_catalog import Catalog
-from llmops.faq_retrieval import ROWS_AT_ONCE, Retriever
+from llmops.faq_retrieval import BY_NUMBER, BY_SIMILARITY, ROWS_AT_ONCE, Retriever, in_prompt_order
 
 if TYPE_CHECKING:
     from faq.prepare import Config, Example
@@ -15,10 +15,15 @@ if TYPE_CHECKING:
 EXAMPLES = 20  # training questions of an intent that are compared
 
 
+def order_of(config: "Config") -> str:
+    """How candidates are ordered: so that prompts begin alike, unless each shows questions of its own."""
+    return BY_SIMILARITY if config.candidate_examples else BY_NUMBER
+
+
 def kept(examples: Mapping[str, Sequence[str]], config: "Config") -> dict[str, Any]:
     """What intents.json keeps, so that candidates of a new question are found and shown the same way."""
     return {
-        "candidates": int(config.candidates), "shown": config.candidate_examples,
+        "candidates": int(config.candidates), "shown": config.candidate_examples, "order": order_of(config),
         "embedding_model": config.embedding_model, "examples": {k: [*v] for k, v in examples.items()},
     }  # fmt: skip
 
@@ -93,13 +98,14 @@ def listed_rows(
         vectors = retriever.features.vectors(questions)
         for k, found in enumerate(retriever.ranked(questions, vectors, more, itself=False)):
             own = retriever.number.get(some[k].intent, -1)
-            for answered, numbers in lists_of(own, found, count, learned, start + k in dropped):
+            for answered, ranked in lists_of(own, found, count, learned, start + k in dropped):
+                numbers = in_prompt_order(ranked, order_of(config))
                 similar = [
                     retriever.similar(vectors[k], questions[k], number, config.candidate_examples)
-                    for number in sorted(numbers)
+                    for number in numbers
                 ]
                 example = replace(
-                    some[k], intent=some[k].intent if answered else none, candidates=retriever.listed(numbers),
+                    some[k], intent=some[k].intent if answered else none, candidates=retriever.names(numbers),
                     shown=tuple(similar),
                 )  # fmt: skip
                 yield Listed(example, own >= 0, answered, own in numbers)

@@ -230,6 +230,7 @@ def is_retrieval(value: Any) -> bool:
         type(value.get("candidates")) is int
         and value["candidates"] > 0
         and type(value.get("shown", 0)) is int
+        and value.get("order", "number") in ("number", "similarity")
         and is_text(value.get("embedding_model"))
         and isinstance(examples, dict)
         and is_lists(list(examples.values()))

@@ -2,7 +2,8 @@
 
 With thousands of intents the whole list fits no prompt. Similarity is the cosine with the nearest of an intent's texts,
 by an embedding model or by character n-grams. The list is in the order of the intents: where lists agree, prompts begin
-alike. A candidate may be shown with the training questions of its own that are most similar to the one asked.
+alike. A candidate may be shown with the training questions of its own that are most similar to the one asked; then no
+two prompts agree, and the list begins with the most similar intent, so that its place tells what the embedding knows.
 """
 
 from collections.abc import Mapping, Sequence
@@ -22,6 +23,7 @@ NGRAM_WEIGHT = 0.5  # of n-grams beside an embedding's vectors: wording helps wh
 NAME_WEIGHT = 0.3  # of the cosines with intents' names; both tried on banking77, where they add 0.7 points
 COMPARED_AT_ONCE = 512  # questions that are compared with every known one together
 ROWS_AT_ONCE = 4096  # questions
+BY_NUMBER, BY_SIMILARITY = "number", "similarity"  # of candidates in a prompt
 
 
 def load_encoder(model: "ModelFolder", device: str) -> "Encoder":
@@ -122,9 +124,14 @@ class Retriever:
         texts = (self.texts[first + place] for place in (-cosines).argsort(kind="stable"))
         return tuple(text for text in texts if text != question)[:count]
 
-    def listed(self, numbers: Sequence[int]) -> tuple[str, ...]:
-        """These intents in the order of the prompt."""
-        return tuple(self.intents[number] for number in sorted(numbers))
+    def names(self, numbers: Sequence[int]) -> tuple[str, ...]:
+        """The intents of these numbers."""
+        return tuple(self.intents[number] for number in numbers)
+
+
+def in_prompt_order(numbers: Sequence[int], order: str) -> list[int]:
+    """Numbers of intents, the most similar first, in the order BY_SIMILARITY or BY_NUMBER."""
+    return list(numbers) if order == BY_SIMILARITY else sorted(numbers)
 
 
 def retriever_of(catalog: Catalog, embedding_model: str = "") -> Retriever:
@@ -149,8 +156,9 @@ def candidates_of(
         for start in range(0, len(questions), ROWS_AT_ONCE):
             part = questions[start : start + ROWS_AT_ONCE]
             vectors = retriever.features.vectors(part)
-            for k, numbers in enumerate(retriever.ranked(part, vectors, how["candidates"])):
-                variant = catalog.variant_of(retriever.listed(numbers))
-                similar = [retriever.similar(vectors[k], part[k], n, how.get("shown", 0)) for n in sorted(numbers)]
+            for k, found_numbers in enumerate(retriever.ranked(part, vectors, how["candidates"])):
+                numbers = in_prompt_order(found_numbers, how.get("order", BY_NUMBER))
+                variant = catalog.variant_of(retriever.names(numbers))
+                similar = [retriever.similar(vectors[k], part[k], n, how.get("shown", 0)) for n in numbers]
                 found.append((variant, tuple(similar)))
     return found

@@ -94,8 +94,12 @@ def test_candidates_are_shown_with_their_most_similar_questions(
     for question, prompt in prompts.items():
         assert prompt.count(" (") == 2
         assert f"({question})" not in prompt
-    # a bare question is asked as its row is
     catalog = load_catalog(tmp_path / "out" / "intents.json")
+    first = {row["question"]: catalog.candidates(row["variant"])[0] for row in train}
+    assert first["exchange rate today"] == "rate"  # the most similar one, whatever its number
+    assert first["my card is gone"] == "card_lost"
+    assert first["change the pin code"] == "pin"
+    # a bare question is asked as its row is
     found = candidates_of(catalog, [row["question"] for row in test], retriever_of(catalog))
     for row, (variant, shown) in zip(test, found, strict=True):
         assert catalog.prompt(row["question"], variant, shown) == row["messages"][:1]
