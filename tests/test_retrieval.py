@@ -9,8 +9,8 @@ from conftest import write_jsonl
 
 from faq import predict, prepare
 from faq.retrieval import lists_of
-from llmops.faq_catalog import load_catalog
 from llmops.embedding.ngrams import ngram_vectors
+from llmops.faq_catalog import load_catalog
 from llmops.faq_retrieval import candidates_of, retriever_of
 
 THINGS = ["退款", "物流", "发票", "密码", "优惠券", "地址", "积分", "会员", "安装", "维修"]
