@@ -51,6 +51,17 @@ def make_inputs(work: Path, data: Path) -> tuple[Path, Path, Path]:
     return model, alpaca, banking
 
 
+def plain_chatml(model: Path, folder: Path) -> Path:
+    """A folder with the model's files and ChatML without a default system message, which the peers' templates lack."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in model.iterdir():
+        link = folder / path.name
+        if path.suffix != ".jinja" and not link.exists():
+            link.symlink_to(path.resolve())
+    (folder / "chat_template.jinja").write_text(tiny.TEMPLATE, encoding="utf-8")
+    return folder
+
+
 def first_of_each(path: Path, count: int) -> list[dict[str, str]]:
     """`count` questions of every label, the labels taking turns."""
     found: dict[str, list[dict[str, str]]] = defaultdict(list)
@@ -79,10 +90,10 @@ def main() -> int:
     parser.add_argument("--steps_a", type=int, default=32, help="steps of 8 conversations in (a); 32 is all of them")
     parser.add_argument("--steps_b", type=int, default=4, help="steps of 8 questions in (b) for the peers; 20 is all")
     parser.add_argument("--parts", default="ab")
-    parser.add_argument("--model", type=Path, help="a real model's folder instead of the 40M one of random weights")
+    parser.add_argument("--model", type=Path, help="a real ChatML model instead of the 40M one of random weights")
     args = parser.parse_args()
     model, alpaca, banking = make_inputs(args.work, args.data)
-    model = args.model or model
+    model = plain_chatml(args.model, args.work / args.model.name) if args.model else model
     ours = (Path(sys.executable), HERE / "ours_sft.py")
     trl = (args.peers / "trl" / "bin" / "python", HERE / "peers" / "trl_sft.py")
     factory = (args.peers / "llamafactory" / "bin" / "python", HERE / "peers" / "llamafactory_sft.py")
