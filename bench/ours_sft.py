@@ -52,6 +52,7 @@ def main() -> None:
     parser = build_parser(__doc__ or "")
     parser.add_argument("--scenario", default="general", choices=("general", "faq"))
     parser.add_argument("--cpu_kernels", default="auto", choices=("auto", "default"))
+    parser.add_argument("--micro_batch_tokens", type=int, default=0, help="0: as the product chooses")
     args = parser.parse_args()
     prepare_environment(args.threads)
     os.environ["DS_ACCELERATOR"] = "cpu"
@@ -78,6 +79,7 @@ def main() -> None:
             learning_rate=LEARNING_RATE, num_train_epochs=1, max_steps=args.max_steps or -1,
             lr_scheduler_type="constant", warmup_ratio=0.0,
             gradient_checkpointing="false", packing=args.packing == "on", dtype="fp32", cpu_kernels=args.cpu_kernels,
+            micro_batch_tokens=args.micro_batch_tokens,
         )  # fmt: skip
         data = session.prepare_data(config, encodes=True)
         trainer, schedule = session.build_trainer(config, data)
