@@ -91,7 +91,7 @@ def find_data(
         return str(target)
     what = f"{variable}: {shown} does not come"
     try:
-        size = persist(lambda: fetch_file(text, target), FETCH_SECONDS, stopped, tell, what)
+        size = persist(lambda: fetch_file(text, target, stopped), FETCH_SECONDS, stopped, tell, what)
     except CallFailed as failed:
         cure = "check the address and who may read it" if not failed.again else "check the network, start again"
         raise RunStopped(f"{what} ({failed}); {cure}") from failed
@@ -99,15 +99,20 @@ def find_data(
     return str(target)
 
 
-def fetch_file(address: str, target: Path) -> int:
-    """Write what an address holds; the file appears when it is complete. Its size. Raises CallFailed."""
+def fetch_file(address: str, target: Path, stopped: threading.Event) -> int:
+    """Write what an address holds; the file appears when it is complete. Its size.
+
+    Raises CallFailed, also when `stopped` is set on the way.
+    """
 
     def work() -> int:
         size = 0
         with opener(redirects=True).open(urllib.request.Request(address), timeout=ATTEMPT_SECONDS) as answer:
             expected = answer.headers.get("Content-Length")
             with files.writing(target, "wb") as stream:
-                while chunk := answer.read(CHUNK):
+                while chunk := answer.read1(CHUNK):
+                    if stopped.is_set():
+                        raise CallFailed("the job was asked to end", False)
                     stream.write(chunk)
                     size += len(chunk)
                 if expected and expected.isdecimal() and size != int(expected):

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from job import publish
+from job.calls import is_address, shown_address
 from job.settings import EVALUATE, FIVE, FLAGS, ROOT, SECRET_NAMES, SIMILAR, TRAIN, Settings
 from llmops import files
 from llmops.console import RunStopped, to_bool
@@ -144,7 +145,7 @@ def evaluated(settings: Settings) -> Callable[[Path], Told]:
     def collect(printed: Path) -> Told:
         results = data_of(printed)["evaluation_results"]
         config = {
-            "model_name_or_path": settings.judged_model, "dataset_path": settings.dataset_path,
+            "model_name_or_path": settings.judged_model, "dataset_path": shown(settings.dataset_path),
             "evaluation_metrics": list(results), "max_seq_len": int(settings.max_seq_len or 0),
             "per_device_batch_size": int(settings.per_device_batch_size or 0),
             "gpu_nums": int(settings.gpus_per_node or 0),
@@ -155,6 +156,11 @@ def evaluated(settings: Settings) -> Callable[[Path], Told]:
         return whole, results
 
     return collect
+
+
+def shown(place: str) -> str:
+    """A path as it is, an address without what may be secret in it."""
+    return shown_address(place) if is_address(place) else place
 
 
 def detail(row: Mapping[str, Any]) -> dict[str, Any]:

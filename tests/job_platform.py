@@ -1,8 +1,8 @@
-"""The platform's side of a job, as a real HTTP server: its rules for the end of a job, its files, its progress reader.
+"""The platform's side of a job as a real HTTP server: its rules for the end of a job, its files, its progress reader.
 
-From what is known of IceBearAI/LLM-And-More: PUT /api/finetuning/JOB/finish with Authorization and X-Tenant-Id; 200 also
-for a refusal, which says "success": false; only a running job can end; a message is cut after 3,000 bytes; the job's
-container is removed once its end is known. A cancelled job's container is removed first.
+From what is known of IceBearAI/LLM-And-More: PUT /api/finetuning/JOB/finish with Authorization and X-Tenant-Id; 200
+also for a refusal, which says "success": false; only a running job can end; a message is cut after 3,000 bytes; the
+job's container is removed once its end is known. A cancelled job's container is removed first.
 """
 
 import json
@@ -62,8 +62,9 @@ class PlatformServer:
 
     def environment(self, **more: str) -> dict[str, str]:
         """What the platform sets for every job."""
-        common = {"API_URL": f"{self.url}/api/finetuning/{JOB}/finish", "AUTH": AUTH, "TENANT_ID": TENANT, "JOB_ID": JOB,
-                  "HTTP_PROXY": "", "HTTPS_PROXY": "", "NO_PROXY": "127.0.0.1", "HF_ENDPOINT": ""}  # fmt: skip
+        common = {"API_URL": f"{self.url}/api/finetuning/{JOB}/finish", "AUTH": AUTH, "TENANT_ID": TENANT,
+                  "JOB_ID": JOB, "HTTP_PROXY": "", "HTTPS_PROXY": "", "NO_PROXY": "127.0.0.1",
+                  "HF_ENDPOINT": ""}  # fmt: skip
         return common | more
 
     def cancel(self) -> None:
@@ -176,7 +177,7 @@ def read_progress(output: str) -> list[dict[str, float]]:
         for found in FLAT.findall(line.strip()):
             text = found.replace("'", '"').replace("False", "false").replace("True", "true")
             try:
-                value = json.loads(text, parse_constant=lambda name: no_number(name))
+                value = json.loads(text, parse_constant=no_number)
             except ValueError:
                 continue
             entry = {name: value.get(name, 0) for name in fields}
