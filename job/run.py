@@ -94,7 +94,8 @@ class Job:
         command = ["bash", str(ROOT / "job" / "fetch_model.sh"), name]
         code = run(command, environment_of(self.settings), printed, self.output, self.signals, self.held)
         if code:
-            raise RunStopped(self.output.end or f"{name} cannot be fetched")
+            said = self.output.end.splitlines() or [f"{name} cannot be fetched (exit code {code})"]
+            raise RunStopped(said[-1].removeprefix("stopped: ").removeprefix("error: "))
         return Path(files.read_text(printed, "the model's folder").strip())
 
     def run(self, work: Work) -> Outcome:
