@@ -17,6 +17,7 @@ from job.calls import ATTEMPT_SECONDS, CallFailed, check_header, persist, reques
 from job.settings import Settings
 from job.state import SENDING, TAKEN, Told
 from llmops import files
+from llmops.console import RunStopped, UserError
 
 LONGEST_MESSAGE = 3000
 REFUSALS = 5  # answers of a platform that is there: it will not change its mind later
@@ -74,7 +75,7 @@ class Platform:
         body |= {"message": last_part(outcome.message)} if outcome.code else {"data": outcome.data}
         raw = json.dumps(body, ensure_ascii=False).encode("utf-8", "replace")
         before = self.told.read() == (outcome.status, SENDING)
-        self.told.write(outcome.status, SENDING)
+        self._note(outcome.status, SENDING)
         refusals = 0
 
         def work() -> None:
@@ -92,9 +93,16 @@ class Platform:
                 self.tell(f"{what}: {failed}")
                 return False
             self.tell(f"{what} ({failed}), which an earlier start had sent already; it counts as taken")
-        self.told.write(outcome.status, TAKEN)
+        self._note(outcome.status, TAKEN)
         self.tell(f"{shown_address(self.address)} has taken it: {outcome.status}")
         return True
+
+    def _note(self, status: str, how: str) -> None:
+        """Write down what is told; a disk that is full, which may be the very news, keeps nobody from telling."""
+        try:
+            self.told.write(status, how)
+        except (UserError, RunStopped) as error:
+            self.tell(f"warning: {error}")
 
 
 class Webhook:

@@ -21,7 +21,7 @@ from job.places import find_data, find_model
 from job.progress import Follower
 from job.report import Outcome, Platform, Webhook, describe
 from job.settings import ROOT, SECRET_NAMES, TRAIN, Settings, read_settings
-from job.state import TAKEN, Told, alone
+from job.state import TAKEN, Busy, Told, alone
 from job.tasks import Work, environment_of, plan
 from job.work import Output, Signals, run
 from llmops import files
@@ -41,16 +41,23 @@ class Job:
         self.held: tuple[int, ...] = ()
 
     def start(self) -> int:
-        """Do the work and tell how it ended; the exit code. Raises UserError where another start is at work."""
-        with alone(self.settings.folder, self.signals.stopped, self.output.tell) as lock:
-            self.held = (lock,)
-            if self.platform and self.platform.told.read() == ("success", TAKEN):
-                self.output.tell("this job has succeeded and the platform knows: nothing to do")
-                return 0
-            self.webhook.report("started")
-            with FailureJson(self._fault):
-                outcome = self.work()
-            return self.end(outcome)
+        """Do the work and tell how it ended; the exit code. Raises Busy where another start is at work."""
+        try:
+            with alone(self.settings.folder, self.signals.stopped, self.output.tell) as lock:
+                self.held = (lock,)
+                if self.platform and self.platform.told.read() == ("success", TAKEN):
+                    self.output.tell("this job has succeeded and the platform knows: nothing to do")
+                    return 0
+                self.webhook.report("started")
+                with FailureJson(self._fault):
+                    outcome = self.work()
+                return self.end(outcome)
+        except Busy:
+            if self.signals.code:
+                return self.signals.code
+            raise
+        except UserError as error:  # the job's folder cannot be made, or holds what is not ours
+            return self.end(self._refused(error.code, error))
 
     def _fault(self, code: int, message: str) -> None:
         """A fault of ours goes its way with its traceback; the platform hears of it all the same."""
@@ -165,7 +172,6 @@ def main(argv: Sequence[str]) -> int:
                 raise
             job = Job(speaker(os.environ), signals)
             job.output.tell(f"error: {error}")
-            files.make_folder(job.settings.folder, "the job's folder")
             return job.end(Outcome(error.code, message=job.settings.secrets.hidden(str(error))))
         return Job(settings, signals).start()
 

@@ -89,6 +89,11 @@ class Settings:
         return Path(self.output_dir) / "run" if self.task == TRAIN and self.output_dir else None
 
     @property
+    def trained(self) -> Path:
+        """The training's output_path, however it was chosen."""
+        return self.run or Path(self.environment.get("OUTPUT_PATH") or self.mount / "output_path")
+
+    @property
     def platform_style(self) -> bool:
         """Whether the output is for the platform's progress reader."""
         return self.log_style == "platform" or (self.log_style == "auto" and bool(self.api_url))

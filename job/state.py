@@ -17,12 +17,16 @@ LONGEST_WAIT = 900.0  # seconds for an earlier start of the same job to end: it 
 SENDING, TAKEN = "sending", "taken"
 
 
+class Busy(UserError):
+    """Another start of the job is at work: it will tell how that ends."""
+
+
 @contextmanager
 def alone(folder: Path, stopped: threading.Event, tell: Callable[[str], None]) -> Iterator[int]:
     """Hold the job's folder, with all commands that get the yielded descriptor, until the last of them has ended.
 
-    A job that was killed and started again finds its old processes at work for a while. Raises UserError when they
-    do not end, or when `stopped` is set.
+    A job that was killed and started again finds its old processes at work for a while. Raises Busy when they do not
+    end, or when `stopped` is set; another UserError where the folder cannot be made.
     """
     files.make_folder(folder, "the job's folder")
     try:
@@ -35,7 +39,7 @@ def alone(folder: Path, stopped: threading.Event, tell: Callable[[str], None]) -
             if not waited:
                 tell(f"an earlier start of this job is still at work in {folder}; waiting for its end")
             if stopped.wait(0.5) or waited > LONGEST_WAIT:
-                raise UserError(
+                raise Busy(
                     f"another start of this job is at work in {folder}; wait for it, or choose another WORK_DIR"
                 )
             waited += 0.5

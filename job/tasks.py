@@ -41,7 +41,7 @@ def plan(settings: Settings, model: FindModel, data: FindData) -> Work:
         given["mount_path"] = settings.mount_path
     command = ["bash", str(ROOT / SCRIPTS[settings.task])]
     command += [f"--{name}={value}" for name, value in given.items()] + list(settings.rest)
-    log = settings.run / "log.txt" if settings.run else None
+    log = settings.trained / "log.txt" if settings.task == TRAIN else None
     return Work(command, environment_of(settings), log, COLLECT[settings.task](settings))
 
 
@@ -130,10 +130,12 @@ def trained(settings: Settings) -> Callable[[Path], Told]:
     """The results of a training, after OUTPUT_DIR became a whole model."""
 
     def collect(printed: Path) -> Told:
-        if settings.run is None:
+        if settings.run:
+            publish.publish(settings.run, Path(settings.output_dir), settings.folder)
+        path = settings.trained / "train_results.json"
+        if settings.run is None and not files.is_file(path):  # a flag after -- chose another place
             return None, None
-        publish.publish(settings.run, Path(settings.output_dir), settings.folder)
-        results = files.read_object(settings.run / "train_results.json", "the results of the training")
+        results = files.read_object(path, "the results of the training")
         return results, results
 
     return collect

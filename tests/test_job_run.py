@@ -17,6 +17,7 @@ from test_similar_questions import write_embedding_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from job.progress import without_brackets
+from job.state import alone
 
 RUN = ("bash", str(ROOT / "job" / "run.sh"))
 
@@ -237,6 +238,28 @@ def test_wrong_settings_are_told_as_well(server: PlatformServer, tmp_path: Path)
     sentence = "GPUS_PER_NODE is 'all', expected a whole number from 0 to 1024"
     assert (server.state, server.message) == ("failed", sentence)
     assert f"error: {sentence}" in job.output
+
+
+@pytest.mark.parametrize(("work_dir", "phrase"), [("file/x", "cannot be made"), ("full", "")])
+def test_a_disk_that_takes_nothing_is_told(server: PlatformServer, tmp_path: Path, work_dir: str, phrase: str) -> None:
+    (tmp_path / "file").write_text("")
+    (tmp_path / "full" / "told.json").mkdir(parents=True)  # it can be read and written as little
+    given = server.environment(MODEL_PATH=str(tmp_path), DATASET_PATH="gone", EVALUATION_METRICS="Acc",
+                               WORK_DIR=str(tmp_path / work_dir))  # fmt: skip
+    job = Started(RUN, **given)
+    assert job.end(30) == 0, job.output
+    assert server.state == "failed"
+    assert phrase in server.message
+    assert "Traceback" not in job.output
+
+
+def test_a_start_that_waits_can_be_ended(tmp_path: Path) -> None:
+    """Another start is at work, which will tell the end; nobody is told by this one."""
+    with alone(tmp_path / "jobs" / "evaluate", threading.Event(), print):
+        job = Started(RUN, MODEL_PATH=str(tmp_path), EVALUATION_METRICS="Acc", MOUNT_PATH=str(tmp_path))
+        wait_for(lambda: "an earlier start of this job is still at work" in job.output)
+        job.process.send_signal(signal.SIGTERM)
+        assert job.end(30) == 143
 
 
 def test_a_platform_that_refuses_makes_the_exit_code(server: PlatformServer, tmp_path: Path) -> None:
