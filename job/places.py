@@ -48,9 +48,7 @@ def cached_model(name: str, environment: Mapping[str, str]) -> Path | None:
     return None
 
 
-def find_model(
-    variable: str, text: str, environment: Mapping[str, str], fetch: Callable[[str], Path] | None
-) -> str:
+def find_model(variable: str, text: str, environment: Mapping[str, str], fetch: Callable[[str], Path] | None) -> str:
     """The folder of a model that is given as a folder or as a hub id, `builtin:` names as they are.
 
     `fetch` gets a model from the hub; None where nobody asked for that. Raises UserError where it is nowhere.

@@ -61,9 +61,7 @@ def refusal_in(reply: bytes) -> str | None:
 class Platform:
     """The platform's address for the end of a job."""
 
-    def __init__(
-        self, settings: Settings, told: Told, stopped: threading.Event, tell: Callable[[str], None]
-    ) -> None:
+    def __init__(self, settings: Settings, told: Told, stopped: threading.Event, tell: Callable[[str], None]) -> None:
         self.address, self.seconds = settings.api_url, float(settings.notify_seconds)
         headers = {"Authorization": settings.auth, "X-Tenant-Id": check_header("TENANT_ID", settings.tenant_id)}
         self.headers = AGENT | {name: value for name, value in headers.items() if value}

@@ -12,6 +12,7 @@ from typing import Any
 
 from job.calls import Secrets, check_address, check_header, is_address, secrets_in
 from llmops import files
+from llmops.checkpoints import JOB_RUN
 from llmops.console import Parser, UserError, to_bool
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -86,7 +87,7 @@ class Settings:
     @property
     def run(self) -> Path | None:
         """The training's output_path where OUTPUT_DIR is given; None: as chat_main.sh chooses."""
-        return Path(self.output_dir) / "run" if self.task == TRAIN and self.output_dir else None
+        return Path(self.output_dir) / JOB_RUN if self.task == TRAIN and self.output_dir else None
 
     @property
     def trained(self) -> Path:

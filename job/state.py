@@ -39,9 +39,7 @@ def alone(folder: Path, stopped: threading.Event, tell: Callable[[str], None]) -
             if not waited:
                 tell(f"an earlier start of this job is still at work in {folder}; waiting for its end")
             if stopped.wait(0.5) or waited > LONGEST_WAIT:
-                raise Busy(
-                    f"another start of this job is at work in {folder}; wait for it, or choose another WORK_DIR"
-                )
+                raise Busy(f"another start of this job is at work in {folder}; wait for it, or choose another WORK_DIR")
             waited += 0.5
         yield descriptor
     finally:

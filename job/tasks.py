@@ -152,12 +152,22 @@ def evaluated(settings: Settings) -> Callable[[Path], Told]:
             "per_device_batch_size": int(settings.per_device_batch_size or 0),
             "gpu_nums": int(settings.gpus_per_node or 0),
         }  # fmt: skip
-        answers = evaluation_folder(settings) / "samples" / "model_performance.jsonl"
-        rows = [detail(line.value) for line in files.json_lines(answers, "the answers")] if answers.is_file() else []
+        answers = answers_of(evaluation_folder(settings), results)
+        rows = [detail(line.value) for line in files.json_lines(answers, "the answers")] if answers else []
         whole = {"config": config, "overall_evaluation_metrics": results, "detailed_results": rows}
         return whole, results
 
     return collect
+
+
+def answers_of(folder: Path, results: Mapping[str, float]) -> Path | None:
+    """The file of the answers that these scores are of; None where no model was asked (the data held the answers)."""
+    command = Path(SCRIPTS[EVALUATE]).stem
+    for name in ("eval_results.json", f"eval_results.{command}.json"):  # the second where the five were evaluated after
+        found = files.read_object(folder / name) if files.is_file(folder / name) else {}
+        if (found.get("command"), found.get("evaluation_results")) == (command, results):
+            return folder / "samples" / "model_performance.jsonl"
+    return None
 
 
 def shown(place: str) -> str:

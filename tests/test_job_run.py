@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from job.progress import without_brackets
 from job.state import alone
+from llmops.checkpoints import run_settings
 
 RUN = ("bash", str(ROOT / "job" / "run.sh"))
 
@@ -126,6 +127,10 @@ def test_a_training_of_the_platform(
     merged = AutoModelForCausalLM.from_pretrained(output / "run" / "merged", dtype=torch.float32)
     assert all(torch.equal(one, merged.state_dict()[name]) for name, one in model.state_dict().items())
     assert AutoTokenizer.from_pretrained(output).chat_template
+    config = json.loads((output / "config.json").read_text())
+    assert {"rope_theta", "torch_dtype"} <= config.keys()  # a server of 2024 reads these
+    assert "TokenizersBackend" not in (output / "tokenizer_config.json").read_text()
+    assert run_settings(output) == output / "run" / "finetune_config.json"
 
     again = Started(RUN, **given)
     assert again.end(20) == 0
@@ -176,9 +181,7 @@ def test_a_training_that_fails(server: PlatformServer, checkpoints: dict[str, Pa
     assert not (tmp_path / "out" / "config.json").exists()
 
 
-def test_an_evaluation_of_the_platform(
-    server: PlatformServer, taught: Path, taught_data: Path, tmp_path: Path
-) -> None:
+def test_an_evaluation_of_the_platform(server: PlatformServer, taught: Path, taught_data: Path, tmp_path: Path) -> None:
     """It starts eval/*.sh itself."""
     server.stored["/storage/test.jsonl"] = taught_data.read_bytes()
     given = server.environment(
