@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from job.progress import without_brackets
 from job.state import alone
 from llmops.checkpoints import run_settings
+from llmops.process_group import free_port
 
 RUN = ("bash", str(ROOT / "job" / "run.sh"))
 
@@ -80,7 +81,7 @@ def test_a_training_of_the_platform(
         BASE_MODEL_NAME="tiny", TRAIN_FILE=f"{server.url}/storage/train.jsonl?sig=0123456789",
         EVAL_FILE=f"{server.url}/storage/eval.jsonl", OUTPUT_DIR=str(output), USE_LORA="true", GPUS_PER_NODE="0",
         MODEL_MAX_LENGTH="256", NUM_TRAIN_EPOCHS="4", PER_DEVICE_TRAIN_BATCH_SIZE="2", PER_DEVICE_EVAL_BATCH_SIZE="3",
-        GRADIENT_ACCUMULATION_STEPS="1", LEARNING_RATE="2e-3", MASTER_PORT="29871", HF_HOME=str(tmp_path / "hf"),
+        GRADIENT_ACCUMULATION_STEPS="1", LEARNING_RATE="2e-3", MASTER_PORT=str(free_port()), HF_HOME=str(tmp_path / "hf"),
         EVAL_STEPS="4", GRADIENT_CHECKPOINTING="false",
     )  # fmt: skip
 
