@@ -81,8 +81,8 @@ def test_a_training_of_the_platform(
         BASE_MODEL_NAME="tiny", TRAIN_FILE=f"{server.url}/storage/train.jsonl?sig=0123456789",
         EVAL_FILE=f"{server.url}/storage/eval.jsonl", OUTPUT_DIR=str(output), USE_LORA="true", GPUS_PER_NODE="0",
         MODEL_MAX_LENGTH="256", NUM_TRAIN_EPOCHS="4", PER_DEVICE_TRAIN_BATCH_SIZE="2", PER_DEVICE_EVAL_BATCH_SIZE="3",
-        GRADIENT_ACCUMULATION_STEPS="1", LEARNING_RATE="2e-3", MASTER_PORT=str(free_port()), HF_HOME=str(tmp_path / "hf"),
-        EVAL_STEPS="4", GRADIENT_CHECKPOINTING="false",
+        GRADIENT_ACCUMULATION_STEPS="1", LEARNING_RATE="2e-3", MASTER_PORT=str(free_port()),
+        HF_HOME=str(tmp_path / "hf"), EVAL_STEPS="4", GRADIENT_CHECKPOINTING="false",
     )  # fmt: skip
 
     cancelled = Started(RUN, **given)
