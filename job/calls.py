@@ -3,6 +3,7 @@
 Standard library only: a job that cannot install its packages must still be able to say so.
 """
 
+import base64
 import http.client
 import random
 import re
@@ -11,7 +12,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterable, Mapping
 from typing import TypeVar
-from urllib.parse import SplitResult, urlsplit
+from urllib.parse import SplitResult, unquote_to_bytes, urlsplit
 
 from llmops.console import UserError
 
@@ -126,11 +127,24 @@ def pause_of(headers: Mapping[str, str]) -> float:
     return min(float(text), LONGEST_PAUSE) if re.fullmatch(r"\d{1,6}", text) else 0.0
 
 
+def asking(method: str, address: str, headers: Mapping[str, str], body: bytes | None = None) -> urllib.request.Request:
+    """A request. Name and password of an address become its login, which no redirect takes to another address."""
+    parts = urlsplit(address)
+    login, _, place = parts.netloc.rpartition("@")
+    asked = urllib.request.Request(
+        parts._replace(netloc=place, fragment="").geturl(), data=body, headers=dict(headers), method=method
+    )
+    if login and "Authorization" not in headers:
+        coded = base64.b64encode(unquote_to_bytes(login)).decode()
+        asked.add_unredirected_header("Authorization", f"Basic {coded}")
+    return asked
+
+
 def request(method: str, address: str, headers: Mapping[str, str], body: bytes, timeout: float) -> bytes:
     """The body of a good answer, its first MiB. Raises CallFailed. Redirects are not followed."""
 
     def work() -> bytes:
-        asked = urllib.request.Request(address, data=body, headers=dict(headers), method=method)
+        asked = asking(method, address, headers, body)
         with opener(redirects=False).open(asked, timeout=timeout) as answer:
             return answer.read(LONGEST_REPLY)
 

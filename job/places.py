@@ -8,12 +8,11 @@ import hashlib
 import os
 import re
 import threading
-import urllib.request
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from job.calls import ATTEMPT_SECONDS, CallFailed, attempt, is_address, opener, persist, shown_address
+from job.calls import ATTEMPT_SECONDS, CallFailed, asking, attempt, is_address, opener, persist, shown_address
 from llmops import files
 from llmops.console import RunStopped, UserError
 
@@ -105,7 +104,7 @@ def fetch_file(address: str, target: Path, stopped: threading.Event) -> int:
 
     def work() -> int:
         size = 0
-        with opener(redirects=True).open(urllib.request.Request(address), timeout=ATTEMPT_SECONDS) as answer:
+        with opener(redirects=True).open(asking("GET", address, {}), timeout=ATTEMPT_SECONDS) as answer:
             expected = answer.headers.get("Content-Length")
             with files.writing(target, "wb") as stream:
                 while chunk := answer.read1(CHUNK):

@@ -118,7 +118,9 @@ class Handler(BaseHTTPRequestHandler):
     def serve(self, call: Call) -> None:
         """The right answer."""
         platform, path = self.platform, call.path.partition("?")[0]
-        if call.method == "GET" and path in platform.stored:
+        if call.method == "GET" and path == "/moved":
+            self.send(302, b"", Location=call.path.partition("?to=")[2])
+        elif call.method == "GET" and path in platform.stored:
             self.send(200, platform.stored[path])
         elif call.method == "POST" and path == "/hook":
             platform.hooks.append(call.body)
@@ -133,12 +135,13 @@ class Handler(BaseHTTPRequestHandler):
 
     do_GET = do_POST = do_PUT = answer  # noqa: N815
 
-    def send(self, status: int, body: Any) -> None:
+    def send(self, status: int, body: Any, **headers: str) -> None:
         """One answer."""
         raw = body if isinstance(body, bytes) else json.dumps(body).encode()
         try:
             self.send_response(status)
-            self.send_header("Content-Length", str(len(raw)))
+            for name, value in {"Content-Length": str(len(raw)), **headers}.items():
+                self.send_header(name, value)
             self.end_headers()
             self.wfile.write(raw)
         except OSError:  # the one who asked is gone: it was killed

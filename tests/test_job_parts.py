@@ -1,5 +1,6 @@
 """A job's model and data, its progress lines, the whole model in OUTPUT_DIR, one start at a time."""
 
+import base64
 import json
 import subprocess
 import sys
@@ -101,6 +102,18 @@ def test_data_comes_from_an_address(fetch: Fetch, tmp_path: Path) -> None:
         assert said[-1].endswith("is there from an earlier start")
     assert fetch("/data/a.jsonl,/data/b.jsonl") == "/data/a.jsonl,/data/b.jsonl"
     assert sorted(path.name for path in (tmp_path / "data").iterdir()) == [path.name]
+
+
+def test_a_login_in_an_address_goes_no_further(fetch: Fetch) -> None:
+    """Name and password are the first server's alone, and in no message."""
+    with platform_server() as store, platform_server() as server:
+        store.stored["/a.jsonl"] = b"{}"
+        address = f"{server.url}/moved?to={store.url}/a.jsonl".replace("://", "://user:p%40ssw0rd@", 1)
+        assert Path(fetch(address)).read_bytes() == b"{}"
+        login = base64.b64encode(b"user:p@ssw0rd").decode()
+        assert server.calls[0].headers["authorization"] == f"Basic {login}"
+        assert "authorization" not in store.calls[0].headers
+        assert not [text for text in fetch.said if "ssw0rd" in text]  # type: ignore[attr-defined]
 
 
 def test_data_that_does_not_come(fetch: Fetch, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -66,6 +66,19 @@ def hub(home: Path, name: str, model: Path) -> str:
     return name
 
 
+def check_whole(output: Path) -> None:
+    """OUTPUT_DIR is the merged model, in words that servers of today and of 2024 read, and knows its run."""
+    assert not (output / "adapter_config.json").exists()
+    model = AutoModelForCausalLM.from_pretrained(output, dtype=torch.float32)
+    merged = AutoModelForCausalLM.from_pretrained(output / "run" / "merged", dtype=torch.float32)
+    assert all(torch.equal(one, merged.state_dict()[name]) for name, one in model.state_dict().items())
+    assert AutoTokenizer.from_pretrained(output).chat_template
+    config = json.loads((output / "config.json").read_text())
+    assert {"rope_theta", "torch_dtype"} <= config.keys()  # a server of 2024 reads these
+    assert "TokenizersBackend" not in (output / "tokenizer_config.json").read_text()
+    assert run_settings(output) == output / "run" / "finetune_config.json"
+
+
 def test_a_training_of_the_platform(
     server: PlatformServer, checkpoints: dict[str, Path], conversations: list[Any], tmp_path: Path
 ) -> None:
@@ -123,16 +136,7 @@ def test_a_training_of_the_platform(
     assert {name: settings[name] for name in expected} == expected
     assert settings["test_file"].startswith(str(output / "job" / "data" / "eval_file-"))
 
-    assert not (output / "adapter_config.json").exists()
-    model = AutoModelForCausalLM.from_pretrained(output, dtype=torch.float32)
-    merged = AutoModelForCausalLM.from_pretrained(output / "run" / "merged", dtype=torch.float32)
-    assert all(torch.equal(one, merged.state_dict()[name]) for name, one in model.state_dict().items())
-    assert AutoTokenizer.from_pretrained(output).chat_template
-    config = json.loads((output / "config.json").read_text())
-    assert {"rope_theta", "torch_dtype"} <= config.keys()  # a server of 2024 reads these
-    assert "TokenizersBackend" not in (output / "tokenizer_config.json").read_text()
-    assert run_settings(output) == output / "run" / "finetune_config.json"
-
+    check_whole(output)
     again = Started(RUN, **given)
     assert again.end(20) == 0
     assert "the platform knows: nothing to do" in again.output
