@@ -175,7 +175,10 @@ def main(argv: Sequence[str]) -> int:
             return job.end(Outcome(error.code, message=job.settings.secrets.hidden(str(error))))
         return Job(settings, signals).start()
 
-    return run_main(body)
+    try:
+        return run_main(body)
+    finally:
+        signals.ignore()
 
 
 if __name__ == "__main__":

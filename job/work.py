@@ -34,6 +34,14 @@ class Signals:
         for number in SIGNALS:
             signal.signal(number, self._caught)
 
+    def ignore(self) -> None:
+        """The exit code is decided: a signal (the platform removes a container whose end it knows) changes it no more.
+
+        Python's own end would take the handlers away and leave the process to die by the signal.
+        """
+        for number in SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
+
     def watch(self, process: subprocess.Popen[bytes] | None) -> None:
         """This is the command at work; a signal that came before it is handed to it, too."""
         self.process = process

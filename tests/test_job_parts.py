@@ -273,6 +273,16 @@ def test_a_commands_messages_are_passed_on_without_secrets(tmp_path: Path, capfd
     assert capfd.readouterr().err == "*** (x)\n\r10%\r20%\ntail\n"
 
 
+def test_an_end_that_is_decided_stays(tmp_path: Path) -> None:
+    """A signal while Python takes itself down does not become the exit code: found by the kills."""
+    script = (
+        f"import os, signal, sys; sys.path[:0] = [{str(ROOT)!r}]\nfrom job.work import Signals\n"
+        "class Late:\n def __del__(self): os.kill(os.getpid(), signal.SIGTERM)\n"
+        "late = Late(); late.me = late\nsignals = Signals(); signals.install(); signals.ignore()\n"
+    )
+    assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0
+
+
 def test_what_a_command_leaves_behind_ends_with_it(tmp_path: Path) -> None:
     script = f"sleep 60 & echo $! >{tmp_path}/pid; exit 0"
     assert run(["bash", "-c", script], {}, tmp_path / "out", Output(str, False), Signals()) == 0
