@@ -27,6 +27,7 @@ TRUST_REMOTE_CODE="${TRUST_REMOTE_CODE:-false}"                    # run Python 
 
 # shellcheck source=llmops/environment.sh
 source "$HERE/llmops/environment.sh"
+hand_to_platform similar "$@"
 read_settings "${BASH_SOURCE[0]}" "$@"
 : "${DATA_FILE_PATH:=$HERE/eval/eval_datasets/faq_similar/combine_data.json}"
 : "${MODEL_PATH:=builtin:ngram}"

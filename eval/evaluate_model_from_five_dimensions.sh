@@ -22,6 +22,7 @@ NUM_PROCESSES="${NUM_PROCESSES:-1}"                # processes that share the sa
 
 # shellcheck source=llmops/environment.sh
 source "$HERE/llmops/environment.sh"
+hand_to_platform five "$@"
 read_settings "${BASH_SOURCE[0]}" "$@"
 : "${MODEL_NAME_OR_PATH:=$MOUNT_PATH/output_path}"
 : "${OUTPUT_PATH:=$MOUNT_PATH/eval_output/five_dimensions}"

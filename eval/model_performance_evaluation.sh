@@ -32,6 +32,7 @@ TRUST_REMOTE_CODE="${TRUST_REMOTE_CODE:-false}"      # run Python code that the 
 
 # shellcheck source=llmops/environment.sh
 source "$HERE/llmops/environment.sh"
+hand_to_platform evaluate "$@"
 read_settings "${BASH_SOURCE[0]}" "$@"
 : "${MODEL_NAME_OR_PATH:=$MOUNT_PATH/output_path}"
 : "${DATASET_PATH:=$MOUNT_PATH/datasets/test.jsonl}"

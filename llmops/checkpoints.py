@@ -13,6 +13,7 @@ from llmops.console import UserError
 
 COPY = "copy the checkpoint again"
 RUN_SETTINGS = "finetune_config.json"  # of the run that trained a model, in its folder
+JOB_RUN = "run"  # where the run is, in a folder that a job made a whole model of (job/publish.py)
 SIZES = ("hidden_size", "num_hidden_layers", "num_layers", "num_attention_heads", "vocab_size")
 LENGTHS = ("max_position_embeddings", "seq_length", "model_max_length", "max_sequence_length")
 
@@ -136,13 +137,17 @@ def is_reference(value: Any) -> bool:
     return bool(listed) and all(item is None or isinstance(item, str) for item in listed)
 
 
+def run_settings(folder: Path) -> Path | None:
+    """The settings of the run that made a folder: in it, in JOB_RUN below it, or above it (merged/, checkpoint-N/)."""
+    places = (folder, folder / JOB_RUN, files.real(folder).parent)
+    return next((place / RUN_SETTINGS for place in places if files.is_file(place / RUN_SETTINGS)), None)
+
+
 def recorded_thinking(folder: Path) -> bool | None:
-    """What the run that wrote a folder (or its parent: merged/, checkpoint-N/) told the template about thinking."""
-    for place in (folder, files.real(folder).parent):
-        if files.is_file(place / RUN_SETTINGS):
-            told = files.read_object(place / RUN_SETTINGS, "the settings of the run").get("enable_thinking")
-            return {"true": True, "false": False}.get(str(told).lower())
-    return None
+    """What the run that made a folder told the template about thinking."""
+    path = run_settings(folder)
+    told = files.read_object(path, "the settings of the run").get("enable_thinking") if path else None
+    return {"true": True, "false": False}.get(str(told).lower())
 
 
 def check_files(folder: Path, patterns: Sequence[str]) -> None:

@@ -136,6 +136,18 @@ setting_flags() {
     done
 }
 
+# hand_to_platform TASK ARGUMENTS...: the platform that these commands come from starts eval/*.sh itself and wants to be
+# told of the end: it sets where (API_URL), as whom (AUTH) and for whom (TENANT_ID). job/run.sh then takes over; the command
+# that it starts in turn sees none of the three.
+hand_to_platform() {
+    if [ -z "${API_URL:-}" ] || [ -z "${AUTH+set}" ] || [ -z "${TENANT_ID+set}" ]; then return; fi
+    local root task=$1
+    shift
+    root=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
+    if [ $# -gt 0 ]; then set -- -- "$@"; fi
+    exec bash "$root/job/run.sh" --task "$task" "$@"
+}
+
 # print_usage SCRIPT: the comment at its top, then its settings with their flags and defaults
 print_usage() {
     sed -n '2,/^set -/s/^# \{0,1\}//p' "$1"

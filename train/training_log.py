@@ -6,10 +6,8 @@ first line, of step 0, says in `chosen` what the run chose by itself. A value th
 `not_finite` names it: inf, -inf or nan.
 """
 
-import ctypes
 import errno
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -21,6 +19,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from llmops import files, pictures
 from llmops.console import duration, log
+from llmops.processes import die_with_parent
 from train.run_folder import LOG_NAME
 
 CHOSEN = "chosen"
@@ -146,11 +145,6 @@ class TokenCounter:
         total = torch.tensor(count, dtype=torch.int64, device=device)
         dist.all_reduce(total)
         return int(total)
-
-
-def die_with_parent() -> None:
-    """Ask the kernel (Linux) to end this process when its parent ends, however that happens."""
-    ctypes.CDLL(None, use_errno=True).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
 
 class SideServer:

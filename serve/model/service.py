@@ -14,7 +14,7 @@ import torch
 from llmops import cpu_kernels, devices, files
 from llmops.chat_formats import ChatFormat
 from llmops.chat_model import ChatModel
-from llmops.checkpoints import RUN_SETTINGS, Checkpoint
+from llmops.checkpoints import Checkpoint, run_settings
 from llmops.console import UserError, has_gpu, log
 from llmops.faq_catalog import Catalog, load_catalog
 from llmops.faq_records import INTENTS_NAME
@@ -263,6 +263,6 @@ class Adapter:
 
 
 def is_tuned(checkpoint: Checkpoint) -> bool:
-    """Whether a folder is what training wrote: an adapter, or a model with the run's settings in it or above it."""
+    """Whether a folder is what training wrote: an adapter, or a model that a run's settings belong to."""
     folder = files.real(checkpoint.folder)
-    return checkpoint.is_adapter or any(files.is_file(place / RUN_SETTINGS) for place in (folder, folder.parent))
+    return checkpoint.is_adapter or run_settings(folder) is not None
