@@ -18,6 +18,7 @@ ROOMS = ("train", "faq", "eval", "serve", "job")
 ROW = re.compile(r"^\| `([\w./]+\.py)` \| (`[\w.]+`(?:, `[\w.]+`)*) \|", re.MULTILINE)
 HEAVY = ("torch", "transformers", "deepspeed", "peft")
 Walk = list[tuple[str, list[str]]]
+Calls = list[tuple[str, str]]
 
 
 def walks(text: str) -> list[Walk]:
@@ -100,9 +101,25 @@ def test_commands_and_readers_load_no_heavy_library() -> None:
     assert done.stdout.strip() == ""
 
 
+def out_of_order(walk: Walk, calls: Calls) -> list[str]:
+    """Rows whose first function, or what is defined in it, is not called after that of the row before.
+
+    Nor may it have been called before that one, since the row before that.
+    """
+    wrong, since, at = [], 0, 0
+    for path, functions in walk:
+        places = (i for i in range(since, len(calls)) if calls[i][0] == path)
+        found = next((i for i in places if f"{calls[i][1]}.".startswith(f"{functions[0]}.")), -1)
+        if found < at:
+            wrong.append(f"{path} {functions[0]}")
+        else:
+            since, at = at + 1, found
+    return wrong
+
+
 @pytest.mark.parametrize(("place", "name"), [(0, "conversation"), (1, "question")])
 def test_the_walk_is_what_is_called(tmp_path: Path, place: int, name: str) -> None:
-    """Each row's first function is called after that of the row before, its others some time."""
+    """Each row's first function is called after that of the row before, its others some time; swapped rows are seen."""
     model = tiny.write_checkpoint(tmp_path / "tiny", ["ping Pong! hello world"] * 3, vocab_size=300, hidden=32)
     done = subprocess.run(
         [sys.executable, str(ROOT / "tests" / "walk.py"), name, str(model)],
@@ -110,15 +127,12 @@ def test_the_walk_is_what_is_called(tmp_path: Path, place: int, name: str) -> No
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
-    calls = [tuple(line.split(" ")) for line in done.stdout.splitlines()]
-    at = 0
-    for path, functions in walks(ENGLISH)[place]:
-        own = f"{functions[0]}."  # or what is defined in it
-        places = (i for i in range(at, len(calls)) if calls[i][0] == path and f"{calls[i][1]}.".startswith(own))
-        at = next(places, -1)
-        assert at >= 0, f"{path} {functions[0]} is not called after the row before"
-        for function in functions[1:]:
-            assert (path, function) in calls, function
-    told = {path for path, _ in walks(ENGLISH)[place]}
-    entered = [path for path, _ in walks(ENGLISH)[place]]
-    print(name, len(told), "files;", {path: entered.count(path) for path in told if entered.count(path) > 1})
+    calls = [(path, name) for path, _, name in (line.partition(" ") for line in done.stdout.splitlines())]
+    walk = walks(ENGLISH)[place]
+    assert out_of_order(walk, calls) == []
+    assert [path for path, functions in walk for name in functions[1:] if (path, name) not in calls] == []
+    entered = [path for path, _ in walk]
+    # each file at most twice, but for tokens (rendered, kept, read again) and the routes (asked, waited, worded)
+    assert {path for path in entered if entered.count(path) > 2} <= {"train/dataset.py", "serve/model/routes.py"}
+    swapped = [[*walk[:i], walk[i + 1], walk[i], *walk[i + 2 :]] for i in range(len(walk) - 1)]
+    assert all(out_of_order(wrong, calls) for wrong in swapped)

@@ -1,4 +1,4 @@
-"""The worked examples of CONTRIBUTING.md: their changes are made in a copy of the project, their commands are run there."""
+"""The worked examples of CONTRIBUTING.md: their changes are made and their commands run in a copy of the project."""
 
 import json
 import re
@@ -19,7 +19,7 @@ from llmops import tiny
 PAGE = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 TARGET = re.compile(r"Save this as `([^`]+)`:\n\n$")
-TEXTS = ["ping pong, hello world", "user model system assistant yes no", "Where is the station? Behind the old town hall."]
+TEXTS = ["ping pong, hello world", "user model system assistant yes no", "Where is the station? Behind the town hall."]
 VOWPAL = "".join(f"{1 / n:.6f} {1 / n:.6f} {n:12} {n}.0  -1.0000  0.0000 51\n" for n in range(1, 30))
 
 
@@ -239,7 +239,8 @@ def test_adding_a_setting(project: Path) -> None:
     told = ask_in(
         project,
         "from train.config import Config, find_problems\n"
-        "print(json.dumps([Config(adam_epsilon=1e-6).to_json()['adam_epsilon'], find_problems(Config(adam_epsilon=-1.0))]))",
+        "good, bad = Config(adam_epsilon=1e-6), Config(adam_epsilon=-1.0)\n"
+        "print(json.dumps([good.to_json()['adam_epsilon'], find_problems(bad)]))",
     )
     assert told[0] == 1e-6
     assert "--adam_epsilon is -1.0, expected at least 0" in told[1]
