@@ -266,8 +266,8 @@ def test_adding_an_endpoint(project: Path, checkpoint: Path) -> None:
         cwd=project, env=environment() | {"LLMOPS_TOKEN": "token-of-the-test", "OMP_NUM_THREADS": "1"},
         stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
     )  # fmt: skip
+    assert process.stdout
     try:
-        assert process.stdout
         url = json.loads(process.stdout.readline())["url"]
         status, listed = get(url + "/v1/models")
         assert (status, get(f"{url}/v1/models/{listed['data'][0]['id']}")) == (200, (200, listed["data"][0]))
@@ -278,7 +278,7 @@ def test_adding_an_endpoint(project: Path, checkpoint: Path) -> None:
     finally:
         process.terminate()
         process.wait(30)
-        process.stdout.close() if process.stdout else None
+        process.stdout.close()
 
 
 def get(url: str, token: str = "token-of-the-test") -> tuple[int, Any]:
