@@ -35,7 +35,7 @@ class Lengths:
 @pytest.fixture
 def config(tmp_path: Path, checkpoints: dict[str, Path]) -> Config:
     """A run of the tiny Llama."""
-    return Config(model_name_or_path=str(checkpoints["llama"]), output_path=str(tmp_path), micro_batch_tokens=0)
+    return Config(model_name_or_path=str(checkpoints["llama"]), output_path=str(tmp_path), cpu_kernels="default")
 
 
 def seven_billion(train_type: str) -> estimates.Shape:
@@ -71,9 +71,9 @@ def test_as_few_layers_are_recomputed_as_fit(
 
 def test_what_was_asked_and_what_was_chosen_before(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(choices, "free_memory", lambda _: 2.0**33)
-    assert resolve(config, torch.float32, Lengths(), CPU, 1) == Choices(0, Split(4, 0))
+    assert resolve(config, torch.float32, Lengths(), CPU, 1) == Choices(0, Split(4, 2048))
     monkeypatch.setattr(choices, "free_memory", lambda _: 1.0)
-    assert resolve(config, torch.float32, Lengths(), CPU, 1) == Choices(1, Split(4, 0))
+    assert resolve(config, torch.float32, Lengths(), CPU, 1) == Choices(1, Split(4, 2048))
     asked = replace(config, gradient_checkpointing="3", micro_batch_tokens=700)
     assert resolve(asked, torch.float32, Lengths(), CPU, 1) == Choices(3, Split(0, 700))
     monkeypatch.setattr(choices, "free_memory", lambda _: 2.0**36)
@@ -134,7 +134,9 @@ def test_log_lines_are_strict_json_after_an_overflow(tmp_path: Path) -> None:
         raise AssertionError(f"{name} is no JSON")
 
     lines = [json.loads(line, parse_constant=refuse) for line in (tmp_path / "log.txt").read_text().splitlines()]
-    assert lines[0]["chosen"] == {"gradient_checkpointing": 0, "micro_batch_rows": 4, "micro_batch_tokens": 0}
+    assert lines[0]["chosen"] == {
+        "gradient_checkpointing": 0, "micro_batch_rows": 4, "micro_batch_tokens": 0, "cpu_kernels": "default",
+    }  # fmt: skip
     assert lines[1]["grad_norm"] is None
     assert lines[1]["not_finite"] == {"grad_norm": "inf"}
 

@@ -24,6 +24,7 @@ from train.steps import Split
 RECORD = "resolved"  # the key in CONFIG_NAME
 MOST_TOKENS = 16384  # more in a micro-batch are no faster
 ENOUGH_TOKENS = 4096  # fewer leave a GPU waiting; for more of them no layer is recomputed, which costs a third and more
+CPU_TOKENS = 2048  # more at once are no faster on a CPU, and need their memory
 EVERY = (0, 4, 2, 1)  # none, each fourth, each second, each layer recomputed
 RESERVE = 2 * GIB  # of a GPU: the context, NCCL, kernels' work space
 USABLE = 0.9  # of the rest; the allocator loses some to fragments
@@ -83,6 +84,8 @@ def fitting(
         rows, tokens = record.get("micro_batch_rows", rows), record.get("micro_batch_tokens", 0)
     elif device.type == "cuda":
         rows = 0
+    else:
+        tokens = CPU_TOKENS
     if every is not None and (rows or tokens):
         return Choices(every, Split(rows, tokens))
     room = Room(config, model_shape(config, dtype), data, processes, free_memory(device), device.type == "cuda")

@@ -82,7 +82,7 @@ class Config:
     per_device_train_batch_size: int = setting(4, "conversations per device and accumulation step", min=1)
     gradient_accumulation_steps: int = setting(4, "accumulation steps per optimizer step", min=1)
     micro_batch_tokens: int = setting(
-        0, "tokens that go through a device at once; 0: on a GPU what fits, else per_device_train_batch_size", min=0
+        0, "tokens that go through a device at once; 0: on a GPU what fits, on a CPU 2048", min=0
     )
     per_device_eval_batch_size: int = setting(8, "conversations per device while evaluating", min=1)
     max_seq_len: int = setting(

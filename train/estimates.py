@@ -9,11 +9,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from llmops.layers import choose_lora_layers, fixed_attention
 from train.config import Config
-from train.lora import quicken
 
 PROBE = "count_saved"  # the attention that keeps what fused kernels keep
 PROBE_TOKENS = 64
@@ -88,10 +86,7 @@ def add_lora(config: Config, model: torch.nn.Module) -> torch.nn.Module:
         r=config.lora_dim, lora_alpha=config.lora_alpha, lora_dropout=config.lora_dropout, target_modules=layers,
         task_type="CAUSAL_LM",
     )  # fmt: skip
-    found = get_peft_model(model, lora, autocast_adapter_dtype=False)
-    if not config.zero_stage.startswith("3") and not is_deepspeed_zero3_enabled():
-        quicken(found)
-    return found
+    return get_peft_model(model, lora, autocast_adapter_dtype=False)
 
 
 def model_shape(config: Config, dtype: torch.dtype) -> Shape:

@@ -252,7 +252,7 @@ def choose_collator(
         return PaddedCollator(tokenizer.pad_token_id, left), f"{how}; packing is off: {reason}"
     base.set_attn_implementation(attention.NAME)
     why_blocks = attention.why_no_flex(base, device, dtype)
-    how = f"packed rows, SDPA in blocks, because {why_blocks}" if why_blocks else "packed rows, FlexAttention"
+    how = f"packed rows, attention in blocks, because {why_blocks}" if why_blocks else "packed rows, FlexAttention"
     return PackedCollator(flex=why_blocks is None, pad_id=tokenizer.pad_token_id), how
 
 
