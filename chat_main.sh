@@ -37,6 +37,7 @@ MAX_STEPS="${MAX_STEPS:--1}"                                   # stop after this
 ZERO_STAGE="${ZERO_STAGE:-2}"                                  # DeepSpeed ZeRO: 2, 3 or 3_offload
 DS_FILE="${DS_FILE:-}"                                         # your own DeepSpeed JSON instead of train/ds_zero*.json
 DTYPE="${DTYPE:-auto}"                                         # auto (bf16 where the device has it), bf16, fp16, fp32
+CPU_KERNELS="${CPU_KERNELS:-auto}"                             # float32 products on a CPU: auto (the faster exact one), default
 MICRO_BATCH_TOKENS="${MICRO_BATCH_TOKENS:-0}"                  # tokens at once; 0: what fits a GPU, else the batch size
 GRADIENT_CHECKPOINTING="${GRADIENT_CHECKPOINTING:-auto}"       # layers recomputed: auto (few), true, false, N (1 in N)
 PACKING="${PACKING:-true}"                                     # no padding, shared prefixes; false: padded batches
