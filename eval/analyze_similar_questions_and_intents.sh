@@ -20,6 +20,7 @@ PLOT="${PLOT:-}"                                                   # FILE.png, h
 CACHE_DIR="${CACHE_DIR:-}"                                         # for computed vectors; empty: ~/.cache/llmops/embeddings
 GPU_ID="${GPU_ID:-0}"                                              # number of the GPU; -1: CPU; without any GPU 0 is too
 DTYPE="${DTYPE:-fp32}"                                             # of the model's weights: fp32, bf16, fp16
+CPU_KERNELS="${CPU_KERNELS:-auto}"                                 # float32 products on a CPU: auto (the faster exact ones), default
 MAX_PAIRS="${MAX_PAIRS:-10000000}"                                 # more pairs than this are an error
 SKIP_BAD_LINES="${SKIP_BAD_LINES:-false}"                          # drop and count bad lines instead of stopping
 TRUST_REMOTE_CODE="${TRUST_REMOTE_CODE:-false}"                    # run Python code that the model's folder ships

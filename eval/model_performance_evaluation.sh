@@ -27,6 +27,7 @@ MODE="${MODE:-auto}"                                 # chat format; auto: the ch
 CHAT_TEMPLATE="${CHAT_TEMPLATE:-true}"               # false: ask in plain text
 REUSE_PREFIX="${REUSE_PREFIX:-true}"                 # compute what prompts share once
 DTYPE="${DTYPE:-auto}"                               # auto (bf16 where the GPU has it), bf16, fp16, fp32
+CPU_KERNELS="${CPU_KERNELS:-auto}"                   # float32 products on a CPU: auto (the faster exact ones), default
 TRUST_REMOTE_CODE="${TRUST_REMOTE_CODE:-false}"      # run Python code that the checkpoint's folder ships
 # --- end of settings ---------------------------------------------------------------------------------------------------
 

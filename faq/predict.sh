@@ -24,6 +24,7 @@ REUSE_PREFIX="${REUSE_PREFIX:-true}"             # compute what all prompts shar
 BATCH_SIZE="${BATCH_SIZE:-0}"                    # questions per pass; 0: as the mode's template says
 MAX_NEW_TOKENS="${MAX_NEW_TOKENS:-0}"            # length limit without constraint; 0: as the template says
 DTYPE="${DTYPE:-auto}"                           # auto (bf16 where the GPU has it), bf16, fp16, fp32
+CPU_KERNELS="${CPU_KERNELS:-auto}"               # float32 products on a CPU: auto (the faster exact ones), default
 TRUST_REMOTE_CODE="${TRUST_REMOTE_CODE:-false}"  # run Python code that the checkpoint's folder ships
 # --- end of settings ---------------------------------------------------------------------------------------------------
 

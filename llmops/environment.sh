@@ -13,7 +13,7 @@ die() {
 read_settings() {
     local script=$1 name
     shift
-    mapfile -t NAMES < <(sed -n '/^# --- settings/,/^# --- end/s/^\([A-Z_]*\)=.*/\1/p' "$script")
+    mapfile -t NAMES < <(sed -n '/^# --- settings/,/^# --- end/s/^\([A-Z][A-Z0-9_]*\)=.*/\1/p' "$script")
     while [ $# -gt 0 ]; do
         case $1 in
         -h | --help)
@@ -154,7 +154,7 @@ print_usage() {
     printf '%s\n\n' "Settings (flag, description, default):"
     sed -n '/^# --- settings/,/^# --- end/p' "$1" | awk '
         /^# --- settings/ { gsub(/^# --- settings(: )?| ?-+$/, ""); if ($0 != "") printf "%s\n", $0; next }
-        /^[A-Z_]+=/ {
+        /^[A-Z][A-Z0-9_]*=/ {
             name = $0; sub(/=.*/, "", name); text = $0; sub(/^[^#]*# */, "", text)
             value = $0; sub(/^[^:]*:-/, "", value); sub(/\}".*/, "", value)
             printf "  --%-29s %s%s\n", tolower(name), text, value == "" ? "" : " [" value "]"

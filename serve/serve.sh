@@ -29,6 +29,7 @@ REQUEST_SECONDS="${REQUEST_SECONDS:-600}"        # longest time of a request
 PREFIX_CACHE_MB="${PREFIX_CACHE_MB:-1024}"       # memory for beginnings of prompts; 0: none are kept
 MODE="${MODE:-}"                                 # chat format; empty: as the model was trained, or auto
 DTYPE="${DTYPE:-auto}"                           # auto (bf16 where the GPU has it), bf16, fp16, fp32
+CPU_KERNELS="${CPU_KERNELS:-auto}"               # float32 products on a CPU: auto (the faster exact ones), default
 TRUST_REMOTE_CODE="${TRUST_REMOTE_CODE:-false}"  # run Python code that the checkpoint's folder ships
 BASE_TOO="${BASE_TOO:-true}"                     # beside an adapter its base model; false: merged, which is faster
 INTENTS_FILE="${INTENTS_FILE:-}"                 # intents.json of faq/prepare.sh; empty: the one in the model's folder
