@@ -194,6 +194,9 @@ def test_the_image_takes_the_program_and_nothing_else() -> None:
     for name in tracked:
         wanted = name.split("/")[0] in folders or name in ("chat_main.sh", "requirements.txt", "LICENSE")
         assert is_taken(name) or not wanted, f"{name} is needed and not named in .dockerignore"
+    marks = [Path(name).parent for name in tracked if name.endswith("__init__.py") and not name.startswith("tests/")]
+    code = [".".join(folder.parts) for folder in marks]
+    assert sorted(code) == sorted(project["tool"]["setuptools"]["packages"])
     others = (
         "mnt/base/model.safetensors", "key.pem", "train/.env", "train/model.safetensors", ".git/config",
         "mnt_demo/a.json", "llmops/__pycache__/a.pyc", "eval/private.csv", "requirements-dev.txt",
