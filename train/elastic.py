@@ -1,4 +1,4 @@
-"""A checkpoint of N processes goes on with M: ZeRO's states are read from all of its files and cut anew on the way.
+"""A checkpoint of N processes goes on with M, or in another ZeRO stage: its states are read and cut anew on the way.
 
 Nothing is written: every process reads the parts of the N files that are its own, and the next checkpoint is written by
 M processes as any other. So the old checkpoint stays what it was, a start that is killed has lost nothing, and there is
@@ -14,13 +14,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from deepspeed import DeepSpeedEngine
+from deepspeed.ops.adam import DeepSpeedCPUAdam
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from transformers import trainer as library
 
 from llmops.console import log, progress
 from train import checkpointing
-from train.shards import FP32, NUMBERS, Shards
+from train.shards import FP32, NUMBERS, Shards, is_whole
 
 GLOBAL = ("loss_scaler", "dynamic_loss_scale", "overflow")  # of fp16, the same in every process
 
@@ -42,16 +43,15 @@ class Target:
 def loading(checkpoint: str | None) -> Iterator[None]:
     """Within this context the Trainer goes on from `checkpoint` with as many processes as this start has."""
     written = checkpointing.read_manifest(Path(checkpoint)).world_size if checkpoint else 0
-    if written in (0, dist.get_world_size()):
-        yield
-        return
     original = library.deepspeed_load_checkpoint
 
     def load(engine: DeepSpeedEngine, checkpoint_path: str, load_module_strict: bool = True) -> None:
-        if engine.zero_optimization():
-            cut_anew(engine, Path(checkpoint_path), written)
-        else:  # stage 0: every process has all
+        folder = Path(checkpoint_path)
+        same = written == dist.get_world_size() and is_whole(folder) == engine.zero_optimization_partition_weights()
+        if same or not engine.zero_optimization():  # in stage 0 every process has all
             original(engine, checkpoint_path, load_module_strict=load_module_strict)
+        else:
+            cut_anew(engine, folder, written)
 
     library.deepspeed_load_checkpoint = load
     try:
@@ -74,8 +74,9 @@ def cut_anew(engine: DeepSpeedEngine, checkpoint: Path, written: int) -> None:
         raise shards.refused("the DeepSpeed file keeps states on NVMe")
     if speaks:
         log(
-            f"{checkpoint} was written by {written} process{'es' if written > 1 else ''} and this start has "
-            f"{dist.get_world_size()}: its optimizer states are cut anew while they are read, and it stays as it is"
+            f"{checkpoint} was written by {written} process{'es' if written > 1 else ''} in ZeRO stage {shards.stage} "
+            f"and this start has {dist.get_world_size()} in stage {int(engine.zero_optimization_stage())}: its "
+            "optimizer states are cut anew while they are read, and it stays as it is"
         )
     whole = engine.zero_optimization_partition_weights()
     if whole:
@@ -143,7 +144,7 @@ def filled(
             for name, place, count, start in target.parts:
                 shards.group_of(name)
                 shards.copy(key, name, place, flat[start : start + count])
-        inner[index] = shards.scalars(group) | {key: flat for key, flat in states.items() if key != FP32}
+        inner[index] = scalars(shards, group, optimizer) | {key: s for key, s in states.items() if key != FP32}
     if groups is None:
         groups = [{**group, "params": [i]} for i, group in enumerate(optimizer.optimizer.param_groups)]
     found = shards.settings() or [{}] * len(groups)
@@ -151,6 +152,16 @@ def filled(
         raise shards.refused(f"it has {len(found)} groups of weights and this start {len(groups)}")
     groups = [now | then | {"params": now["params"]} for now, then in zip(groups, found, strict=True)]
     return {"state": inner, "param_groups": groups}
+
+
+def scalars(shards: Shards, group: int, optimizer: Any) -> dict[str, Any]:
+    """A group's states that are one number. torch's Adam counts steps in a tensor, DeepSpeed's for the CPU in an int."""
+    found = shards.scalars(group)
+    if "step" in found and isinstance(optimizer.optimizer, DeepSpeedCPUAdam):
+        found["step"] = int(found["step"])
+    elif "step" in found and isinstance(optimizer.optimizer, torch.optim.Adam | torch.optim.AdamW):
+        found["step"] = torch.tensor(float(found["step"]))
+    return found
 
 
 def restore_counts(engine: DeepSpeedEngine, saved: dict[str, Any]) -> None:

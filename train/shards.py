@@ -32,6 +32,16 @@ class Piece:
     start: int
 
 
+def newest(checkpoint: Path) -> Path:
+    """DeepSpeed's folder in a checkpoint, which its file `latest` names."""
+    return checkpoint / Path((checkpoint / "latest").read_text(encoding="utf-8").strip()).name
+
+
+def is_whole(checkpoint: Path) -> bool:
+    """Whether a checkpoint is of stage 3, where weights are cut one by one."""
+    return any(newest(checkpoint).glob("zero_pp_rank_0_*model_states.pt"))
+
+
 class Shards:
     """The states of `processes` processes in a checkpoint. Tensors are mapped from their files, read when asked for.
 
@@ -40,11 +50,11 @@ class Shards:
 
     def __init__(self, checkpoint: Path, processes: int) -> None:
         self.checkpoint, self.processes = checkpoint, processes
-        tag = (checkpoint / "latest").read_text(encoding="utf-8").strip()
-        self.folder = checkpoint / Path(tag).name
+        self.folder = newest(checkpoint)
         self.states: list[dict[str, Any]] = [self._load(f"*zero_pp_rank_{i}_*optim_states.pt")[NUMBERS]
                                              for i in range(processes)]  # fmt: skip
-        self.whole = int(self.states[0]["zero_stage"]) == 3
+        self.stage = int(self.states[0]["zero_stage"])
+        self.whole = self.stage == 3
         self.model = self._load("zero_pp_rank_0_*model_states.pt" if self.whole else "mp_rank_*model_states.pt")
         self.pieces: dict[str, list[Piece]] = {}
         for piece_name, piece in self._pieces_of_whole() if self.whole else self._pieces_of_slices():
