@@ -1,9 +1,10 @@
 """Runs of train/finetune.py one after the other, each in as many processes as asked for: `elastic_driver.py RUNS.json`.
 
-RUNS is a list of {"argv": [...], "world": N, "stop": step or 0, "log": path}. The processes are forked from this one,
-which has imported the libraries, so a run takes a second or two; otherwise they are what the launcher starts: RANK and
-WORLD_SIZE, gloo between them, DeepSpeed in each. `stop`: the first process gets SIGTERM in this step, as from a
-scheduler that takes the machine back. Prints the list of the runs' lists of exit codes.
+RUNS is a list of {"argv": [...], "world": N, "stop": step or 0, "killed": bool, "log": path}. The processes are forked
+from this one, which has imported the libraries, so a run takes a second or two; otherwise they are what the launcher
+starts: RANK and WORLD_SIZE, gloo between them, DeepSpeed in each. `stop`: the first process gets SIGTERM in this step,
+as from a scheduler that takes the machine back. `killed`: it gets SIGKILL while states are cut anew. Prints the list of
+the runs' lists of exit codes.
 """
 
 import json
@@ -16,8 +17,13 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 os.environ["DS_ACCELERATOR"] = "cpu"
 
+import matplotlib.pyplot  # noqa: F401 - imported once, before the processes are forked
+import peft  # noqa: F401
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast  # noqa: F401
+
 from llmops.process_group import free_port
 from train import finetune, session
+from train.shards import Shards
 
 
 def preempted(step: int) -> None:
@@ -30,6 +36,19 @@ def preempted(step: int) -> None:
     session.Schedule.on_step_begin = begin
 
 
+def killed() -> None:
+    """This process is killed when some of its states are filled and not yet handed over."""
+    copy, filled = Shards.copy, []
+
+    def end(*arguments: Any) -> None:
+        copy(*arguments)
+        filled.append(arguments[1])
+        if len(filled) == 9:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    Shards.copy = end
+
+
 def process(run: dict[str, Any], rank: int, port: int) -> int:
     """One process of a run: its exit code."""
     os.environ |= {
@@ -39,8 +58,10 @@ def process(run: dict[str, Any], rank: int, port: int) -> int:
     with open(run["log"], "ab") as log:
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
-    if run["stop"] and rank == 0:
+    if rank == 0 and run["stop"]:
         preempted(run["stop"])
+    if rank == 0 and run["killed"]:
+        killed()
     return finetune.main(run["argv"])
 
 

@@ -1,61 +1,217 @@
 """A run goes on with another number of processes and another split of its steps: the losses of the undisturbed run."""
 
 import json
+import shutil
 import subprocess
 import sys
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
-from conftest import DEMO, FAST, ROOT, environment, read_messages, train_losses, write_jsonl
+import torch
+from conftest import DEMO, FAST, ROOT, environment, read_log, read_messages, train_losses, write_jsonl
+from safetensors.torch import load_file
 
-WAYS = [("2", "lora"), ("2", "all"), ("3", "lora"), ("3", "all")]
-# processes, the step in which the machine is taken back, and flags that may change: 12 steps of 8 conversations
-LEGS = [
+from llmops.console import UserError
+from train import checkpointing, run_folder, states
+from train.choices import Choices, read_record
+from train.config import Config
+from train.shards import FP32, Shards
+from train.steps import Split
+
+TEN = ("--per_device_train_batch_size", "5", "--gradient_accumulation_steps", "2")
+STEPS = 9  # of 8 conversations: 3 epochs of 24
+# each start: processes, the step in which the machine is taken back (0: never), flags that may change
+FOUR_TWO_THREE_ONE = [
     (4, 2, []),
-    (2, 5, ["--micro_batch_tokens", "300"]),
-    (3, 8, []),
+    (2, 4, ["--micro_batch_tokens", "300"]),
+    (3, 7, ["--gradient_checkpointing", "true"]),
     (1, 0, ["--per_device_train_batch_size", "4", "--gradient_accumulation_steps", "2"]),
 ]
+STAGES_TOO = [(2, 2, []), (2, 4, ["--zero_stage", "3"]), (1, 7, []), (3, 0, ["--zero_stage", "3"])]
+WAYS = {
+    "ZeRO 2, LoRA": (["--zero_stage", "2", "--train_type", "lora"], FOUR_TWO_THREE_ONE),
+    "ZeRO 2, full": (["--zero_stage", "2", "--train_type", "all"], FOUR_TWO_THREE_ONE),
+    "ZeRO 3, LoRA": (["--zero_stage", "3", "--train_type", "lora"], FOUR_TWO_THREE_ONE),
+    "ZeRO 3, full": (["--zero_stage", "3", "--train_type", "all"], FOUR_TWO_THREE_ONE),
+}
 
 
-@pytest.fixture
-def arguments(tmp_path: Path, checkpoints: dict[str, Path]) -> list[str]:
-    """12 steps on the tiny Llama, as 4 processes would make 8 conversations of them."""
-    train = write_jsonl(tmp_path / "train.jsonl", read_messages(DEMO / "train.jsonl")[:24])
-    test = write_jsonl(tmp_path / "test.jsonl", read_messages(DEMO / "test.jsonl")[:2])
-    return [
+def run(folder: Path, argv: list[str], world: int, stop: int = 0, killed: bool = False) -> dict[str, Any]:
+    """A run for tests/elastic_driver.py; its messages are beside its output folder."""
+    argv = [*argv, "--output_path", str(folder)]
+    return {"argv": argv, "world": world, "stop": stop, "killed": killed, "log": f"{folder}.err"}
+
+
+@pytest.fixture(scope="module")
+def driven(tmp_path_factory: pytest.TempPathFactory, checkpoints: dict[str, Path]) -> Path:
+    """A folder with each way's undisturbed run of 4 processes and its run that is taken back three times and killed."""
+    folder = tmp_path_factory.mktemp("elastic")
+    train = write_jsonl(folder / "train.jsonl", read_messages(DEMO / "train.jsonl")[:24])
+    test = write_jsonl(folder / "test.jsonl", read_messages(DEMO / "test.jsonl")[:2])
+    common = [
         "--model_name_or_path", str(checkpoints["llama"]), "--train_file", str(train), "--test_file", str(test),
-        "--retention_file", str(test), *FAST, "--per_device_train_batch_size", "2", "--num_train_epochs", "4",
+        "--retention_file", str(test), *FAST, "--per_device_train_batch_size", "2", "--num_train_epochs", "3",
+        "--cpu_kernels", "default",
     ]  # fmt: skip
-
-
-def drive(folder: Path, runs: list[dict]) -> list[list[int]]:
-    """The exit codes of the processes of every run."""
+    runs, ends = [], []
+    for name, (way, legs) in WAYS.items():
+        runs.append(run(folder / name, [*common, *way], 4))
+        ends.append([0] * 4)
+        elastic = folder / f"{name}, elastic"
+        for place, (world, stop, more) in enumerate(legs):
+            if place == 1:
+                runs += [run(elastic, [*common, *way, *TEN], world), run(elastic, [*common, *way], world, killed=True)]
+                ends += [[2] * world, [-9, *[1] * (world - 1)]]
+            runs.append(run(elastic, [*common, *way, *more], world, stop))
+            ends.append([143 if stop else 0] * world)
+    for world, stop, more in STAGES_TOO:
+        runs.append(run(folder / "stages", [*common, "--zero_stage", "2", "--train_type", "all", *more], world, stop))
+        ends.append([143 if stop else 0] * world)
     (folder / "runs.json").write_text(json.dumps(runs))
     done = subprocess.run(
         [sys.executable, str(ROOT / "tests" / "elastic_driver.py"), str(folder / "runs.json")], env=environment(),
         stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=280, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout)
+    for codes, expected, one in zip(json.loads(done.stdout), ends, runs, strict=True):
+        assert codes == expected, (one, Path(one["log"]).read_text()[-4000:])
+    return folder
 
 
-def test_four_two_three_one(tmp_path: Path, arguments: list[str]) -> None:
-    runs = []
-    for stage, kind in WAYS:
-        name = f"{stage}-{kind}"
-        common = [*arguments, "--zero_stage", stage, "--train_type", kind]
-        runs.append({"argv": [*common, "--output_path", str(tmp_path / name)], "world": 4, "stop": 0,
-                     "log": str(tmp_path / f"{name}.err")})  # fmt: skip
-        for world, stop, more in LEGS:
-            argv = [*common, "--output_path", str(tmp_path / f"{name}-elastic"), *more]
-            runs.append({"argv": argv, "world": world, "stop": stop, "log": str(tmp_path / f"{name}-elastic.err")})
-    codes = drive(tmp_path, runs)
-    for place, (stage, kind) in enumerate(WAYS):
-        name = f"{stage}-{kind}"
-        told = (tmp_path / f"{name}-elastic.err").read_text()
-        assert codes[5 * place : 5 * place + 5] == [[0] * 4, [143] * 4, [143] * 2, [143] * 3, [0]], told[-3000:]
-        expected, found = train_losses(tmp_path / name), train_losses(tmp_path / f"{name}-elastic")
-        print(name, json.dumps({"expected": expected, "found": found}))
-        assert list(expected) == list(range(1, 13))
-        assert found == pytest.approx(expected, rel=1e-4)
+@pytest.mark.parametrize("name", WAYS)
+def test_four_two_three_one(driven: Path, name: str) -> None:
+    """Taken back in steps 2, 4 and 7, killed while its states were cut anew, refused with steps of another size."""
+    expected, found = train_losses(driven / name), train_losses(driven / f"{name}, elastic")
+    assert list(expected) == list(range(1, STEPS + 1))
+    assert found == pytest.approx(expected, rel=1e-4)
+    results = [json.loads((driven / one / "train_results.json").read_text()) for one in (name, f"{name}, elastic")]
+    assert results[1]["eval_loss"] == pytest.approx(results[0]["eval_loss"], rel=1e-4)
+    told = (driven / f"{name}, elastic.err").read_text()
+    stage = int(name[5])
+    for step, before, now, times in ((2, 4, 2, 2), (4, 2, 3, 1), (7, 3, 1, 1)):
+        word = f"{before} processes in ZeRO stage {stage} and this start has {now} in stage {stage}"
+        assert told.count(f"checkpoint-{step} was written by {word}: its optimizer states are cut anew") == times
+    assert told.count("the optimizer states are in place") == 3
+    assert "the run's steps keep their 8 conversations, now dealt to 3" in told
+    assert "a step of the run in" in told
+    assert "pass 2 and 1 as before" in told
+    chosen = read_log(driven / f"{name}, elastic")[0]["chosen"]
+    assert (chosen["conversations_per_step"], chosen["processes"]) == (8, 1)
+    whole = checkpointing.list_checkpoints(driven / f"{name}, elastic")
+    assert [checkpointing.damage(checkpoint) for checkpoint in whole] == [None] * len(whole)
+
+
+def test_another_stage_goes_on_too(driven: Path) -> None:
+    """ZeRO 2 -> 3 with the same two processes, 3 -> 2 with one, 2 -> 3 with three."""
+    assert train_losses(driven / "stages") == pytest.approx(train_losses(driven / "ZeRO 2, full"), rel=1e-4)
+    assert (driven / "stages.err").read_text().count("optimizer states are cut anew") == 3
+
+
+@pytest.mark.parametrize("stage", ["2", "3"])
+def test_states_are_read_by_weight(driven: Path, stage: str, tmp_path: Path) -> None:
+    """Whole and in pieces: the fp32 copies that four processes wrote are the model that was saved beside them."""
+    checkpoint = checkpointing.list_checkpoints(driven / f"ZeRO {stage}, full")[-1]
+    saved = load_file(checkpoint / "model.safetensors")
+    with states.loadable():
+        shards = Shards(checkpoint, 4)
+    assert saved.keys() == shards.pieces.keys()
+    for name, weight in saved.items():
+        flat = torch.empty(weight.numel())
+        for start in range(0, len(flat), 700):
+            shards.copy(FP32, name, start, flat[start : start + 700])
+        assert torch.equal(flat.view_as(weight), weight)
+    with states.loadable(), pytest.raises(UserError, match=r"0 files .* where one should be\); start with 5 again"):
+        Shards(checkpoint, 5)
+
+
+def shorter_table(state: dict[str, Any]) -> None:
+    """One process says that it has less of a weight."""
+    next(iter(state["optimizer_state_dict"]["param_slice_mappings"][0].values())).numel -= 1
+
+
+def shorter_state(state: dict[str, Any]) -> None:
+    """One process has less of all weights than it says."""
+    groups = state["optimizer_state_dict"]["single_partition_of_fp32_groups"]
+    groups[0] = groups[0][:-9].clone()
+
+
+@pytest.mark.parametrize(
+    ("harm", "phrase"), [(shorter_table, "are not the whole of it"), (shorter_state, "shorter than its table says")]
+)
+def test_states_that_are_not_whole_are_one_sentence(
+    driven: Path, tmp_path: Path, harm: Callable[[dict[str, Any]], None], phrase: str
+) -> None:
+    source = checkpointing.list_checkpoints(driven / "ZeRO 2, full")[-1]
+    copy = shutil.copytree(source, tmp_path / source.name)
+    victim = next(copy.glob("global_step*/*zero_pp_rank_1_*"))
+    with states.loadable():
+        state = torch.load(victim, weights_only=True)
+        harm(state)
+        torch.save(state, victim)
+        with pytest.raises(UserError, match=rf"{phrase}.*\); start with 4 again, or begin anew"):
+            Shards(copy, 4)
+
+
+@pytest.fixture
+def config(tmp_path: Path, checkpoints: dict[str, Path]) -> Config:
+    """A run of steps of 16 conversations that 2 processes began, and its record in output_path."""
+    data = write_jsonl(tmp_path / "train.jsonl", read_messages(DEMO / "train.jsonl")[:4])
+    config = Config(
+        model_name_or_path=str(checkpoints["llama"]), train_file=str(data), test_file=str(data),
+        output_path=str(tmp_path / "out"), per_device_train_batch_size=4, gradient_accumulation_steps=2,
+    )  # fmt: skip
+    (tmp_path / "out").mkdir()
+    write_record(config, {"conversations_per_step": 16, "processes": 2, **Choices(0, Split(0, 700)).to_json()})
+    return config
+
+
+def write_record(config: Config, resolved: dict[str, Any]) -> None:
+    """finetune_config.json as a run writes it."""
+    settings = config.to_json() | {"train_sha256": run_folder.data_digest(config), "resolved": resolved}
+    (Path(config.output_path) / "finetune_config.json").write_text(json.dumps(settings))
+    (Path(config.output_path) / "run_manifest.json").write_text(json.dumps({"names": ["finetune_config.json"]}))
+
+
+@pytest.mark.parametrize(
+    ("size", "accumulation", "processes", "good"),
+    [
+        (4, 2, None, True), (4, 2, 1, True), (4, 2, 3, True), (4, 2, 64, True),  # as it began
+        (4, 1, None, True), (4, 1, 4, True), (16, 1, 1, True), (1, 1, 16, True),  # together the same step
+        (4, 1, 2, False), (4, 1, 3, False), (5, 2, None, False), (5, 2, 1, False), (8, 2, 2, False),
+    ],
+)  # fmt: skip
+def test_a_step_keeps_its_size(config: Config, size: int, accumulation: int, processes: int | None, good: bool) -> None:
+    """`processes` is None in --check, before the launcher."""
+    now = replace(config, per_device_train_batch_size=size, gradient_accumulation_steps=accumulation)
+    if good:
+        assert run_folder.earlier_run(now, processes) is None
+        assert run_folder.step_size(now, processes or 1) == 16
+    else:
+        with pytest.raises(UserError, match=r"has 16 conversations.* do not make; pass 4 and 2 as before"):
+            run_folder.earlier_run(now, processes)
+
+
+def test_an_earlier_version_wrote_no_step_size(config: Config) -> None:
+    """It follows from the processes of the newest checkpoint; before there is one, the settings may not change."""
+    write_record(config, {})
+    halved = replace(config, gradient_accumulation_steps=1)
+    with pytest.raises(UserError, match="gradient_accumulation_steps was 2, is 1"):
+        run_folder.earlier_run(halved, 6)
+    staged = Path(config.output_path) / checkpointing.STAGING / "checkpoint-7"
+    staged.mkdir(parents=True)
+    (staged / "state.pt").write_bytes(b"state")
+    checkpointing.publish(staged, Path(config.output_path) / "checkpoint-7", world_size=3)
+    names = ["finetune_config.json", "checkpoint-7"]
+    (Path(config.output_path) / "run_manifest.json").write_text(json.dumps({"names": names}))
+    assert run_folder.step_size(config, 2) == 24
+    assert run_folder.earlier_run(halved, 6) is None
+
+
+def test_choices_are_kept_with_the_same_processes(config: Config) -> None:
+    assert read_record(config, 2)["micro_batch_tokens"] == 700
+    assert read_record(config, 3) == {"cpu_kernels": "default"}
+    assert read_record(replace(config, per_device_train_batch_size=2), 2) == {"cpu_kernels": "default"}
+    assert read_record(replace(config, overwrite_output_path=True), 2) == {}

@@ -135,16 +135,18 @@ def filled(
     `groups`: its parameter groups in stage 3, where several targets may be of one; else every target is one.
     """
     inner: dict[int, dict[str, Any]] = {}
-    for index, target in enumerate(progress(targets, "optimizer states", len(targets), "groups", silent)):
+    work: list[tuple[str, str, int, torch.Tensor]] = []
+    for index, target in enumerate(targets):
         group = shards.group_of(target.first)
-        states = {FP32: target.flat}
-        for key in shards.keys(group):
-            states[key] = torch.zeros_like(target.flat, dtype=shards.dtype(group, key), requires_grad=False)
-        for key, flat in states.items():
-            for name, place, count, start in target.parts:
-                shards.group_of(name)
-                shards.copy(key, name, place, flat[start : start + count])
-        inner[index] = scalars(shards, group, optimizer) | {key: s for key, s in states.items() if key != FP32}
+        states = {
+            key: torch.zeros_like(target.flat, dtype=shards.dtype(group, key), requires_grad=False)
+            for key in shards.keys(group)
+        }
+        inner[index] = scalars(shards, group, optimizer) | states
+        for key, flat in (states | {FP32: target.flat}).items():
+            work += [(key, name, place, flat[start : start + count]) for name, place, count, start in target.parts]
+    for key, name, place, into in progress(work, "optimizer states", len(work), "parts", silent):
+        shards.copy(key, name, place, into)
     if groups is None:
         groups = [{**group, "params": [i]} for i, group in enumerate(optimizer.optimizer.param_groups)]
     found = shards.settings() or [{}] * len(groups)
@@ -155,11 +157,11 @@ def filled(
 
 
 def scalars(shards: Shards, group: int, optimizer: Any) -> dict[str, Any]:
-    """A group's states that are one number. torch's Adam counts steps in a tensor, DeepSpeed's for the CPU in an int."""
+    """A group's states that are one number; torch's Adam has its steps in a tensor, DeepSpeed's for CPUs in an int."""
     found = shards.scalars(group)
     if "step" in found and isinstance(optimizer.optimizer, DeepSpeedCPUAdam):
         found["step"] = int(found["step"])
-    elif "step" in found and isinstance(optimizer.optimizer, torch.optim.Adam | torch.optim.AdamW):
+    elif "step" in found and isinstance(optimizer.optimizer, torch.optim.Adam):
         found["step"] = torch.tensor(float(found["step"]))
     return found
 

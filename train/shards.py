@@ -105,10 +105,8 @@ class Shards:
                 raise self.refused(f"the parts of {name} are not the whole of it")
         for name, pieces in self.pieces.items():
             for piece in pieces:
-                flat = self._flat(piece.rank, piece.group, FP32)
-                keys = self.keys(piece.group) if piece.rank == 0 else []
-                sizes = [flat.numel(), *(self._flat(piece.rank, piece.group, key).numel() for key in keys)]
-                if piece.start < 0 or piece.start + piece.count > min(sizes):
+                ends = [self._flat(piece.rank, piece.group, key).numel() for key in (FP32, *self.keys(piece.group))]
+                if piece.start < 0 or piece.start + piece.count > min(ends):
                     raise self.refused(f"a state is shorter than its table says, at {name}")
 
     def _optimizer(self, rank: int) -> dict[str, Any]:
@@ -119,7 +117,10 @@ class Shards:
     def _flat(self, rank: int, group: int, key: str) -> torch.Tensor:
         if key == FP32:
             return self.states[rank]["fp32_flat_groups" if self.whole else "single_partition_of_fp32_groups"][group]
-        return self._optimizer(rank)["state"][group][key]
+        found = self._optimizer(rank)["state"].get(group, {}).get(key)
+        if found is None:
+            raise self.refused(f"process {rank} has no {key}")
+        return found
 
     def group_of(self, name: str) -> int:
         """The flat group that holds a weight. Raises UserError when none does."""
@@ -149,6 +150,7 @@ class Shards:
     def copy(self, key: str, name: str, place: int, into: torch.Tensor) -> None:
         """Fill `into` (1-dimensional) with a weight's state from its element `place` on. Reads no more than that."""
         end = place + into.numel()
+        self.group_of(name)
         for piece in self.pieces[name]:
             first, last = max(place, piece.place), min(end, piece.place + piece.count)
             if first < last:
