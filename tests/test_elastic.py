@@ -11,9 +11,10 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import DEMO, FAST, ROOT, environment, read_log, read_messages, train_losses, write_jsonl
+from conftest import DEMO, FAST, ROOT, Messages, environment, read_log, read_messages, train_losses, write_jsonl
 from safetensors.torch import load_file
 
+from llmops import tiny
 from llmops.console import UserError
 from train import checkpointing, run_folder, states
 from train.choices import Choices, read_record
@@ -22,21 +23,16 @@ from train.shards import FP32, Shards
 from train.steps import Split
 
 TEN = ("--per_device_train_batch_size", "5", "--gradient_accumulation_steps", "2")
-STEPS = 9  # of 8 conversations: 3 epochs of 24
+STEPS = 6  # of 8 conversations: 2 epochs of 24
 # each start: processes, the step in which the machine is taken back (0: never), flags that may change
 FOUR_TWO_THREE_ONE = [
-    (4, 2, []),
-    (2, 4, ["--micro_batch_tokens", "300"]),
-    (3, 7, ["--gradient_checkpointing", "true"]),
+    (4, 1, []),
+    (2, 2, ["--micro_batch_tokens", "300"]),
+    (3, 4, ["--gradient_checkpointing", "true"]),
     (1, 0, ["--per_device_train_batch_size", "4", "--gradient_accumulation_steps", "2"]),
 ]
-STAGES_TOO = [(2, 2, []), (2, 4, ["--zero_stage", "3"]), (1, 7, []), (3, 0, ["--zero_stage", "3"])]
-WAYS = {
-    "ZeRO 2, LoRA": (["--zero_stage", "2", "--train_type", "lora"], FOUR_TWO_THREE_ONE),
-    "ZeRO 2, full": (["--zero_stage", "2", "--train_type", "all"], FOUR_TWO_THREE_ONE),
-    "ZeRO 3, LoRA": (["--zero_stage", "3", "--train_type", "lora"], FOUR_TWO_THREE_ONE),
-    "ZeRO 3, full": (["--zero_stage", "3", "--train_type", "all"], FOUR_TWO_THREE_ONE),
-}
+STAGES_TOO = [(4, 1, []), (4, 2, ["--zero_stage", "3"]), (1, 4, []), (2, 0, ["--zero_stage", "3"])]
+WAYS = [("2", "lora"), ("2", "all"), ("3", "lora"), ("3", "all")]
 
 
 def run(folder: Path, argv: list[str], world: int, stop: int = 0, killed: bool = False) -> dict[str, Any]:
@@ -46,29 +42,36 @@ def run(folder: Path, argv: list[str], world: int, stop: int = 0, killed: bool =
 
 
 @pytest.fixture(scope="module")
-def driven(tmp_path_factory: pytest.TempPathFactory, checkpoints: dict[str, Path]) -> Path:
-    """A folder with each way's undisturbed run of 4 processes and its run that is taken back three times and killed."""
+def driven(tmp_path_factory: pytest.TempPathFactory, conversations: list[Messages]) -> Path:
+    """A folder with each way's run of one process that nobody disturbs, and its run that is taken back three times.
+
+    In one way it is also started with steps of another size, and killed while states are cut anew.
+    """
     folder = tmp_path_factory.mktemp("elastic")
-    train = write_jsonl(folder / "train.jsonl", read_messages(DEMO / "train.jsonl")[:24])
+    texts = [message["content"] for messages in conversations for message in messages]
+    model = tiny.write_checkpoint(folder / "model", texts, "llama", vocab_size=900, hidden=32, layers=1, heads=4)
+    train = write_jsonl(folder / "train.jsonl", conversations[:24])
     test = write_jsonl(folder / "test.jsonl", read_messages(DEMO / "test.jsonl")[:2])
     common = [
-        "--model_name_or_path", str(checkpoints["llama"]), "--train_file", str(train), "--test_file", str(test),
-        "--retention_file", str(test), *FAST, "--per_device_train_batch_size", "2", "--num_train_epochs", "3",
-        "--cpu_kernels", "default",
+        "--model_name_or_path", str(model), "--train_file", str(train), "--test_file", str(test),
+        "--retention_file", str(test), *FAST, "--per_device_train_batch_size", "2", "--cpu_kernels", "default",
+        "--save_total_limit", "9",
     ]  # fmt: skip
     runs, ends = [], []
-    for name, (way, legs) in WAYS.items():
-        runs.append(run(folder / name, [*common, *way], 4))
-        ends.append([0] * 4)
-        elastic = folder / f"{name}, elastic"
-        for place, (world, stop, more) in enumerate(legs):
-            if place == 1:
-                runs += [run(elastic, [*common, *way, *TEN], world), run(elastic, [*common, *way], world, killed=True)]
-                ends += [[2] * world, [-9, *[1] * (world - 1)]]
-            runs.append(run(elastic, [*common, *way, *more], world, stop))
+    for stage, kind in WAYS:
+        way = [*common, "--zero_stage", stage, "--train_type", kind]
+        runs.append(run(folder / f"{stage} {kind}", [*way, "--per_device_train_batch_size", "8"], 1))
+        ends.append([0])
+        for place, (world, stop, more) in enumerate(FOUR_TWO_THREE_ONE):
+            elastic = folder / f"{stage} {kind} elastic"
+            if place == 1 and (stage, kind) == ("3", "all"):
+                runs += [run(elastic, [*way, *TEN], world), run(elastic, way, world, killed=True)]
+                ends += [[2] * world, [-9, *[70] * (world - 1)]]
+            runs.append(run(elastic, [*way, *more], world, stop))
             ends.append([143 if stop else 0] * world)
     for world, stop, more in STAGES_TOO:
-        runs.append(run(folder / "stages", [*common, "--zero_stage", "2", "--train_type", "all", *more], world, stop))
+        way = [*common, "--zero_stage", "2", "--train_type", "all", *more]
+        runs.append(run(folder / "stages", way, world, stop))
         ends.append([143 if stop else 0] * world)
     (folder / "runs.json").write_text(json.dumps(runs))
     done = subprocess.run(
@@ -81,39 +84,46 @@ def driven(tmp_path_factory: pytest.TempPathFactory, checkpoints: dict[str, Path
     return folder
 
 
-@pytest.mark.parametrize("name", WAYS)
-def test_four_two_three_one(driven: Path, name: str) -> None:
-    """Taken back in steps 2, 4 and 7, killed while its states were cut anew, refused with steps of another size."""
-    expected, found = train_losses(driven / name), train_losses(driven / f"{name}, elastic")
+@pytest.mark.parametrize(("stage", "kind"), WAYS)
+def test_four_two_three_one(driven: Path, stage: str, kind: str) -> None:
+    """Taken back in steps 1, 2 and 4, with another split of the steps each time."""
+    name = f"{stage} {kind}"
+    expected, found = train_losses(driven / name), train_losses(driven / f"{name} elastic")
     assert list(expected) == list(range(1, STEPS + 1))
     assert found == pytest.approx(expected, rel=1e-4)
-    results = [json.loads((driven / one / "train_results.json").read_text()) for one in (name, f"{name}, elastic")]
+    results = [json.loads((driven / one / "train_results.json").read_text()) for one in (name, f"{name} elastic")]
     assert results[1]["eval_loss"] == pytest.approx(results[0]["eval_loss"], rel=1e-4)
-    told = (driven / f"{name}, elastic.err").read_text()
-    stage = int(name[5])
-    for step, before, now, times in ((2, 4, 2, 2), (4, 2, 3, 1), (7, 3, 1, 1)):
+    told = (driven / f"{name} elastic.err").read_text()
+    for step, before, now in ((1, 4, 2), (2, 2, 3), (4, 3, 1)):
         word = f"{before} processes in ZeRO stage {stage} and this start has {now} in stage {stage}"
-        assert told.count(f"checkpoint-{step} was written by {word}: its optimizer states are cut anew") == times
+        assert f"checkpoint-{step} was written by {word}: its optimizer states are cut anew" in told
     assert told.count("the optimizer states are in place") == 3
     assert "the run's steps keep their 8 conversations, now dealt to 3" in told
+    chosen = read_log(driven / f"{name} elastic")[0]["chosen"]
+    assert (chosen["conversations_per_step"], chosen["processes"]) == (8, 1)
+
+
+def test_a_kill_and_a_refusal_leave_the_checkpoint_as_it_was(driven: Path) -> None:
+    """Two starts from the same checkpoint: one killed while its states were cut anew, one that goes on."""
+    told = (driven / "3 all elastic.err").read_text()
+    assert told.count("checkpoint-1 was written by 4 processes") == 2
     assert "a step of the run in" in told
     assert "pass 2 and 1 as before" in told
-    chosen = read_log(driven / f"{name}, elastic")[0]["chosen"]
-    assert (chosen["conversations_per_step"], chosen["processes"]) == (8, 1)
-    whole = checkpointing.list_checkpoints(driven / f"{name}, elastic")
-    assert [checkpointing.damage(checkpoint) for checkpoint in whole] == [None] * len(whole)
+    left = [path.name for path in (driven / "3 all elastic").iterdir() if path.name.startswith(".")]
+    assert left == [".lock"]
+    assert checkpointing.damage(driven / "3 all elastic" / "checkpoint-1") is None
 
 
 def test_another_stage_goes_on_too(driven: Path) -> None:
-    """ZeRO 2 -> 3 with the same two processes, 3 -> 2 with one, 2 -> 3 with three."""
-    assert train_losses(driven / "stages") == pytest.approx(train_losses(driven / "ZeRO 2, full"), rel=1e-4)
+    """ZeRO 2 -> 3 with the same four processes, 3 -> 2 with one, 2 -> 3 with two."""
+    assert train_losses(driven / "stages") == pytest.approx(train_losses(driven / "2 all"), rel=1e-4)
     assert (driven / "stages.err").read_text().count("optimizer states are cut anew") == 3
 
 
 @pytest.mark.parametrize("stage", ["2", "3"])
-def test_states_are_read_by_weight(driven: Path, stage: str, tmp_path: Path) -> None:
+def test_states_are_read_by_weight(driven: Path, stage: str) -> None:
     """Whole and in pieces: the fp32 copies that four processes wrote are the model that was saved beside them."""
-    checkpoint = checkpointing.list_checkpoints(driven / f"ZeRO {stage}, full")[-1]
+    checkpoint = driven / f"{stage} all elastic" / "checkpoint-1"
     saved = load_file(checkpoint / "model.safetensors")
     with states.loadable():
         shards = Shards(checkpoint, 4)
@@ -144,8 +154,7 @@ def shorter_state(state: dict[str, Any]) -> None:
 def test_states_that_are_not_whole_are_one_sentence(
     driven: Path, tmp_path: Path, harm: Callable[[dict[str, Any]], None], phrase: str
 ) -> None:
-    source = checkpointing.list_checkpoints(driven / "ZeRO 2, full")[-1]
-    copy = shutil.copytree(source, tmp_path / source.name)
+    copy = shutil.copytree(driven / "2 all elastic" / "checkpoint-1", tmp_path / "checkpoint-1")
     victim = next(copy.glob("global_step*/*zero_pp_rank_1_*"))
     with states.loadable():
         state = torch.load(victim, weights_only=True)
