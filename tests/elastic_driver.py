@@ -7,6 +7,7 @@ as from a scheduler that takes the machine back. `killed`: it gets SIGKILL while
 the runs' lists of exit codes.
 """
 
+import gc
 import json
 import os
 import signal
@@ -19,6 +20,7 @@ os.environ["DS_ACCELERATOR"] = "cpu"
 
 import matplotlib.pyplot  # noqa: F401 - imported once, before the processes are forked
 import peft  # noqa: F401
+from deepspeed.runtime.zero.muon import original_muon  # noqa: F401 - what takes longest of DeepSpeed's first start
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast  # noqa: F401
 
 from llmops.process_group import free_port
@@ -68,6 +70,7 @@ def process(run: dict[str, Any], rank: int, port: int) -> int:
 def main() -> None:
     """All runs, in order."""
     codes = []
+    gc.freeze()  # what is imported is nobody's garbage: no process looks through it again
     for run in json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")):
         port, children = free_port(), []
         for rank in range(run["world"]):
