@@ -121,16 +121,6 @@ def newest_whole(output: Path, speaks: bool = True, judge: Callable[[Path], str 
     return None
 
 
-def check_world_size(checkpoint: Path, world_size: int) -> None:
-    """DeepSpeed's optimizer state is cut by process, so a run goes on with as many as it began with."""
-    written = read_manifest(checkpoint).world_size
-    if written != world_size:
-        raise UserError(
-            f"{checkpoint} was written by {written} processes and this start has {world_size}; start with {written} "
-            "again, or begin anew with --overwrite_output_path true"
-        )
-
-
 def rotate(output: Path, keep: int, best_step: int | None) -> None:
     """Delete all but the `keep` newest whole checkpoints; the best one always stays, and what is newer than those."""
     whole = 0

@@ -1,9 +1,11 @@
 """What a run chooses by itself: gradient checkpointing, the split of a step into micro-batches, the kernels.
 
 Chosen once by the first process, written down in output_path and kept when the run is continued, because the split
-decides which numbers dropout draws. `docs/speed.md` says what is chosen when.
+decides which numbers dropout draws; chosen anew with another number of processes, which have other parts of a step and
+other memory. `docs/speed.md` says what is chosen when.
 """
 
+import math
 import os
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -18,10 +20,9 @@ from train.config import Config
 from train.dataset import TokenDataset
 from train.estimates import GIB, Shape, memory_parts, model_shape, state_parts
 from train.replay import Joined
-from train.run_folder import CONFIG_NAME
+from train.run_folder import CONFIG_NAME, PROCESSES, RECORD, STEP_SETTINGS, step_size
 from train.steps import Split
 
-RECORD = "resolved"  # the key in CONFIG_NAME
 MOST_TOKENS = 16384  # more in a micro-batch are no faster
 ENOUGH_TOKENS = 4096  # fewer leave a GPU waiting; for more of them no layer is recomputed, which costs a third and more
 CPU_TOKENS = 2048  # more at once are no faster on a CPU, and need their memory
@@ -54,18 +55,29 @@ class Choices:
         return f"micro-batches of up to {' and '.join(filter(None, (rows, tokens))) or 'a whole step'}, {recomputed}"
 
 
-def read_record(output: Path) -> dict[str, Any]:
-    """What an earlier start of this run chose; empty when there was none."""
-    path = output / CONFIG_NAME
-    record = files.read_object(path, "the settings of the run").get(RECORD) if path.is_file() else None
-    return record if isinstance(record, dict) else {}
+def read_record(config: Config, processes: int) -> dict[str, Any]:
+    """What an earlier start of this run chose; empty when there was none.
+
+    Without the choices that memory and a process's part of a step decide, when these are others now.
+    """
+    path = Path(config.output_path) / CONFIG_NAME
+    if config.overwrite_output_path or not path.is_file():
+        return {}
+    saved = files.read_object(path, "the settings of the run")
+    record = saved.get(RECORD)
+    if not isinstance(record, dict):
+        return {}
+    same = record.get(PROCESSES, processes) == processes and all(
+        saved.get(name, getattr(config, name)) == getattr(config, name) for name in STEP_SETTINGS
+    )
+    return record if same else {"cpu_kernels": record.get("cpu_kernels", "")}
 
 
 def resolve(
     config: Config, dtype: torch.dtype, data: TokenDataset | Joined, device: torch.device, processes: int
 ) -> Choices:
     """What was asked for, else what an earlier start chose, else what is fastest here and fits into the memory."""
-    record = {} if config.overwrite_output_path else read_record(Path(config.output_path))
+    record = read_record(config, processes)
     cpu_kernels.settle(config.cpu_kernels)
     kernel = cpu_kernels.choose(device, dtype, record.get("cpu_kernels", ""))
     return replace(fitting(config, dtype, data, device, processes, record), kernel=kernel)
@@ -80,7 +92,7 @@ def fitting(
     rows, tokens = config.per_device_train_batch_size, config.micro_batch_tokens
     if tokens:
         rows = 0
-    elif record:
+    elif "micro_batch_rows" in record:
         rows, tokens = record.get("micro_batch_rows", rows), record.get("micro_batch_tokens", 0)
     elif device.type == "cuda":
         rows = 0
@@ -88,7 +100,9 @@ def fitting(
         tokens = CPU_TOKENS
     if every is not None and (rows or tokens):
         return Choices(every, Split(rows, tokens))
-    room = Room(config, model_shape(config, dtype), data, processes, free_memory(device), device.type == "cuda")
+    shape, on_gpu = model_shape(config, dtype), device.type == "cuda"
+    share = math.ceil(step_size(config, processes) / processes)
+    room = Room(config, shape, data, processes, free_memory(device), on_gpu, share)
     if rows or tokens:
         return Choices(room.least_recomputing(*largest_micro_batch(data, rows, tokens)), Split(rows, tokens))
     return room.best(every)
@@ -120,10 +134,12 @@ class Room:
     """What fits into `free` bytes of this run."""
 
     def __init__(
-        self, config: Config, shape: Shape, data: TokenDataset | Joined, processes: int, free: float, on_gpu: bool
-    ) -> None:
+        self, config: Config, shape: Shape, data: TokenDataset | Joined, processes: int, free: float, on_gpu: bool,
+        share: int = 0,
+    ) -> None:  # fmt: skip
         self.config, self.shape, self.data = config, shape, data
         self.processes, self.free, self.on_gpu = processes, free, on_gpu
+        self.share = share or config.per_device_train_batch_size * config.gradient_accumulation_steps  # of a step
 
     def least_recomputing(self, tokens: int, learned: int) -> int:
         """The fewest layers to recompute so that a micro-batch of this size fits; every one when none does."""
@@ -135,10 +151,8 @@ class Room:
 
     def best(self, every: int | None) -> Choices:
         """The fastest pair of recomputing and split that fits; `every` when that was asked for."""
-        config = self.config
-        step = config.per_device_train_batch_size * config.gradient_accumulation_steps
         longest = int(self.data.lengths.max())
-        wanted = max(longest, min(MOST_TOKENS, int(np.sort(self.data.lengths)[-step:].sum())))
+        wanted = max(longest, min(MOST_TOKENS, int(np.sort(self.data.lengths)[-self.share :].sum())))
         candidates = self._every() if every is None else (every,)
         for candidate in candidates:
             tokens = self.tokens(candidate)

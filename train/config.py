@@ -219,6 +219,7 @@ class Config:
 
 
 # Settings that may differ between two starts of the same run: they change neither what is learned nor in which order.
+# run_folder.py knows two more, which may change together so that a step stays as large as it is.
 RESTARTABLE = frozenset(
     [
         "dry_run",
@@ -241,6 +242,7 @@ RESTARTABLE = frozenset(
         "trust_remote_code",
         "gradient_checkpointing",
         "micro_batch_tokens",
+        "zero_stage",
     ]
 )
 

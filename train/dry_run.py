@@ -27,6 +27,7 @@ from train.config import Config
 from train.dataset import describe
 from train.estimates import GIB, Shape, empty_model, memory_parts, model_shape
 from train.replay import Joined, ReplayOrder, replayed
+from train.run_folder import step_size
 from train.session import Data
 from train.steps import Split, StepCollator, StepSampler
 
@@ -68,7 +69,7 @@ class Sample:
     """Some of the run's own steps: what their micro-batches look like."""
 
     def __init__(self, config: Config, data: Data, split: Split, processes: int) -> None:
-        size = config.per_device_train_batch_size * config.gradient_accumulation_steps * processes
+        size = step_size(config, processes)
         order = np.random.default_rng(config.seed).permutation(len(data.train)).tolist()
         again = ReplayOrder(data.learned, config.seed, lambda: 0) if isinstance(data.learned, Joined) else ()
         sampler = StepSampler(order, size, again, replayed(size, config.replay_ratio))
@@ -181,7 +182,7 @@ def run(config: Config) -> None:
     )
     log(f"test: {len(data.test):,} conversations; retention: {len(data.retention):,}")
     if data.replay is not None:
-        log(session.replay_words(config, data, process_count()))
+        log(session.replay_words(config, data, step_size(config, process_count())))
     else:
         log("nothing is done against forgetting; --replay_ratio 0.25 puts general conversations into every step")
     color = sys.stderr.isatty()
@@ -241,7 +242,7 @@ def tell_memory(
 
 def tell_time(config: Config, data: Data, sample: Sample, rates: Rates, processes: int, on_gpu: bool) -> None:
     """The time of all steps and of the evaluations between them."""
-    per_step = config.per_device_train_batch_size * config.gradient_accumulation_steps * processes
+    per_step = step_size(config, processes)
     per_epoch = sample.per_epoch
     steps = config.max_steps if config.max_steps > 0 else math.ceil(config.num_train_epochs * per_epoch)
     tokens = int(data.train.lengths.sum()) / per_epoch if data.replay is None else sample.per_step

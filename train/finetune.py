@@ -19,6 +19,7 @@ from train import deepspeed_file
 from train.config import Config, parse
 from train.run_folder import OutputFolder, earlier_run, say_finished
 
+PLACE = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}  # of this process, as the launcher tells it
 EXIT_FINISHED = 10  # of --check: the run is finished
 
 
@@ -48,9 +49,9 @@ def check(config: Config) -> int:
 def run(config: Config) -> dict[str, Any]:
     """Train as configured; the results that train_results.json holds. Runs in every process."""
     # 1. who am I, is there something to do
-    rank, local_rank = int(os.environ.get("RANK", "0")), int(os.environ.get("LOCAL_RANK", "0"))
+    rank, local_rank, world = (int(os.environ.get(name, n)) for name, n in PLACE.items())
     devices.prepare_process(os.environ)
-    results = earlier_run(config)
+    results = earlier_run(config, world)
     if results:
         if rank == 0:
             say_finished(config, results)

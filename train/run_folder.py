@@ -20,6 +20,10 @@ RESULTS_NAME = "train_results.json"
 STOP_NAME = "STOP"  # a file of this name ends a running training in good order
 LOG_NAME = "log.txt"
 PICTURE_NAME = "training_loss.png"
+RECORD = "resolved"  # the key in CONFIG_NAME of what a run chose by itself
+STEP = "conversations_per_step"  # a key in RECORD: of all processes together
+PROCESSES = "processes"  # another: how many processes chose
+STEP_SETTINGS = ("per_device_train_batch_size", "gradient_accumulation_steps")  # what makes it, times the processes
 CACHE_NAME = "cache"  # tokenised data by its key: nothing in it is ever replaced
 CLAIMED = (CONFIG_NAME, RESULTS_NAME, LOG_NAME, PICTURE_NAME, "tensorboard", checkpointing.STAGING)
 RESULTS_KEYS = ("eval_loss_before", "eval_loss", "best_step", "steps")
@@ -61,22 +65,32 @@ def refuse_foreign(config: Config) -> None:
         )
 
 
-def earlier_run(config: Config) -> dict[str, Any] | None:
+def read_settings(config: Config) -> dict[str, Any] | None:
+    """What the run in output_path wrote of its settings; None where no run goes on there."""
+    path = Path(config.output_path) / CONFIG_NAME
+    if config.overwrite_output_path or not os.path.lexists(path):
+        return None
+    return files.read_object(path, "the settings of the run", ownership.choose_another(path.parent))
+
+
+def earlier_run(config: Config, processes: int | None = None) -> dict[str, Any] | None:
     """The results of the finished run in output_path, or None when there is none.
 
-    Raises UserError when output_path holds a run with other settings, or files that are not a run's.
+    `processes`: those of this start, where that is known. Raises UserError when output_path holds a run with other
+    settings, or files that are not a run's.
     """
     output = Path(config.output_path)
     refuse_foreign(config)
-    if config.overwrite_output_path or not os.path.lexists(output / CONFIG_NAME):
+    saved = read_settings(config)
+    if saved is None:
         return None
-    saved = files.read_object(output / CONFIG_NAME, "the settings of the run", ownership.choose_another(output))
     now = config.to_json() | {"train_sha256": data_digest(config)}
-    changed = [
-        f"{key} was {files.shown(saved[key])}, is {files.shown(now[key])}"
-        for key in now
-        if key in saved and key not in RESTARTABLE and saved[key] != now[key]
-    ]
+    differing = [key for key in now if key in saved and key not in RESTARTABLE and saved[key] != now[key]]
+    step = step_of(output, saved)
+    if step and set(differing) & set(STEP_SETTINGS):
+        refuse_other_step(config, saved, step, processes)
+        differing = [key for key in differing if key not in STEP_SETTINGS]
+    changed = [f"{key} was {files.shown(saved[key])}, is {files.shown(now[key])}" for key in differing]
     if changed:
         raise UserError(
             f"{output} holds a run with other settings ({'; '.join(changed)}); choose another --output_path, "
@@ -88,6 +102,50 @@ def earlier_run(config: Config) -> dict[str, Any] | None:
             f"{output} holds an unfinished run; pass --resume true, or --overwrite_output_path true to delete it"
         )
     return results
+
+
+def step_of(output: Path, saved: dict[str, Any]) -> int | None:
+    """How many conversations an optimizer step of the run in output_path has, over all processes.
+
+    `saved` are its settings. A run of an earlier version wrote it nowhere: it is what they make with the processes that
+    wrote its newest checkpoint. None for a run without a checkpoint, too: it has no step yet that another must equal.
+    """
+    record = saved.get(RECORD)
+    step = record.get(STEP) if isinstance(record, dict) else None
+    if type(step) is int and step > 0:
+        return step
+    sizes = [saved.get(name) for name in STEP_SETTINGS]
+    if not all(type(size) is int and size > 0 for size in sizes):
+        return None
+    for checkpoint in reversed(checkpointing.list_checkpoints(output)):
+        if checkpointing.damage(checkpoint) is None:
+            return sizes[0] * sizes[1] * checkpointing.read_manifest(checkpoint).world_size
+    return None
+
+
+def refuse_other_step(config: Config, saved: dict[str, Any], step: int, processes: int | None) -> None:
+    """Raise UserError when the batch settings are neither the run's nor make a step of its size.
+
+    Before the launcher, when the number of processes is not known, any number may be the right one.
+    """
+    size, accumulation = (getattr(config, name) for name in STEP_SETTINGS)
+    if size * accumulation * (processes or 1) == step or (processes is None and step % (size * accumulation) == 0):
+        return
+    many = "any number of" if processes is None else processes
+    raise UserError(
+        f"a step of the run in {config.output_path} has {step} conversations, which --per_device_train_batch_size "
+        f"{size} x --gradient_accumulation_steps {accumulation} x {many} process{'' if processes == 1 else 'es'} "
+        "do not make; "
+        f"pass {saved[STEP_SETTINGS[0]]} and {saved[STEP_SETTINGS[1]]} as before, and its steps stay as they are with "
+        "any number of processes"
+    )
+
+
+def step_size(config: Config, processes: int) -> int:
+    """Conversations of an optimizer step over all processes: the run's, or for a new run what the settings make."""
+    saved = read_settings(config)
+    step = step_of(Path(config.output_path), saved) if saved else None
+    return step or config.per_device_train_batch_size * config.gradient_accumulation_steps * processes
 
 
 def read_results(output: Path) -> dict[str, Any] | None:

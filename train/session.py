@@ -1,6 +1,7 @@
 """The stages of a run, in order: output folder, data, model and trainer, training, what is left behind."""
 
 import errno
+import math
 import os
 import pickle
 import signal
@@ -31,14 +32,26 @@ from llmops.chat_model import ChatModel
 from llmops.checkpoints import Checkpoint
 from llmops.console import RunStopped, UserError, log
 from llmops.faq_records import INTENTS_NAME
-from train import attention, checkpointing, ownership, states
+from train import attention, checkpointing, elastic, ownership, states
 from train.batches import PackedCollator, PaddedCollator
-from train.choices import RECORD, Choices, resolve
+from train.choices import Choices, resolve
 from train.config import Config
 from train.dataset import Source, TokenDataset, load_or_encode
 from train.estimates import add_lora
 from train.replay import Joined, replayed
-from train.run_folder import CACHE_NAME, CONFIG_NAME, LOG_NAME, PICTURE_NAME, RESULTS_NAME, STOP_NAME, data_digest
+from train.run_folder import (
+    CACHE_NAME,
+    CONFIG_NAME,
+    LOG_NAME,
+    PICTURE_NAME,
+    PROCESSES,
+    RECORD,
+    RESULTS_NAME,
+    STEP,
+    STOP_NAME,
+    data_digest,
+    step_size,
+)
 from train.steps import Split
 from train.trainer import ChatTrainer, Schedule, barrier
 from train.training_log import ACCURACY, ConsoleServer, TensorBoardServer, TokenCounter, TrainingLog, plot, read_log
@@ -166,8 +179,10 @@ def agree(choose: Callable[[], T], rank: int) -> T:
     return chosen[0]
 
 
-def deepspeed_settings(config: Config, processes: int) -> dict[str, Any]:
+def deepspeed_settings(config: Config, step: int) -> dict[str, Any]:
     """The DeepSpeed JSON, its batch sizes left to the Trainer: a step is one batch there, cut up by `train.steps`.
+
+    `step`: conversations of an optimizer step, over all processes.
 
     Raises UserError for sizes that are not those of the settings.
     """
@@ -175,7 +190,7 @@ def deepspeed_settings(config: Config, processes: int) -> dict[str, Any]:
     size, steps = config.per_device_train_batch_size, config.gradient_accumulation_steps
     expected = {
         "train_micro_batch_size_per_gpu": size, "gradient_accumulation_steps": steps,
-        "train_batch_size": size * steps * processes,
+        "train_batch_size": step,
     }  # fmt: skip
     for name, value in expected.items():
         if found.get(name, "auto") not in ("auto", value):
@@ -185,11 +200,15 @@ def deepspeed_settings(config: Config, processes: int) -> dict[str, Any]:
     return found | dict.fromkeys(expected, "auto")
 
 
-def training_arguments(config: Config, dtype: torch.dtype, choices: Choices) -> TrainingArguments:
-    """Our settings in the Trainer's words; evaluation, saving and logging follow our own Schedule."""
+def training_arguments(config: Config, dtype: torch.dtype, choices: Choices, step: int) -> TrainingArguments:
+    """Our settings in the Trainer's words; evaluation, saving and logging follow our own Schedule.
+
+    `step`: conversations of an optimizer step, over all processes; what the Trainer hears is a process's part, rounded.
+    """
+    processes = dist.get_world_size()
     return TrainingArguments(
         output_dir=config.output_path,
-        per_device_train_batch_size=config.per_device_train_batch_size * config.gradient_accumulation_steps,
+        per_device_train_batch_size=math.ceil(step / processes),
         per_device_eval_batch_size=config.per_device_eval_batch_size,
         learning_rate=config.peak_learning_rate,
         num_train_epochs=config.num_train_epochs,
@@ -205,7 +224,7 @@ def training_arguments(config: Config, dtype: torch.dtype, choices: Choices) -> 
         fp16=dtype == torch.float16,
         activation_checkpointing=choices.recompute > 0,
         activation_checkpointing_kwargs={"use_reentrant": False, "every_n_layers": choices.recompute},
-        deepspeed=deepspeed_settings(config, dist.get_world_size()),
+        deepspeed=deepspeed_settings(config, step),
         use_cpu=not torch.cuda.is_available(),
         seed=config.seed,
         eval_strategy="steps",
@@ -261,9 +280,10 @@ def build_trainer(config: Config, data: Data) -> tuple[ChatTrainer, Schedule]:
     dtype = devices.choose_dtype(config.dtype)
     device = join_processes()
     rank, world = dist.get_rank(), dist.get_world_size()
+    step = agree(lambda: step_size(config, world), rank)
     choices = agree(lambda: resolve(config, dtype, data.learned, device, world), rank)
     cpu_kernels.allow(choices.kernel)
-    arguments = training_arguments(config, dtype, choices)  # starts ZeRO 3's partitioned loading
+    arguments = training_arguments(config, dtype, choices, step)  # starts ZeRO 3's partitioned loading
     set_seed(config.seed)
     model = load_for_training(config, data.model, dtype, device)
     speaks = arguments.process_index == 0
@@ -272,6 +292,8 @@ def build_trainer(config: Config, data: Data) -> tuple[ChatTrainer, Schedule]:
         "attention": how,
         "cross_entropy": "one kernel" if device.type == "cuda" else "torch's",
         "dtype": str(dtype)[6:],
+        STEP: step,
+        PROCESSES: world,
     }
     if speaks:
         sizes = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in model.parameters()]
@@ -281,14 +303,16 @@ def build_trainer(config: Config, data: Data) -> tuple[ChatTrainer, Schedule]:
             f"{str(dtype)[6:]}, {world} process{'es' if world > 1 else ''}, ZeRO from {config.deepspeed_file.name}; "
             f"{choices.words()}; {how}"
         )
+        if step != config.per_device_train_batch_size * config.gradient_accumulation_steps * world:
+            log(f"the run's steps keep their {step} conversations, now dealt to {world}")
         if data.replay is not None:
-            log(replay_words(config, data, world))
+            log(replay_words(config, data, step))
     tokens = TokenCounter()
     output = Path(config.output_path)
     trainer = ChatTrainer(
         model, arguments, collator, data.train, data.test, processing_class=data.model.tokenizer,
         retention=data.retention, tokens=tokens, keep=config.save_total_limit,
-        grouped=isinstance(collator, PaddedCollator), split=choices.split, replay=data.replay,
+        grouped=isinstance(collator, PaddedCollator), split=choices.split, step_size=step, replay=data.replay,
         replay_ratio=config.replay_ratio, checkpoint=data.model.checkpoint,
         with_accuracy=config.scenario == "faq" or config.metric_for_best == "accuracy",
     )  # fmt: skip
@@ -308,9 +332,8 @@ def build_trainer(config: Config, data: Data) -> tuple[ChatTrainer, Schedule]:
     return trainer, schedule
 
 
-def replay_words(config: Config, data: Data, processes: int) -> str:
-    """What of each step is replayed, for people."""
-    size = config.per_device_train_batch_size * config.gradient_accumulation_steps * processes
+def replay_words(config: Config, data: Data, size: int) -> str:
+    """What of each step of `size` conversations is replayed, for people."""
     return (
         f"against forgetting, {replayed(size, config.replay_ratio)} of the {size} conversations of every step are "
         f"general ones ({len(data.replay or ()):,} of {data_files.name_of(config.replay_files)}; --replay_ratio)"
@@ -324,8 +347,6 @@ def choose_checkpoint(config: Config, rank: int) -> str | None:
         found = None
         if config.resume:
             found = checkpointing.newest_whole(Path(config.output_path), judge=states.problem)
-        if found:
-            checkpointing.check_world_size(found, dist.get_world_size() if dist.is_initialized() else 1)
         return str(found) if found else None
 
     return agree(newest, rank)
@@ -351,6 +372,7 @@ def train(config: Config, trainer: ChatTrainer, schedule: Schedule, rank: int) -
         ConsoleServer(config.mount, config.console_host, config.console_port, config.console and rank == 0),
         explain_faults(config, trainer.split),
         states.loadable(),
+        elastic.loading(checkpoint),
     ):
         trainer.train(resume_from_checkpoint=checkpoint)
     schedule.end_if_signalled()

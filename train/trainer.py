@@ -11,7 +11,15 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import (
+    PreTrainedModel,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+    set_seed,
+)
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
@@ -80,12 +88,12 @@ class ChatTrainer(Trainer):
 
     def __init__(
         self, *args: Any, retention: TokenDataset, tokens: TokenCounter, keep: int, grouped: bool, split: Split,
-        checkpoint: Checkpoint, replay: TokenDataset | None = None, replay_ratio: float = 0.0,
+        step_size: int, checkpoint: Checkpoint, replay: TokenDataset | None = None, replay_ratio: float = 0.0,
         with_accuracy: bool = False, **kwargs: Any,
     ) -> None:  # fmt: skip
         super().__init__(*args, **kwargs)
         self.retention = retention
-        self.step_size = self.args.train_batch_size * self.args.world_size
+        self.step_size = step_size  # conversations of an optimizer step, over all processes
         self.replay = replay
         self.replayed = replayed(self.step_size, replay_ratio) if replay is not None else 0
         self.with_accuracy = with_accuracy  # an evaluation says how many conversations are written rightly
@@ -219,6 +227,14 @@ class ChatTrainer(Trainer):
         metrics = self.evaluate()
         if self.state.global_step:
             self._determine_best_metric(metrics, trial=None)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        """The state of the random numbers that dropout draws; new ones of this step where other processes drew them."""
+        if checkpoint is None or checkpointing.read_manifest(Path(checkpoint)).world_size == self.args.world_size:
+            super()._load_rng_state(checkpoint)
+            return
+        place = [self.args.seed, self.state.global_step, self.args.process_index]
+        set_seed(int(np.random.SeedSequence(place).generate_state(1)[0]))
 
     def _at_end(self) -> bool:
         """Whether no step is left: all are done, or the run stopped early and not because it was asked to end."""

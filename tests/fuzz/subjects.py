@@ -86,7 +86,6 @@ def resume(argv: Sequence[str]) -> int:
     def body() -> int:
         newest = checkpointing.newest_whole(Path(argv[0]))
         if newest:
-            checkpointing.check_world_size(newest, 1)
             log(f"{newest}: {checkpointing.read_manifest(newest)}")
         checkpointing.rotate(Path(argv[0]), 9, None)
         return 0
