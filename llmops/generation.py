@@ -191,7 +191,6 @@ class Generator:
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
-    @torch.inference_mode()
     def _check_ids(self, rows: Iterable[Sequence[int]]) -> None:
         """Raise UserError for a token that the model has no embedding for: its tokenizer is another model's."""
         known = self.model.get_input_embeddings().weight.shape[0]
@@ -202,6 +201,7 @@ class Generator:
                 "belong to another model; copy the checkpoint again"
             )
 
+    @torch.inference_mode()
     def _run(
         self, prompts: Sequence[Sequence[int]], work: Callable[[list[int], list[Prefix]], list[T]],
         most_tokens: float = math.inf,
