@@ -91,6 +91,26 @@ def test_greedy_equals_transformers(architecture: str, batch_size: int, reuse: b
     assert len(lengths) > 1  # rows that end at different steps were among them
 
 
+@pytest.mark.parametrize("reuse", [True, False])
+def test_no_answer_keeps_a_graph_for_gradients(reuse: bool) -> None:
+    """Every pass of every kind of answer, also while the caller does something else between two of them."""
+    model, prompts = make_model("llama"), make_prompts()
+    passes: list[bool] = []
+    model.register_forward_hook(lambda *_: passes.append(torch.is_grad_enabled()))
+    generator, tree = Generator(model, 0, 4, reuse), Tree(make_candidates())
+    candidates = [[[9, END], [8, 7, END]]] * len(prompts)
+    for answers in (
+        generator.choose(prompts, [tree] * len(prompts)),
+        generator.loglikelihoods(prompts, candidates),
+        generator.generate(prompts, 3, [END]),
+    ):
+        passes.clear()
+        for _ in answers:
+            assert torch.is_grad_enabled()  # the caller's own mode is as it was
+        assert passes
+        assert not any(passes)
+
+
 def test_one_candidate_needs_no_model() -> None:
     """A choice among one answer is that answer, with probability 1."""
     generator = Generator(make_model("llama"), 0)
