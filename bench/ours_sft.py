@@ -4,6 +4,7 @@ import os
 import sys
 import tempfile
 import time
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -109,7 +110,8 @@ def main() -> None:
 
         trainer.add_callback(Clock())
         trainer.train()
-    print_report("llmops", "0.2.0", args.packing, args.batch_size, micro, record, report)
+    version = tomllib.loads((HERE.parent / "pyproject.toml").read_text(encoding="utf-8"))["project"]["version"]
+    print_report("llmops", version, args.packing, args.batch_size, micro, record, report)
 
 
 if __name__ == "__main__":

@@ -104,8 +104,7 @@ def parse(argv: Sequence[str] | None) -> Config:
     settings = Settings(
         model=given.model_name_or_path, adapter=given.adapter, max_seq_len=given.max_seq_len,
         batch_size=given.per_device_batch_size, gpu_id=given.gpu_id, mode=given.mode, dtype=given.dtype,
-            cpu_kernels=given.cpu_kernels,
-        chat_template=given.chat_template, reuse_prefix=given.reuse_prefix,
+        cpu_kernels=given.cpu_kernels, chat_template=given.chat_template, reuse_prefix=given.reuse_prefix,
         trust_remote_code=given.trust_remote_code, output_path=given.output_path,
     )  # fmt: skip
     return Config(

@@ -6,8 +6,8 @@ from random import Random
 from typing import TYPE_CHECKING, Any
 
 from llmops.console import UserError, log, stdout_to_stderr
-from llmops.faq_catalog import Catalog
-from llmops.faq_retrieval import BY_NUMBER, BY_SIMILARITY, ROWS_AT_ONCE, Retriever, in_prompt_order
+from llmops.faq_catalog import BY_NUMBER, BY_SIMILARITY, Catalog
+from llmops.faq_retrieval import ROWS_AT_ONCE, Retriever, in_prompt_order
 
 if TYPE_CHECKING:
     from faq.prepare import Config, Example

@@ -94,7 +94,7 @@ class ChatModel:
         from llmops.generation import Generator
         from llmops.packed import pack
 
-        cpu_kernels.allow(cpu_kernels.choose(device, dtype))
+        cpu_kernels.use(device, dtype)
         model = self.load(dtype, device, merge=True).to(device)
         generator = Generator(model, self.tokenizer.pad_token_id or 0, batch_size, reuse_prefix)
         if generator.plain_because is None:

@@ -131,3 +131,10 @@ def choose(device: "torch.device", dtype: "torch.dtype", earlier: str = "") -> s
     )
     return ONEDNN if taken else DEFAULT
 
+
+def use(device: "torch.device", dtype: "torch.dtype") -> None:
+    """Let the kernel for a model of `dtype` on `device` multiply, where it multiplies float32 on the CPU at all."""
+    import torch
+
+    if device.type == "cpu" and dtype == torch.float32:
+        allow(choose(device, dtype))

@@ -19,6 +19,7 @@ from llmops.records import Message
 
 BETWEEN_EXAMPLES = " / "
 ENGLISH = "en"
+BY_NUMBER, BY_SIMILARITY = "number", "similarity"  # how retrieved candidates are ordered in a prompt
 
 
 @dataclass(frozen=True)
@@ -230,7 +231,7 @@ def is_retrieval(value: Any) -> bool:
         type(value.get("candidates")) is int
         and value["candidates"] > 0
         and type(value.get("shown", 0)) is int
-        and value.get("order", "number") in ("number", "similarity")
+        and value.get("order", BY_NUMBER) in (BY_NUMBER, BY_SIMILARITY)
         and is_text(value.get("embedding_model"))
         and isinstance(examples, dict)
         and is_lists(list(examples.values()))

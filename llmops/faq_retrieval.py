@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llmops.console import stdout_to_stderr
-from llmops.faq_catalog import Catalog
+from llmops.faq_catalog import BY_NUMBER, BY_SIMILARITY, Catalog
 
 if TYPE_CHECKING:
     import numpy as np
@@ -23,7 +23,6 @@ NGRAM_WEIGHT = 0.5  # of n-grams beside an embedding's vectors: wording helps wh
 NAME_WEIGHT = 0.3  # of the cosines with intents' names; both tried on banking77, where they add 0.7 points
 COMPARED_AT_ONCE = 512  # questions that are compared with every known one together
 ROWS_AT_ONCE = 4096  # questions
-BY_NUMBER, BY_SIMILARITY = "number", "similarity"  # of candidates in a prompt
 
 
 def load_encoder(model: "ModelFolder", device: str) -> "Encoder":

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from llmops import cpu_kernels
-from llmops.cpu_kernels import DEFAULT, EXACT, ONEDNN, Kernel, allow, better, choose, settle, try_kernel
+from llmops.cpu_kernels import DEFAULT, EXACT, ONEDNN, Kernel, allow, better, choose, settle, try_kernel, use
 
 CPU, FP32 = torch.device("cpu"), torch.float32
 
@@ -109,3 +109,12 @@ def test_a_layer_learns_the_same_with_either() -> None:
         pytest.skip("oneDNN rounds on this processor, and is not taken")
     for one, other in zip(found[DEFAULT], found[ONEDNN], strict=True):
         assert (one - other).abs().max() < 1e-5 * one.abs().max()
+
+
+def test_a_model_elsewhere_or_of_another_type_changes_nothing_for_the_one_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu_kernels, "probe", lambda: (Kernel(4e-7, 200.0), Kernel(9e-7, 400.0)))
+    use(CPU, FP32)
+    allowed = torch.backends.mkldnn.matmul.fp32_precision
+    use(torch.device("cuda"), FP32)
+    use(CPU, torch.bfloat16)
+    assert torch.backends.mkldnn.matmul.fp32_precision == allowed == "bf16"

@@ -195,6 +195,13 @@ def right_answers(logits: torch.Tensor, batch: dict[str, Any]) -> torch.Tensor:
     return (torch.zeros_like(wrong).index_add_(0, batch["samples"], wrong)[: int(batch["samples"][-1]) + 1] == 0).sum()
 
 
+def cross_entropy_name(device: torch.device, dtype: torch.dtype) -> str:
+    """How `token_losses` computes where gradients are wanted, for people."""
+    if device.type != "cpu":
+        return "one kernel"
+    return "some rows at a time" if dtype == torch.float32 else "torch's"
+
+
 def token_losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """Cross entropy in float32 [n] of logits [n, V].
 

@@ -33,7 +33,7 @@ from llmops.checkpoints import Checkpoint
 from llmops.console import RunStopped, UserError, log
 from llmops.faq_records import INTENTS_NAME
 from train import attention, checkpointing, elastic, ownership, states
-from train.batches import PackedCollator, PaddedCollator
+from train.batches import PackedCollator, PaddedCollator, cross_entropy_name
 from train.choices import Choices, resolve
 from train.config import Config
 from train.dataset import Source, TokenDataset, load_or_encode
@@ -290,7 +290,7 @@ def build_trainer(config: Config, data: Data) -> tuple[ChatTrainer, Schedule]:
     collator, how = choose_collator(config, model, data.model.tokenizer, device, dtype)
     chosen = choices.to_json() | {
         "attention": how,
-        "cross_entropy": "one kernel" if device.type == "cuda" else "torch's",
+        "cross_entropy": cross_entropy_name(device, dtype),
         "dtype": str(dtype)[6:],
         STEP: step,
         PROCESSES: world,

@@ -48,7 +48,7 @@ class Encoder:
         positions = int(getattr(core and core.config, "max_position_embeddings", 0) or 0)
         if positions > 0 and (self.model.max_seq_length or positions) > positions:
             self.model.max_seq_length = positions
-        cpu_kernels.allow(cpu_kernels.choose(self.device, number))
+        cpu_kernels.use(self.device, number)
         with loading(f"the embedding model {folder.folder}", CURE):
             self.encode(["."])  # modules that do not fit each other show here
 

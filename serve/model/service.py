@@ -181,7 +181,7 @@ def open_service(settings: Model, limits: Limits, feedback: Path) -> Service:
     device = torch.device("cuda" if has_gpu() and torch.cuda.is_available() else "cpu")
     dtype = devices.choose_dtype(settings.dtype)
     cpu_kernels.settle(settings.kernels)
-    cpu_kernels.allow(cpu_kernels.choose(device, dtype))
+    cpu_kernels.use(device, dtype)
     both = checkpoint.is_adapter and settings.base_too
     weights = model.load(dtype, device, merge=not both).to(device)
     adapter = Adapter(weights) if both else None
