@@ -2,9 +2,9 @@
 # What a training log tells: overfitting, underfitting, catastrophic forgetting, each High, Medium or Low.
 #
 #   bash eval/diagnosis_monitoring.sh                                  the log of mnt/output_path
-#   bash eval/diagnosis_monitoring.sh /mnt/output_path/log.txt --explain
+#   bash eval/diagnosis_monitoring.sh mnt/output_path/log.txt --explain
 #   bash eval/diagnosis_monitoring.sh --log_path trainer_state.json --plot risks.png
-#   bash eval/diagnosis_monitoring.sh /mnt/output_path/log.txt --watch
+#   bash eval/diagnosis_monitoring.sh mnt/output_path/log.txt --watch
 #
 # Prints {"code": 0, "msg": "Monitoring Report", "data": {"current_risks": {...}, "recommendations": {...}}}. A setting
 # can be edited here, set in the environment or given as a flag; the log's path may also come first, without a flag.

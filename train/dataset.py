@@ -2,7 +2,7 @@
 
 The cache is three flat files that are memory-mapped, so a million conversations need no more memory than ten. They stay
 beside the `datasets` package because the collator asks for single rows: 5 µs each here, from a Dataset on disk 28 µs as
-lists and 102 µs as arrays (on the machine that the README's other figures are from).
+lists and 102 µs as arrays (on the machine that the figures of docs/speed.md are from).
 """
 
 import hashlib
