@@ -9,6 +9,8 @@
 # A setting can be edited here, set in the environment (TRAIN_TYPE=all bash chat_main.sh) or given as a flag; the flag wins.
 set -euo pipefail
 HERE=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)
+# shellcheck source=llmops/environment.sh
+source "$HERE/llmops/environment.sh"
 
 # --- settings: what ----------------------------------------------------------------------------------------------------
 SCENARIO="${SCENARIO:-general}"                  # what the data is: general: conversations; faq: questions with intents
@@ -81,9 +83,6 @@ MASTER_PORT="${MASTER_PORT:-}"     # its port; empty: a free one, or 29500 with 
 NO_SSH="${NO_SSH:-false}"          # start by hand on every machine instead of over ssh
 NODE_RANK="${NODE_RANK:-0}"        # with --no_ssh: which machine this is, from 0
 # --- end of settings ---------------------------------------------------------------------------------------------------
-
-# shellcheck source=llmops/environment.sh
-source "$HERE/llmops/environment.sh"
 
 DEMO=false
 read_settings "${BASH_SOURCE[0]}" "$@"

@@ -9,6 +9,8 @@
 # edited here, set in the environment or given as a flag.
 set -euo pipefail
 HERE=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
+# shellcheck source=llmops/environment.sh
+source "$HERE/llmops/environment.sh"
 
 # --- settings ----------------------------------------------------------------------------------------------------------
 DATA_FILE_PATH="${DATA_FILE_PATH:-}"                               # JSON array, JSON lines or csv; empty: our sample
@@ -26,8 +28,6 @@ SKIP_BAD_LINES="${SKIP_BAD_LINES:-false}"                          # drop and co
 TRUST_REMOTE_CODE="${TRUST_REMOTE_CODE:-false}"                    # run Python code that the model's folder ships
 # --- end of settings ---------------------------------------------------------------------------------------------------
 
-# shellcheck source=llmops/environment.sh
-source "$HERE/llmops/environment.sh"
 hand_to_platform similar "$@"
 read_settings "${BASH_SOURCE[0]}" "$@"
 : "${DATA_FILE_PATH:=$HERE/eval/eval_datasets/faq_similar/combine_data.json}"

@@ -9,6 +9,8 @@
 # as a flag. The benchmarks' own files go into MOUNT_PATH/datasets/eval (eval/README.md); without them small samples serve.
 set -euo pipefail
 HERE=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
+# shellcheck source=llmops/environment.sh
+source "$HERE/llmops/environment.sh"
 
 # --- settings ----------------------------------------------------------------------------------------------------------
 MOUNT_PATH="${MOUNT_PATH:-$HERE/mnt}"              # folder with output_path/ and datasets/eval/
@@ -20,8 +22,6 @@ OUTPUT_PATH="${OUTPUT_PATH:-}"                     # for eval_results.json, answ
 NUM_PROCESSES="${NUM_PROCESSES:-1}"                # processes that share the samples, one GPU each
 # --- end of settings ---------------------------------------------------------------------------------------------------
 
-# shellcheck source=llmops/environment.sh
-source "$HERE/llmops/environment.sh"
 hand_to_platform five "$@"
 read_settings "${BASH_SOURCE[0]}" "$@"
 : "${MODEL_NAME_OR_PATH:=$MOUNT_PATH/output_path}"

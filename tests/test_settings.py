@@ -112,6 +112,41 @@ def test_values_that_begin_with_a_dash_stay_values(tmp_path: Path) -> None:
     assert done.stdout.splitlines() == ["--question=--help me", "--seed=-5"]
 
 
+@pytest.mark.parametrize(
+    ("line", "variables", "flags", "expected"),
+    [
+        ('SEED="7"', {}, [], "7"),
+        ('SEED="7"', {"SEED": "8"}, [], "8"),
+        ('SEED="7"', {"SEED": "8"}, ["--seed", "9"], "9"),
+        ('SEED="7"', {"SEED": ""}, [], "7"),
+        ('SEED="${SEED:-7}"', {"SEED": "8"}, [], "8"),
+        ('SEED="a  b:-c"', {}, [], "a  b:-c"),
+    ],
+)
+def test_an_edited_line_does_not_hide_the_environment(
+    tmp_path: Path, line: str, variables: dict[str, str], flags: list[str], expected: str
+) -> None:
+    """What stands after :- is edited, but a line may as well be replaced by NAME="value"."""
+    script = tmp_path / "edited.sh"
+    script.write_text(
+        f"{SOURCE}\n# --- settings\n{line} # a number\n# --- end of settings\n"
+        'read_settings "$0" "$@"\nprintf %s "$SEED"\n',
+        encoding="utf-8",
+    )
+    done = subprocess.run(
+        ["bash", str(script), *flags], env=environment() | variables, capture_output=True, text=True, check=False
+    )
+    assert done.stdout == expected, done.stderr
+
+
+def test_blanks_around_the_equals_sign_are_named(tmp_path: Path) -> None:
+    script = tmp_path / "edited.sh"
+    script.write_text(f'{SOURCE}\n# --- settings\nSEED = "7"\n# --- end of settings\necho on\n', encoding="utf-8")
+    done = subprocess.run(["bash", str(script)], env=environment(), capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "edited.sh has 'SEED = ...': a setting is written without blanks around =" in done.stderr
+
+
 # --- the same words in every place: help (train/config.py), chat_main.sh, the tables of docs/settings -------------
 MAIN = (ROOT / "chat_main.sh").read_text(encoding="utf-8")
 OWN = "mount_path"  # to Config the folder that the console shows, to chat_main.sh where everything lies

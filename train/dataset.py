@@ -128,6 +128,10 @@ class TokenDataset:
         """Learned tokens of all samples."""
         return sum(int(self[i]["learned"].sum()) for i in range(len(self)))
 
+    def places(self) -> set[tuple[int, int]]:
+        """(number of the file, line or row in it) of every sample."""
+        return {divmod(place, 1 << FILE_BIT) for place in self.lines[self.indices].tolist()}
+
     def place(self, i: int) -> str:
         """Where a sample came from, in words."""
         file, number = divmod(int(self.lines[self.indices[i]]), 1 << FILE_BIT)
