@@ -17,6 +17,7 @@ DATA_FILE_PATH="${DATA_FILE_PATH:-}"                               # JSON array,
 MODEL_PATH="${MODEL_PATH:-}"                                       # embedding model's folder; empty: builtin:ngram (wording only)
 SIMILARITY_THRESHOLD="${SIMILARITY_THRESHOLD:-0.91}"               # questions this similar are compared by intent
 INTENT_SIMILARITY_THRESHOLD="${INTENT_SIMILARITY_THRESHOLD:-0.86}" # intents this similar probably mean the same
+OUTPUT_FILE="${OUTPUT_FILE:-}"                                     # write what is printed into this file, too; empty: none
 REPORT="${REPORT:-}"                                               # FILE.html, a page for people; empty: none
 PLOT="${PLOT:-}"                                                   # FILE.png, heat map of confused intents; empty: none
 CACHE_DIR="${CACHE_DIR:-}"                                         # for computed vectors; empty: ~/.cache/llmops/embeddings

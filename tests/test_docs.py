@@ -27,6 +27,12 @@ HEADING = re.compile(r"^(#+) (.*)$", re.MULTILINE)
 IMAGE = "llmops-deepspeed-backend"
 # variables that are no setting of the script that they stand before
 VARIABLES = {"PIP_NO_INDEX", "PIP_FIND_LINKS", "PROJECT", "MNT", "LLMOPS_TOKEN"}
+# what a command starts with its own environment
+STARTS = {
+    "faq/run_all.sh": ("faq/prepare.sh", "chat_main.sh", "faq/predict.sh", "faq/score.sh"),
+    "job/run.sh": ("chat_main.sh",),
+    "docs/jobs/slurm.sh": ("job/run.sh",),
+}
 # flags of other programs that the guides name: Docker, pip, git, vLLM, tensorboard, the libraries of peers
 ELSEWHERE = {
     "all", "build-arg", "cap-drop", "chat-template", "continuous-batching", "export", "generation-config", "gpus",
@@ -173,11 +179,10 @@ def check_command(words: list[str]) -> bool:
     script, *arguments = words[1:]
     assert (ROOT / script).is_file(), script
     flags = known(script)
+    started = STARTS.get(script, ())  # the environment reaches these, too
+    settings = flags.union(*(known(other) for other in started))
     for variable in set(variables) - VARIABLES:
-        of_jobs = known("job/run.sh") if script.startswith("docs/jobs") else frozenset()
-        of_training = known("chat_main.sh") if script.startswith(("faq/", "job/")) else frozenset()
-        mentioned = variable in text_of(script) and script.startswith(("bench/", "tests/"))
-        assert variable.lower() in flags | of_jobs | of_training or mentioned, f"{variable} before {script}"
+        assert variable.lower() in settings, f"{variable} before {script}"
     for position, word in enumerate(arguments):
         if word == "--":
             return check_command(["bash", "chat_main.sh", *arguments[position + 1 :]])
@@ -209,7 +214,7 @@ def test_every_flag_is_known(name: str) -> None:
             ours |= known(script)
     for script in ("eval/diagnosis_monitoring.py", "eval/evaluate_model_from_five_dimensions.py",
                    "eval/model_performance_evaluation.py", "eval/analyze_similar_questions_and_intents.py",
-                   "docs/compare_answers.py"):  # fmt: skip
+                   "docs/compare_answers.py", "train/finetune.py"):  # fmt: skip
         ours |= known(script)
     for span in SPAN.findall(prose(name)):
         for flag in re.findall(r"(?<![\w-])--([a-z][\w-]*)", span):
