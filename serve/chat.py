@@ -17,7 +17,7 @@ from llmops import cpu_kernels, devices
 from llmops.chat_formats import families
 from llmops.chat_model import ChatModel
 from llmops.checkpoints import Checkpoint
-from llmops.console import Parser, UserError, has_gpu, log, run_main, stdout_to_stderr, to_bool
+from llmops.console import Parser, UserError, check_packages, has_gpu, log, run_main, stdout_to_stderr, to_bool
 from llmops.files import write_stdout
 from llmops.records import Message
 
@@ -74,6 +74,7 @@ def open_talk(given: argparse.Namespace) -> Talk:
     checkpoint = Checkpoint(folder, given.mode, given.trust_remote_code)
     if not checkpoint.is_whole and not checkpoint.is_adapter:
         raise UserError(f"{folder} holds no model; train first, or pass --model_name_or_path with a checkpoint folder")
+    check_packages("torch", "transformers")
     cpu_kernels.settle(given.cpu_kernels)
     if not has_gpu():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")

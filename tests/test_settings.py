@@ -3,6 +3,7 @@
 import argparse
 import re
 import subprocess
+import sys
 from dataclasses import fields
 from pathlib import Path
 
@@ -227,3 +228,24 @@ def test_every_mode_is_named_where_modes_are_listed() -> None:
         line = re.search(r"^MODE=.*# (.*)$", script.read_text(encoding="utf-8"), re.MULTILINE)
         assert line
         assert names <= set(re.findall(r"[\w.]+", line[1])), script.name
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments"),
+    [
+        ("model_performance_evaluation.py", ["--model_name_or_path", "MODEL", "--dataset_path", "DATA"]),
+        ("evaluate_model_from_five_dimensions.py", ["MODEL", '["inference_ability"]']),
+        ("analyze_similar_questions_and_intents.py", ["--model_path", "builtin:ngram", "--data_file_path", "FAQ"]),
+    ],
+)
+def test_a_python_without_the_packages_is_told_of_the_script_that_finds_one(
+    tmp_path: Path, checkpoints: dict[str, Path], script: str, arguments: list[str]
+) -> None:
+    demo = ROOT / "train" / "demo_data" / "test.jsonl"
+    faq = ROOT / "eval" / "eval_datasets" / "faq_similar" / "combine_data.json"
+    paths = {"MODEL": str(checkpoints["llama"]), "DATA": str(demo), "FAQ": str(faq)}
+    command = [sys.executable, "-S", "-I", str(ROOT / "eval" / script), *(paths.get(word, word) for word in arguments)]
+    done = subprocess.run(command, env=environment(), cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 2, done.stderr
+    assert "run the .sh beside this command, which finds the Python that has it" in done.stderr
+    assert "Traceback" not in done.stderr
