@@ -16,8 +16,8 @@ from conftest import ROOT, Messages, environment, write_jsonl
 from eval import metrics, model_performance_evaluation
 from eval.engine import Engine, Settings
 from eval.model_performance_evaluation import read_metrics, read_samples
-from eval.processes import Processes
 from llmops.console import UserError
+from llmops.sharing import Processes
 
 SCRIPT = ROOT / "eval" / "model_performance_evaluation.py"
 ALL = "Acc,F1,BLEU,Rouge"
