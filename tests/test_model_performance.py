@@ -157,7 +157,7 @@ def test_killed_and_started_again(
 def test_several_processes_share_the_samples(
     capfd: pytest.CaptureFixture[str], checkpoints: dict[str, Path], data: Path, tmp_path: Path
 ) -> None:
-    """Two processes, as torchrun starts them: one JSON, all samples, the same answers as one process."""
+    """Two processes, as the launcher starts them: one JSON, all samples, the same answers as one process."""
     arguments = (
         "--model_name_or_path", str(checkpoints["llama"]), "--dataset_path", str(data), "--evaluation_metrics", ALL,
         "--max_new_tokens", "4",

@@ -71,6 +71,7 @@ class Machine:
             "LOCAL_SIZE": str(len(devices)), "CROSS_RANK": str(self.number), "CROSS_SIZE": str(len(sizes)),
             "LLMOPS_MACHINE": self.name, "LLMOPS_LAUNCHER_PID": str(os.getpid()),
             "LLMOPS_LAUNCHER_HOST": socket.gethostname(), VISIBLE: ",".join(devices),
+            "TORCH_CPP_LOG_LEVEL": os.environ.get("TORCH_CPP_LOG_LEVEL", "ERROR"),  # not of names
         }  # fmt: skip
         if plan.on_cpu:
             shared |= {VISIBLE: "-1", "DS_ACCELERATOR": "cpu"}

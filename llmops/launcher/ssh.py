@@ -82,7 +82,8 @@ class Remote:
             text = line.decode("utf-8", "replace").rstrip("\r\n")
             self.said = [*self.said[-9:], text]
             if self.begun:
-                log(self.prefix + text if text else "")
+                named = not text or text.startswith(self.prefix)  # messages of the log begin with the machine
+                log(text if named else self.prefix + text)
 
     def send(self, line: bytes) -> None:
         """Tell the machine; one that is gone hears nothing."""
@@ -153,7 +154,8 @@ class Led:
             more = " and more" if len(problems) > 3 else ""
             raise UserError("; ".join(problems[:3]) + more)
         plan = replace(self.plan, address=self.plan.address or self._address(), variables=exported(self.plan.folder))
-        log(f"{len(names)} machines are ready: {', '.join(names)}; they meet at {plan.address}:{plan.port}")
+        ready = f"{len(names)} machines are ready" if len(names) > 1 else "ready"
+        log(f"{ready}: {', '.join(names)}; they meet at {plan.address}:{plan.port}")
         for number, machine in enumerate(self.machines):
             machine.begun = True
             machine.send(plan.to_line(number))

@@ -67,6 +67,11 @@ class Running:
         """What it has said until now."""
         return self.said.read_text(encoding="utf-8", errors="replace")
 
+    @property
+    def stdout(self) -> str:
+        """What it has printed."""
+        return self.said.with_suffix(".out").read_text(encoding="utf-8")
+
     def signal(self, number: int) -> None:
         """Send a signal to the command itself, which nsenter has started."""
         psutil.Process(self.process.pid).children()[0].send_signal(number)
@@ -126,10 +131,10 @@ class Host:
     def start(self, said: Path, command: Sequence[str], **variables: str) -> Running:
         """Start a command inside, in the project's folder."""
         moved = ["sh", "-c", f'cd "{ROOT}" && exec "$@"', "sh"]
-        with open(said, "wb") as stream:
+        with open(said, "wb") as errors, open(said.with_suffix(".out"), "wb") as answers:
             process = subprocess.Popen(
                 [*self.enter(), "--", *moved, *command], env=environment() | variables, stdin=subprocess.DEVNULL,
-                stdout=stream, stderr=stream,
+                stdout=answers, stderr=errors,
             )  # fmt: skip
         self.stack.callback(end, process)
         return Running(process, said)

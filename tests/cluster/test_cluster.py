@@ -1,5 +1,6 @@
 """A cluster of three hosts over their own network: how runs over them begin, are asked to end, lose a host, go on."""
 
+import json
 import signal
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -9,7 +10,9 @@ from pathlib import Path
 import pytest
 from conftest import DEMO, FAST, ROOT, chat_main, read_messages, train_losses, write_jsonl
 from hosts import Host, Running, build, wait_until, why_not
+from serve_adapter import write_adapter
 
+from llmops import tiny
 from train import checkpointing
 
 WHY_NOT = why_not()
@@ -25,6 +28,7 @@ class Cluster:
 
     hosts: list[Host]
     folder: Path
+    model: Path
     common: list[str]
     started: int = field(default=0)
 
@@ -34,11 +38,14 @@ class Cluster:
         path.write_text(text, encoding="utf-8")
         return path
 
-    def train(self, output: str, *more: str, host: int = 0, **variables: str) -> Running:
-        """Type the command on a host."""
+    def run(self, script: str, *arguments: str, host: int = 0) -> Running:
+        """Type a command on a host."""
         self.started += 1
-        command = ["bash", str(ROOT / "chat_main.sh"), *self.common, "--output_path", str(self.folder / output), *more]
-        return self.hosts[host].start(self.folder / f"said{self.started}", command, **variables)
+        return self.hosts[host].start(self.folder / f"said{self.started}", ["bash", str(ROOT / script), *arguments])
+
+    def train(self, output: str, *more: str, host: int = 0) -> Running:
+        """Train on a host."""
+        return self.run("chat_main.sh", *self.common, "--output_path", str(self.folder / output), *more, host=host)
 
     def losses(self, output: str) -> list[float]:
         """The training losses of a run."""
@@ -47,16 +54,18 @@ class Cluster:
 
 @pytest.fixture(scope="module")
 def cluster(
-    tmp_path_factory: pytest.TempPathFactory, checkpoints: dict[str, Path], conversations: list[list[dict[str, str]]]
+    tmp_path_factory: pytest.TempPathFactory, conversations: list[list[dict[str, str]]]
 ) -> Iterator[Cluster]:
     """The hosts, gone when the tests are over, however they end."""
     folder = tmp_path_factory.mktemp("cluster")
     write_jsonl(folder / "mnt" / "datasets" / "train.jsonl", conversations[:24])
     write_jsonl(folder / "mnt" / "datasets" / "test.jsonl", read_messages(DEMO / "test.jsonl")[:8])
     (folder / "hosts").mkdir()
-    common = ["--mount_path", str(folder / "mnt"), "--model_name_or_path", str(checkpoints["llama"]), *FAST, *SAME]
+    texts = [message["content"] for messages in conversations for message in messages]
+    model = tiny.write_checkpoint(folder / "model", texts, "llama", vocab_size=900, hidden=32, layers=2, heads=4)
+    common = ["--mount_path", str(folder / "mnt"), "--model_name_or_path", str(model), *FAST, *SAME]
     with ExitStack() as stack:
-        yield Cluster(build(folder / "hosts", 3, stack), folder, common)
+        yield Cluster(build(folder / "hosts", 3, stack), folder, model, common)
 
 
 @pytest.fixture(scope="module")
@@ -194,3 +203,58 @@ def test_a_host_without(cluster: Cluster, hidden: str, phrase: str) -> None:
         host.inside("umount", str(place))
     assert phrase.format(root=ROOT) in run.stderr
     assert not (cluster.folder / "without").exists()
+
+
+def kept_keys(output: Path) -> list[str]:
+    """The keys of the predictions that processes have kept beside an output file."""
+    lines = [
+        line for part in output.parent.glob(f".{output.name}.process*.jsonl") for line in part.read_text().splitlines()
+    ]
+    return [json.loads(line)["key"] for line in lines if line.endswith("}")]
+
+
+def test_predictions_over_hosts(cluster: Cluster) -> None:
+    """One of three hosts loses its process; the others go on, and no question is asked twice."""
+    tuned = write_adapter(cluster.model, cluster.folder / "adapter")
+    questions, output, count = cluster.folder / "questions.csv", cluster.folder / "predictions.jsonl", 900
+    rows = [f"第{number}个订单的物流到哪了" for number in range(count)]
+    questions.write_text("\n".join(["question", *rows, ""]), encoding="utf-8")
+    common = ["--model_name_or_path", str(tuned), "--input_file", str(questions), "--batch_size", "1"]
+    common += ["--reuse_prefix", "false"]
+    over = ["--output_file", str(output), "--hostfile", str(cluster.hostfile(THREE))]
+    alone = cluster.run("faq/predict.sh", *common)
+    assert alone.wait() == 0, alone.stderr[-3000:]
+
+    run = cluster.run("faq/predict.sh", *common, *over)
+    wait_until(lambda: len(kept_keys(output)) > 30 or run.process.poll() is not None, "some predictions")
+    cluster.hosts[1].running("predict.py")[0].kill()
+    assert run.wait(60) == 1, run.stderr[-3000:]
+    assert "worker-2: stopped: process 0 of worker-2 was ended by SIGKILL" in run.stderr
+    assert "the run on worker-2 has ended; the answers until then are kept" in run.stderr, run.stderr[-3000:]
+    assert "Traceback" not in run.stderr
+    kept = kept_keys(output)
+    assert not output.exists()
+    assert 30 < len(kept) == len(set(kept)) < count
+
+    run = cluster.run("faq/predict.sh", *common, *over, "--exclude_hosts", "worker-2")
+    assert run.wait() == 0, run.stderr[-3000:]
+    assert f"{len(kept)} of {count} predictions are beside {output} already" in run.stderr
+    assert f"\n{count - len(kept)} questions in" in run.stderr
+    assert output.read_text(encoding="utf-8") == alone.stdout
+    assert kept_keys(output) == []
+
+
+def test_evaluations_over_hosts(cluster: Cluster) -> None:
+    hostfile = ["--hostfile", str(cluster.hostfile(TWO))]
+    data = str(cluster.folder / "mnt" / "datasets" / "test.jsonl")
+    for script, arguments in (
+        ("eval/model_performance_evaluation.sh", ["--dataset_path", data, "--max_new_tokens", "4"]),
+        ("eval/evaluate_model_from_five_dimensions.sh", ["--additional_parameters", '{"limit": 6}']),
+    ):
+        asked = ["--model_name_or_path", str(cluster.model), *arguments, "--output_path"]
+        name = Path(script).stem
+        runs = [cluster.run(script, *asked, str(cluster.folder / f"{name}.{n}"), *hostfile[: 2 * n]) for n in (0, 1)]
+        assert [run.wait() for run in runs] == [0, 0], [run.stderr[-2000:] for run in runs]
+        assert json.loads(runs[0].stdout) == json.loads(runs[1].stdout)
+        report = json.loads((cluster.folder / f"{name}.1" / "eval_results.json").read_text(encoding="utf-8"))
+        assert report["processes"] == 2
