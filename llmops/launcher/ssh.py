@@ -28,7 +28,8 @@ from llmops.processes import die_with_parent
 ROOT = Path(__file__).resolve().parents[2]
 OPTIONS = ("BatchMode=yes", "ConnectTimeout=10", "ServerAliveInterval=10", "ServerAliveCountMax=4")
 TO_ANSWER = 60  # seconds for a machine to say that it is ready
-TO_END = 45  # seconds for the others when one has ended in failure: they find that out within llmops.peers.SILENCE
+TO_END = 15  # seconds for the others when one has ended in failure: they hear of it, unless they still wait for it
+TO_NOTICE = 45  # and when the connection to one broke: they find that out within llmops.peers.SILENCE
 LAST = 15  # seconds from there until what still runs is left
 SSH_FAILED, NO_PROJECT, NO_PYTHON = 255, 101, 102
 EXPORTED = ("NCCL_", "UCX_", "GLOO_", "TORCH_", "PYTHON", "HF_", "MLFLOW_", "SWANLAB_", "TRACKIO_", "WANDB_")
@@ -171,15 +172,15 @@ class Led:
 
     def _wait(self) -> int:
         codes: dict[str, int] = {}
-        failed = told = 0.0
+        due = told = 0.0
         while len(codes) < len(self.machines):
             for machine in self.machines:
                 code = machine.process.poll()
                 if machine.name not in codes and code is not None:
                     codes[machine.name] = code
-                    failed = failed or (time.monotonic() if code else 0.0)
-            since = time.monotonic() - failed if failed else 0.0
-            if since > TO_END and not told:
+                    if code and not due:
+                        due = time.monotonic() + (TO_NOTICE if code == SSH_FAILED else TO_END)
+            if due and time.monotonic() > due and not told:
                 told = time.monotonic()
                 for machine in self.machines:
                     machine.leave()

@@ -205,6 +205,19 @@ def test_a_host_without(cluster: Cluster, hidden: str, phrase: str) -> None:
     assert not (cluster.folder / "without").exists()
 
 
+def test_a_host_without_the_data(cluster: Cluster) -> None:
+    """Its process says so, and the others do not wait for it."""
+    host, place = cluster.hosts[1], str(cluster.folder / "mnt" / "datasets")
+    host.inside("mount", "-t", "tmpfs", "none", place)
+    try:
+        run = cluster.train("blind", "--hostfile", str(cluster.hostfile(TWO)))
+        assert run.wait(60) == 2, run.stderr[-3000:]
+    finally:
+        host.inside("umount", place)
+    assert f"worker-2: error: the training data {place}/train.jsonl does not exist" in run.stderr, run.stderr[-3000:]
+    wait_until(lambda: not cluster.hosts[0].running("finetune.py"), "the end of the other process")
+
+
 def kept_keys(output: Path) -> list[str]:
     """The keys of the predictions that processes have kept beside an output file."""
     lines = [
