@@ -6,7 +6,6 @@ answered with those, and what is too unsure is 不符合, by a threshold from cr
 """
 
 import time
-import warnings
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,15 +15,13 @@ from typing import TYPE_CHECKING, Any
 from llmops import files
 from llmops.console import UserError, log
 from llmops.faq_catalog import Catalog
+from llmops.faq_linear import fit, out_of_fold, too_large
 from llmops.faq_records import read_faq
 from llmops.faq_retrieval import Features, nearest
 
 if TYPE_CHECKING:
     import numpy as np
 
-FOLDS = 5
-STRENGTH = 30.0  # inverse regularisation C of the logistic regression, for features of length 1
-LARGEST_FIT = 5e10  # questions x features x intents; all of banking77 have 1e9
 ALL = -2.0  # a threshold below every cosine and probability
 
 
@@ -91,7 +88,7 @@ class Classifiers:
         self.classes = sorted({asked.intent for asked in self.own})
         place = {intent: k for k, intent in enumerate(self.classes)}
         self.labels = np.array([place[asked.intent] for asked in self.own])
-        self.vectors = features.vectors(self.texts)
+        self.vectors = features.known(self.texts)
         self.names = features.vectors([intent.replace("_", " ") for intent in self.classes])
         self.inputs = features.joined(self.texts, self.vectors, self.names)
 
@@ -102,35 +99,15 @@ class Classifiers:
     @property
     def too_large(self) -> bool:
         """Whether a linear classifier would take hours."""
-        return self.inputs.size * len(self.classes) > LARGEST_FIT
+        return too_large(self.inputs, len(self.classes))
 
-    def fit(self, rows: "np.ndarray | None" = None) -> Any:
-        """A logistic regression on these training questions (all)."""
-        from sklearn.exceptions import ConvergenceWarning
-        from sklearn.linear_model import LogisticRegression
-
-        chosen = slice(None) if rows is None else rows
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", ConvergenceWarning)  # what a hundred steps leave open changes no answer
-            return LogisticRegression(C=STRENGTH).fit(self.inputs[chosen], self.labels[chosen])
+    def fit(self) -> Any:
+        """A logistic regression on the training questions."""
+        return fit(self.inputs, self.labels)
 
     def out_of_fold(self) -> "np.ndarray":
         """Probabilities (n, classes) of every training question by classifiers that did not see it."""
-        import numpy as np
-        from sklearn.model_selection import StratifiedKFold
-
-        found = np.zeros((len(self.labels), len(self.classes)), np.float32)
-        folds = min(FOLDS, int(np.bincount(self.labels).max()))
-        if folds < 2 or self.too_large:  # one question an intent
-            return found
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # an intent with fewer questions than folds
-            parts = list(StratifiedKFold(folds, shuffle=True, random_state=0).split(self.inputs, self.labels))
-        for seen, unseen in parts:
-            if len(np.unique(self.labels[seen])) > 1:
-                model = self.fit(seen)
-                found[np.ix_(unseen, model.classes_)] = model.predict_proba(self.inputs[unseen])
-        return found
+        return out_of_fold(self.inputs, self.labels, len(self.classes))
 
     def threshold(self, values: "np.ndarray") -> float:
         """The value under which 不符合 is the better answer; `values` (n, classes) are those of `out_of_fold`."""

@@ -1,7 +1,7 @@
 """The tuned model and the linear classifier as one: their log probabilities, weighted and added (a conditional logit).
 
-The model's predictions name its best answer and the runner-up; what is left of its probability is shared evenly by the
-other candidates. Two weights are fitted on one half of the questions and judged on the other, both ways.
+Where a row has the probabilities of all its candidates they count; else what best answer and runner-up leave is shared
+evenly by the others. Two weights are fitted on one half of the questions and judged on the other, both ways.
 """
 
 from collections.abc import Sequence
@@ -22,9 +22,11 @@ def log_of_model(rows: Sequence[dict[str, Any]], classes: Sequence[str]) -> "np.
     place = {intent: k for k, intent in enumerate(classes)}
     found = np.empty((len(rows), len(classes)))
     for i, row in enumerate(rows):
-        named = [(row.get("proposed", row["intent"]), row["probability"])]
-        if row.get("runner_up"):
-            named.append((row["runner_up"]["intent"], row["runner_up"]["probability"]))
+        named = [*row.get("probabilities", {}).items()]
+        if not named:
+            named = [(row.get("proposed", row["intent"]), row["probability"])]
+            if row.get("runner_up"):
+                named.append((row["runner_up"]["intent"], row["runner_up"]["probability"]))
         left = 1 - sum(probability for _, probability in named)
         found[i] = max(FLOOR, left / max(1, len(classes) - len(named)))
         for intent, probability in named:

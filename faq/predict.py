@@ -204,9 +204,11 @@ def predict(
         trees = {v: Tree(found) for v, found in tokens.items()}
         check_length(prompts, queries, max(len(ids) for found in tokens.values() for ids in found), length)
         answers = {v: catalog.answers(v) for v in variants}
-        for i, choice in generator.choose(prompts, [trees[query.variant] for query in queries]):
+        best = catalog.retrieval.get("candidates", 1) + 1  # of a found list all, for --join
+        for i, choice in generator.choose(prompts, [trees[query.variant] for query in queries], max(2, best)):
             named = [(answers[queries[i].variant][k], p) for k, p in choice.ranked]
-            yield i, top_prediction(catalog, named)
+            shares = {"probabilities": {name: round(p, 6) for name, p in named}} if catalog.retrieval else {}
+            yield i, top_prediction(catalog, named) | shares
         return
     limit = config.max_new_tokens or chat.family.generation["max_new_tokens"]
     check_length(prompts, queries, limit, length)

@@ -95,8 +95,12 @@ def read_predictions(path: Path) -> list[dict[str, Any]]:
         probability = row.get("probability", 0.0)
         if not isinstance(probability, int | float) or not 0 <= probability <= 1:
             raise UserError(f"{path}:{number}: 'probability' is {files.shown(probability)}, expected 0 to 1")
-        if not isinstance(row.get("question", ""), str) or not is_runner_up(row.get("runner_up")):
-            raise UserError(f"{path}:{number}: expected a prediction of faq/predict.sh, its question and runner_up")
+        shares = row.get("probabilities", {})
+        good = isinstance(shares, dict) and all(type(p) in (int, float) and 0 <= p <= 1 for p in shares.values())
+        if not isinstance(row.get("question", ""), str) or not is_runner_up(row.get("runner_up")) or not good:
+            raise UserError(
+                f"{path}:{number}: expected a prediction of faq/predict.sh, its question, runner_up and probabilities"
+            )
         found.append(row)
     if not found:
         raise UserError(f"{path} is empty; expected predictions of faq/predict.sh")

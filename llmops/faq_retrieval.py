@@ -1,17 +1,22 @@
 """Which intents are worth listing for a question: the K most similar ones, by their names and training questions.
 
 With thousands of intents the whole list fits no prompt. Similarity is the cosine with the nearest of an intent's texts,
-by an embedding model or by character n-grams. The list is in the order of the intents: where lists agree, prompts begin
+by an embedding model or by character n-grams; where it helps, the log probability of a linear classifier on the same
+questions is added. The list is in the order of the intents: where lists agree, prompts begin
 alike. A candidate may be shown with the training questions of its own that are most similar to the one asked; then no
 two prompts agree, and the list begins with the most similar intent, so that its place tells what the embedding knows.
 """
 
 from collections.abc import Mapping, Sequence
+from copy import copy
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from llmops.console import stdout_to_stderr
-from llmops.faq_catalog import BY_NUMBER, BY_SIMILARITY, Catalog
+from llmops.embedding.ngrams import DIMENSION
+from llmops.faq_catalog import BY_NUMBER, BY_SIMILARITY, COSINE, JOINT, Catalog
+from llmops.faq_linear import fit, out_of_fold
 
 if TYPE_CHECKING:
     import numpy as np
@@ -21,6 +26,9 @@ if TYPE_CHECKING:
 
 NGRAM_WEIGHT = 0.5  # of n-grams beside an embedding's vectors: wording helps where meanings are near
 NAME_WEIGHT = 0.3  # of the cosines with intents' names; both tried on banking77, where they add 0.7 points
+LINEAR_WEIGHT = 0.1  # of log probabilities beside cosines; 0.05 to 0.5 serve alike on banking77's training questions
+FLOOR = 1e-6  # the least probability that counts
+LARGEST_RANKED = 1e9  # questions x features x intents that are fitted at every start, in about 10 s
 COMPARED_AT_ONCE = 512  # questions that are compared with every known one together
 ROWS_AT_ONCE = 4096  # questions
 
@@ -36,6 +44,7 @@ class Features:
     """Texts to rows of features of length 1: the embedding with n-grams beside it, or n-grams alone."""
 
     def __init__(self, model: "ModelFolder | None", device: str = "cpu") -> None:
+        self.model = model
         self.encoder = load_encoder(model, device) if model else None
         self.name = f"embeddings of {model.folder.name}" if model else "character n-grams"
 
@@ -44,6 +53,16 @@ class Features:
         from llmops.embedding.ngrams import ngram_vectors
 
         return self.encoder.encode(texts) if self.encoder else ngram_vectors(texts)
+
+    def known(self, texts: Sequence[str]) -> "np.ndarray":
+        """The same of texts that are asked for at every start: kept in the cache of embeddings."""
+        from llmops.embedding.cache import Cache, default_cache, embed
+
+        if not self.model:
+            return self.vectors(texts)
+        assert self.encoder is not None
+        encoder = self.encoder
+        return embed(texts, Cache(default_cache(), self.model, "fp32", must_work=False), lambda: encoder)
 
     def joined(self, texts: Sequence[str], vectors: "np.ndarray", names: "np.ndarray") -> "np.ndarray":
         """What the linear classifier reads (n, e).
@@ -80,9 +99,12 @@ def nearest(vectors: "np.ndarray", known: "np.ndarray", labels: "np.ndarray", ow
 
 
 class Retriever:
-    """The texts of every intent as vectors. `examples`: training questions by intent, in the order of the prompt."""
+    """The texts of every intent as vectors. `examples`: training questions by intent, in the order of the prompt.
 
-    def __init__(self, examples: Mapping[str, Sequence[str]], embedding_model: str) -> None:
+    `ranked_by`: COSINE, or JOINT with a linear classifier on these questions.
+    """
+
+    def __init__(self, examples: Mapping[str, Sequence[str]], embedding_model: str, ranked_by: str = COSINE) -> None:
         import numpy as np
 
         from llmops.embedding.folder import read_folder
@@ -99,20 +121,67 @@ class Retriever:
         self.starts.append(len(self.texts))
         self.place = {text: row for row, text in enumerate(self.texts)}
         self.labels = np.array(labels)
-        self.known = self.features.vectors(self.texts)
+        self.known = self.features.known(self.texts)
+        self.questions = np.setdiff1d(np.arange(len(self.texts)), self.starts)  # rows that are no names
+        self.linear: Any = None
+        if ranked_by == JOINT:
+            self._fit()
 
-    def ranked(
-        self, questions: Sequence[str], vectors: "np.ndarray", count: int, itself: bool = True
-    ) -> "list[list[int]]":
-        """Numbers of the `count` most similar intents of each question, the most similar first; `vectors` (n, d).
+    def _fit(self) -> None:
+        self.linear = fit(self._inputs, self.labels[self.questions])
 
-        `itself` False: a question that is one of the compared texts is not compared with itself.
+    def with_linear(self) -> "Retriever":
+        """The same, ranking with a linear classifier's help."""
+        other = copy(self)
+        other._fit()
+        return other
+
+    @cached_property
+    def _inputs(self) -> "np.ndarray":
+        """What the linear classifier reads of the intents' questions (n, e)."""
+        texts = [self.texts[row] for row in self.questions]
+        return self.features.joined(texts, self.known[self.questions], self.known[self.starts[:-1]])
+
+    @property
+    def can_join(self) -> bool:
+        """Whether a linear classifier can be fitted to these questions at every start."""
+        count = len(self.questions)
+        width = len(self.known[0]) + (self.features.encoder is not None) * (DIMENSION + len(self.intents))
+        return count >= 2 * len(self.intents) and count * width * len(self.intents) <= LARGEST_RANKED
+
+    def scores(self, questions: Sequence[str], vectors: "np.ndarray", itself: bool = True) -> "np.ndarray":
+        """How similar each intent is to each question (n, intents), by its vector (n, d).
+
+        `itself` False: a question that is one of the compared texts is not compared with itself, and judged by a
+        classifier that did not see it.
         """
         import numpy as np
 
         own = [] if itself else [self.place.get(text, -1) for text in questions]
-        cosines = nearest(vectors, self.known, self.labels, own)
-        return np.argsort(-cosines, axis=1, kind="stable")[:, :count].tolist()
+        found = nearest(vectors, self.known, self.labels, own)
+        if self.linear is None:
+            return found
+        inputs = self.features.joined(questions, vectors, self.known[self.starts[:-1]])
+        logs = np.full(found.shape, np.log(FLOOR), np.float32)
+        logs[:, self.linear.classes_] = np.log(np.maximum(FLOOR, self.linear.predict_proba(inputs)))
+        if not itself:
+            seen = {row: k for k, row in enumerate(self.questions.tolist())}
+            rows = [(k, seen[place]) for k, place in enumerate(own) if place in seen]
+            if rows:
+                at, theirs = (np.array(side) for side in zip(*rows, strict=True))
+                logs[at] = np.log(np.maximum(FLOOR, self._unseen[theirs]))
+        return found + LINEAR_WEIGHT * logs
+
+    @cached_property
+    def _unseen(self) -> "np.ndarray":
+        """Probabilities (n, intents) of the intents' questions by classifiers that did not see them."""
+        return out_of_fold(self._inputs, self.labels[self.questions], len(self.intents))
+
+    def ranked(
+        self, questions: Sequence[str], vectors: "np.ndarray", count: int, itself: bool = True
+    ) -> "list[list[int]]":
+        """Numbers of the `count` most similar intents of each question, the most similar first; see `scores`."""
+        return (-self.scores(questions, vectors, itself)).argsort(axis=1, kind="stable")[:, :count].tolist()
 
     def similar(self, vector: "np.ndarray", question: str, number: int, count: int) -> tuple[str, ...]:
         """The `count` questions of an intent that are most similar to this one, the most similar first; not itself."""
@@ -140,7 +209,7 @@ def retriever_of(catalog: Catalog, embedding_model: str = "") -> Retriever:
     if not how["embedding_model"]:
         folder = ""  # they were found by n-grams
     with stdout_to_stderr():
-        return Retriever(how["examples"], folder)
+        return Retriever(how["examples"], folder, how.get("ranked_by", COSINE))
 
 
 def candidates_of(

@@ -22,6 +22,8 @@ if SIDE_BY_SIDE:  # each test on a core of its own
 LONGEST = ("test_finetune.py", "test_demo.py", "test_generation.py", "test_faq.py", "test_faq_guide.py")  # start first
 MODULES_CACHE = tempfile.TemporaryDirectory(prefix="llmops-modules.")  # code of test checkpoints is not kept
 os.environ["HF_MODULES_CACHE"] = MODULES_CACHE.name
+VECTORS_CACHE = tempfile.TemporaryDirectory(prefix="llmops-cache.")  # nor are their vectors
+os.environ["XDG_CACHE_HOME"] = VECTORS_CACHE.name
 
 from llmops import tiny
 

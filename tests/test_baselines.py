@@ -12,6 +12,7 @@ from faq import baselines, coverage, predict, score
 from faq.advice import advise
 from faq.baselines import ALL, Asked, Classifiers, Features, best_cut, read_asked
 from faq.joined import join
+from llmops import faq_linear
 from llmops.embedding.ngrams import ngram_vectors
 from llmops.faq_catalog import Catalog, load_catalog, wording_of
 
@@ -283,7 +284,7 @@ def test_two_classifiers_that_know_different_things_are_better_together() -> Non
 
 
 def test_too_much_for_a_linear_classifier(fitted: Classifiers, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(baselines, "LARGEST_FIT", 1)
+    monkeypatch.setattr(faq_linear, "LARGEST_FIT", 1)
     found = baselines.compare(fitted, fitted.out_of_fold(), [Asked("怎么退款", "退款")])
     assert [baseline.name for baseline in found] == ["nearest neighbour", "most frequent intent"]
     assert found[0].rows[0]["intent"] == "退款"

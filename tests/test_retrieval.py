@@ -4,14 +4,18 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from conftest import write_jsonl
+from sklearn.linear_model import LogisticRegression
+from sklearn.model_selection import StratifiedKFold
 
 from faq import predict, prepare
 from faq.retrieval import lists_of
 from llmops.embedding.ngrams import ngram_vectors
-from llmops.faq_catalog import load_catalog
-from llmops.faq_retrieval import candidates_of, retriever_of
+from llmops.faq_catalog import COSINE, JOINT, load_catalog
+from llmops.faq_linear import FOLDS, STRENGTH
+from llmops.faq_retrieval import LINEAR_WEIGHT, Retriever, candidates_of, retriever_of
 
 THINGS = ["退款", "物流", "发票", "密码", "优惠券", "地址", "积分", "会员", "安装", "维修"]
 ACTS = ["怎么办理{}", "{}要多久", "取消{}", "{}在哪里看"]
@@ -106,6 +110,57 @@ def test_candidates_are_shown_with_their_most_similar_questions(
     found = candidates_of(catalog, [row["question"] for row in test], retriever_of(catalog))
     for row, (variant, shown) in zip(test, found, strict=True):
         assert catalog.prompt(row["question"], variant, shown) == row["messages"][:1]
+
+
+def test_a_linear_classifier_helps_to_find_candidates(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Against scikit-learn called here: log probabilities beside cosines; unseen ones of known questions."""
+    examples = {intent: [form.format(intent) for form in FORMS] for intent in INTENTS[:6]}
+    plain, both = Retriever(examples, ""), Retriever(examples, "", JOINT)
+    texts = [text for questions in examples.values() for text in questions]
+    labels = np.repeat(np.arange(6), len(FORMS))
+    asked = ["退款多久能到", texts[8]]
+    vectors = ngram_vectors(asked)
+    model = LogisticRegression(C=STRENGTH).fit(ngram_vectors(texts), labels)
+    logs = model.predict_log_proba(vectors)
+    assert np.allclose(both.scores(asked, vectors), plain.scores(asked, vectors) + LINEAR_WEIGHT * logs, atol=1e-5)
+    alone = plain.scores(asked, vectors, itself=False)
+    assert alone[1].max() < 0.999  # not compared with itself
+    folds = StratifiedKFold(FOLDS, shuffle=True, random_state=0).split(texts, labels)
+    seen = next(seen for seen, unseen in folds if 8 in unseen)
+    unseen = LogisticRegression(C=STRENGTH).fit(ngram_vectors([texts[k] for k in seen]), labels[seen])
+    logs[1] = unseen.predict_log_proba(vectors[1:])[0]
+    assert np.allclose(both.scores(asked, vectors, itself=False), alone + LINEAR_WEIGHT * logs, atol=1e-5)
+
+
+def test_the_better_ranking_is_chosen_and_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Wording that crosses intents: the nearest question belongs to another intent, and one word tells them apart."""
+    words = {"refund": "退", "invoice": "票", "address": "址"}
+    rows = [
+        {"question": f"{form}{word}{form[::-1]}", "intent": intent}
+        for form in ("请问一下怎么办", "麻烦帮我看看", "这个可以吗呢", "我想要了解下", "急急急快一点", "你好在吗客服")
+        for intent, word in words.items()
+    ]
+    train, _ = prepared(tmp_path, rows, "--candidates", "2", "--test_ratio", "0.2")
+    said = capsys.readouterr().err
+    catalog = load_catalog(tmp_path / "out" / "intents.json")
+    assert catalog.retrieval["ranked_by"] == JOINT
+    assert "candidates are found by similarity and a linear classifier" in said
+    examples = catalog.retrieval["examples"]
+    ranks = {}
+    for kind in (COSINE, JOINT):
+        retriever = Retriever(examples, "", kind)
+        found = [
+            retriever.ranked([text], ngram_vectors([text]), 2, itself=False)[0]
+            for questions in examples.values()
+            for text in questions
+        ]
+        truth = [k for k, questions in enumerate(examples.values()) for _ in questions]
+        ranks[kind] = np.mean([1 / (f.index(t) + 1) if t in f else 0 for t, f in zip(truth, found, strict=True)])
+    assert f"mean reciprocal rank {ranks[JOINT]:.3f} on training questions, otherwise {ranks[COSINE]:.3f}" in said
+    # what was kept finds the same lists again
+    asked = [row["question"] for row in train[:4]]
+    assert retriever_of(catalog).linear is not None
+    assert [k for k, _ in candidates_of(catalog, asked, retriever_of(catalog))]
 
 
 def test_lists_by_hand() -> None:
