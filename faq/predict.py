@@ -291,7 +291,7 @@ def run(config: Config, processes: Processes) -> list[dict[str, Any]]:
     # 1. what is asked
     catalog = load_catalog(check(config))
     queries = read_queries(config, catalog)
-    classifiers = read_classifiers(config, catalog)
+    classifiers = read_classifiers(config, catalog) if processes.first else None
     # 2. from here on the heavy libraries
     if not has_gpu():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
