@@ -1,8 +1,8 @@
 """Machines that share a run notice when one of them is gone, or the network to it.
 
-gloo and NCCL wait for a peer that fell silent for as long as a collective may take, which is hours. Here each machine
+gloo and NCCL wait for a peer that fell silent for as long as a collective may take, which is hours. Here each process
 holds a connection to the first one, and the kernels ask each other whether they are still there (TCP keepalive), so a
-process that computes, waits or is stopped is never taken for a dead one. The first machine tells the others.
+process that computes, waits or is stopped is never taken for a dead one. The first process tells the others.
 """
 
 import hmac
@@ -57,7 +57,8 @@ class Peers:
     def __init__(self, remains: str, grace: float = GRACE) -> None:
         self.remains, self.grace = remains, grace
         self.name = os.environ.get("LLMOPS_MACHINE", socket.gethostname())
-        self.machines: list[socket.socket] = []  # at the first: connections to the others; there: to the first
+        self.speaks = os.environ.get("LOCAL_RANK", "0") == "0"
+        self.connections: list[socket.socket] = []  # at the first: to the others; there: to the first
         self.lost = ""  # the sentence, when a machine is lost
         self.known, self.over = threading.Event(), threading.Event()
         self.lock = threading.Lock()
@@ -67,7 +68,7 @@ class Peers:
         return self
 
     def begin(self) -> None:
-        """Connect the machines; called by every process when the process group is there."""
+        """Connect the processes; called by each of them when the process group is there."""
         if int(os.environ.get("CROSS_SIZE", "1")) < 2:
             return
         import torch.distributed as dist
@@ -81,11 +82,11 @@ class Peers:
         self.watching = True
         if first:
             self._in_thread(self._accept, server, place[1])
-        elif os.environ.get("LOCAL_RANK") == "0":
+        else:
             connection = socket.create_connection((os.environ["MASTER_ADDR"], place[0]), timeout=SILENCE)
             keep_asking(connection)
             connection.sendall(json.dumps([place[1], self.name]).encode() + b"\n")
-            self.machines.append(connection)
+            self.connections.append(connection)
             self._in_thread(self._listen, connection)
 
     def __exit__(
@@ -96,7 +97,7 @@ class Peers:
         if error is None or isinstance(error, Terminated):
             self.over.set()
             with self.lock:
-                for connection in self.machines:
+                for connection in self.connections:
                     send(connection, BYE)
             return
         of_network = isinstance(error, RuntimeError | OSError) and self._speaks_of_network(error)
@@ -104,7 +105,11 @@ class Peers:
             self.known.wait(SILENCE + GRACE)
         self.over.set()
         if of_network and self.lost:
-            raise RunStopped(self.lost) from error
+            raise self.end_of_run() from error
+
+    def end_of_run(self) -> Exception:
+        """What ends the main thread when a machine is lost; one process of each machine says why."""
+        return RunStopped(self.lost) if self.speaks else Terminated(1)
 
     def _speaks_of_network(self, error: Exception) -> bool:
         import torch.distributed as dist
@@ -133,7 +138,7 @@ class Peers:
             return
         keep_asking(connection)
         with self.lock:
-            self.machines.append(connection)
+            self.connections.append(connection)
         if self.lost:
             send(connection, self.lost.encode() + b"\n")
         try:
@@ -163,7 +168,7 @@ class Peers:
             if self.lost or self.over.is_set():
                 return
             self.lost = self._sentence(what, name)
-            for connection in self.machines:
+            for connection in self.connections:
                 send(connection, self.lost.encode() + b"\n")
         self._end(self.lost)
 
@@ -174,7 +179,8 @@ class Peers:
         self.lost = sentence
         self.known.set()
         if not self.over.wait(self.grace):
-            log(f"\nstopped: {sentence}")
+            if self.speaks:
+                log(f"\nstopped: {sentence}")
         else:
             time.sleep(GRACE)
         os._exit(1)

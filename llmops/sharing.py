@@ -8,7 +8,7 @@ from datetime import timedelta
 from typing import Any, TypeVar
 
 from llmops import process_group
-from llmops.console import RunStopped, UserError
+from llmops.console import UserError
 from llmops.peers import Peers, watch_launcher
 
 T = TypeVar("T")
@@ -51,9 +51,9 @@ class Processes:
             dist.destroy_process_group()
 
     def look(self) -> None:
-        """Raise RunStopped when another machine of this run is gone."""
+        """Raise the end of the run when another machine of it is gone."""
         if self.peers and self.peers.lost:
-            raise RunStopped(self.peers.lost)
+            raise self.peers.end_of_run()
 
     def share(self, items: Sequence[int]) -> Sequence[int]:
         """This process's part: neighbours stay together, because they share prompt beginnings."""
@@ -74,7 +74,7 @@ class Processes:
         return found[0]
 
     def gather(self, mine: dict[int, Any]) -> dict[int, Any]:
-        """What all processes have, by index. Raises RunStopped when a machine is gone."""
+        """What all processes have, by index."""
         if self.count == 1:
             return mine
         import torch.distributed as dist
