@@ -24,6 +24,7 @@ SILENCE = IDLE + INTERVAL * PROBES
 LAUNCHER_PID = "LLMOPS_LAUNCHER_PID"
 HELLO = 20  # seconds for a connection to say who it is
 GRACE = 5  # seconds for the main thread to end by itself
+LONGEST = 1 << 16  # bytes of a line
 BYE = b"bye\n"
 NETWORK_MARKS = ("gloo/", "Gloo ", "NCCL", "TCPStore", "onnection closed by peer", "onnection reset")
 
@@ -40,9 +41,9 @@ def keep_asking(connection: socket.socket) -> None:
 
 
 def read_line(connection: socket.socket) -> bytes:
-    """One line, or what came before the connection ended. Raises OSError when it breaks."""
+    """One line, or what came before the connection ended or a line is too long. Raises OSError when it breaks."""
     found = b""
-    while not found.endswith(b"\n") and (more := connection.recv(4096)):
+    while not found.endswith(b"\n") and len(found) < LONGEST and (more := connection.recv(4096)):
         found += more
     return found
 
@@ -83,7 +84,14 @@ class Peers:
         if first:
             self._in_thread(self._accept, server, place[1])
         else:
-            connection = socket.create_connection((os.environ["MASTER_ADDR"], place[0]), timeout=SILENCE)
+            address = (os.environ["MASTER_ADDR"], place[0])
+            try:
+                connection = socket.create_connection(address, timeout=SILENCE)
+            except OSError as error:
+                raise RunStopped(
+                    f"{self.name} does not reach {address[0]}:{address[1]} ({error}); machines that share a run need "
+                    "all of each other's ports"
+                ) from error
             keep_asking(connection)
             connection.sendall(json.dumps([place[1], self.name]).encode() + b"\n")
             self.connections.append(connection)
@@ -103,7 +111,7 @@ class Peers:
         of_network = isinstance(error, RuntimeError | OSError) and self._speaks_of_network(error)
         if of_network:
             self.known.wait(SILENCE + GRACE)
-        self.over.set()
+        self.over.set()  # from here on the main thread ends by itself
         if of_network and self.lost:
             raise self.end_of_run() from error
 
