@@ -105,8 +105,8 @@ def test_over_ssh(cluster: Cluster, expected: list[float]) -> None:
 def test_without_ssh_over_bad_links(cluster: Cluster, expected: list[float]) -> None:
     """Three hosts, each started by hand; one is slow, another loses a frame in a hundred."""
     hostfile = cluster.hostfile(THREE)
-    links = [cluster.hosts[1].worsen(0.01, 0.0), cluster.hosts[2].worsen(0.0, 0.01)]
-    sizes = ["--per_device_train_batch_size", "4", "--max_steps", "3"]
+    links = [cluster.hosts[1].worsen(0.005, 0.0), cluster.hosts[2].worsen(0.0, 0.01)]
+    sizes = ["--per_device_train_batch_size", "4", "--max_steps", "2"]
     by_hand = ["--hostfile", str(hostfile), "--no_ssh", "true", "--master_addr", "10.77.0.1"]
     try:
         runs = [cluster.train("bad", *sizes, *by_hand, "--node_rank", str(n), host=n) for n in range(3)]
@@ -116,7 +116,7 @@ def test_without_ssh_over_bad_links(cluster: Cluster, expected: list[float]) -> 
     assert codes == [0, 0, 0], [run.stderr[-2000:] for run in runs]
     assert "machine 2 of 3; they meet at 10.77.0.1:29500, and each waits for the others" in runs[2].stderr
     assert counts[1][1] > 0
-    assert cluster.losses("bad") == pytest.approx(expected[:3], **BOUND)
+    assert cluster.losses("bad") == pytest.approx(expected[:2], **BOUND)
 
 
 def test_asked_to_end_and_a_host_dies(cluster: Cluster, expected: list[float]) -> None:
