@@ -24,6 +24,7 @@ from llmops.console import (
     Parser,
     RunStopped,
     UserError,
+    check_packages,
     has_gpu,
     log,
     run_main,
@@ -172,6 +173,7 @@ def run(config: Config) -> "Findings":
         from llmops.embedding.folder import read_folder
 
         read_folder(Path(config.model_path), config.trust_remote_code)
+    check_packages("numpy", "torch")
     questions = read_questions(config.data_file_path, config.skip_bad_lines)
     # 2. one vector per different text, intents included
     device = choose_device(config.gpu_id)

@@ -9,12 +9,15 @@
 # edited here, set in the environment or given as a flag.
 set -euo pipefail
 HERE=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
+# shellcheck source=llmops/environment.sh
+source "$HERE/llmops/environment.sh"
 
 # --- settings ----------------------------------------------------------------------------------------------------------
 DATA_FILE_PATH="${DATA_FILE_PATH:-}"                               # JSON array, JSON lines or csv; empty: our sample
 MODEL_PATH="${MODEL_PATH:-}"                                       # embedding model's folder; empty: builtin:ngram (wording only)
 SIMILARITY_THRESHOLD="${SIMILARITY_THRESHOLD:-0.91}"               # questions this similar are compared by intent
 INTENT_SIMILARITY_THRESHOLD="${INTENT_SIMILARITY_THRESHOLD:-0.86}" # intents this similar probably mean the same
+OUTPUT_FILE="${OUTPUT_FILE:-}"                                     # write what is printed into this file, too; empty: none
 REPORT="${REPORT:-}"                                               # FILE.html, a page for people; empty: none
 PLOT="${PLOT:-}"                                                   # FILE.png, heat map of confused intents; empty: none
 CACHE_DIR="${CACHE_DIR:-}"                                         # for computed vectors; empty: ~/.cache/llmops/embeddings
@@ -26,8 +29,6 @@ SKIP_BAD_LINES="${SKIP_BAD_LINES:-false}"                          # drop and co
 TRUST_REMOTE_CODE="${TRUST_REMOTE_CODE:-false}"                    # run Python code that the model's folder ships
 # --- end of settings ---------------------------------------------------------------------------------------------------
 
-# shellcheck source=llmops/environment.sh
-source "$HERE/llmops/environment.sh"
 hand_to_platform similar "$@"
 read_settings "${BASH_SOURCE[0]}" "$@"
 : "${DATA_FILE_PATH:=$HERE/eval/eval_datasets/faq_similar/combine_data.json}"

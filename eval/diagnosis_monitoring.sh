@@ -2,14 +2,16 @@
 # What a training log tells: overfitting, underfitting, catastrophic forgetting, each High, Medium or Low.
 #
 #   bash eval/diagnosis_monitoring.sh                                  the log of mnt/output_path
-#   bash eval/diagnosis_monitoring.sh /mnt/output_path/log.txt --explain
+#   bash eval/diagnosis_monitoring.sh mnt/output_path/log.txt --explain
 #   bash eval/diagnosis_monitoring.sh --log_path trainer_state.json --plot risks.png
-#   bash eval/diagnosis_monitoring.sh /mnt/output_path/log.txt --watch
+#   bash eval/diagnosis_monitoring.sh mnt/output_path/log.txt --watch
 #
 # Prints {"code": 0, "msg": "Monitoring Report", "data": {"current_risks": {...}, "recommendations": {...}}}. A setting
 # can be edited here, set in the environment or given as a flag; the log's path may also come first, without a flag.
 set -euo pipefail
 HERE=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
+# shellcheck source=llmops/environment.sh
+source "$HERE/llmops/environment.sh"
 
 # --- settings ----------------------------------------------------------------------------------------------------------
 MOUNT_PATH="${MOUNT_PATH:-$HERE/mnt}"     # folder with output_path/
@@ -43,8 +45,6 @@ MIN_EVALUATIONS="${MIN_EVALUATIONS:-}"    # evaluations needed to judge overfitt
 MIN_POINTS="${MIN_POINTS:-}"              # losses needed to judge underfitting
 # --- end of settings ---------------------------------------------------------------------------------------------------
 
-# shellcheck source=llmops/environment.sh
-source "$HERE/llmops/environment.sh"
 if [ $# -gt 0 ] && { [ "$1" = - ] || [[ $1 != -* ]]; }; then set -- --log_path "$@"; fi
 arguments=()
 while [ $# -gt 0 ]; do # a switch may stand alone: --explain is --explain true

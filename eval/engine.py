@@ -18,7 +18,7 @@ from eval.samples import Answer, Sample
 from llmops import cpu_kernels, devices, files
 from llmops.chat_model import ChatModel
 from llmops.checkpoints import Checkpoint
-from llmops.console import UserError, has_gpu, log, progress
+from llmops.console import UserError, check_packages, has_gpu, log, progress
 from llmops.kept import Record, fingerprint
 from llmops.sharing import Processes
 
@@ -67,6 +67,7 @@ def check(settings: Settings) -> Checkpoint:
         raise UserError(f"gpu_id {settings.gpu_id} does not exist: no GPU is visible here; 0 and -1 run on the CPU")
     if settings.output_path:
         check_writable(Path(settings.output_path))
+    check_packages("torch", "transformers")
     return checkpoint
 
 

@@ -9,6 +9,8 @@
 # as a flag. The benchmarks' own files go into MOUNT_PATH/datasets/eval (eval/README.md); without them small samples serve.
 set -euo pipefail
 HERE=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
+# shellcheck source=llmops/environment.sh
+source "$HERE/llmops/environment.sh"
 
 # --- settings ----------------------------------------------------------------------------------------------------------
 MOUNT_PATH="${MOUNT_PATH:-$HERE/mnt}"              # folder with output_path/ and datasets/eval/
@@ -27,8 +29,6 @@ NO_SSH="${NO_SSH:-false}"                          # start by hand on every mach
 NODE_RANK="${NODE_RANK:-0}"                        # with NO_SSH: which machine this is, from 0
 # --- end of settings ---------------------------------------------------------------------------------------------------
 
-# shellcheck source=llmops/environment.sh
-source "$HERE/llmops/environment.sh"
 hand_to_platform five "$@"
 read_settings "${BASH_SOURCE[0]}" "$@"
 : "${MODEL_NAME_OR_PATH:=$MOUNT_PATH/output_path}"

@@ -8,6 +8,8 @@
 # environment or given as a flag. With several GPUs: NUM_PROCESSES=4 bash eval/model_performance_evaluation.sh
 set -euo pipefail
 HERE=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
+# shellcheck source=llmops/environment.sh
+source "$HERE/llmops/environment.sh"
 
 # --- settings ----------------------------------------------------------------------------------------------------------
 MOUNT_PATH="${MOUNT_PATH:-$HERE/mnt}"                # folder with output_path/ and datasets/
@@ -38,8 +40,6 @@ CPU_KERNELS="${CPU_KERNELS:-auto}"                   # float32 products on a CPU
 TRUST_REMOTE_CODE="${TRUST_REMOTE_CODE:-false}"      # run Python code that the checkpoint's folder ships
 # --- end of settings ---------------------------------------------------------------------------------------------------
 
-# shellcheck source=llmops/environment.sh
-source "$HERE/llmops/environment.sh"
 hand_to_platform evaluate "$@"
 read_settings "${BASH_SOURCE[0]}" "$@"
 : "${MODEL_NAME_OR_PATH:=$MOUNT_PATH/output_path}"

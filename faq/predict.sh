@@ -7,6 +7,8 @@
 # Prints one JSON object per question. A setting can be edited here, set in the environment or given as a flag.
 set -euo pipefail
 HERE=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
+# shellcheck source=llmops/environment.sh
+source "$HERE/llmops/environment.sh"
 
 # --- settings ----------------------------------------------------------------------------------------------------------
 CUDA_VISIBLE_DEVICES="${CUDA_VISIBLE_DEVICES:-}" # the GPU to use; empty: the first, or the CPU without any
@@ -36,8 +38,6 @@ NO_SSH="${NO_SSH:-false}"                        # start by hand on every machin
 NODE_RANK="${NODE_RANK:-0}"                      # with NO_SSH: which machine this is, from 0
 # --- end of settings ---------------------------------------------------------------------------------------------------
 
-# shellcheck source=llmops/environment.sh
-source "$HERE/llmops/environment.sh"
 read_settings "${BASH_SOURCE[0]}" "$@"
 : "${MODEL_NAME_OR_PATH:=$MOUNT_PATH/output_path}"
 mapfile -d '' -t settings < <(setting_flags CUDA_VISIBLE_DEVICES MOUNT_PATH "${LAUNCHER_SETTINGS[@]}")

@@ -24,7 +24,7 @@ from llmops.chat_model import ChatModel
 from llmops.checkpoints import Checkpoint
 from llmops.console import Parser, UserError, log, run_main, to_bool
 from llmops.faq_catalog import ENGLISH, Catalog, wording_of
-from llmops.faq_records import INTENTS_NAME, FaqFile, FaqRecord, read_faq
+from llmops.faq_records import INTENTS_NAME, BadRecords, FaqFile, FaqRecord, read_faq
 from llmops.records import Message
 
 LINES_SHOWN = 10
@@ -190,6 +190,21 @@ def without_conflicts(examples: Sequence[Example], skip_bad: bool, repeats_stay:
 
     Raises UserError for a question with two intents, unless these are to be left out.
     """
+    conflicts, repeats, first = find_conflicts(examples)
+    if conflicts:
+        text = conflict_words(conflicts)
+        if not skip_bad:
+            raise UserError(f"{text}\n  or pass --skip_bad_lines true to leave these questions out")
+        log(f"left out: {text}")
+    if repeats:
+        kept = "stay" if repeats_stay else "are kept once"
+        log(f"{examples[0].path}: {len(repeats)} repeated questions {kept}; lines {listed(repeats)}")
+    unclear = {example.asked for _, example in conflicts}
+    return [e for e in (examples if repeats_stay else first) if e.asked not in unclear]
+
+
+def find_conflicts(examples: Sequence[Example]) -> tuple[list[tuple[Example, Example]], list[str], list[Example]]:
+    """(pairs of one question with two intents, lines of questions that come again, each question once)."""
     first: dict[str, Example] = {}
     repeats, conflicts = [], []
     for example in examples:
@@ -200,21 +215,17 @@ def without_conflicts(examples: Sequence[Example], skip_bad: bool, repeats_stay:
             repeats.append(str(example.line))
         else:
             conflicts.append((known, example))
-    if conflicts:
-        shown = "\n  ".join(
-            f"{b.place}: {files.shown(b.question)} has the intent {files.shown(b.intent)} here and "
-            f"{files.shown(a.intent)} in line {a.line}"
-            for a, b in conflicts[:LINES_SHOWN]
-        )
-        text = f"{len(conflicts)} questions have two intents; decide on one each:\n  {shown}"
-        if not skip_bad:
-            raise UserError(f"{text}\n  or pass --skip_bad_lines true to leave these questions out")
-        log(f"left out: {text}")
-    if repeats:
-        kept = "stay" if repeats_stay else "are kept once"
-        log(f"{examples[0].path}: {len(repeats)} repeated questions {kept}; lines {listed(repeats)}")
-    unclear = {example.asked for _, example in conflicts}
-    return [e for e in (examples if repeats_stay else first.values()) if e.asked not in unclear]
+    return conflicts, repeats, list(first.values())
+
+
+def conflict_words(conflicts: Sequence[tuple[Example, Example]]) -> str:
+    """Which questions have two intents, the first of them with their lines."""
+    shown = "\n  ".join(
+        f"{b.place}: {files.shown(b.question)} has the intent {files.shown(b.intent)} here and "
+        f"{files.shown(a.intent)} in line {a.line}"
+        for a, b in conflicts[:LINES_SHOWN]
+    )
+    return f"{len(conflicts)} questions have two intents; decide on one each:\n  {shown}"
 
 
 def split(examples: Sequence[Example], ratio: float, seed: int) -> tuple[list[Example], list[Example]]:
@@ -327,12 +338,10 @@ def run(config: Config) -> dict[str, Any]:
     """Read, check, split, write; what was made, as printed."""
     # 1. read every record
     check(config)
+    data = read_data(Path(config.data_file), config.skip_bad_lines)
     if not config.overwrite:
         prepared.complete(Path(config.output_dir))
         prepared.refuse_foreign(Path(config.output_dir))
-    data = read_faq(Path(config.data_file), config.skip_bad_lines)
-    log(f"{data.path}: {data.kind}, {len(data.records)} records")
-    report_skipped(data)
     made = {bool(record.messages) for record in data.records}
     if len(made) > 1:
         raise UserError(f"{data.path} mixes 'messages' with questions and intents; expected one of the two")
@@ -385,9 +394,7 @@ def run(config: Config) -> dict[str, Any]:
 
 def read_tests(config: Config) -> list[Example]:
     """The examples of a given test file, which is not changed."""
-    tested = read_faq(Path(config.test_data_file), config.skip_bad_lines)
-    log(f"{tested.path}: {tested.kind}, {len(tested.records)} records")
-    report_skipped(tested)
+    tested = read_data(Path(config.test_data_file), config.skip_bad_lines)
     return without_conflicts(examples_of(tested), config.skip_bad_lines, repeats_stay=True)
 
 
@@ -401,10 +408,20 @@ def without_tests(examples: list[Example], test: Sequence[Example], path: Path) 
     return [e for e in examples if e.asked not in asked]
 
 
-def report_skipped(data: FaqFile) -> None:
-    """Say which bad records were dropped."""
+def read_data(path: Path, skip_bad: bool) -> FaqFile:
+    """A file's records, and what was dropped is said. Raises UserError for bad records and questions with two intents.
+
+    Both come at once: who has mended the first should not find the second in the next start.
+    """
+    try:
+        data = read_faq(path, skip_bad)
+    except BadRecords as error:
+        conflicts = find_conflicts(examples_of(error.others))[0]
+        raise UserError(f"{error}\n{conflict_words(conflicts)}" if conflicts else str(error)) from error
+    log(f"{data.path}: {data.kind}, {len(data.records)} records")
     if data.problems:
         log(f"{len(data.problems)} bad records dropped:\n  " + "\n  ".join(map(str, data.problems[:LINES_SHOWN])))
+    return data
 
 
 def check_known(test: list[Example], intents: dict[str, str], none: str, skip_bad: bool) -> list[Example]:

@@ -7,6 +7,8 @@
 # Prints what it made as one JSON object. A setting can be edited here, set in the environment or given as a flag.
 set -euo pipefail
 HERE=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
+# shellcheck source=llmops/environment.sh
+source "$HERE/llmops/environment.sh"
 
 # --- settings ----------------------------------------------------------------------------------------------------------
 MOUNT_PATH="${MOUNT_PATH:-$HERE/mnt}"           # folder with datasets/
@@ -30,8 +32,6 @@ TRUST_REMOTE_CODE="${TRUST_REMOTE_CODE:-false}" # run Python code that the check
 SEED="${SEED:-42}"                              # random seed of the split and of the variants
 # --- end of settings ---------------------------------------------------------------------------------------------------
 
-# shellcheck source=llmops/environment.sh
-source "$HERE/llmops/environment.sh"
 read_settings "${BASH_SOURCE[0]}" "$@"
 : "${OUTPUT_DIR:=$MOUNT_PATH/datasets}"
 [ -n "$DATA_FILE" ] || die "--data_file is missing; pass the file with your questions and intents"

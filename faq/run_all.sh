@@ -7,6 +7,8 @@
 # Prints score.sh's JSON object. A setting can be edited here, set in the environment or given as a flag.
 set -euo pipefail
 HERE=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
+# shellcheck source=llmops/environment.sh
+source "$HERE/llmops/environment.sh"
 
 # --- settings ----------------------------------------------------------------------------------------------------------
 CUDA_VISIBLE_DEVICES="${CUDA_VISIBLE_DEVICES:-}" # GPUs to use, such as 0,1; empty: all, or the CPU without any
@@ -25,13 +27,13 @@ EMBEDDING_MODEL="${EMBEDDING_MODEL:-}"           # sentence embedding model: fin
 TRUST_REMOTE_CODE="${TRUST_REMOTE_CODE:-false}"  # run Python code that the checkpoint's folder ships
 # --- end of settings ---------------------------------------------------------------------------------------------------
 
-# shellcheck source=llmops/environment.sh
-source "$HERE/llmops/environment.sh"
 REST=()
 read_settings "${BASH_SOURCE[0]}" "$@"
 : "${MODEL_NAME_OR_PATH:=$MOUNT_PATH/Llama-2-13b-chat-hf}"
 : "${OUTPUT_PATH:=$MOUNT_PATH/output_path}"
 
+# a step's error may name flags that this command does not have
+trap 'log "run_all.sh: flags of chat_main.sh follow -- (faq/run_all.sh ... -- --num_train_epochs 5); those of the other steps are set in the environment (OVERWRITE=true for --overwrite true)"' ERR
 log "1. prepare"
 bash "$HERE/faq/prepare.sh" --data_file "$DATA_FILE" --test_data_file "$TEST_DATA_FILE" --mount_path "$MOUNT_PATH" \
     --model_name_or_path "$MODEL_NAME_OR_PATH" --mode "$MODE" --test_ratio "$TEST_RATIO" \

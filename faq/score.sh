@@ -9,6 +9,8 @@
 # A setting can be edited here, set in the environment or given as a flag.
 set -euo pipefail
 HERE=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
+# shellcheck source=llmops/environment.sh
+source "$HERE/llmops/environment.sh"
 
 # --- settings ----------------------------------------------------------------------------------------------------------
 MOUNT_PATH="${MOUNT_PATH:-$HERE/mnt}"  # folder with output_path/
@@ -25,8 +27,6 @@ JOIN="${JOIN:-}"                       # true: keep that of model and linear cla
 SUSPECTS_FILE="${SUSPECTS_FILE:-}"     # write training questions that are probably mislabelled there
 # --- end of settings ---------------------------------------------------------------------------------------------------
 
-# shellcheck source=llmops/environment.sh
-source "$HERE/llmops/environment.sh"
 read_settings "${BASH_SOURCE[0]}" "$@"
 : "${PREDICTIONS:=$MOUNT_PATH/output_path/predictions.jsonl}"
 standard=$MOUNT_PATH/datasets/train.jsonl

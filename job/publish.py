@@ -16,7 +16,10 @@ MODEL_NAMES = (
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "chat_template*",
 )  # fmt: skip
 # of a run's own files in its output_path, those that are no part of the model
-RUN_NAMES = ("log.txt", "finetune_config.json", "train_results.json", "training_loss.png", "run_manifest.json")
+RUN_NAMES = (
+    "log.txt", "finetune_config.json", "train_results.json", "training_loss.png", "run_manifest.json",
+    "held_out.jsonl",
+)  # fmt: skip
 
 
 def listed(folder: Path) -> list[str]:

@@ -10,6 +10,8 @@
 # every setting of the command. docs/jobs.md has Slurm, Kubernetes, compose and the platform.
 set -euo pipefail
 HERE=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
+# shellcheck source=llmops/environment.sh
+source "$HERE/llmops/environment.sh"
 
 # --- settings: the job ------------------------------------------------------------------------------------------------
 TASK="${TASK:-}"                        # train, evaluate, five or similar; empty: by which variables are set
@@ -42,8 +44,6 @@ DATASET_TYPE="${DATASET_TYPE:-}"                   # faq, the only kind
 DATASET_ANALYZE_MODEL="${DATASET_ANALYZE_MODEL:-}" # similar questions: the embedding model's folder or hub id
 # --- end of settings ---------------------------------------------------------------------------------------------------
 
-# shellcheck source=llmops/environment.sh
-source "$HERE/llmops/environment.sh"
 case ${1:-} in -h | --help)
     print_usage "${BASH_SOURCE[0]}"
     exit 0

@@ -5,6 +5,7 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from types import TracebackType
 from typing import Any, TypeVar
 
@@ -79,6 +80,16 @@ def run_main(body: Callable[[], int], speaks: bool = True) -> int:
         return 1
     except Terminated as error:
         return error.code
+
+
+def check_packages(*names: str) -> None:
+    """Raise UserError where this Python lacks a package: a .py was started outside the environment."""
+    missing = [name for name in names if find_spec(name) is None]
+    if missing:
+        raise UserError(
+            f"{sys.executable} has no package {missing[0]}; run the .sh beside this command, which finds the Python "
+            "that has it, or start it with .venv/bin/python"
+        )
 
 
 class FailureJson:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import torch
 
 SETTINGS = ("auto", "default")
-HELP = "matrix products in float32 on a CPU: auto takes oneDNN's where they are as exact as torch's and faster"
+HELP = "float32 products on a CPU: auto takes oneDNN's where they are as exact as torch's and faster; default: torch's"
 DEFAULT, ONEDNN = "default", "oneDNN"
 ROWS, WIDTH = 256, 768  # of the products that are tried
 TIMES, SECONDS = 5, 0.02  # each at most; the fastest counts

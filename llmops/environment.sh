@@ -7,12 +7,20 @@ die() {
     exit 2
 }
 
+# command_not_found_handle WORD...: bash takes a setting with blanks around = for a command
+command_not_found_handle() {
+    [[ ${2:-} != =* ]] || die "${0##*/} has '$1 $2 ...': a setting is written without blanks around =, as $1=\"...\""
+    log "${0##*/}: $1: command not found"
+    return 127
+}
+
 # A command's settings are the variables of its "# --- settings" block, one per line: NAME="${NAME:-default}" # comment
 # read_settings SCRIPT ARGUMENTS...: flags into these variables (--train_type is TRAIN_TYPE); --help; names in NAMES.
 # DEMO, where the script has that variable, is a switch; REST, where it has that, takes what follows --.
 read_settings() {
     local script=$1 name
     shift
+    show_environment "$script"
     mapfile -t NAMES < <(sed -n '/^# --- settings/,/^# --- end/s/^\([A-Z][A-Z0-9_]*\)=.*/\1/p' "$script")
     while [ $# -gt 0 ]; do
         case $1 in
@@ -43,6 +51,17 @@ read_settings() {
         shift 2
     done
     check_settings
+}
+
+# show_environment SCRIPT: a line edited to NAME="value" instead of NAME="${NAME:-value}" has hidden the variable that the
+# command was started with; the environment wins over the edited line all the same
+show_environment() {
+    local name variable
+    while read -r name; do
+        while IFS= read -r -d '' variable; do
+            [[ $variable != "$name="?* ]] || printf -v "$name" '%s' "${variable#*=}"
+        done <"/proc/$$/environ"
+    done < <(sed -n '/^# --- settings/,/^# --- end/{/:-/!s/^\([A-Z][A-Z0-9_]*\)=.*/\1/p;}' "$1")
 }
 
 # one_of WORD WORDS...: whether the first is among the others
@@ -156,7 +175,7 @@ print_usage() {
         /^# --- settings/ { gsub(/^# --- settings(: )?| ?-+$/, ""); if ($0 != "") printf "%s\n", $0; next }
         /^[A-Z][A-Z0-9_]*=/ {
             name = $0; sub(/=.*/, "", name); text = $0; sub(/^[^#]*# */, "", text)
-            value = $0; sub(/^[^:]*:-/, "", value); sub(/\}".*/, "", value)
+            value = $0; if (!sub(/^[^:]*:-/, "", value)) sub(/^[^=]*="?/, "", value); sub(/(\}"|"| #).*/, "", value)
             printf "  --%-29s %s%s\n", tolower(name), text, value == "" ? "" : " [" value "]"
         }'
     printf '\n%s\n' "In the environment the variable of --train_type is TRAIN_TYPE, and so on."

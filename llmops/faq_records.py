@@ -26,7 +26,7 @@ INTENTS_NAME = "intents.json"  # beside the training data, and beside the model 
 PREPARED_NAME = ".prepare.json"  # beside the training data: what faq/prepare wrote, and whether all of it
 QUESTION_KEYS = ("question", "text", "query", "问题")
 LIST_KEY = "input"
-INTENT_KEYS = ("intent", "category", "label", "意图")
+INTENT_KEYS = ("intent", "category", "label", "意图", "类别", "分类")
 NONE_FITS = "不符合"  # the answer when no candidate fits, in the templates and in the original's data
 CONVERTED = re.compile(r"问题[:：]([\s\S]*?)\n\s*候选类别[:：]([\s\S]*)")
 EXPORT_ROWS = 200  # that tell whether a file is an export
@@ -64,6 +64,14 @@ class FaqFile:
     problems: list[Problem]
 
 
+class BadRecords(UserError):
+    """Records that cannot be used; `others` are those of the file that can."""
+
+    def __init__(self, text: str, others: FaqFile) -> None:
+        super().__init__(text)
+        self.others = others
+
+
 def refuse_unfinished(folder: Path) -> None:
     """Raise UserError where faq/prepare was killed between its files: they may not belong together."""
     path = folder / PREPARED_NAME
@@ -93,11 +101,12 @@ def read_faq(path: Path, skip_bad_lines: bool = False, need_intent: bool = True)
         elif record is not None:
             records.append(record)
             keys.update(dict.fromkeys(raw))
+    found = FaqFile(path, f"{shape} with {', '.join(map(str, keys))}", records, problems)
     if problems and not skip_bad_lines:
-        raise problems_error(path, problems, count)
+        raise BadRecords(str(problems_error(path, problems, count)), found)
     if not records:
         raise UserError(f"{path} has no usable record ({len(problems)} were bad); expected questions with intents")
-    return FaqFile(path, f"{shape} with {', '.join(map(str, keys))}", records, problems)
+    return found
 
 
 def raw_records(path: Path) -> tuple[str, Iterator[tuple[int, Any, str | None]]]:

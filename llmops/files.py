@@ -27,6 +27,7 @@ LINE_LIMIT = 64 * MIB  # of one line of JSON lines
 MAX_DEPTH = 64  # of lists and objects within each other
 BOM = b"\xef\xbb\xbf"
 JSON_BLANK = re.compile(r"[ \t\r\n]*")
+FULL_WIDTH = dict(zip("：，“”｛｝［］", ':,""{}[]', strict=True))  # of Chinese keyboards, and JSON's
 SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 SPECIAL_KINDS = (
     (stat.S_ISDIR, "a folder"),
@@ -176,7 +177,10 @@ def decoding(line: int = 0) -> Iterator[None]:
     try:
         yield
     except json.JSONDecodeError as error:
-        raise BadJson(f"broken JSON: {error.msg} (column {error.colno})", error.lineno, error.colno) from error
+        found = error.doc[error.pos : error.pos + 1]
+        wide = f"; write {FULL_WIDTH[found]} and not the full-width {found}" if found in FULL_WIDTH else ""
+        problem = f"broken JSON: {error.msg} (column {error.colno}){wide}"
+        raise BadJson(problem, error.lineno, error.colno) from error
     except RecursionError as error:
         raise BadJson(too_deep(), line) from error
     except ValueError as error:  # int() of thousands of digits

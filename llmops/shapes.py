@@ -25,7 +25,7 @@ QUESTIONS = ("query", "question", "prompt", "problem")
 ANSWERS = ("response", "answer", "target", "completion")
 ONE_TEXT = "text alone is for pretraining; expected a question with its answer"
 PREFERENCE = "two answers to choose between are preference data, which this does not learn; keep the better one"
-EXPECTED = 'expected {"messages": [{"role", "content"}, ...]} or another shape of the README\'s table'
+EXPECTED = 'expected {"messages": [{"role", "content"}, ...]} or another shape of docs/training.md'
 Row = dict[str, Any]
 
 

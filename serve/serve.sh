@@ -9,6 +9,8 @@
 # A setting can be edited here, set in the environment or given as a flag.
 set -euo pipefail
 HERE=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
+# shellcheck source=llmops/environment.sh
+source "$HERE/llmops/environment.sh"
 
 # --- settings ----------------------------------------------------------------------------------------------------------
 CUDA_VISIBLE_DEVICES="${CUDA_VISIBLE_DEVICES:-}" # the GPU to use; empty: the first, or the CPU without any
@@ -37,8 +39,6 @@ EMBEDDING_MODEL="${EMBEDDING_MODEL:-}"           # what finds candidates, if it 
 FEEDBACK_FILE="${FEEDBACK_FILE:-}"               # corrections of intents; empty: MOUNT_PATH/datasets/feedback.jsonl
 # --- end of settings ---------------------------------------------------------------------------------------------------
 
-# shellcheck source=llmops/environment.sh
-source "$HERE/llmops/environment.sh"
 read_settings "${BASH_SOURCE[0]}" "$@"
 trained=$MOUNT_PATH/output_path
 if [ -z "$MODEL_NAME_OR_PATH" ] && { [ -f "$trained/adapter_config.json" ] || [ -f "$trained/config.json" ]; }; then

@@ -235,7 +235,7 @@ def test_adding_a_setting(project: Path) -> None:
     by_shell, by_python, tested = follow(project, "A setting of chat_main.sh")
     assert "what AdamW adds to the root of the mean squared gradient [1e-8]" in by_shell
     assert "(default: 1e-08)" in " ".join(by_python.split())
-    assert "2 passed" in tested
+    assert "4 passed" in tested
     told = ask_in(
         project,
         "from train.config import Config, find_problems\n"

@@ -87,6 +87,9 @@ def test_no_permission(tmp_path: Path) -> None:
     ("raw", "words"),
     [
         (b'{"a": 1', "broken JSON"),
+        ('{"a"：1}'.encode(), "column 5.; write : and not the full-width ："),
+        ('{“a”: 1}'.encode(), 'column 2.; write " and not the full-width “'),
+        ('{"a": 1，"b": 2}'.encode(), "column 8.; write , and not the full-width ，"),
         (b"", "broken JSON"),
         (DEEP.encode(), "nested too deeply"),
         (b"[" * 100_000, "nested too deeply"),

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import FAST, ROOT, chat_main, environment, read_log, train_losses
+from conftest import FAST, ROOT, chat_main, environment, read_log, read_messages, train_losses
 from mlflow import MlflowClient
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -307,7 +307,8 @@ def test_dry_run_shows_what_is_learned(train_run: Run, small_data: Path) -> None
     assert not (small_data / "output_path" / "log.txt").exists()
 
 
-def test_held_out_part_and_skipped_lines(train_run: Run, small_data: Path) -> None:
+def test_held_out_part_and_skipped_lines(train_run: Run, small_data: Path, checkpoints: dict[str, Path]) -> None:
+    model = checkpoints["llama"]
     (small_data / "datasets" / "test.jsonl").unlink()
     train = small_data / "datasets" / "train.jsonl"
     train.write_bytes(b"{broken\n" + train.read_bytes())
@@ -316,3 +317,17 @@ def test_held_out_part_and_skipped_lines(train_run: Run, small_data: Path) -> No
     assert "1 bad lines skipped" in done.stderr
     results = json.loads((small_data / "output_path" / "train_results.json").read_text())
     assert (results["train_conversations"], results["test_conversations"]) == (18, 6)
+    held = read_messages(small_data / "output_path" / "held_out.jsonl")
+    assert len(held) == 6
+    train.write_bytes(train.read_bytes().partition(b"\n")[2])
+    assert all(messages in read_messages(train) for messages in held)
+    found = eval_loss_of(small_data / "output_path", small_data / "output_path" / "held_out.jsonl", model)
+    assert found == pytest.approx(results["eval_loss"], rel=1e-4)
+
+
+def test_a_run_of_few_steps_is_warned_about(train_run: Run, small_data: Path) -> None:
+    settings = ("--num_train_epochs", "1", "--dry_run", "true")
+    assert "warning: 6 optimizer steps will hardly change what the model answers; --num_train_epochs 4 makes 24" in (
+        train_run(*settings).stderr
+    )
+    assert "optimizer step" not in train_run(*settings, "--num_train_epochs", "4").stderr

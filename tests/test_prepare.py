@@ -196,6 +196,19 @@ def test_bad_files(tmp_path: Path, name: str, text: str, phrase: str) -> None:
     assert "Traceback" not in done.stderr
 
 
+def test_bad_records_and_two_intents_come_at_once(tmp_path: Path) -> None:
+    """And before what is wrong with the folder, which holds a file of somebody else's."""
+    output = tmp_path / "datasets"
+    output.mkdir()
+    write(output / "train.jsonl", "mine\n")
+    bad = [{"question": "问"}, {"question": "怎么退款", "intent": "物流"}]
+    done = run(write(tmp_path / "a.jsonl", lines(single_rows() + bad)), output)
+    assert done.returncode == 2
+    assert "a.jsonl:17: no intent (keys found: 'question')" in done.stderr
+    assert "1 questions have two intents" in done.stderr
+    assert "a.jsonl:18: '怎么退款' has the intent '物流' here and '退款' in line 1" in done.stderr
+
+
 def test_other_encodings_are_named(tmp_path: Path) -> None:
     path = tmp_path / "a.csv"
     path.write_bytes("question,intent\n怎么退款,退款\n".encode("gb18030"))

@@ -3,12 +3,15 @@
 import argparse
 import re
 import subprocess
+import sys
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 from conftest import ROOT, chat_main, environment
 
 from llmops.console import to_bool
+from train.config import FAQ_DEFAULTS, PEAK_LEARNING_RATES, Config
 
 SHELLS = sorted(path for path in ROOT.glob("*/*.sh") if "# --- settings" in path.read_text(encoding="utf-8"))
 SHELLS.append(ROOT / "chat_main.sh")
@@ -109,3 +112,141 @@ def test_good_values_are_written_one_way(name: str, text: str, expected: str) ->
 def test_values_that_begin_with_a_dash_stay_values(tmp_path: Path) -> None:
     done = shell("NAMES=(QUESTION SEED); QUESTION='--help me'; SEED=-5; setting_flags | tr '\\0' '\\n'")
     assert done.stdout.splitlines() == ["--question=--help me", "--seed=-5"]
+
+
+@pytest.mark.parametrize(
+    ("line", "variables", "flags", "expected"),
+    [
+        ('SEED="7"', {}, [], "7"),
+        ('SEED="7"', {"SEED": "8"}, [], "8"),
+        ('SEED="7"', {"SEED": "8"}, ["--seed", "9"], "9"),
+        ('SEED="7"', {"SEED": ""}, [], "7"),
+        ('SEED="${SEED:-7}"', {"SEED": "8"}, [], "8"),
+        ('SEED="a  b:-c"', {}, [], "a  b:-c"),
+    ],
+)
+def test_an_edited_line_does_not_hide_the_environment(
+    tmp_path: Path, line: str, variables: dict[str, str], flags: list[str], expected: str
+) -> None:
+    """What stands after :- is edited, but a line may as well be replaced by NAME="value"."""
+    script = tmp_path / "edited.sh"
+    script.write_text(
+        f"{SOURCE}\n# --- settings\n{line} # a number\n# --- end of settings\n"
+        'read_settings "$0" "$@"\nprintf %s "$SEED"\n',
+        encoding="utf-8",
+    )
+    done = subprocess.run(
+        ["bash", str(script), *flags], env=environment() | variables, capture_output=True, text=True, check=False
+    )
+    assert done.stdout == expected, done.stderr
+
+
+def test_blanks_around_the_equals_sign_are_named(tmp_path: Path) -> None:
+    script = tmp_path / "edited.sh"
+    script.write_text(f'{SOURCE}\n# --- settings\nSEED = "7"\n# --- end of settings\necho on\n', encoding="utf-8")
+    done = subprocess.run(["bash", str(script)], env=environment(), capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "edited.sh has 'SEED = ...': a setting is written without blanks around =" in done.stderr
+
+
+# --- the same words in every place: help (train/config.py), chat_main.sh, the tables of docs/settings -------------
+MAIN = (ROOT / "chat_main.sh").read_text(encoding="utf-8")
+OWN = "mount_path"  # to Config the folder that the console shows, to chat_main.sh where everything lies
+
+
+def script_settings() -> dict[str, tuple[str, str]]:
+    """(default, comment) of every setting of chat_main.sh, by flag, in its order."""
+    found = re.findall(r'^([A-Z_]+)="\$\{\1:-(.*)\}" +# (.*)$', MAIN, re.MULTILINE)
+    return {name.lower(): (default, comment) for name, default, comment in found}
+
+
+def table(page: str) -> dict[str, tuple[str, str]]:
+    """(default, meaning) of every row of a page's table of settings, by flag, without marks and links."""
+    text = (ROOT / "docs" / page).read_text(encoding="utf-8")
+    plain = re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", text)
+    rows = re.findall(r"^\| `--(\w+)` \| (.*?) \| (.*) \|$", plain, re.MULTILINE)
+    return {name: (default, meaning.replace("`", "")) for name, default, meaning in rows}
+
+
+def expected_comment(name: str, words: str, default: object) -> str:
+    """The comment of a setting in chat_main.sh: its help, and what an empty one is or which modes there are."""
+    if name in FAQ_DEFAULTS:
+        return f"{words}; empty: {default:g}, faq {FAQ_DEFAULTS[name]:g}"
+    derived = re.search(rf'"\$\{{{name.upper()}:=([^}}]+)\}}"', MAIN)
+    if derived:
+        return f"{words}; empty: {derived[1].replace('$', '')}"
+    if name == "mode":
+        return words + "; or glm glm2 glm3 baichuan2_13b qwen1.5 llama2"
+    return words
+
+
+def test_the_shell_says_the_same_words_as_the_help() -> None:
+    settings = script_settings()
+    names = [item.name for item in fields(Config) if item.name != OWN]
+    for item in fields(Config):
+        if item.name != OWN:
+            words = expected_comment(item.name, item.metadata["help"], item.default)
+            assert settings[item.name][1] == words, item.name
+    assert [name for name in settings if name in names] == names
+
+
+def test_the_tables_say_the_same_words() -> None:
+    settings = script_settings()
+    english, chinese = table("settings.md"), table("settings.zh-CN.md")
+    assert list(english) == list(chinese) == list(settings)
+    for name, (default, words) in settings.items():
+        shown = f"`{default}`" if default else "empty"
+        if name == OWN:
+            shown = "`mnt` beside the script"
+        assert english[name][0] == shown, name
+        if name != OWN:
+            assert chinese[name][0] == shown.replace("empty", "空"), name
+        meaning = english[name][1]
+        assert meaning.startswith(words), f"{name}: docs/settings.md has to begin with {words!r}"
+        assert meaning == words or meaning[len(words)] in ".,:;", f"{name}: docs/settings.md goes on without a stop"
+        numbers = re.findall(r"(?<![\w.-])-?\d[\d.e-]*\b", words)
+        translated = chinese[name][1].replace("2,048", "2048")
+        assert not [number for number in numbers if number not in translated], f"{name}: docs/settings.zh-CN.md"
+
+
+@pytest.mark.parametrize("page", ["README.md", "README.zh-CN.md"])
+def test_the_faq_guide_has_the_scenarios_defaults(page: str) -> None:
+    text = (ROOT / "faq" / page).read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `--(\w+)`(?:(?:, |，)`(\w+)`)? \| ([\d.e-]+) \| ([\d.e-]+) \|$", text, re.MULTILINE)
+    found = {(name, kind): (float(general), float(faq)) for name, kind, general, faq in rows}
+    defaults = {item.name: item.default for item in fields(Config)}
+    expected = {(name, ""): (defaults[name], value) for name, value in FAQ_DEFAULTS.items()}
+    expected |= {
+        ("learning_rate", kind): (rate, PEAK_LEARNING_RATES["faq"][kind])
+        for kind, rate in PEAK_LEARNING_RATES["general"].items()
+    }
+    assert found == expected
+
+
+def test_every_mode_is_named_where_modes_are_listed() -> None:
+    names = {path.stem for path in (ROOT / "faq" / "templates").glob("*.json")}
+    for script in (ROOT / "chat_main.sh", ROOT / "faq" / "run_all.sh"):
+        line = re.search(r"^MODE=.*# (.*)$", script.read_text(encoding="utf-8"), re.MULTILINE)
+        assert line
+        assert names <= set(re.findall(r"[\w.]+", line[1])), script.name
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments"),
+    [
+        ("model_performance_evaluation.py", ["--model_name_or_path", "MODEL", "--dataset_path", "DATA"]),
+        ("evaluate_model_from_five_dimensions.py", ["MODEL", '["inference_ability"]']),
+        ("analyze_similar_questions_and_intents.py", ["--model_path", "builtin:ngram", "--data_file_path", "FAQ"]),
+    ],
+)
+def test_a_python_without_the_packages_is_told_of_the_script_that_finds_one(
+    tmp_path: Path, checkpoints: dict[str, Path], script: str, arguments: list[str]
+) -> None:
+    demo = ROOT / "train" / "demo_data" / "test.jsonl"
+    faq = ROOT / "eval" / "eval_datasets" / "faq_similar" / "combine_data.json"
+    paths = {"MODEL": str(checkpoints["llama"]), "DATA": str(demo), "FAQ": str(faq)}
+    command = [sys.executable, "-S", "-I", str(ROOT / "eval" / script), *(paths.get(word, word) for word in arguments)]
+    done = subprocess.run(command, env=environment(), cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 2, done.stderr
+    assert "run the .sh beside this command, which finds the Python that has it" in done.stderr
+    assert "Traceback" not in done.stderr

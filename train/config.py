@@ -57,25 +57,26 @@ class Config:
 
     # what and where
     scenario: str = setting(
-        "general", "what the data is: conversations, or FAQ questions with intents", ["general", "faq"]
+        "general", "what the data is: general: conversations; faq: questions with intents", ["general", "faq"]
     )
-    model_name_or_path: str = setting("mnt/Llama-2-13b-chat-hf", "folder of the base chat model")
-    mode: str = setting("auto", "chat format; auto: the checkpoint's own template, else by model type", families)
+    model_name_or_path: str = setting("mnt/Llama-2-13b-chat-hf", "folder of the base model")
+    mode: str = setting("auto", "chat format; auto: the checkpoint's own template, else its family's", families)
     train_file: str = setting(
-        "mnt/datasets/train.jsonl",
-        "conversations to learn: json, jsonl, csv, tsv, parquet, arrow or a saved dataset; several with commas, globs",
+        "mnt/datasets/train.jsonl", "conversations to learn: a file, several with commas, a pattern or a saved dataset"
     )
     test_file: str = setting(
-        "", "held-out conversations; empty: test.jsonl beside train_file, else a part of train_file"
+        "", "held-out conversations; empty: test.jsonl beside the first training file, else a part of the training data"
     )
-    learn: str = setting("all", "which answers are learned: all, or those after the last question", LEARN)
+    learn: str = setting("all", "which answers are learned: all, or last: those after the last question", LEARN)
     enable_thinking: str = setting(
         "", "what a thinking model's chat template is told: true or false; empty: nothing", ["", "true", "false"]
     )
     output_path: str = setting("mnt/output_path", "where the model, checkpoints, log.txt and pictures go")
     # how to train
     train_type: str = setting("lora", "lora: a small adapter; all: every weight", ["lora", "all"])
-    lora_module_name: str = setting("", "layers that get LoRA, comma separated; empty: attention and MLP of the family")
+    lora_module_name: str = setting(
+        "", "layers that get LoRA, such as gate_proj,down_proj,up_proj; empty: attention and MLP of the family"
+    )
     lora_dim: int = setting(16, "LoRA rank", min=1)
     lora_alpha: float = setting(32, "LoRA scaling numerator (scale = alpha / rank)", min=0)
     lora_dropout: float = setting(0.05, "dropout before the LoRA layers", min=0)
@@ -86,62 +87,70 @@ class Config:
     )
     per_device_eval_batch_size: int = setting(8, "conversations per device while evaluating", min=1)
     max_seq_len: int = setting(
-        1024, "longest conversation in tokens; longer ones are cut by the rule in the README", min=8
+        1024, "longest conversation in tokens; longer ones are cut, in faq they are errors", min=8
     )
     learning_rate: float = setting(0.0, "peak learning rate; 0: 1e-4 for lora, 1e-5 for all, twice that for faq", min=0)
     num_train_epochs: float = setting(3.0, "passes over the training data", min=0)
     max_steps: int = setting(-1, "stop after this many optimizer steps; -1: by epochs")
-    zero_stage: str = setting("2", "DeepSpeed ZeRO stage", list(DS_FILES))
+    zero_stage: str = setting("2", "DeepSpeed ZeRO: 2, 3 or 3_offload", list(DS_FILES))
     ds_file: str = setting("", "your own DeepSpeed JSON instead of train/ds_zero*.json")
-    dtype: str = setting("auto", "auto: bf16 where the device has it, else fp32", ["auto", "bf16", "fp16", "fp32"])
+    dtype: str = setting(
+        "auto",
+        "number format: auto (bf16 where the GPU computes it, else fp32), bf16, fp16 (with loss scaling), fp32",
+        ["auto", "bf16", "fp16", "fp32"],
+    )
     cpu_kernels: str = setting("auto", cpu_kernels.HELP, list(cpu_kernels.SETTINGS))
     gradient_checkpointing: str = setting(
-        "auto", "recompute layers, for memory: auto (as few as fit), true (all), false, or N for one layer in N"
+        "auto",
+        "layers recomputed in the backward pass: auto (as few as memory asks for), true (all), false, or N: one in N",
     )
-    packing: bool = setting(True, "no padding, shared prompt prefixes stored once; false: plain padded batches")
+    packing: bool = setting(True, "no padding, shared prompt beginnings stored once; false: plain padded batches")
     max_grad_norm: float = setting(1.0, "gradient clipping; 0: none", min=0)
     lr_scheduler_type: str = setting(
         "cosine",
-        "learning rate schedule; constant comes after the warmup, too, as constant_with_warmup",
+        "cosine, linear or constant (also constant_with_warmup), each after the warmup",
         ["cosine", "linear", "constant", "constant_with_warmup"],
     )
-    warmup_ratio: float = setting(0.03, "share of all steps that warms up", min=0)
+    warmup_ratio: float = setting(0.03, "share of the steps that warms up", min=0)
     weight_decay: float = setting(0.0, "AdamW weight decay", min=0)
     neftune_noise_alpha: float = setting(0.0, "NEFTune noise (Jain et al. 2023); 0: none; uses padded batches", min=0)
     early_stopping_patience: int = setting(0, "stop after this many evaluations without a better one; 0: never", min=0)
     # evaluation, checkpoints, logging
-    eval_ratio: float = setting(0.1, "share of train_file held out when there is no test file", min=0)
-    eval_steps: int = setting(0, "evaluate and save every N steps as well as at every epoch; 0: epochs only", min=0)
-    save_total_limit: int = setting(2, "newest checkpoints kept; the best one is always kept", min=1)
+    eval_ratio: float = setting(0.1, "share of the training data that is held out when there is no test file", min=0)
+    eval_steps: int = setting(0, "evaluate and save every N steps too; 0: at every epoch only", min=0)
+    save_total_limit: int = setting(2, "newest checkpoints that are kept; the best one is always kept as well", min=1)
     metric_for_best: str = setting(
-        "loss", "what makes an evaluation the best: its loss, or accuracy: answers that are right to their end",
+        "loss",
+        "what makes an evaluation the best: its loss, or accuracy: answers that are right to their end",
         ["loss", "accuracy"],
-    )  # fmt: skip
-    load_best_model_at_end: bool = setting(True, "output_path gets the best evaluated weights; false: the last")
+    )
+    load_best_model_at_end: bool = setting(
+        True, "output_path gets the weights of the best evaluation; false: the last ones"
+    )
     replay_ratio: float = setting(
-        0.0, "share of every optimizer step's conversations that are general ones, against forgetting", min=0
+        0.0, "share of every step's conversations that are general ones, against forgetting", min=0
     )
     replay_file: str = setting("", "general conversations to learn again; empty: train/replay.jsonl")
     retention_file: str = setting("", "general conversations that measure forgetting; empty: train/retention.jsonl")
     logging_steps: int = setting(1, "optimizer steps between two lines of log.txt", min=1)
     tensorboard: bool = setting(True, "serve TensorBoard while training runs")
     tensorboard_host: str = setting("127.0.0.1", "address that TensorBoard listens on; 0.0.0.0: all, without a login")
-    tensorboard_port: int = setting(6006, "port of the TensorBoard server", min=1, max=65535)
-    console: bool = setting(False, "serve the console (runs, evaluations, FAQ) while training runs")
+    tensorboard_port: int = setting(6006, "port of TensorBoard", min=1, max=65535)
+    console: bool = setting(False, "serve the console over MOUNT_PATH while training runs")
     console_host: str = setting("127.0.0.1", "address that the console listens on; 0.0.0.0: all, with its token")
     console_port: int = setting(5000, "port of the console", min=1, max=65535)
     mount_path: str = setting("", "folder that the console shows; empty: the one that output_path is in")
     report_to: str = setting(
-        "", "trackers that get every logged line as well, comma separated: swanlab, mlflow, trackio, wandb"
+        "", "trackers that get every logged line as well, with commas: swanlab, mlflow, trackio, wandb"
     )
-    merge_lora: bool = setting(False, "also write output_path/merged, the base model with the adapter merged in")
+    merge_lora: bool = setting(False, "also write output_path/merged: base model and adapter in one")
     # behaviour
     dry_run: bool = setting(False, "check the data, show what is learned, estimate memory and time, train nothing")
     skip_bad_lines: bool = setting(False, "drop and count bad lines instead of stopping")
     allow_special_tokens: bool = setting(
-        False, "let texts of control tokens in the data become these tokens; false: they are text"
+        False, "texts of control tokens in the data become these tokens; false: they are text"
     )
-    resume: bool = setting(True, "continue an interrupted run from its newest whole checkpoint")
+    resume: bool = setting(True, "continue an interrupted run; false: refuse to touch it")
     overwrite_output_path: bool = setting(False, "delete an earlier run in output_path and start again")
     trust_remote_code: bool = setting(False, "run Python code that the checkpoint's folder ships")
     seed: int = setting(42, "random seed", min=0)

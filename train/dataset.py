@@ -2,7 +2,7 @@
 
 The cache is three flat files that are memory-mapped, so a million conversations need no more memory than ten. They stay
 beside the `datasets` package because the collator asks for single rows: 5 µs each here, from a Dataset on disk 28 µs as
-lists and 102 µs as arrays (on the machine that the README's other figures are from).
+lists and 102 µs as arrays (on the machine that the figures of docs/speed.md are from).
 """
 
 import hashlib
@@ -127,6 +127,10 @@ class TokenDataset:
     def learned_tokens(self) -> int:
         """Learned tokens of all samples."""
         return sum(int(self[i]["learned"].sum()) for i in range(len(self)))
+
+    def places(self) -> set[tuple[int, int]]:
+        """(number of the file, line or row in it) of every sample."""
+        return {divmod(place, 1 << FILE_BIT) for place in self.lines[self.indices].tolist()}
 
     def place(self, i: int) -> str:
         """Where a sample came from, in words."""

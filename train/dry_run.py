@@ -29,7 +29,7 @@ from train.estimates import GIB, Shape, empty_model, memory_parts, model_shape
 from train.replay import Joined, ReplayOrder, replayed
 from train.run_folder import step_size
 from train.session import Data
-from train.steps import Split, StepCollator, StepSampler
+from train.steps import Split, StepCollator, StepSampler, few_steps
 
 EXAMPLES = 3
 SAMPLED_STEPS = 20
@@ -257,3 +257,6 @@ def tell_time(config: Config, data: Data, sample: Sample, rates: Rates, processe
         f"time: {steps:,} steps of {per_step} conversations, {computed:,.0f} tokens{saved}: about "
         f"{duration(training)}, and {duration(evaluating)} for {evaluations} evaluations; from {rates.source}"
     )
+    few = few_steps(steps, per_epoch)
+    if few and config.max_steps < 0:
+        log(few)

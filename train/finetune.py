@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from llmops import data_files, devices, files
 from llmops.console import log, run_main, stdout_to_stderr
-from llmops.faq_records import refuse_exported, refuse_unfinished
+from llmops.faq_records import INTENTS_NAME, refuse_exported, refuse_unfinished
 from llmops.peers import Peers, watch_launcher
 from train import deepspeed_file
 from train.config import Config, parse
@@ -40,6 +40,11 @@ def check(config: Config) -> int:
     if config.scenario == "faq":
         refuse_unfinished(config.train_files[0].parent)
         refuse_exported(config.train_files[0])
+        if not files.is_file(config.train_files[0].with_name(INTENTS_NAME)):
+            log(
+                f"warning: no {INTENTS_NAME} is beside {config.train_files[0]}, so these are learned as they are; "
+                "faq/predict needs it: faq/prepare.sh makes it of questions with intents (SCENARIO=general for others)"
+            )
     for paths in (config.test_files, config.train_files, config.replay_files, [config.retention_path]):
         if paths:
             data_files.check_files(paths, config.skip_bad_lines)
@@ -63,11 +68,13 @@ def run(config: Config) -> dict[str, Any]:
                 session.merge(config)
         return results
     # 2. from here on the heavy libraries
-    from train import session
+    from train import held_out, session
 
     devices.check_gpu()
     with OutputFolder(config, rank), watch_launcher(), Peers(REMAINS) as peers:
         data = session.prepare_data(config, encodes=local_rank == 0)
+        if rank == 0 and not config.test_files:
+            held_out.write(Path(config.output_path), data.test, config.train_files)
         trainer, schedule = session.build_trainer(config, data, peers)
         session.train(config, trainer, schedule, rank)
         results = session.finish(config, trainer, rank)

@@ -14,10 +14,11 @@ from llmops import files
 from llmops.console import RunStopped, UserError
 
 OWN_NAME = "run_manifest.json"
+HELD_OUT = "held_out.jsonl"  # the part of the training data that is a run's test
 # What a run writes, and what makes a folder a model, an adapter or a run of another program.
 RUN_NAMES = (
     "log.txt", "finetune_config.json", "train_results.json", "training_loss.png", "intents.json", "tensorboard",
-    "merged", "merged.part", ".saving", "checkpoint-*", "trainer_state.json", "training_args.bin",
+    "merged", "merged.part", ".saving", "checkpoint-*", "trainer_state.json", "training_args.bin", HELD_OUT,
 )  # fmt: skip
 MODEL_NAMES = (
     "config.json", "generation_config.json", "adapter_*", "*.safetensors", "*.safetensors.index.json", "*.bin",

@@ -25,7 +25,9 @@ STEP = "conversations_per_step"  # a key in RECORD: of all processes together
 PROCESSES = "processes"  # another: how many processes chose
 STEP_SETTINGS = ("per_device_train_batch_size", "gradient_accumulation_steps")  # what makes it, times the processes
 CACHE_NAME = "cache"  # tokenised data by its key: nothing in it is ever replaced
-CLAIMED = (CONFIG_NAME, RESULTS_NAME, LOG_NAME, PICTURE_NAME, "tensorboard", checkpointing.STAGING)
+CLAIMED = (
+    CONFIG_NAME, RESULTS_NAME, LOG_NAME, PICTURE_NAME, ownership.HELD_OUT, "tensorboard", checkpointing.STAGING
+)  # fmt: skip
 RESULTS_KEYS = ("eval_loss_before", "eval_loss", "best_step", "steps")
 
 

@@ -50,7 +50,7 @@ from train.run_folder import (
     data_digest,
     step_size,
 )
-from train.steps import Split
+from train.steps import Split, few_steps
 from train.trainer import ChatTrainer, Schedule, barrier
 from train.training_log import ACCURACY, ConsoleServer, TensorBoardServer, TokenCounter, TrainingLog, plot, read_log
 
@@ -284,6 +284,10 @@ def build_trainer(config: Config, data: Data, peers: Peers | None = None) -> tup
             log(f"the run's steps keep their {step} conversations, now dealt to {world}")
         if data.replay is not None:
             log(replay_words(config, data, step))
+        per_epoch = math.ceil(len(data.train) / (step - replayed(step, config.replay_ratio)))
+        few = few_steps(math.ceil(config.num_train_epochs * per_epoch), per_epoch)
+        if few and config.max_steps < 0:
+            log(few)
     tokens = TokenCounter()
     output = Path(config.output_path)
     trainer = ChatTrainer(
@@ -438,7 +442,9 @@ def finish(config: Config, trainer: ChatTrainer, rank: int) -> dict[str, Any]:
         files.write_json(output / RESULTS_NAME, results)
         log(
             f"done: test loss {results['eval_loss_before']:.3f} -> {results['eval_loss']:.3f}, retention loss "
-            f"{results['retention_loss_before']:.3f} -> {results['retention_loss']:.3f}; the model is in {output}"
+            f"{results['retention_loss_before']:.3f} -> {results['retention_loss']:.3f}; the model is in {output}; "
+            f"ask it: bash {'faq/predict.sh' if config.scenario == 'faq' else 'serve/chat.sh'} "
+            f"--model_name_or_path {output} --question ..."
         )
     barrier()
     return results
