@@ -4,6 +4,7 @@ Answers depend on the model and the prompts only, not on the batch size.
 """
 
 import os
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -73,11 +74,9 @@ def check(settings: Settings) -> Checkpoint:
 
 def check_writable(folder: Path) -> None:
     """Raise UserError when files cannot be written into a folder; it is made if it is not there."""
-    probe = folder / f".writable.{os.getpid()}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe.write_bytes(b"")
-        probe.unlink()
+        tempfile.TemporaryFile(dir=folder).close()  # of a name that no other process has, on no machine
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         raise UserError(f"output_path {folder} cannot be written ({reason}); choose a folder you may write") from error

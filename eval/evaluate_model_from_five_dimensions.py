@@ -326,8 +326,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 stack.enter_context(evaluation)
                 evaluation.run(interrupts)
         finally:
-            printed = evaluation.printed()
-            if printed is not None and processes.first:
+            printed = evaluation.printed() if processes.first else None  # it reads files that the first deletes
+            if printed is not None:
                 files.print_json(printed)
                 if given.output_file:
                     files.write_json(Path(given.output_file), printed)
