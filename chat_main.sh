@@ -76,9 +76,11 @@ OVERWRITE_OUTPUT_PATH="${OVERWRITE_OUTPUT_PATH:-false}" # delete an earlier run 
 TRUST_REMOTE_CODE="${TRUST_REMOTE_CODE:-false}"         # run Python code that the checkpoint's folder ships
 SEED="${SEED:-42}"                                      # random seed
 # --- settings: processes and machines ----------------------------------------------------------------------------------
-NUM_PROCESSES="${NUM_PROCESSES:-}" # processes on this machine; empty: one per GPU, or one on the CPU
+NUM_PROCESSES="${NUM_PROCESSES:-}" # processes on each machine; empty: one per GPU or slot, or one on the CPU
 HOSTFILE="${HOSTFILE:-}"           # several machines: DeepSpeed's hostfile
-MASTER_ADDR="${MASTER_ADDR:-}"     # address of the first machine
+INCLUDE_HOSTS="${INCLUDE_HOSTS:-}" # only these machines of it, or these slots: worker-1@worker-2:0,1
+EXCLUDE_HOSTS="${EXCLUDE_HOSTS:-}" # not these, in the same form
+MASTER_ADDR="${MASTER_ADDR:-}"     # address of the first machine; empty: found over ssh, or its name
 MASTER_PORT="${MASTER_PORT:-}"     # its port; empty: a free one, or 29500 with a hostfile
 NO_SSH="${NO_SSH:-false}"          # start by hand on every machine instead of over ssh
 NODE_RANK="${NODE_RANK:-0}"        # with --no_ssh: which machine this is, from 0
@@ -86,8 +88,6 @@ NODE_RANK="${NODE_RANK:-0}"        # with --no_ssh: which machine this is, from 
 
 DEMO=false
 read_settings "${BASH_SOURCE[0]}" "$@"
-[[ $CUDA_VISIBLE_DEVICES =~ ^(-1|[0-9,]*)$ ]] ||
-    die "$(shown_setting CUDA_VISIBLE_DEVICES), and DeepSpeed's launcher takes GPUs by number; nvidia-smi -L lists them"
 
 case $SCENARIO in
 general) demo=$HERE/train/demo.sh ;;
@@ -100,10 +100,11 @@ esac
 : "${OUTPUT_PATH:=$MOUNT_PATH/output_path}"
 
 # 1. check settings, paths and data before anything is installed or loaded; questions with intents become conversations
+checker=$(project_python "$HERE") || exit 2
+check_launch "$checker"
 if [ "$SCENARIO" = faq ]; then
-    python=$(project_python "$HERE") || exit 2
     status=0
-    PYTHONPATH=$HERE "$python" -m llmops.faq_records "$TRAIN_FILE" || status=$?
+    PYTHONPATH=$HERE "$checker" -m llmops.faq_records "$TRAIN_FILE" || status=$?
     [ "$status" -le 1 ] || exit "$status"
     if [ "$status" -eq 0 ]; then
         [ "$NO_SSH" != true ] || die "$TRAIN_FILE holds questions with intents; with --no_ssh prepare them first: bash faq/prepare.sh"
@@ -116,8 +117,7 @@ if [ "$SCENARIO" = faq ]; then
         TRAIN_FILE=$prepared/train.jsonl TEST_FILE=$prepared/test.jsonl
     fi
 fi
-mapfile -d '' -t settings < <(setting_flags CUDA_VISIBLE_DEVICES NUM_PROCESSES HOSTFILE MASTER_ADDR MASTER_PORT NO_SSH NODE_RANK)
-checker=$(project_python "$HERE") || exit 2
+mapfile -d '' -t settings < <(setting_flags CUDA_VISIBLE_DEVICES "${LAUNCHER_SETTINGS[@]}")
 status=0
 "$checker" "$HERE/train/finetune.py" "${settings[@]}" --check || status=$?
 [ "$status" -ne 10 ] || exit 0 # the run is finished
@@ -131,32 +131,11 @@ if [ "$DRY_RUN" = true ]; then
     [ -z "$CUDA_VISIBLE_DEVICES" ] || export CUDA_VISIBLE_DEVICES
     exec "$PYTHON" "$HERE/train/finetune.py" "${settings[@]}"
 fi
-launcher=("$PYTHON" "$HERE/train/launch.py" --no_local_rank --log_level critical)
-if [ -n "$HOSTFILE" ]; then
-    [ -f "$HOSTFILE" ] || die "the hostfile $HOSTFILE does not exist; expected lines like 'worker-1 slots=8'"
-    launcher+=(--hostfile "$HOSTFILE" --master_port "${MASTER_PORT:-29500}")
-    [ -z "$MASTER_ADDR" ] || launcher+=(--master_addr "$MASTER_ADDR")
-    [ "$NO_SSH" != true ] || launcher+=(--no_ssh --node_rank "$NODE_RANK")
-else
-    [ -z "$MASTER_PORT" ] || launcher+=(--master_port "$MASTER_PORT")
-fi
-if has_gpu; then
-    if [ -n "$NUM_PROCESSES" ] && [ -n "$CUDA_VISIBLE_DEVICES" ]; then
-        gpus=${CUDA_VISIBLE_DEVICES//[^,]/}
-        [ "$NUM_PROCESSES" -le $((${#gpus} + 1)) ] ||
-            die "--num_processes is $NUM_PROCESSES and CUDA_VISIBLE_DEVICES names fewer GPUs ($CUDA_VISIBLE_DEVICES); one process runs on each"
-        CUDA_VISIBLE_DEVICES=$(cut -d, -f"1-$NUM_PROCESSES" <<<"$CUDA_VISIBLE_DEVICES")
-    elif [ -n "$NUM_PROCESSES" ]; then
-        launcher+=(--num_gpus "$NUM_PROCESSES")
-    fi
-    [ -z "$CUDA_VISIBLE_DEVICES" ] || export CUDA_VISIBLE_DEVICES # the launcher starts one process on each
-else
-    unset CUDA_VISIBLE_DEVICES
-    tune_cpu
-    [ -n "$HOSTFILE" ] || launcher+=(--num_gpus "${NUM_PROCESSES:-1}")
-fi
-[ -n "${CUDA_VISIBLE_DEVICES:-}" ] || unset CUDA_VISIBLE_DEVICES
+launcher_flags
+if ! has_gpu; then tune_cpu; fi
+if [ -n "$CUDA_VISIBLE_DEVICES" ]; then export CUDA_VISIBLE_DEVICES; else unset CUDA_VISIBLE_DEVICES; fi
 
 # 3. train
-log "+ $(printf '%q ' "${launcher[@]}" "$HERE/train/finetune.py" "${settings[@]}")"
-exec "${launcher[@]}" "$HERE/train/finetune.py" "${settings[@]}"
+command=("$PYTHON" "$HERE/llmops/launcher/launch.py" "${LAUNCH[@]}" "$HERE/train/finetune.py" "${settings[@]}")
+log "+ $(printf '%q ' "${command[@]}")"
+exec "${command[@]}"

@@ -25,12 +25,13 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
 from eval import evaluate_model_from_five_dimensions as command
-from eval.answers import Answers, Record
+from eval.answers import Answers
 from eval.engine import Engine, Settings
-from eval.processes import Processes
 from eval.samples import Sample, draw
 from llmops import tiny
 from llmops.console import log
+from llmops.kept import Record
+from llmops.sharing import Processes
 
 NEW_TOKENS = 32
 TASKS = {"inference_ability": 5, "reading_comprehension": 0, "innovation_capacity": 3}

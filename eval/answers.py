@@ -1,26 +1,19 @@
-"""What an evaluation keeps in output_path: answers as soon as they are known, and which files there are its own.
+"""What an evaluation keeps in output_path: answers as soon as they are known, and which files there are its own."""
 
-Each process appends to a file of its own; all of them are read when a run is started again, so that nothing is answered
-twice.
-"""
-
-import errno
-import os
-import re
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from llmops import files
 from llmops.console import UserError
+from llmops.kept import Kept, Record
 
 FIVE, PERFORMANCE = "evaluate_model_from_five_dimensions", "model_performance_evaluation"
 RESULTS_NAME = "eval_results.json"
 RADAR_NAME = "five_dimensions.png"
 LOCK_NAME = ".evaluation.lock"
 SAMPLES = "samples"
-Record = dict[str, Any]
+FIELDS = ("key", "prediction", "loglikelihoods", "ended", "new_tokens")
 
 
 def is_record(value: Any) -> bool:
@@ -80,63 +73,20 @@ def write_results(folder: Path, command: str, results: Record) -> Path:
     return path
 
 
-class Answers:
+class Answers(Kept):
     """The answers of one run in a folder, or nowhere when there is no folder."""
 
     def __init__(self, folder: Path | None, rank: int = 0) -> None:
-        self.folder = folder / SAMPLES if folder else None
-        self.rank = rank
-
-    def kept(self, name: str) -> dict[str, Record]:
-        """The answers of earlier runs, by key. A line that a killed run left unfinished is passed over."""
-        kept: dict[str, Record] = {}
-        for path in self._files(name):
-            for line in files.json_lines(path, "the answers"):
-                if line.problem is None and is_record(line.value):
-                    fields = ("key", "prediction", "loglikelihoods", "ended", "new_tokens")
-                    kept[line.value["key"]] = {field: line.value[field] for field in fields}
-        return kept
-
-    @contextmanager
-    def appender(self, name: str) -> Iterator[Callable[[Record], None]]:
-        """A function that adds a record to this process's file, out of this process's hands before it returns."""
-        if not self.folder:
-            yield lambda record: None
-            return
-        files.make_folder(self.folder, "the answers' folder")
-        path = self.folder / f"{name}.process{self.rank}.jsonl"
-        if path.is_file() and path.stat().st_size:
-            files.append_text(path, "\n")  # a killed run may have left half a line
-        with appending(path) as append:
-            yield lambda record: append(files.dumps(record).encode() + b"\n")
+        super().__init__(folder / SAMPLES if folder else None, rank, answer_of)
 
     def finish(self, name: str, rows: Sequence[Record]) -> None:
         """Write the per-sample file, with scores, and drop the files that the processes kept on the way."""
         if not self.folder:
             return
         files.write_text(self.folder / f"{name}.jsonl", "".join(files.dumps(row) + "\n" for row in rows))
-        for part in self._files(name):
-            if part.name != f"{name}.jsonl":
-                part.unlink()
-
-    def _files(self, name: str) -> list[Path]:
-        """The per-sample file and those of the processes, where they are."""
-        if not self.folder or not self.folder.is_dir():
-            return []
-        ours = re.compile(re.escape(name) + r"(\.process\d+)?\.jsonl")
-        return sorted(path for path in self.folder.iterdir() if ours.fullmatch(path.name))
+        self.drop(name)
 
 
-@contextmanager
-def appending(path: Path) -> Iterator[Callable[[bytes], None]]:
-    """A function that adds bytes to a file at once; what the disk says about it is a sentence."""
-    try:
-        with open(path, "ab", buffering=0) as stream:
-
-            def append(line: bytes) -> None:
-                if stream.write(line) != len(line):
-                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-            yield append
-    except OSError as error:
-        raise files.unwritable(path, error) from error
+def answer_of(value: Any) -> Record | None:
+    """The answer in a line, without the scores that the per-sample file adds."""
+    return {field: value[field] for field in FIELDS} if is_record(value) else None

@@ -3,18 +3,16 @@
 Answers depend on the model and the prompts only, not on the batch size.
 """
 
-import hashlib
-import json
 import os
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from eval.answers import LOCK_NAME, Answers, Record, check_foreign
-from eval.processes import Processes
+from eval.answers import LOCK_NAME, Answers, check_foreign
 from eval.prompts import Fitter, Prepared, Request
 from eval.rendering import Renderer
 from eval.samples import Answer, Sample
@@ -22,14 +20,13 @@ from llmops import cpu_kernels, devices, files
 from llmops.chat_model import ChatModel
 from llmops.checkpoints import Checkpoint
 from llmops.console import UserError, check_packages, has_gpu, log, progress
+from llmops.kept import Record, fingerprint
+from llmops.sharing import Processes
 
 if TYPE_CHECKING:
     import torch
 
     from llmops.generation import Generator
-
-
-WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "config.json", "adapter_config.json", "tokenizer*", "chat_template*")
 
 
 @dataclass(frozen=True)
@@ -77,11 +74,9 @@ def check(settings: Settings) -> Checkpoint:
 
 def check_writable(folder: Path) -> None:
     """Raise UserError when files cannot be written into a folder; it is made if it is not there."""
-    probe = folder / f".writable.{os.getpid()}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe.write_bytes(b"")
-        probe.unlink()
+        tempfile.TemporaryFile(dir=folder).close()  # of a name that no other process has, on no machine
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         raise UserError(f"output_path {folder} cannot be written ({reason}); choose a folder you may write") from error
@@ -168,7 +163,7 @@ class Engine:
             self.generator.fit(prepared.length)
         requests = prepared.requests
         keys = [request.key for request in requests]
-        done = self._done(prepared.name, keys)
+        done = self.processes.from_first(lambda: self._done(prepared.name, keys))
         first_of: dict[str, int] = {}
         for i, key in enumerate(keys):
             if i not in done:
@@ -181,6 +176,7 @@ class Engine:
             for k, found in progress(todo, f"answering {prepared.name}", len(mine), "samples", silent):
                 answered[mine[k]] = {"key": keys[mine[k]]} | found
                 append(answered[mine[k]])
+                self.processes.look()
         fresh = {keys[i]: record for i, record in self.processes.gather(answered).items()}
         records = [done.get(i) or fresh[key] for i, key in enumerate(keys)]
         return [self._answer(record, request) for record, request in zip(records, requests, strict=True)]
@@ -202,12 +198,10 @@ class Engine:
             self.answers.finish(name, rows)
 
     def _done(self, name: str, keys: Sequence[str]) -> dict[int, Record]:
-        """What earlier runs answered, by place."""
+        """What earlier runs answered, by place; read by the first process alone, before anyone writes."""
         kept = self.answers.kept(name)
         done = {i: kept[key] for i, key in enumerate(keys) if key in kept}
-        if self.processes.count > 1:
-            self.processes.gather({})  # everyone has read the files before anyone writes
-        if done and self.processes.first:
+        if done:
             log(f"{name}: {len(done)} of {len(keys)} answers are in {self.answers.folder} already")
         return done
 
@@ -241,11 +235,3 @@ def made(text: str, loglikelihoods: list[float], ended: bool, new_tokens: int) -
 def cpu_dtype(name: str) -> str:
     """float32 on the CPU unless something was asked for."""
     return "fp32" if name == "auto" else name
-
-
-def fingerprint(folders: Sequence[Path], *more: str) -> str:
-    """Names a model: the files of its folders with size and time of change. Another model has another one."""
-    present = {path for folder in folders for pattern in WEIGHTS for path in folder.glob(pattern)}
-    found = sorted({files.real(path) for path in present if files.is_file(path)})  # loading tells about the others
-    stats: list[Any] = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in found]
-    return hashlib.sha256(json.dumps([stats, more]).encode()).hexdigest()[:24]

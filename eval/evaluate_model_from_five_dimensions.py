@@ -26,11 +26,11 @@ from eval.engine import Engine, Settings, check, owned
 from eval.interrupts import Interrupts
 from eval.judging import Data, Outcome, judge, score_answers
 from eval.options import HELP, Options, read_json_argument, read_options
-from eval.processes import Processes
 from eval.prompts import Prepared
 from eval.samples import Answer, add_examples, draw, rows_of
 from llmops import files
 from llmops.console import Parser, Terminated, UserError, log, run_main, stdout_to_stderr, to_bool
+from llmops.sharing import Processes
 
 DIMENSIONS: dict[str, Dimension] = {
     module.DIMENSION.name: module.DIMENSION for module in (afqmc, cmrc2018, tnews, quoref, m3ke)
@@ -326,8 +326,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 stack.enter_context(evaluation)
                 evaluation.run(interrupts)
         finally:
-            printed = evaluation.printed()
-            if printed is not None and processes.first:
+            printed = evaluation.printed() if processes.first else None  # it reads files that the first deletes
+            if printed is not None:
                 files.print_json(printed)
                 if given.output_file:
                     files.write_json(Path(given.output_file), printed)

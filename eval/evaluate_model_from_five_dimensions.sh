@@ -19,7 +19,14 @@ DIMENSIONS="${DIMENSIONS:-}"                       # JSON list; empty: all five
 ADDITIONAL_PARAMETERS="${ADDITIONAL_PARAMETERS:-}" # JSON object with max_seq_len and so on; the .py's --help has them all
 EXPORT_OFFICIAL="${EXPORT_OFFICIAL:-false}"        # true: the answers as CMRC2018's script and CLUE want them, too
 OUTPUT_PATH="${OUTPUT_PATH:-}"                     # for eval_results.json, answers, chart; empty: MOUNT_PATH/eval_output
-NUM_PROCESSES="${NUM_PROCESSES:-1}"                # processes that share the samples, one GPU each
+NUM_PROCESSES="${NUM_PROCESSES:-}"                 # processes that share the samples, one GPU each; empty: one, or the hostfile's slots
+HOSTFILE="${HOSTFILE:-}"                           # several machines: the hostfile of chat_main.sh
+INCLUDE_HOSTS="${INCLUDE_HOSTS:-}"                 # only these machines of it, or these slots: worker-1@worker-2:0,1
+EXCLUDE_HOSTS="${EXCLUDE_HOSTS:-}"                 # not these, in the same form
+MASTER_ADDR="${MASTER_ADDR:-}"                     # address of the first machine; empty: found over ssh, or its name
+MASTER_PORT="${MASTER_PORT:-}"                     # its port; empty: a free one, or 29500 with a hostfile
+NO_SSH="${NO_SSH:-false}"                          # start by hand on every machine instead of over ssh
+NODE_RANK="${NODE_RANK:-0}"                        # with NO_SSH: which machine this is, from 0
 # --- end of settings ---------------------------------------------------------------------------------------------------
 
 hand_to_platform five "$@"
@@ -29,6 +36,6 @@ read_settings "${BASH_SOURCE[0]}" "$@"
 export MOUNT_PATH
 PYTHON=$(ensure_python "$HERE" "$HERE/requirements.txt") || exit 2
 has_gpu || tune_cpu
-start_processes "$PYTHON" "$NUM_PROCESSES" "$HERE/eval/evaluate_model_from_five_dimensions.py" --output_path "$OUTPUT_PATH" \
+start_processes "$PYTHON" "$HERE/eval/evaluate_model_from_five_dimensions.py" --output_path "$OUTPUT_PATH" \
     --export_official "$EXPORT_OFFICIAL" \
     "$MODEL_NAME_OR_PATH" "$DIMENSIONS" "$ADDITIONAL_PARAMETERS"

@@ -2,6 +2,7 @@
 
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -10,6 +11,7 @@ from typing import Any
 from llmops.console import Terminated, log
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+SAME = 1.0  # seconds in which a second signal is the first one again: the terminal's, and the launcher's that heard it
 
 
 class Interrupts:
@@ -20,7 +22,7 @@ class Interrupts:
     """
 
     def __init__(self) -> None:
-        self.code = 0
+        self.code, self.since = 0, 0.0
         self.raising = False
         self.before: dict[int, Any] = {}
 
@@ -44,8 +46,12 @@ class Interrupts:
             self.raising = False
 
     def _caught(self, number: int, frame: FrameType | None) -> None:
-        self.code = 128 + number
-        self._restore()
+        if self.code:
+            if time.monotonic() - self.since > SAME:
+                self._restore()
+                signal.raise_signal(number)
+            return
+        self.code, self.since = 128 + number, time.monotonic()
         if self.raising:
             self.raising = False
             raise Terminated(self.code)

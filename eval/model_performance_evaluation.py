@@ -22,7 +22,6 @@ from eval.answers import PERFORMANCE
 from eval.engine import Engine, Settings, check, owned
 from eval.interrupts import Interrupts
 from eval.metrics import METRICS, language
-from eval.processes import Processes
 from eval.prompts import Prepared
 from eval.samples import Answer, Sample, draw, rows_of, summarise
 from llmops import cpu_kernels, data_files, files
@@ -30,6 +29,7 @@ from llmops.chat_formats import families
 from llmops.console import FailureJson, Parser, Terminated, UserError, log, run_main, stdout_to_stderr, to_bool
 from llmops.data_files import list_files, read_chunks, read_conversations
 from llmops.records import Problem, problems_error
+from llmops.sharing import Processes
 
 NAME = "model_performance"
 PREDICTION = {"answer", "gold"}  # keys of a row that holds a prediction

@@ -21,7 +21,14 @@ MAX_SEQ_LEN="${MAX_SEQ_LEN:-auto}"                   # prompt and answer togethe
 MAX_NEW_TOKENS="${MAX_NEW_TOKENS:-256}"              # longest answer; those that run into it are counted
 PER_DEVICE_BATCH_SIZE="${PER_DEVICE_BATCH_SIZE:-10}" # prompts per pass; halved when memory runs out
 GPU_ID="${GPU_ID:-0}"                                # number of the GPU; -1: CPU; without any GPU 0 is the CPU too
-NUM_PROCESSES="${NUM_PROCESSES:-1}"                  # processes that share the samples, one GPU each
+NUM_PROCESSES="${NUM_PROCESSES:-}"                   # processes that share the samples, one GPU each; empty: one, or the hostfile's slots
+HOSTFILE="${HOSTFILE:-}"                             # several machines: the hostfile of chat_main.sh
+INCLUDE_HOSTS="${INCLUDE_HOSTS:-}"                   # only these machines of it, or these slots: worker-1@worker-2:0,1
+EXCLUDE_HOSTS="${EXCLUDE_HOSTS:-}"                   # not these, in the same form
+MASTER_ADDR="${MASTER_ADDR:-}"                       # address of the first machine; empty: found over ssh, or its name
+MASTER_PORT="${MASTER_PORT:-}"                       # its port; empty: a free one, or 29500 with a hostfile
+NO_SSH="${NO_SSH:-false}"                            # start by hand on every machine instead of over ssh
+NODE_RANK="${NODE_RANK:-0}"                          # with NO_SSH: which machine this is, from 0
 OUTPUT_PATH="${OUTPUT_PATH:-}"                       # for eval_results.json and the answers; empty: MOUNT_PATH/eval_output
 LIMIT="${LIMIT:-0}"                                  # evaluate so many samples; 0: all
 SEED="${SEED:-0}"                                    # of the draw and the bootstrap
@@ -38,7 +45,7 @@ read_settings "${BASH_SOURCE[0]}" "$@"
 : "${MODEL_NAME_OR_PATH:=$MOUNT_PATH/output_path}"
 : "${DATASET_PATH:=$MOUNT_PATH/datasets/test.jsonl}"
 : "${OUTPUT_PATH:=$MOUNT_PATH/eval_output/model_performance}"
-mapfile -d '' -t settings < <(setting_flags MOUNT_PATH NUM_PROCESSES)
+mapfile -d '' -t settings < <(setting_flags MOUNT_PATH "${LAUNCHER_SETTINGS[@]}")
 PYTHON=$(ensure_python "$HERE" "$HERE/requirements.txt") || exit 2
 has_gpu || tune_cpu
-start_processes "$PYTHON" "$NUM_PROCESSES" "$HERE/eval/model_performance_evaluation.py" "${settings[@]}"
+start_processes "$PYTHON" "$HERE/eval/model_performance_evaluation.py" "${settings[@]}"

@@ -5,6 +5,8 @@ Prints one JSON object per question on stdout, or writes them to --output_file.
 """
 
 import argparse
+import hashlib
+import json
 import os
 import sys
 import time
@@ -23,7 +25,9 @@ from llmops.console import Parser, UserError, has_gpu, log, progress, run_main, 
 from llmops.faq_catalog import Catalog, load_catalog
 from llmops.faq_records import INTENTS_NAME, FaqRecord, read_faq, refuse_unfinished
 from llmops.intents import candidate_tokens, decide, prediction, top_prediction
+from llmops.kept import Kept, fingerprint
 from llmops.records import Message
+from llmops.sharing import Processes
 
 if TYPE_CHECKING:
     from faq.baselines import Classifiers
@@ -176,6 +180,8 @@ def own_variant(catalog: Catalog, record: FaqRecord, place: str) -> int:
 
 def check_length(prompts: Sequence[Sequence[int]], queries: Sequence[Query], more: int, length: int | None) -> None:
     """Raise UserError when a prompt with its answer is longer than the model was made for."""
+    if not prompts:
+        return
     worst = max(range(len(prompts)), key=lambda i: len(prompts[i]))
     if length and len(prompts[worst]) + more > length:
         raise UserError(
@@ -255,13 +261,37 @@ def joined(classifiers: "Classifiers", rows: list[dict[str, Any]], queries: Sequ
     ]
 
 
-def run(config: Config) -> list[dict[str, Any]]:
-    """Load the model, answer every question; the predictions in the order of the questions."""
+def keys_of(config: Config, catalog: Catalog, queries: Sequence[Query], model: ChatModel, dtype: str) -> list[str]:
+    """What each prediction depends on, as a hash: model, list of intents, prompt, settings."""
+    checkpoint = model.checkpoint
+    name = fingerprint([checkpoint.folder, checkpoint.base.folder, *checkpoint.adapters], dtype)
+    shared = [name, catalog.to_json(), config.mode, config.constrain, config.max_new_tokens]
+    before = hashlib.sha256(json.dumps(shared).encode())
+
+    def key(query: Query) -> str:
+        digest = before.copy()
+        digest.update(json.dumps([query.prompt, catalog.answers(query.variant)]).encode())
+        return digest.hexdigest()[:32]
+
+    return [key(query) for query in queries]
+
+
+def kept_prediction(value: Any) -> dict[str, Any] | None:
+    """The prediction in a line that an earlier run kept."""
+    good = isinstance(value, dict) and isinstance(value.get("key"), str) and isinstance(value.get("prediction"), dict)
+    return value if good and isinstance(value["prediction"].get("intent"), str) else None
+
+
+def run(config: Config, processes: Processes) -> list[dict[str, Any]]:
+    """Load the model, answer every question; the predictions in the order of the questions, in the first process.
+
+    Each is kept beside --output_file as soon as it is known; the same command goes on there.
+    """
     cpu_kernels.settle(config.cpu_kernels)
     # 1. what is asked
     catalog = load_catalog(check(config))
     queries = read_queries(config, catalog)
-    classifiers = read_classifiers(config, catalog)
+    classifiers = read_classifiers(config, catalog) if processes.first else None
     # 2. from here on the heavy libraries
     if not has_gpu():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -274,22 +304,40 @@ def run(config: Config) -> list[dict[str, Any]]:
     folder = Path(config.model_name_or_path)
     model = ChatModel(Checkpoint(folder, config.mode or catalog.mode, config.trust_remote_code))
     chat = model.chat
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device("cuda", processes.local_rank) if torch.cuda.is_available() else torch.device("cpu")
     size = config.batch_size or chat.family.generation["batch_size"]
-    generator = model.generator(devices.choose_dtype(config.dtype), device, size, config.reuse_prefix)
+    dtype = devices.choose_dtype(config.dtype)
+    generator = model.generator(dtype, device, size, config.reuse_prefix)
     how = f"prompts computed anew each time, because {generator.plain_because}" if generator.plain_because else ""
-    log(f"{chat.name}; {len(queries)} questions, {len(catalog.intents)} intents" + (f"; {how}" if how else ""))
-    # 3. answer
-    started = time.monotonic()
-    found: dict[int, dict[str, Any]] = {}
-    for i, predicted in progress(
-        predict(config, catalog, queries, model, generator), "predicting", total=len(queries), unit="questions"
-    ):
-        head = {"question": queries[i].question}
-        found[i] = head | predicted | queries[i].known
+    if processes.first:
+        log(f"{chat.name}; {len(queries)} questions, {len(catalog.intents)} intents" + (f"; {how}" if how else ""))
+    # 3. answer what no earlier run has
+    output = Path(config.output_file)
+    keeper = Kept(output.parent if config.output_file else None, processes.rank, kept_prediction)
+    keys, name = keys_of(config, catalog, queries, model, str(dtype)), f".{output.name}"
+
+    def earlier() -> dict[int, dict[str, Any]]:
+        kept = keeper.kept(name)
+        return {i: kept[key]["prediction"] for i, key in enumerate(keys) if key in kept}
+
+    found = processes.from_first(earlier)
+    if found and processes.first:
+        log(f"{len(found)} of {len(queries)} predictions are beside {config.output_file} already")
+    started, fresh = time.monotonic(), {}
+    mine = processes.share([i for i in range(len(queries)) if i not in found])
+    todo = predict(config, catalog, [queries[i] for i in mine], model, generator) if mine else iter(())
+    with keeper.appender(name) as keep:
+        for k, predicted in progress(todo, "predicting", len(mine), "questions", not processes.first):
+            fresh[mine[k]] = predicted
+            keep({"key": keys[mine[k]], "prediction": predicted})
+            processes.look()
+    fresh = processes.gather(fresh)
+    if not processes.first:
+        return []
     seconds = time.monotonic() - started
-    log(f"{len(queries)} questions in {seconds:.1f} s, {len(queries) / seconds:.1f} questions/s")
-    rows = [found[i] for i in range(len(queries))]
+    log(f"{len(fresh)} questions in {seconds:.1f} s, {len(fresh) / seconds:.1f} questions/s")
+    found |= fresh
+    rows = [{"question": query.question} | found[i] | query.known for i, query in enumerate(queries)]
     if classifiers and config.constrain:
         rows = joined(classifiers, rows, queries)
     return [decide(catalog, row) for row in rows]
@@ -301,17 +349,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     def body() -> int:
         options = vars(build_parser().parse_args(argv))
         config = Config(**(options | {"question": tuple(options["question"])}))
-        with stdout_to_stderr():
-            predictions = run(config)
+        processes = Processes()
+        with stdout_to_stderr(), processes.connected():
+            predictions = run(config, processes)
+        if not processes.first:
+            return 0
         text = "".join(files.dumps(found) + "\n" for found in predictions)
         if not config.output_file:
             files.write_stdout(text)
             return 0
-        files.write_text(Path(config.output_file), text)
+        output = Path(config.output_file)
+        files.write_text(output, text)
+        Kept(output.parent, 0, kept_prediction).drop(f".{output.name}")
         log(f"predictions in {config.output_file}")
         return 0
 
-    return run_main(body)
+    return run_main(body, speaks=os.environ.get("LOCAL_RANK", "0") == "0")
 
 
 if __name__ == "__main__":

@@ -28,12 +28,20 @@ MAX_NEW_TOKENS="${MAX_NEW_TOKENS:-0}"            # length limit without constrai
 DTYPE="${DTYPE:-auto}"                           # auto (bf16 where the GPU has it), bf16, fp16, fp32
 CPU_KERNELS="${CPU_KERNELS:-auto}"               # float32 products on a CPU: auto (the faster exact ones), default
 TRUST_REMOTE_CODE="${TRUST_REMOTE_CODE:-false}"  # run Python code that the checkpoint's folder ships
+NUM_PROCESSES="${NUM_PROCESSES:-}"               # processes that share the questions, one GPU each; empty: one, or the hostfile's slots
+HOSTFILE="${HOSTFILE:-}"                         # several machines: the hostfile of chat_main.sh
+INCLUDE_HOSTS="${INCLUDE_HOSTS:-}"               # only these machines of it, or these slots: worker-1@worker-2:0,1
+EXCLUDE_HOSTS="${EXCLUDE_HOSTS:-}"               # not these, in the same form
+MASTER_ADDR="${MASTER_ADDR:-}"                   # address of the first machine; empty: found over ssh, or its name
+MASTER_PORT="${MASTER_PORT:-}"                   # its port; empty: a free one, or 29500 with a hostfile
+NO_SSH="${NO_SSH:-false}"                        # start by hand on every machine instead of over ssh
+NODE_RANK="${NODE_RANK:-0}"                      # with NO_SSH: which machine this is, from 0
 # --- end of settings ---------------------------------------------------------------------------------------------------
 
 read_settings "${BASH_SOURCE[0]}" "$@"
 : "${MODEL_NAME_OR_PATH:=$MOUNT_PATH/output_path}"
-mapfile -d '' -t settings < <(setting_flags CUDA_VISIBLE_DEVICES MOUNT_PATH)
+mapfile -d '' -t settings < <(setting_flags CUDA_VISIBLE_DEVICES MOUNT_PATH "${LAUNCHER_SETTINGS[@]}")
 PYTHON=$(ensure_python "$HERE" "$HERE/requirements.txt") || exit 2
 has_gpu || tune_cpu
 if [ -n "$CUDA_VISIBLE_DEVICES" ]; then export CUDA_VISIBLE_DEVICES; else unset CUDA_VISIBLE_DEVICES; fi
-exec "$PYTHON" "$HERE/faq/predict.py" "${settings[@]}"
+start_processes "$PYTHON" "$HERE/faq/predict.py" "${settings[@]}"

@@ -8,7 +8,7 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import MutableMapping
+from collections.abc import Mapping, MutableMapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     import torch
 
 VISIBLE = "CUDA_VISIBLE_DEVICES"
-KEPT = "LLMOPS_VISIBLE_DEVICES"  # what VISIBLE was, where DeepSpeed's launcher cannot read it
 DRIVER_FILE = Path("/proc/driver/nvidia/version")
 OLDEST_DRIVER = {"11": "450", "12": "525", "13": "580"}  # by CUDA's major version (its release notes, table 2)
 ON_CPU = f"set {VISIBLE}=-1 to work on the CPU"
@@ -91,18 +90,23 @@ def choose_dtype(name: str) -> "torch.dtype":
     return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[name]
 
 
-def for_launcher(environ: MutableMapping[str, str], argv: list[str]) -> list[str]:
-    """DeepSpeed's launcher reads numbers only: names of GPUs (UUID, MIG) and -1 are kept aside for the processes.
+def of_processes(environ: Mapping[str, str], processes: int) -> list[str]:
+    """The GPUs of this machine that `processes` use (0: one process on each), as CUDA_VISIBLE_DEVICES takes them.
 
-    Returns the launcher's arguments, with one process for each name. Raises UserError for several MIG instances.
+    Raises UserError for more processes than GPUs, and for several MIG instances.
     """
-    names = [name.strip() for name in environ.get(VISIBLE, "").split(",") if name.strip()]
-    if all(name.isdecimal() for name in names):
-        return argv
-    if len(names) > 1 and any(name.startswith("MIG") for name in names):
-        raise UserError(f"{VISIBLE} names {len(names)} MIG instances; CUDA shows a process only one of them: name one")
-    environ[KEPT] = environ.pop(VISIBLE)
-    return argv if names == ["-1"] or "--num_gpus" in argv else ["--num_gpus", str(len(names)), *argv]
+    devices = [name.strip() for name in environ.get(VISIBLE, "").split(",") if name.strip()]
+    if len(devices) > 1 and any(name.startswith("MIG") for name in devices):
+        raise UserError(f"{VISIBLE} names {len(devices)} MIG instances; CUDA shows a process only one: name one")
+    named = f"{VISIBLE} names fewer GPUs ({environ.get(VISIBLE)})"
+    if not devices:
+        import torch
+
+        devices = [str(number) for number in range(torch.cuda.device_count())]
+        named = f"this machine has {len(devices)} GPUs"
+    if processes > len(devices):
+        raise UserError(f"--num_processes is {processes} and {named}; one process runs on each")
+    return devices[: processes or None]
 
 
 def prepare_process(environ: MutableMapping[str, str]) -> None:
@@ -111,10 +115,8 @@ def prepare_process(environ: MutableMapping[str, str]) -> None:
     The cores are shared among the processes of this machine (DeepSpeed's CPUAdam uses them with a GPU, too), and tools
     beside the interpreter are found: ninja, for DeepSpeed's operators, in an environment that is not active.
     """
-    if KEPT in environ:
-        environ[VISIBLE] = environ[KEPT]
     if environ.get("DS_ACCELERATOR") == "cpu":
-        environ[VISIBLE] = "-1"  # DeepSpeed's launcher numbers the processes in it
+        environ[VISIBLE] = "-1"  # the launcher numbers the processes in it
     beside = str(Path(sys.executable).parent)
     if shutil.which("ninja", path=environ.get("PATH", "")) is None:
         environ["PATH"] = os.pathsep.join(filter(None, (environ.get("PATH", ""), beside)))

@@ -218,19 +218,38 @@ tune_cpu() {
     export GLIBC_TUNABLES=${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1}
 }
 
-# start_processes PYTHON NUMBER SCRIPT ARGUMENTS...: the end of a shell whose work is shared by processes of one machine.
-# torchrun's own store would listen on every address of the machine: here its agent meets itself in a file, and the
-# processes meet on the loopback address (llmops/process_group.py).
+# The settings of a run's processes and machines, as llmops/launcher/launch.py takes them.
+LAUNCHER_SETTINGS=(NUM_PROCESSES HOSTFILE INCLUDE_HOSTS EXCLUDE_HOSTS MASTER_ADDR MASTER_PORT NO_SSH NODE_RANK)
+
+# launcher_flags: LAUNCH becomes the flags of launch.py for these settings
+launcher_flags() {
+    local name
+    LAUNCH=()
+    for name in "${LAUNCHER_SETTINGS[@]}"; do
+        if [ "$name" = NO_SSH ]; then
+            [ "$NO_SSH" != true ] || LAUNCH+=(--no_ssh)
+        elif [ -n "${!name}" ]; then
+            LAUNCH+=("--${name,,}=${!name}")
+        fi
+    done
+    if [ "${CUDA_VISIBLE_DEVICES:-}" = -1 ] || [ "${GPU_ID:-}" = -1 ]; then LAUNCH+=(--on_cpu); fi
+}
+
+# check_launch PYTHON: machines and processes, before anything is installed or loaded
+check_launch() {
+    launcher_flags
+    "$1" "$(dirname -- "${BASH_SOURCE[0]}")/launcher/launch.py" --check "${LAUNCH[@]}" || exit $?
+}
+
+# start_processes PYTHON SCRIPT ARGUMENTS...: the end of a shell whose work is shared by the processes that
+# LAUNCHER_SETTINGS say; one by itself where they say nothing
 start_processes() {
-    local python=$1 number=$2 meeting status=0
-    shift 2
-    [ "$number" != 1 ] || exec "$python" "$@"
-    meeting=$(mktemp -d) || die "no temporary folder can be made; set TMPDIR to a folder that can be written to"
-    export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
-    forward "$python" -m torch.distributed.run --nnodes 1 --nproc-per-node "$number" --local-addr 127.0.0.1 \
-        --rdzv-backend c10d --rdzv-endpoint "$meeting/store" --rdzv-conf store_type=file "$@" || status=$?
-    rm -rf -- "$meeting"
-    exit "$status"
+    local python=$1
+    shift
+    [ -n "$HOSTFILE" ] || NUM_PROCESSES=${NUM_PROCESSES:-1}
+    launcher_flags
+    if [ -z "$HOSTFILE" ] && [ "$NUM_PROCESSES" = 1 ]; then exec "$python" "$@"; fi
+    exec "$python" "$HERE/llmops/launcher/launch.py" "${LAUNCH[@]}" "$@"
 }
 
 # project_python: any Python 3.11 or newer, preferring the one that will run the work; enough for --help and checks

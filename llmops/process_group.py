@@ -8,11 +8,12 @@ import ipaddress
 import os
 import socket
 from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from llmops.console import UserError
+from llmops.console import RunStopped, UserError
 
 if TYPE_CHECKING:
     from torch.distributed import Store
@@ -40,9 +41,15 @@ def is_loopback(host: str) -> bool:
 def init_method() -> str | None:
     """What to pass as `init_method` when the process group is made: None (torch's own way) across machines.
 
-    Reads MASTER_ADDR, which the launchers set. On one machine gloo and NCCL are held to the loopback interface, too.
+    Reads MASTER_ADDR, which the launchers set. On one machine gloo and NCCL are held to the loopback interface, too. On
+    several, gloo gets the interface that leads to the first one: by itself it takes that of the machine's own name,
+    which Debian's /etc/hosts gives to the loopback interface. NCCL looks for a good one.
     """
-    if not is_loopback(os.environ.get("MASTER_ADDR", "")):
+    address = os.environ.get("MASTER_ADDR", "")
+    if not is_loopback(address):
+        interface = interface_to(address)
+        if interface:
+            os.environ.setdefault(INTERFACES[0], interface)
         return None
     for name in INTERFACES:
         os.environ.setdefault(name, "lo")
@@ -50,6 +57,23 @@ def init_method() -> str | None:
         return None  # torchrun holds the store and listens itself
     register()
     return f"{SCHEME}://"
+
+
+def interface_to(host: str) -> str | None:
+    """The network interface from which this machine reaches `host`; None where that cannot be told."""
+    import psutil
+
+    try:
+        family, kind, _, _, target = socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, kind) as probe:
+            probe.connect(target)  # a route is looked up, nothing is sent
+            own = probe.getsockname()[0]
+    except OSError:
+        return None
+    names = [
+        name for name, found in psutil.net_if_addrs().items() if any(one.address.split("%")[0] == own for one in found)
+    ]
+    return names[0] if names and not is_loopback(own) else None
 
 
 @cache
@@ -71,6 +95,23 @@ def meet(url: str, timeout: timedelta = timedelta(minutes=30), **_: Any) -> Iter
     listening = listen(port) if rank == 0 else None
     yield dist.TCPStore(LOOPBACK, port, count, rank == 0, timeout, master_listen_fd=listening), rank, count
     raise RuntimeError("a group of processes that was left is not entered again")
+
+
+@contextmanager
+def meeting() -> Iterator[None]:
+    """Turns what torch says when processes of several machines do not find each other into a sentence."""
+    import torch.distributed as dist
+
+    place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+    try:
+        yield
+    except dist.DistError as error:
+        text = str(error)
+        if "EADDRINUSE" in text:
+            raise UserError(f"{place}, where the machines meet, is taken; choose another --master_port") from error
+        if "timed out" in text.lower():
+            raise RunStopped(f"the other machines did not come to {place}; start the command on all of them") from error
+        raise
 
 
 def listen(port: int) -> int:

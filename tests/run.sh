@@ -7,10 +7,17 @@ HERE=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
 source "$HERE/llmops/environment.sh"
 
 PYTHON=$(ensure_python "$HERE" "$HERE/requirements-dev.txt") || exit 2
-# The console's tests drive Chromium; without one they are skipped and say so.
-if ! command -v chromium >/dev/null && [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
-    { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq --yes --no-install-recommends chromium; } >&2 ||
-        log "chromium cannot be installed; the console's tests in a browser will be skipped"
+# The console's tests drive Chromium, those of a cluster make hosts with an sshd each; without these they are skipped and
+# say so. Where an init system runs, installing openssh-server would open this machine to the network: not here, then.
+wanted=()
+command -v chromium >/dev/null || wanted+=(chromium)
+command -v ip >/dev/null || wanted+=(iproute2)
+command -v ssh >/dev/null || wanted+=(openssh-client)
+[ -x /usr/sbin/sshd ] || [ -d /run/systemd/system ] || wanted+=(openssh-server)
+if [ "${#wanted[@]}" -gt 0 ] && [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
+    { apt-get update -qq && DEBIAN_FRONTEND=noninteractive RUNLEVEL=1 \
+        apt-get install -qq --yes --no-install-recommends "${wanted[@]}"; } >&2 ||
+        log "${wanted[*]} cannot be installed; tests of the console in a browser, or of a cluster, will be skipped"
 fi
 bin=$("$PYTHON" -c 'import sysconfig; print(sysconfig.get_path("scripts"))')
 cd "$HERE"

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from eval.engine import choose_device
-from eval.processes import Processes
 from llmops import devices
 from llmops.console import UserError, has_gpu
+from llmops.sharing import Processes
 
 
 @pytest.mark.parametrize(
@@ -63,20 +63,20 @@ def test_a_gpu_that_cannot_be_used_is_an_error(
             choose_device(0, Processes())
 
 
-def test_names_of_gpus_pass_the_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert devices.for_launcher(environ := {"CUDA_VISIBLE_DEVICES": "0,2"}, ["x"]) == ["x"]
-    assert environ == {"CUDA_VISIBLE_DEVICES": "0,2"}
-    assert devices.for_launcher({}, ["x"]) == ["x"]
-    names = "GPU-8932f937-d72c,GPU-aa"
-    assert devices.for_launcher(environ := {"CUDA_VISIBLE_DEVICES": names}, ["x"]) == ["--num_gpus", "2", "x"]
-    assert environ == {devices.KEPT: names}
-    assert devices.for_launcher({"CUDA_VISIBLE_DEVICES": "-1"}, ["--num_gpus", "3"]) == ["--num_gpus", "3"]
-    assert devices.for_launcher({"CUDA_VISIBLE_DEVICES": "MIG-1"}, []) == ["--num_gpus", "1"]
+def test_gpus_of_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    assert devices.of_processes({}, 0) == ["0", "1", "2"]
+    assert devices.of_processes({}, 2) == ["0", "1"]
+    names = "GPU-8932f937-d72c, GPU-aa"
+    assert devices.of_processes({"CUDA_VISIBLE_DEVICES": names}, 0) == ["GPU-8932f937-d72c", "GPU-aa"]
+    assert devices.of_processes({"CUDA_VISIBLE_DEVICES": "4,7"}, 1) == ["4"]
+    assert devices.of_processes({"CUDA_VISIBLE_DEVICES": "MIG-1"}, 0) == ["MIG-1"]
     with pytest.raises(UserError, match="2 MIG instances"):
-        devices.for_launcher({"CUDA_VISIBLE_DEVICES": "MIG-1,MIG-2"}, [])
-    process = {devices.KEPT: names, "CUDA_VISIBLE_DEVICES": "0,1"}  # as DeepSpeed's launcher leaves it
-    devices.prepare_process(process)
-    assert process["CUDA_VISIBLE_DEVICES"] == names
+        devices.of_processes({"CUDA_VISIBLE_DEVICES": "MIG-1,MIG-2"}, 0)
+    with pytest.raises(UserError, match=r"names fewer GPUs \(4,7\)"):
+        devices.of_processes({"CUDA_VISIBLE_DEVICES": "4,7"}, 3)
+    with pytest.raises(UserError, match="this machine has 3 GPUs; one process runs on each"):
+        devices.of_processes({}, 4)
 
 
 def test_a_process_finds_ninja_and_shares_the_cores(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

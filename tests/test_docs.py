@@ -33,8 +33,9 @@ STARTS = {
     "job/run.sh": ("chat_main.sh",),
     "docs/jobs/slurm.sh": ("job/run.sh",),
 }
-# flags of other programs that the guides name: Docker, pip, git, vLLM, tensorboard, the libraries of peers
+# flags of other programs that the guides name: Docker, pip, git, vLLM, tensorboard, DeepSpeed, the libraries of peers
 ELSEWHERE = {
+    "include", "exclude",
     "all", "build-arg", "cap-drop", "chat-template", "continuous-batching", "export", "generation-config", "gpus",
     "lora-modules", "max-lora-rank", "network", "read-only", "secret", "security-opt", "shm-size", "tmpfs",
     "trust-remote-code", "user", "logdir", "local-dir", "local_dir", "install",

@@ -14,14 +14,15 @@ from conftest import environment
 
 from eval import evaluate_model_from_five_dimensions as command
 from eval import model_performance_evaluation
-from eval.answers import FIVE, LOCK_NAME, PERFORMANCE, appending
+from eval.answers import FIVE, LOCK_NAME, PERFORMANCE
 from eval.engine import Engine, Settings
 from eval.metrics import cmrc_em, cmrc_f1
-from eval.processes import Processes
 from eval.report import read_scores
 from eval.samples import Answer
 from llmops import files
 from llmops.console import RunStopped, UserError
+from llmops.kept import appending
+from llmops.sharing import Processes
 
 SCRIPT = Path(command.__file__)
 Call = tuple[int, Any, str]

@@ -17,10 +17,10 @@ from conftest import ROOT, Messages, environment, teach
 from eval import evaluate_model_from_five_dimensions as command
 from eval.dimensions import cmrc2018
 from eval.engine import Engine, Settings
-from eval.processes import Processes
 from eval.report import draw_radar
 from eval.samples import Loaded, Sample, add_examples, draw
 from llmops.console import UserError
+from llmops.sharing import Processes
 
 SCRIPT = ROOT / "eval" / "evaluate_model_from_five_dimensions.py"
 ALL = list(command.DIMENSIONS)

@@ -16,8 +16,8 @@ from conftest import ROOT, Messages, environment, write_jsonl
 from eval import metrics, model_performance_evaluation
 from eval.engine import Engine, Settings
 from eval.model_performance_evaluation import read_metrics, read_samples
-from eval.processes import Processes
 from llmops.console import UserError
+from llmops.sharing import Processes
 
 SCRIPT = ROOT / "eval" / "model_performance_evaluation.py"
 ALL = "Acc,F1,BLEU,Rouge"
@@ -157,7 +157,7 @@ def test_killed_and_started_again(
 def test_several_processes_share_the_samples(
     capfd: pytest.CaptureFixture[str], checkpoints: dict[str, Path], data: Path, tmp_path: Path
 ) -> None:
-    """Two processes, as torchrun starts them: one JSON, all samples, the same answers as one process."""
+    """Two processes, as the launcher starts them: one JSON, all samples, the same answers as one process."""
     arguments = (
         "--model_name_or_path", str(checkpoints["llama"]), "--dataset_path", str(data), "--evaluation_metrics", ALL,
         "--max_new_tokens", "4",

@@ -279,7 +279,7 @@ def build_parser() -> argparse.ArgumentParser:
             help=(item.metadata["help"] + shown).replace("%", "%%"),
         )
     parser.add_argument("--check", action="store_true", help="check settings, paths and data, then end")
-    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # DeepSpeed's launcher may add it
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # launchers may add it
     return parser
 
 

@@ -1,4 +1,4 @@
-"""Fine-tune a chat model: LoRA or full, one process per device, started by DeepSpeed's launcher.
+"""Fine-tune a chat model: LoRA or full, one process per device, started by llmops/launcher.
 
 python train/finetune.py --help        every setting
 python train/finetune.py --check ...   settings, paths and data only; needs no torch
@@ -15,11 +15,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from llmops import data_files, devices, files
 from llmops.console import log, run_main, stdout_to_stderr
 from llmops.faq_records import INTENTS_NAME, refuse_exported, refuse_unfinished
+from llmops.peers import Peers, watch_launcher
 from train import deepspeed_file
 from train.config import Config, parse
 from train.run_folder import OutputFolder, earlier_run, say_finished
 
 PLACE = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}  # of this process, as the launcher tells it
+REMAINS = "the checkpoints saved before are whole"
 EXIT_FINISHED = 10  # of --check: the run is finished
 
 
@@ -69,11 +71,11 @@ def run(config: Config) -> dict[str, Any]:
     from train import held_out, session
 
     devices.check_gpu()
-    with OutputFolder(config, rank), session.watch_launcher():
+    with OutputFolder(config, rank), watch_launcher(), Peers(REMAINS) as peers:
         data = session.prepare_data(config, encodes=local_rank == 0)
         if rank == 0 and not config.test_files:
             held_out.write(Path(config.output_path), data.test, config.train_files)
-        trainer, schedule = session.build_trainer(config, data)
+        trainer, schedule = session.build_trainer(config, data, peers)
         session.train(config, trainer, schedule, rank)
         results = session.finish(config, trainer, rank)
         del trainer, schedule, data
@@ -100,7 +102,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 run(config)
         return 0
 
-    return run_main(body, speaks=os.environ.get("RANK", "0") == "0")
+    return run_main(body, speaks=os.environ.get("LOCAL_RANK", "0") == "0")  # a machine may lack what others have
 
 
 if __name__ == "__main__":

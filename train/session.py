@@ -4,9 +4,6 @@ import errno
 import math
 import os
 import pickle
-import signal
-import socket
-import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -32,6 +29,7 @@ from llmops.chat_model import ChatModel
 from llmops.checkpoints import Checkpoint
 from llmops.console import RunStopped, UserError, log
 from llmops.faq_records import INTENTS_NAME
+from llmops.peers import Peers
 from train import attention, checkpointing, elastic, ownership, states
 from train.batches import PackedCollator, PaddedCollator, cross_entropy_name
 from train.choices import Choices, resolve
@@ -56,7 +54,6 @@ from train.steps import Split, few_steps
 from train.trainer import ChatTrainer, Schedule, barrier
 from train.training_log import ACCURACY, ConsoleServer, TensorBoardServer, TokenCounter, TrainingLog, plot, read_log
 
-LAUNCHER_PID = "LLMOPS_LAUNCHER_PID"
 NEVER = 10**9
 LONGEST_WAIT = timedelta(hours=2)  # of processes for each other: loading a large model from a slow disk takes a while
 T = TypeVar("T")
@@ -76,29 +73,6 @@ class Data:
     def learned(self) -> TokenDataset | Joined:
         """All that is learned."""
         return self.train if self.replay is None else Joined(self.train, self.replay)
-
-
-@contextmanager
-def watch_launcher() -> Iterator[None]:
-    """End like by SIGTERM when the launcher of this process is gone, so that no orphan goes on writing."""
-    launcher = int(os.environ.get(LAUNCHER_PID, "0"))
-    ended = threading.Event()
-
-    def watch() -> None:
-        while not ended.wait(1):
-            try:
-                os.kill(launcher, 0)
-            except ProcessLookupError:
-                os.kill(os.getpid(), signal.SIGTERM)
-                return
-
-    on_this_host = os.environ.get("LLMOPS_LAUNCHER_HOST") == socket.gethostname()
-    if launcher and on_this_host:
-        threading.Thread(target=watch, daemon=True).start()
-    try:
-        yield
-    finally:
-        ended.set()
 
 
 def prepare_data(config: Config, encodes: bool) -> Data:
@@ -160,7 +134,8 @@ def join_processes() -> torch.device:
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
     # the Trainer's ddp_timeout comes too late for this group
-    deepspeed.init_distributed(timeout=LONGEST_WAIT, init_method=process_group.init_method())
+    with process_group.meeting():
+        deepspeed.init_distributed(timeout=LONGEST_WAIT, init_method=process_group.init_method())
     return device
 
 
@@ -275,10 +250,12 @@ def choose_collator(
     return PackedCollator(flex=why_blocks is None, pad_id=tokenizer.pad_token_id), how
 
 
-def build_trainer(config: Config, data: Data) -> tuple[ChatTrainer, Schedule]:
-    """Model, DeepSpeed and Trainer, ready to train."""
+def build_trainer(config: Config, data: Data, peers: Peers | None = None) -> tuple[ChatTrainer, Schedule]:
+    """Model, DeepSpeed and Trainer, ready to train; `peers` watch over other machines from here on."""
     dtype = devices.choose_dtype(config.dtype)
     device = join_processes()
+    if peers:
+        peers.begin()
     rank, world = dist.get_rank(), dist.get_world_size()
     step = agree(lambda: step_size(config, world), rank)
     choices = agree(lambda: resolve(config, dtype, data.learned, device, world), rank)

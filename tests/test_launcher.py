@@ -1,0 +1,158 @@
+"""Hostfiles and choices of machines; the processes of one machine: their places, their ends."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, environment
+
+from llmops.console import UserError
+from llmops.launcher import ssh
+from llmops.launcher.hosts import choose, read_hostfile
+
+LAUNCH = ROOT / "llmops" / "launcher" / "launch.py"
+HOSTS = {"a": 2, "b": 3}
+
+
+def written(folder: Path, text: str) -> Path:
+    """A hostfile."""
+    path = folder / "hostfile"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_a_hostfile(tmp_path: Path) -> None:
+    text = "# ours\n\n  worker-1 slots=8\nworker-2.lan\tslots=4 max_slots=8 # half\r\n"
+    assert read_hostfile(written(tmp_path, text)) == {"worker-1": 8, "worker-2.lan": 4}
+
+
+@pytest.mark.parametrize(
+    ("text", "phrase"),
+    [
+        ("", "names no machine; expected lines like 'worker-1 slots=8'"),
+        ("# worker-1 slots=8\n", "names no machine"),
+        ("worker-1\n", "line 1: found 'worker-1'; expected lines like"),
+        ("a slots=1\nb slots=two\n", "line 2: found 'b slots=two'"),
+        ("a slots=-1\n", "line 1: found 'a slots=-1'"),
+        ("a slots=0\n", "line 1: a has slots=0, expected 1 to 1024"),
+        ("a slots=2000\n", "line 1: a has slots=2000, expected 1 to 1024"),
+        ("a slots=1\na slots=1\n", "line 2: a has a line already"),
+        ("-oProxyCommand=touch slots=1\n", "line 1: '-oProxyCommand=touch' is no name of a machine"),
+        ("root@a slots=1\n", "line 1: 'root@a' is no name of a machine"),
+    ],
+)
+def test_a_wrong_hostfile_is_one_sentence(tmp_path: Path, text: str, phrase: str) -> None:
+    with pytest.raises(UserError) as error:
+        read_hostfile(written(tmp_path, text))
+    assert phrase in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("include", "exclude", "expected"),
+    [
+        ("", "", {"a": ["0", "1"], "b": ["0", "1", "2"]}),
+        ("b", "", {"b": ["0", "1", "2"]}),
+        ("b:2,0@a", "", {"a": ["0", "1"], "b": ["0", "2"]}),
+        ("b:0@b:1", "", {"b": ["0", "1"]}),
+        ("", "a", {"b": ["0", "1", "2"]}),
+        ("", "a:0@b:1,2", {"a": ["1"], "b": ["0"]}),
+    ],
+)
+def test_a_choice_of_machines(include: str, exclude: str, expected: dict[str, list[str]]) -> None:
+    """As DeepSpeed's launcher chooses."""
+    from deepspeed.launcher.runner import parse_inclusion_exclusion
+
+    assert choose(HOSTS, include, exclude) == expected
+    theirs = parse_inclusion_exclusion(HOSTS, include, exclude)
+    assert {name: [str(slot) for slot in slots] for name, slots in theirs.items()} == expected
+
+
+@pytest.mark.parametrize(
+    ("include", "exclude", "phrase"),
+    [
+        ("a", "b", "either --include_hosts or --exclude_hosts"),
+        ("c", "", "--include_hosts names 'c'; the hostfile has a, b"),
+        ("", "a:2", "'2' is no slot of a, which has 2, from 0"),
+        ("a:", "", "'' is no slot of a"),
+        ("", "a@b", "leaves no machine of the hostfile (a, b)"),
+        ("@", "", "leaves no machine"),
+    ],
+)
+def test_a_wrong_choice_is_one_sentence(include: str, exclude: str, phrase: str) -> None:
+    with pytest.raises(UserError) as error:
+        choose(HOSTS, include, exclude)
+    assert phrase in str(error.value)
+
+
+SCRIPT = """
+import os, pathlib, signal, sys, time
+how, rank = sys.argv[1], os.environ["RANK"]
+if how == "forgiving":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+place = [os.environ[n] for n in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_SIZE", "MASTER_ADDR")]
+sys.stdout.write(" ".join(place) + "\\n")
+pathlib.Path(__file__).with_name("said" + rank).touch()
+if how in ("3", "killed") and rank == "1":
+    while not pathlib.Path(__file__).with_name("said0").exists():
+        time.sleep(0.05)
+    os.kill(os.getpid(), signal.SIGKILL) if how == "killed" else sys.exit(3)
+if how != "0":
+    time.sleep(60)
+"""
+
+
+def launched(tmp_path: Path, *arguments: str) -> subprocess.Popen[str]:
+    """The launcher with two processes of SCRIPT."""
+    (tmp_path / "script.py").write_text(SCRIPT, encoding="utf-8")
+    return subprocess.Popen(
+        [sys.executable, str(LAUNCH), "--on_cpu", *arguments[:-1], str(tmp_path / "script.py"), arguments[-1]],
+        env=environment() | {"DS_ACCELERATOR": "cpu"}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(("how", "code"), [("0", 0), ("3", 3), ("killed", 1)])
+def test_the_end_of_processes_is_that_of_the_launcher(tmp_path: Path, how: str, code: int) -> None:
+    process = launched(tmp_path, "--num_processes", "2", how)
+    out, errors = process.communicate(timeout=40)
+    assert process.returncode == code, errors
+    assert sorted(out.splitlines()) == ["0 0 2 2 127.0.0.1", "1 1 2 2 127.0.0.1"]
+    assert ("process 1 of this machine was ended by SIGKILL" in errors) == (how == "killed")
+    assert "Traceback" not in errors
+
+
+@pytest.mark.parametrize("how", ["forgiving", "unprepared"])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_reaches_the_processes(tmp_path: Path, how: str, number: int, code: int) -> None:
+    process = launched(tmp_path, "--num_processes", "2", how)
+    assert process.stdout is not None
+    for _ in range(2):
+        process.stdout.readline()
+    process.send_signal(number)
+    assert process.wait(40) == code
+    process.communicate()
+
+
+def test_places_on_several_machines(tmp_path: Path) -> None:
+    hostfile = written(tmp_path, "a slots=1\nb slots=2\nc slots=2\n")
+    given = ["--hostfile", str(hostfile), "--exclude_hosts", "b:0", "--no_ssh", "--master_addr", "192.0.2.1"]
+    process = launched(tmp_path, *given, "--node_rank", "2", "0")
+    out, errors = process.communicate(timeout=40)
+    assert process.returncode == 0, errors
+    assert sorted(out.splitlines()) == ["2 0 4 2 192.0.2.1", "3 1 4 2 192.0.2.1"]
+    assert "machine 2 of 3; they meet at 192.0.2.1:29500" in errors
+
+
+def test_variables_of_other_machines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in os.environ if name.startswith(ssh.EXPORTED)]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("NCCL_DEBUG", "INFO")
+    (tmp_path / ".deepspeed_env").write_text('# ours\nNCCL_SOCKET_IFNAME=ib0\nA="b c"\n\n', encoding="utf-8")
+    found = ssh.exported(str(tmp_path))
+    assert found == {"NCCL_DEBUG": "INFO", "NCCL_SOCKET_IFNAME": "ib0", "A": "b c"}
+    (tmp_path / ".deepspeed_env").write_text("export\n", encoding="utf-8")
+    with pytest.raises(UserError, match=r"\.deepspeed_env:1: found 'export'; expected NAME=value"):
+        ssh.exported(str(tmp_path))
