@@ -6,7 +6,7 @@ FROM ${BASE_IMAGE}
 
 LABEL org.opencontainers.image.title="llmops-deepspeed-backend" \
     org.opencontainers.image.description="Fine-tune chat models with DeepSpeed, LoRA or full" \
-    org.opencontainers.image.version="0.1.0" \
+    org.opencontainers.image.version="0.2.0" \
     org.opencontainers.image.licenses="Apache-2.0"
 
 SHELL ["/bin/bash", "-o", "pipefail", "-c"]

@@ -122,6 +122,19 @@ def test_both_languages_are_alike(name: str) -> None:
     assert targets[0] == targets[1]
 
 
+def test_the_version_is_the_same_everywhere() -> None:
+    places = {
+        "pyproject.toml": r'^version = "(.+)"', "CITATION.cff": r"^version: (.+)", "Dockerfile": r'image\.version="(.+)"',
+        "serve/openapi.py": r'^VERSION = "(.+)"', "CHANGELOG.md": r"^## \[(\d.+)\]",
+    }  # fmt: skip
+    found = {}
+    for name, pattern in places.items():
+        match = re.search(pattern, (ROOT / name).read_text(encoding="utf-8"), re.MULTILINE)
+        assert match, name
+        found[name] = match[1]
+    assert len(set(found.values())) == 1, found
+
+
 def test_the_first_page_is_short() -> None:
     for name in ("README.md", "README.zh-CN.md"):
         assert len(text_of(name).splitlines()) <= 150, name
