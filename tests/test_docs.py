@@ -124,8 +124,9 @@ def test_both_languages_are_alike(name: str) -> None:
 
 def test_the_version_is_the_same_everywhere() -> None:
     places = {
-        "pyproject.toml": r'^version = "(.+)"', "CITATION.cff": r"^version: (.+)", "Dockerfile": r'image\.version="(.+)"',
-        "serve/openapi.py": r'^VERSION = "(.+)"', "CHANGELOG.md": r"^## \[(\d.+)\]",
+        "pyproject.toml": r'^version = "(.+)"', "CITATION.cff": r"^version: (.+)",
+        "Dockerfile": r'image\.version="(.+)"', "serve/openapi.py": r'^VERSION = "(.+)"',
+        "CHANGELOG.md": r"^## \[(\d.+)\]",
     }  # fmt: skip
     found = {}
     for name, pattern in places.items():
