@@ -196,8 +196,9 @@ def refuse_exported(path: Path) -> None:
     for chunk in islice(read_chunks([path], EXPORT_ROWS), 1):
         for _, value, problem in rows_of(chunk):
             messages = value.get("messages") if problem is None and isinstance(value, dict) else None
-            texts = [m.get("content") for m in messages if isinstance(m, dict)] if isinstance(messages, list) else []
-            if not 2 <= len(texts) <= 3 or not all(isinstance(text, str) for text in texts):
+            said = [m.get("content") for m in messages if isinstance(m, dict)] if isinstance(messages, list) else []
+            texts = [text for text in said if isinstance(text, str)]
+            if not 2 <= len(texts) <= 3 or len(texts) < len(said):
                 return
             asked = texts[-2].strip()
             if asked.count("\n") != 1 or any(texts[-1].strip() in text for text in texts[:-1]):

@@ -142,13 +142,19 @@ def parse_json(text: str) -> Any:
     return value
 
 
+def after_blank(text: str, position: int) -> int:
+    """Where what is no blank begins, from a position on."""
+    found = JSON_BLANK.match(text, position)
+    return found.end() if found else position
+
+
 def json_elements(text: str) -> Iterator[tuple[int, Any]]:
     """(line, value) of every element of one JSON array; an element's line is where it begins. Raises BadJson.
 
     What comes before the array's bracket must be blank, and so must what comes after it.
     """
     decoder = json.JSONDecoder()
-    position = JSON_BLANK.match(text, text.index("[") + 1).end()
+    position = after_blank(text, text.index("[") + 1)
     line, counted, first = 1, 0, True
     while True:
         line += text.count("\n", counted, position)
@@ -160,13 +166,13 @@ def json_elements(text: str) -> Iterator[tuple[int, Any]]:
         check_value(value, text[position:end], line)
         yield line, value
         first = False
-        position = JSON_BLANK.match(text, end).end()
+        position = after_blank(text, end)
         if text.startswith("]", position):
             break
         if not text.startswith(",", position):
             line += text.count("\n", counted, position)
             raise BadJson("broken JSON: the list does not go on with a comma or end with ]", line)
-        position = JSON_BLANK.match(text, position + 1).end()
+        position = after_blank(text, position + 1)
     if text[position + 1 :].strip():
         raise BadJson("broken JSON: something follows the list's end", line + text.count("\n", counted, position))
 
@@ -332,7 +338,7 @@ def writing(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
     It is written aside under a name of its own (several processes do not meet), fsynced and renamed. A link is
     followed. What is no regular file (/dev/null, a pipe) is written to directly. Text is UTF-8 with \\n.
     """
-    text = {} if "b" in mode else {"encoding": "utf-8", "newline": ""}
+    text: dict[str, Any] = {} if "b" in mode else {"encoding": "utf-8", "newline": ""}
     target = real(path)
     try:
         if target.exists() and not target.is_file() and not target.is_dir():

@@ -157,9 +157,9 @@ def messages_of(turns: Sequence[Turn]) -> list[Message]:
             if waiting:
                 message["tool_calls"] = list(waiting)
         elif turn.role == "tool":
-            call = waiting.pop(0) if waiting else None
-            if call:
-                message |= {"name": call["function"]["name"], "tool_call_id": call["id"]}
+            if waiting:
+                called = waiting.pop(0)
+                message |= {"name": called["function"]["name"], "tool_call_id": called["id"]}
             message |= dict(turn.extra)
         messages.append(message)
     return messages
