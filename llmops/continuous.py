@@ -133,7 +133,7 @@ class Pool:
 
     def _take(self, rows: list[Row], tokens: list[tuple[int, float]]) -> list[Row]:
         """A token for each row; the rows that are done by it."""
-        ended = []
+        ended: list[Row] = []
         for row, (token, logp) in zip(rows, tokens, strict=True):
             if not row.done:
                 row.take(token, logp, self.stop_ids)

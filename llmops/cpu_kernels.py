@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from llmops.console import log
 
@@ -59,7 +59,8 @@ def allow(kernel: str) -> None:
     """Let `kernel` (DEFAULT or ONEDNN) multiply from here on, in this process."""
     import torch
 
-    torch.backends.mkldnn.matmul.fp32_precision = "bf16" if kernel == ONEDNN else "none"
+    backend: Any = torch.backends.mkldnn
+    backend.matmul.fp32_precision = "bf16" if kernel == ONEDNN else "none"
 
 
 def try_kernel(multiply: "Callable[[torch.Tensor, torch.Tensor], torch.Tensor]") -> Kernel:
@@ -94,17 +95,18 @@ def probe() -> tuple[Kernel, Kernel] | None:
     """(the default, oneDNN) as they do on this machine with torch's threads as they are; None: torch has no oneDNN."""
     import torch
 
-    if not torch.backends.mkldnn.is_available() or not torch.backends.mkldnn.enabled:
+    backend: Any = torch.backends.mkldnn
+    if not backend.is_available() or not backend.enabled:
         return None
     os.environ.setdefault(KEPT_KERNELS, "256")
-    before = torch.backends.mkldnn.matmul.fp32_precision
+    before = backend.matmul.fp32_precision
     try:
         found = []
         for kernel in (DEFAULT, ONEDNN):
             allow(kernel)
             found.append(try_kernel(torch.matmul))
     finally:
-        torch.backends.mkldnn.matmul.fp32_precision = before
+        backend.matmul.fp32_precision = before
     return found[0], found[1]
 
 

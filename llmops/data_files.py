@@ -11,7 +11,7 @@ import hashlib
 import os
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from itertools import groupby, islice
@@ -238,7 +238,7 @@ def described(path: Path, kind: str) -> str:
     return f"the saved dataset {path}" if kind == "folder" else f"the {kind} file {path}"
 
 
-def parquet_tables(path: Path, size: int) -> Iterator[Any]:
+def parquet_tables(path: Path, size: int) -> Generator[Any, None, None]:
     """A parquet file by pyarrow in this thread: the threads of the `datasets` package's scanner may never end when a
     file is not read to its end."""
     import pyarrow
@@ -249,7 +249,7 @@ def parquet_tables(path: Path, size: int) -> Iterator[Any]:
             yield pyarrow.Table.from_batches([batch])
 
 
-def dataset_tables(path: Path, kind: str, size: int) -> Iterator[Any]:
+def dataset_tables(path: Path, kind: str, size: int) -> Generator[Any, None, None]:
     """An arrow file or a saved dataset by the `datasets` package."""
     import datasets
 

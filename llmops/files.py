@@ -15,8 +15,9 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from io import BufferedReader
 from pathlib import Path
-from typing import IO, Any, BinaryIO, NamedTuple
+from typing import IO, Any, NamedTuple
 
 from llmops.console import RunStopped, UserError
 
@@ -58,7 +59,7 @@ class JsonLine(NamedTuple):
 # --- reading
 
 
-def open_regular(path: Path, what: str = "the file", cure: str = "") -> BinaryIO:
+def open_regular(path: Path, what: str = "the file", cure: str = "") -> BufferedReader:
     """Open a regular file for reading; nothing that could block or never end (pipe, device) is opened.
 
     `what` names the file in the error ("the intents file"), `cure` says how to get it when it is not there.
@@ -279,7 +280,7 @@ def raw_lines(path: Path, what: str = "the file", cure: str = "") -> Iterator[tu
     return _raw_lines(open_regular(path, what, cure), path)
 
 
-def _raw_lines(stream: BinaryIO, path: Path) -> Iterator[tuple[int, bytes]]:
+def _raw_lines(stream: BufferedReader, path: Path) -> Iterator[tuple[int, bytes]]:
     with stream:
         number = 0
         while line := stream.readline(LINE_LIMIT + 1):

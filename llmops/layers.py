@@ -1,6 +1,7 @@
 """What a built model is made of: the layers that LoRA may adapt, and whether its attention can be replaced."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import psutil
 import torch
@@ -8,12 +9,17 @@ import torch
 from llmops.console import UserError
 
 
+def config_of(model: torch.nn.Module) -> Any:
+    """A model's configuration."""
+    return model.config
+
+
 def fixed_attention(model: torch.nn.Module) -> str | None:
     """Why a model's attention cannot be replaced by ours, or None when it can.
 
     It must route attention through transformers' interface, with full attention in every layer.
     """
-    config = model.config.get_text_config()
+    config = config_of(model).get_text_config()
     if not getattr(model, "_supports_attention_backend", False):
         return "its attention is not replaceable"
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
@@ -28,7 +34,7 @@ def fixed_attention(model: torch.nn.Module) -> str | None:
 
 def cache_bytes(model: torch.nn.Module) -> int:
     """Bytes of one token's keys and values: 2 x layers x key/value heads x head width x bytes of a number."""
-    config = model.config.get_text_config(decoder=True)
+    config = config_of(model).get_text_config(decoder=True)
     heads = config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // heads
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
@@ -42,7 +48,8 @@ def free_memory(device: torch.device) -> int:
 
 def linear_layers(model: torch.nn.Module) -> list[str]:
     """Short names of the linear layers, without the output head; each once, in order of appearance."""
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    find: Any = getattr(model, "get_output_embeddings", None)
+    head = find() if find else None
     names = [
         name.rpartition(".")[2] for name, module in model.named_modules()
         if isinstance(module, torch.nn.Linear) and module is not head

@@ -16,6 +16,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import TracebackType
+from typing import Any
 
 from llmops.console import RunStopped, Terminated, log
 
@@ -75,7 +76,7 @@ class Peers:
         import torch.distributed as dist
 
         first = dist.get_rank() == 0
-        place = [None, None]
+        place: list[Any] = [None, None]
         if first:
             server = socket.create_server(("", 0), backlog=1024)
             place = [server.getsockname()[1], secrets.token_hex(16)]

@@ -16,12 +16,10 @@ from typing import TYPE_CHECKING, Any
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from llmops import cpu_kernels
-from llmops.chat_formats import families
 from llmops.console import Parser, UserError, has_gpu, log, run_main, stdout_to_stderr, to_bool
 from llmops.records import Message
 from serve.answers import ApiError
-from serve.settings import Limits, check_model
+from serve.settings import Limits, add_model_settings, check_model
 
 if TYPE_CHECKING:
     from serve.model.service import Service
@@ -42,13 +40,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--temperature", type=float, default=0.0, help="0: always the likeliest token")
     add("--top_p", type=float, default=1.0, help="choose among the likeliest tokens with this share")
     add("--seed", type=int, default=0, help="of the choice")
-    add("--mode", default="", choices=["", *families()], help="chat format; empty: as the model was trained, or auto")
-    add("--dtype", default="auto", choices=["auto", "bf16", "fp16", "fp32"], help="auto: bf16 where the GPU has it")
-    add("--cpu_kernels", default="auto", choices=cpu_kernels.SETTINGS, help=cpu_kernels.HELP)
-    add("--intents_file", default="", help="intents.json of faq/prepare; empty: the one in the model's folder")
-    add("--embedding_model", default="", help="the model that finds candidates, if it was moved since faq/prepare")
-    add("--trust_remote_code", type=to_bool, default=False, metavar="true|false",
-        help="run Python code that the checkpoint's folder ships")  # fmt: skip
+    add_model_settings(parser)
     return parser
 
 

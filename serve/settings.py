@@ -75,6 +75,18 @@ class Settings:
         return self.feedback_file or self.mount_path / "datasets" / "feedback.jsonl"
 
 
+def add_model_settings(parser: argparse.ArgumentParser) -> None:
+    """How a model is opened."""
+    add = parser.add_argument
+    add("--mode", default="", choices=["", *families()], help="chat format; empty: as the model was trained, or auto")
+    add("--dtype", default="auto", choices=["auto", "bf16", "fp16", "fp32"], help="auto: bf16 where the GPU has it")
+    add("--cpu_kernels", default="auto", choices=cpu_kernels.SETTINGS, help=cpu_kernels.HELP)
+    add("--trust_remote_code", type=to_bool, default=False, metavar="true|false",
+        help="run Python code that the checkpoint's folder ships")  # fmt: skip
+    add("--intents_file", default="", help="intents.json of faq/prepare; empty: the one in the model's folder")
+    add("--embedding_model", default="", help="the model that finds candidates, if it was moved since faq/prepare")
+
+
 def build_parser() -> argparse.ArgumentParser:
     """Every setting with its default."""
     parser = Parser(prog="serve.py", description="Serve a model and the console.", allow_abbrev=False)
@@ -94,15 +106,9 @@ def build_parser() -> argparse.ArgumentParser:
     add("--max_tokens", type=int, default=4096, help="longest answer that may be asked for")
     add("--request_seconds", type=float, default=600, help="longest time of a request")
     add("--prefix_cache_mb", type=float, default=1024, help="memory for beginnings of prompts; 0: none are kept")
-    add("--mode", default="", choices=["", *families()], help="chat format; empty: as the model was trained, or auto")
-    add("--dtype", default="auto", choices=["auto", "bf16", "fp16", "fp32"], help="auto: bf16 where the GPU has it")
-    add("--cpu_kernels", default="auto", choices=cpu_kernels.SETTINGS, help=cpu_kernels.HELP)
-    add("--trust_remote_code", type=to_bool, default=False, metavar="true|false",
-        help="run Python code that the checkpoint's folder ships")  # fmt: skip
+    add_model_settings(parser)
     add("--base_too", type=to_bool, default=True, metavar="true|false",
         help="beside an adapter its base model, as `base`; false: the adapter is merged, which is faster")  # fmt: skip
-    add("--intents_file", default="", help="intents.json of faq/prepare; empty: the one in the model's folder")
-    add("--embedding_model", default="", help="the model that finds candidates, if it was moved since faq/prepare")
     add("--feedback_file", default="", help="corrections of intents; empty: datasets/feedback.jsonl in the mount")
     return parser
 

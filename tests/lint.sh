@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
 # Check Python, shell scripts and the Dockerfile; every tool runs, the exit code tells whether all were content.
-#   lint.sh [FOLDER]    FOLDER holds ruff, shellcheck, shfmt and hadolint (default: .venv/bin)
+#   lint.sh [FOLDER]    FOLDER holds ruff, mypy, shellcheck, shfmt and hadolint (default: .venv/bin)
 set -euo pipefail
 root=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
 tools=$(realpath -m -- "${1:-$root/.venv/bin}")
 cd -- "$root"
 
-for tool in ruff shellcheck shfmt hadolint; do
+for tool in ruff mypy shellcheck shfmt hadolint; do
     if [ ! -x "$tools/$tool" ]; then
         printf 'error: %s is not in %s; install requirements-dev.txt there or name another folder\n' "$tool" "$tools" >&2
         exit 2
@@ -24,6 +24,7 @@ check() {
     "$tools/$1" "${@:2}" || status=1
 }
 check ruff check --quiet .
+check mypy --no-error-summary
 check shellcheck --external-sources "${scripts[@]}"
 check shfmt -i 4 -d "${scripts[@]}"
 check hadolint Dockerfile

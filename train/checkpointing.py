@@ -47,11 +47,10 @@ def read_manifest(checkpoint: Path) -> Manifest:
     """A checkpoint's manifest. Raises UserError for one that is none, whatever it holds."""
     found = files.read_object(checkpoint / MANIFEST, "the checkpoint's manifest")
     world_size, listed, ended = found.get("world_size"), found.get("files"), found.get("ended", False)
-    good = (
+    if not (
         type(world_size) is int and world_size > 0 and isinstance(listed, dict) and listed and isinstance(ended, bool)
         and all(is_inside(name) and is_fingerprint(value) for name, value in listed.items())
-    )  # fmt: skip
-    if not good:
+    ):  # fmt: skip
         raise UserError(f"{checkpoint / MANIFEST} is no manifest of a checkpoint")
     return Manifest(world_size, listed, ended)
 
