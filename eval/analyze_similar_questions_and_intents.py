@@ -32,6 +32,7 @@ from llmops.console import (
     to_bool,
 )  # fmt: skip
 from llmops.embedding import ngrams
+from llmops.sharing import Processes
 
 if TYPE_CHECKING:
     import numpy as np
@@ -129,23 +130,29 @@ def refuse_others(report: str, plot: str) -> None:
         pictures.refuse_other(Path(plot))
 
 
-def choose_device(gpu_id: int) -> str:
-    """The device as torch names it. torch is not imported where no GPU is."""
+def choose_device(gpu_id: int, processes: Processes) -> str:
+    """The device as torch names it: the GPU asked for, or one per process. torch is not imported where no GPU is."""
     if gpu_id < 0 or not has_gpu():
         return "cpu"
     import torch
 
     devices.check_gpu()
-    if gpu_id >= torch.cuda.device_count():
+    number = processes.local_rank if processes.count > 1 else gpu_id
+    if number >= torch.cuda.device_count():
         raise UserError(
-            f"--gpu_id {gpu_id} does not exist; this machine shows {torch.cuda.device_count()} GPUs, from 0"
+            f"--gpu_id {number} does not exist; this machine shows {torch.cuda.device_count()} GPUs, from 0"
         )
-    return f"cuda:{gpu_id}"
+    return f"cuda:{number}"
 
 
-def vectors_of(config: Config, texts: list[str], device: str) -> "np.ndarray":
-    """Unit vectors (n, d) float32 of different texts."""
+def vectors_of(config: Config, texts: list[str], device: str, processes: Processes) -> "np.ndarray | None":
+    """Unit vectors (n, d) float32 of different texts; None in every process but the first.
+
+    Several processes compute a part each and meet in the cache; the first one reads all of them there.
+    """
     if config.model_path == ngrams.NAME:
+        if not processes.first:
+            return None
         log(f"{ngrams.NAME} compares wording, not meaning; name a sentence embedding model with --model_path")
         return ngrams.ngram_vectors(texts)
     from llmops.embedding.cache import Cache, default_cache, embed
@@ -159,11 +166,17 @@ def vectors_of(config: Config, texts: list[str], device: str) -> "np.ndarray":
 
         return Encoder(folder, device, config.dtype, config.trust_remote_code)
 
-    return embed(texts, Cache(place, folder, config.dtype, bool(config.cache_dir)), load)
+    cache = Cache(place, folder, config.dtype, bool(config.cache_dir))
+    if processes.count > 1:
+        mine = processes.share(range(len(texts)))
+        if mine:
+            embed([texts[k] for k in mine], cache, load)
+        processes.from_first(bool)  # all parts are there
+    return embed(texts, cache, load) if processes.first else None
 
 
-def run(config: Config) -> "Findings":
-    """Read, embed, compare, write the page and the picture."""
+def run(config: Config, processes: Processes) -> "Findings | None":
+    """Read, embed, compare, write the page and the picture; None in every process but the first."""
     started = time.monotonic()
     cpu_kernels.settle(config.cpu_kernels)
     # 1. everything that can be wrong without the model
@@ -176,10 +189,12 @@ def run(config: Config) -> "Findings":
     check_packages("numpy", "torch")
     questions = read_questions(config.data_file_path, config.skip_bad_lines)
     # 2. one vector per different text, intents included
-    device = choose_device(config.gpu_id)
+    device = choose_device(config.gpu_id, processes)
     own = set(questions.texts)
     texts = questions.texts + [intent for intent in questions.intents if intent not in own]
-    vectors = vectors_of(config, texts, device)
+    vectors = vectors_of(config, texts, device, processes)
+    if vectors is None:
+        return None
     place = {text: i for i, text in enumerate(texts)}
     intent_vectors = vectors[[place[intent] for intent in questions.intents]]
     # 3. the pairs
@@ -244,12 +259,21 @@ def failure(code: int, message: str) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse, run, print."""
 
+    speaks = True
+
+    def fail(code: int, message: str) -> None:
+        if speaks:
+            failure(code, message)
+
     def body() -> int:
-        with FailureJson(failure):
+        nonlocal speaks
+        with FailureJson(fail):
+            processes = Processes()
+            speaks = processes.first
             config = parse(argv)
-            with stdout_to_stderr():
-                found = run(config)
-        return say(found, config.output_file)
+            with stdout_to_stderr(), processes.connected():
+                found = run(config, processes)
+        return say(found, config.output_file) if found else 0
 
     return run_main(body)
 

@@ -22,6 +22,14 @@ REPORT="${REPORT:-}"                                               # FILE.html, 
 PLOT="${PLOT:-}"                                                   # FILE.png, heat map of confused intents; empty: none
 CACHE_DIR="${CACHE_DIR:-}"                                         # for computed vectors; empty: ~/.cache/llmops/embeddings
 GPU_ID="${GPU_ID:-0}"                                              # number of the GPU; -1: CPU; without any GPU 0 is too
+NUM_PROCESSES="${NUM_PROCESSES:-}"                                 # processes that share the texts, one GPU each; empty: one, or the hostfile's slots
+HOSTFILE="${HOSTFILE:-}"                                           # several machines, which share the cache: the hostfile of chat_main.sh
+INCLUDE_HOSTS="${INCLUDE_HOSTS:-}"                                 # only these machines of it, or these slots: worker-1@worker-2:0,1
+EXCLUDE_HOSTS="${EXCLUDE_HOSTS:-}"                                 # not these, in the same form
+MASTER_ADDR="${MASTER_ADDR:-}"                                     # address of the first machine; empty: found over ssh, or its name
+MASTER_PORT="${MASTER_PORT:-}"                                     # its port; empty: a free one, or 29500 with a hostfile
+NO_SSH="${NO_SSH:-false}"                                          # start by hand on every machine instead of over ssh
+NODE_RANK="${NODE_RANK:-0}"                                        # with NO_SSH: which machine this is, from 0
 DTYPE="${DTYPE:-fp32}"                                             # of the model's weights: fp32, bf16, fp16
 CPU_KERNELS="${CPU_KERNELS:-auto}"                                 # float32 products on a CPU: auto (the faster exact ones), default
 MAX_PAIRS="${MAX_PAIRS:-10000000}"                                 # more pairs than this are an error
@@ -33,8 +41,7 @@ hand_to_platform similar "$@"
 read_settings "${BASH_SOURCE[0]}" "$@"
 : "${DATA_FILE_PATH:=$HERE/eval/eval_datasets/faq_similar/combine_data.json}"
 : "${MODEL_PATH:=builtin:ngram}"
-# shellcheck disable=SC2119 # no setting is left out
-mapfile -d '' -t settings < <(setting_flags)
+mapfile -d '' -t settings < <(setting_flags "${LAUNCHER_SETTINGS[@]}")
 PYTHON=$(ensure_python "$HERE" "$HERE/requirements.txt") || exit 2
 has_gpu || tune_cpu
-exec "$PYTHON" "$HERE/eval/analyze_similar_questions_and_intents.py" "${settings[@]}"
+start_processes "$PYTHON" "$HERE/eval/analyze_similar_questions_and_intents.py" "${settings[@]}"

@@ -324,6 +324,34 @@ def test_the_commands_as_written(model: Path, tmp_path: Path) -> None:
     assert list((tmp_path / "cache" / "llmops" / "embeddings").glob("*/*.keys.npy"))
 
 
+def test_several_processes_share_the_texts(model: Path, tmp_path: Path) -> None:
+    """Two processes: the JSON of one; each computed its part of the vectors, and none was computed twice."""
+    command = ["bash", str(SCRIPT.with_suffix(".sh")), "--data_file_path", str(SAMPLE), "--model_path", str(model),
+               "--similarity_threshold", "0.8", "--intent_similarity_threshold", "0.7"]  # fmt: skip
+    found = []
+    for name, variables in (("two", {"NUM_PROCESSES": "2", "OMP_NUM_THREADS": "1"}), ("one", {})):
+        done = subprocess.run(
+            [*command, "--cache_dir", str(tmp_path / name)], env=environment() | variables, capture_output=True,
+            text=True, timeout=180, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        found.append((json.loads(done.stdout), done.stderr))
+    assert found[0][0] == found[1][0]
+    assert found[0][0]["data"]["mismatched_intents"]
+    parts = [len(np.load(path)) for path in (tmp_path / "two").glob("*/*.keys.npy")]
+    (whole,) = (len(np.load(path)) for path in (tmp_path / "one").glob("*/*.keys.npy"))
+    assert len(parts) == 2
+    assert sum(parts) == whole
+    assert f"{whole} of {whole} texts are in the cache" in found[0][1]
+    wrong = subprocess.run(
+        [*command, "--max_pairs", "1", "--cache_dir", str(tmp_path / "two")],
+        env=environment() | {"NUM_PROCESSES": "2", "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=180,
+        check=False,
+    )  # fmt: skip
+    assert wrong.returncode == 2
+    assert json.loads(wrong.stdout)["code"] == 2
+
+
 def harm_vectors(folder: Path) -> None:
     """Of the kept vectors: one becomes NaN, one another one's, one is off in its last bit."""
     path = max(folder.glob("*.vectors.npy"), key=lambda path: path.stat().st_size)
