@@ -23,7 +23,7 @@ from llmops.chat_formats import families
 from llmops.chat_model import ChatModel
 from llmops.checkpoints import Checkpoint
 from llmops.console import Parser, UserError, log, run_main, to_bool
-from llmops.faq_catalog import ENGLISH, Catalog, wording_of
+from llmops.faq_catalog import ENGLISH, ORDERS, Catalog, wording_of
 from llmops.faq_records import INTENTS_NAME, BadRecords, FaqFile, FaqRecord, read_faq
 from llmops.records import Message
 
@@ -48,6 +48,7 @@ class Config:
     prompt_language: str
     candidates: str
     candidate_examples: int
+    candidate_order: str
     embedding_model: str
     skip_bad_lines: bool
     overwrite: bool
@@ -109,6 +110,10 @@ def build_parser() -> argparse.ArgumentParser:
         "--candidate_examples", type=int, default=0, metavar="N",
         help="with --candidates K: show each with the N of its training questions that are most similar",
     )  # fmt: skip
+    add(
+        "--candidate_order", default="", choices=["", *ORDERS],
+        help="of K candidates; empty: similarity with examples, number without; random: for faq/score --join",
+    )  # fmt: skip
     add("--embedding_model", default="", help="folder of the model that finds them; empty: character n-grams")
     add("--variants", type=int, default=2, help="how many such lists; few, so that prompts stay shared")
     for name, text in (
@@ -153,7 +158,8 @@ def check(config: Config) -> None:
 def check_candidates(config: Config) -> list[str]:
     """What is wrong with --candidates; raises UserError for a folder that holds no embedding model."""
     if config.candidates == "all":
-        given = {"embedding_model finds": config.embedding_model, "candidate_examples shows": config.candidate_examples}
+        given = {"embedding_model finds": config.embedding_model, "candidate_examples shows": config.candidate_examples,
+                 "candidate_order orders": config.candidate_order}  # fmt: skip
         return [f"--{flag} candidates; give their number with --candidates" for flag, value in given.items() if value]
     if not config.candidates.isdecimal() or int(config.candidates) < 2:
         return [f"--candidates is {config.candidates}, expected all or a number from 2"]

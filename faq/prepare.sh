@@ -25,6 +25,7 @@ VARIANTS="${VARIANTS:-2}"                       # how many such lists
 CANDIDATES="${CANDIDATES:-all}"                 # list all intents, or only the K most similar to each question
 EMBEDDING_MODEL="${EMBEDDING_MODEL:-}"          # sentence embedding model that finds them; empty: character n-grams
 CANDIDATE_EXAMPLES="${CANDIDATE_EXAMPLES:-0}"   # with CANDIDATES=K: show each with N of its most similar questions
+CANDIDATE_ORDER="${CANDIDATE_ORDER:-}"          # empty: similarity with examples, number without; random: for score.sh --join
 PROMPT_LANGUAGE="${PROMPT_LANGUAGE:-auto}"      # zh or en; auto: Chinese where the data has Chinese characters
 SKIP_BAD_LINES="${SKIP_BAD_LINES:-false}"       # drop and count bad records instead of stopping
 OVERWRITE="${OVERWRITE:-false}"                 # replace files in OUTPUT_DIR that this command did not write
@@ -42,6 +43,6 @@ if [ -n "$MODEL_NAME_OR_PATH" ] || [ "$CANDIDATES" != all ]; then # a tokenizer 
 else
     PYTHON=$(project_python "$HERE") || exit 2
 fi
-[ "$CANDIDATES" != all ] || CANDIDATE_EXAMPLES=0 EMBEDDING_MODEL="" # run_all.sh's is for its score, too
+[ "$CANDIDATES" != all ] || CANDIDATE_EXAMPLES=0 CANDIDATE_ORDER="" EMBEDDING_MODEL="" # run_all.sh's is for its score, too
 mapfile -d '' -t settings < <(setting_flags MOUNT_PATH)
 exec "$PYTHON" "$HERE/faq/prepare.py" "${settings[@]}"

@@ -16,7 +16,9 @@ EXAMPLES = 20  # training questions of an intent that are compared
 
 
 def order_of(config: "Config") -> str:
-    """How candidates are ordered: so that prompts begin alike, unless each shows questions of its own."""
+    """How candidates are ordered: as asked, else so that prompts begin alike, unless each shows its own questions."""
+    if config.candidate_order:
+        return config.candidate_order
     return BY_SIMILARITY if config.candidate_examples else BY_NUMBER
 
 
@@ -127,7 +129,7 @@ def listed_rows(
         for k, found in enumerate(retriever.ranked(questions, vectors, more, itself=False)):
             own = retriever.number.get(some[k].intent, -1)
             for answered, ranked in lists_of(own, found, count, learned, start + k in dropped):
-                numbers = in_prompt_order(ranked, order_of(config))
+                numbers = in_prompt_order(ranked, order_of(config), questions[k])
                 similar = [
                     retriever.similar(vectors[k], questions[k], number, config.candidate_examples)
                     for number in numbers

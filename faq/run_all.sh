@@ -23,6 +23,7 @@ TEST_RATIO="${TEST_RATIO:-0.1}"                  # share of each intent's questi
 OUT_OF_SCOPE_RATIO="${OUT_OF_SCOPE_RATIO:-0.1}"  # questions added whose intent is left out of the list
 CANDIDATES="${CANDIDATES:-all}"                  # list all intents, or only the K most similar to each question
 CANDIDATE_EXAMPLES="${CANDIDATE_EXAMPLES:-0}"    # with CANDIDATES=K: show each with N of its most similar questions
+CANDIDATE_ORDER="${CANDIDATE_ORDER:-}"           # empty: similarity with examples, number without; random: for score.sh --join
 EMBEDDING_MODEL="${EMBEDDING_MODEL:-}"           # sentence embedding model: finds candidates, score's baselines use it
 TRUST_REMOTE_CODE="${TRUST_REMOTE_CODE:-false}"  # run Python code that the checkpoint's folder ships
 # --- end of settings ---------------------------------------------------------------------------------------------------
@@ -39,7 +40,7 @@ bash "$HERE/faq/prepare.sh" --data_file "$DATA_FILE" --test_data_file "$TEST_DAT
     --model_name_or_path "$MODEL_NAME_OR_PATH" --mode "$MODE" --test_ratio "$TEST_RATIO" \
     --output_dir "$MOUNT_PATH/datasets" --max_seq_len "$MAX_SEQ_LEN" \
     --out_of_scope_ratio "$OUT_OF_SCOPE_RATIO" --candidates "$CANDIDATES" --embedding_model "$EMBEDDING_MODEL" \
-    --candidate_examples "$CANDIDATE_EXAMPLES" --trust_remote_code "$TRUST_REMOTE_CODE" >&2
+    --candidate_examples "$CANDIDATE_EXAMPLES" --candidate_order "$CANDIDATE_ORDER" --trust_remote_code "$TRUST_REMOTE_CODE" >&2
 log "2. train"
 forward bash "$HERE/chat_main.sh" --scenario faq --mount_path "$MOUNT_PATH" --model_name_or_path "$MODEL_NAME_OR_PATH" \
     --mode "$MODE" --output_path "$OUTPUT_PATH" --max_seq_len "$MAX_SEQ_LEN" \

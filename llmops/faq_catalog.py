@@ -19,7 +19,8 @@ from llmops.records import Message
 
 BETWEEN_EXAMPLES = " / "
 ENGLISH = "en"
-BY_NUMBER, BY_SIMILARITY = "number", "similarity"  # how retrieved candidates are ordered in a prompt
+BY_NUMBER, BY_SIMILARITY, BY_CHANCE = "number", "similarity", "random"
+ORDERS = (BY_NUMBER, BY_SIMILARITY, BY_CHANCE)  # how retrieved candidates are ordered in a prompt
 COSINE, JOINT = "cosine", "joint"  # how they are found: by similarity, or with a linear classifier's help
 
 
@@ -232,7 +233,7 @@ def is_retrieval(value: Any) -> bool:
         type(value.get("candidates")) is int
         and value["candidates"] > 0
         and type(value.get("shown", 0)) is int
-        and value.get("order", BY_NUMBER) in (BY_NUMBER, BY_SIMILARITY)
+        and value.get("order", BY_NUMBER) in ORDERS
         and value.get("ranked_by", COSINE) in (COSINE, JOINT)
         and is_text(value.get("embedding_model"))
         and isinstance(examples, dict)

@@ -2,20 +2,22 @@
 
 With thousands of intents the whole list fits no prompt. Similarity is the cosine with the nearest of an intent's texts,
 by an embedding model or by character n-grams; where it helps, the log probability of a linear classifier on the same
-questions is added. The list is in the order of the intents: where lists agree, prompts begin
-alike. A candidate may be shown with the training questions of its own that are most similar to the one asked; then no
-two prompts agree, and the list begins with the most similar intent, so that its place tells what the embedding knows.
+questions is added. The list is in the order of the intents: where lists agree, prompts begin alike. A candidate may be
+shown with the training questions of its own that are most similar to the one asked; then no two prompts agree, and the
+list begins with the most similar intent, so that its place tells what the embedding knows. In random order the model
+has to read: alone it knows less, joined with the classifier more.
 """
 
 from collections.abc import Mapping, Sequence
 from copy import copy
 from functools import cached_property
 from pathlib import Path
+from random import Random
 from typing import TYPE_CHECKING, Any
 
 from llmops.console import stdout_to_stderr
 from llmops.embedding.ngrams import DIMENSION
-from llmops.faq_catalog import BY_NUMBER, BY_SIMILARITY, COSINE, JOINT, Catalog
+from llmops.faq_catalog import BY_CHANCE, BY_NUMBER, BY_SIMILARITY, COSINE, JOINT, Catalog
 from llmops.faq_linear import fit, out_of_fold
 
 if TYPE_CHECKING:
@@ -197,8 +199,10 @@ class Retriever:
         return tuple(self.intents[number] for number in numbers)
 
 
-def in_prompt_order(numbers: Sequence[int], order: str) -> list[int]:
-    """Numbers of intents, the most similar first, in the order BY_SIMILARITY or BY_NUMBER."""
+def in_prompt_order(numbers: Sequence[int], order: str, question: str) -> list[int]:
+    """Numbers of intents, the most similar first, in the order of a prompt; a question has one order by chance."""
+    if order == BY_CHANCE:
+        return Random(question).sample(sorted(numbers), len(numbers))
     return list(numbers) if order == BY_SIMILARITY else sorted(numbers)
 
 
@@ -225,7 +229,7 @@ def candidates_of(
             part = questions[start : start + ROWS_AT_ONCE]
             vectors = retriever.features.vectors(part)
             for k, found_numbers in enumerate(retriever.ranked(part, vectors, how["candidates"])):
-                numbers = in_prompt_order(found_numbers, how.get("order", BY_NUMBER))
+                numbers = in_prompt_order(found_numbers, how.get("order", BY_NUMBER), part[k])
                 variant = catalog.variant_of(retriever.names(numbers))
                 similar = [retriever.similar(vectors[k], part[k], n, how.get("shown", 0)) for n in numbers]
                 found.append((variant, tuple(similar)))

@@ -112,6 +112,21 @@ def test_candidates_are_shown_with_their_most_similar_questions(
         assert catalog.prompt(row["question"], variant, shown) == row["messages"][:1]
 
 
+def test_random_order_is_a_questions_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Every place has the right intent about as often, and a bare question is asked as its row is."""
+    train, test = prepared(
+        tmp_path, records(INTENTS), "--candidates", "4", "--candidate_examples", "1", "--candidate_order", "random",
+        "--test_ratio", "0.3", "--out_of_scope_ratio", "0",
+    )  # fmt: skip
+    catalog = load_catalog(tmp_path / "out" / "intents.json")
+    assert catalog.retrieval["order"] == "random"
+    places = [catalog.candidates(row["variant"]).index(row["intent"]) for row in train]
+    assert all(places.count(k) > 0.15 * len(train) for k in range(4))
+    found = candidates_of(catalog, [row["question"] for row in test], retriever_of(catalog))
+    for row, (variant, shown) in zip(test, found, strict=True):
+        assert catalog.prompt(row["question"], variant, shown) == row["messages"][:1]
+
+
 def test_a_linear_classifier_helps_to_find_candidates(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Against scikit-learn called here: log probabilities beside cosines; unseen ones of known questions."""
     examples = {intent: [form.format(intent) for form in FORMS] for intent in INTENTS[:6]}
@@ -205,6 +220,7 @@ def test_one_question_an_intent(tmp_path: Path) -> None:
         (["--candidates", "1"], "--candidates is 1, expected all or a number from 2"),
         (["--candidates", "some"], "--candidates is some, expected all or a number"),
         (["--candidates", "41"], "--candidates is 41 and there are 40 intents"),
+        (["--candidate_order", "random"], "give their number with --candidates"),
         (["--embedding_model", "x"], "give their number with --candidates"),
         (["--candidates", "5", "--embedding_model", "/no/model"], "the model folder /no/model does not exist"),
         (["--candidates", "5", "--data_file", "MESSAGES"], "brings its own candidates or prompts"),
