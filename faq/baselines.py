@@ -188,23 +188,35 @@ def compare(classifiers: Classifiers, folds: "np.ndarray", test: Sequence[Asked]
     return [*found, most]
 
 
-def advice(right: Sequence[bool], best: Baseline, figures: dict[str, float]) -> str:
-    """Which to use, in one sentence; `right`: per test question, whether the tuned model has its intent.
-
-    Differences are judged on the same questions (McNemar): by those that exactly one of the two has right.
-    """
+def advice(
+    right: Sequence[bool], best: Baseline, figures: dict[str, float], joined: Sequence[bool] | None = None
+) -> str:
+    """Which to use, in one sentence; `right`: per test question, whether the tuned model has its intent; `joined`:
+    whether model and linear classifier together have it."""
     theirs = [row["intent"] == row["reference"] for row in best.rows]
-    only, other = (sum(a > b for a, b in pairs) for pairs in (zip(right, theirs, strict=True),
-                                                                zip(theirs, right, strict=True)))  # fmt: skip
-    ours, count = sum(right) / len(right), len(right)
-    margin = 2 * (only + other) ** 0.5 / count
     what = f"the {best.name} on {best.features} ({figures['accuracy']:.1%}, in "
     what += f"{1000 * figures['seconds_per_question']:.2g} ms a question)"
-    if ours - sum(theirs) / count > margin:
+    ours = sum(right) / len(right)
+    above = beyond_chance(right, theirs)
+    if joined and beyond_chance(joined, theirs) > 0 and beyond_chance(joined, right) > 0:
+        both = sum(joined) / len(joined)
+        return (
+            f"Use the tuned model and the linear classifier together (--join true): their {both:.1%} are more than "
+            f"chance above {what} and above the model alone ({ours:.1%})."
+        )
+    if above > 0:
         return f"Use the tuned model: its {ours:.1%} are more than chance above {what}."
-    if sum(theirs) / count - ours > margin:
+    if above < 0:
         return f"Use {what}: the tuned model's {ours:.1%} are below it, so it is not worth its training here."
     return f"Use {what}: the tuned model's {ours:.1%} differ from it by no more than chance, and cost more."
+
+
+def beyond_chance(ours: Sequence[bool], theirs: Sequence[bool]) -> int:
+    """1 or -1 where one way is better on the same questions by more than two standard errors (McNemar: of the
+    questions that exactly one of the two has right), else 0."""
+    only = sum(a > b for a, b in zip(ours, theirs, strict=True))
+    other = sum(b > a for a, b in zip(ours, theirs, strict=True))
+    return (only - other > 2 * (only + other) ** 0.5) - (other - only > 2 * (only + other) ** 0.5)
 
 
 def say_leaks(train: Sequence[Asked], test: Sequence[Asked]) -> None:

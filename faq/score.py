@@ -250,11 +250,9 @@ def compare(
             | {"seconds_per_question": round(baseline.seconds / len(rows), 6)}
         )
     best = max(range(len(baselines)), key=lambda k: figures[k]["accuracy"])
-    sentence = advice([row["intent"] == row["reference"] for row in rows], baselines[best], figures[best])
-    log(sentence)
     linear = next((baseline for baseline in baselines if baseline.values is not None), None)
     ways = {linear.name: linear.rows} if linear else {}
-    compared: dict[str, Any] = {"baselines": figures, "recommendation": sentence}
+    compared: dict[str, Any] = {"baselines": figures, "recommendation": ""}
     alone = [row for row in rows if "probability" in row and row.get("constrained", True) and "model_intent" not in row]
     if len(alone) == len(rows) and linear and len(rows) >= FEWEST_JUDGED:
         from faq.joined import join
@@ -265,6 +263,9 @@ def compare(
         kept = {key: found[key] for key in FIGURES}
         compared["joined"] = {"weights": {"model": weights[0], "linear": weights[1]}} | kept
         compared["joined"]["inputs"] = classifiers.inputs.shape[1]
+    right, together = ([row["intent"] == row["reference"] for row in found] for found in (rows, ways.get(JOINED, [])))
+    compared["recommendation"] = advice(right, baselines[best], figures[best], together)
+    log(compared["recommendation"])
     data = advise(classifiers, folds)
     suspects = data.pop("suspects")
     compared["training_data"] = data | {"suspects": len(suspects), "first_suspects": suspects[:SHOWN]}

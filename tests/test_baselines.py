@@ -283,6 +283,23 @@ def test_two_classifiers_that_know_different_things_are_better_together() -> Non
     assert "0" not in {row["intent"] for row in join(rows, linear, classes, "5")[0]}
 
 
+def test_both_together_are_advised_when_they_are_better_than_each() -> None:
+    """Counted by hand: 9 questions that one way alone has right, against 2, are 7 > 2 * sqrt(11); 8 and 2 are not."""
+    theirs = [True] * 2 + [False] * 9 + [True] * 89
+    ours = [False] * 2 + [True] * 9 + [True] * 89
+    assert baselines.beyond_chance(ours, theirs) == 1
+    assert baselines.beyond_chance(theirs, ours) == -1
+    assert baselines.beyond_chance([False, *ours[1:10], False, *ours[11:]], theirs) == 0
+    rows = [{"intent": "a" if right else "b", "reference": "a"} for right in theirs]
+    best = baselines.Baseline("linear classifier", "n-grams", rows, 0.1)
+    figures = {"accuracy": 0.91, "seconds_per_question": 0.001}
+    alone = [False] * 30 + [True] * 70
+    found = baselines.advice(alone, best, figures, ours)
+    assert found.startswith("Use the tuned model and the linear classifier together (--join true): their 98.0% are")
+    assert baselines.advice(alone, best, figures, theirs).startswith("Use the linear classifier on n-grams (91.0%")
+    assert baselines.advice(alone, best, figures).endswith("so it is not worth its training here.")
+
+
 def test_too_much_for_a_linear_classifier(fitted: Classifiers, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(faq_linear, "LARGEST_FIT", 1)
     found = baselines.compare(fitted, fitted.out_of_fold(), [Asked("怎么退款", "退款")])
