@@ -230,7 +230,7 @@ def test_predictions_over_hosts(cluster: Cluster) -> None:
     """One of three hosts loses its process; the others go on, and no question is asked twice."""
     tuned = write_adapter(cluster.model, cluster.folder / "adapter")
     questions, output, count = cluster.folder / "questions.csv", cluster.folder / "predictions.jsonl", 900
-    rows = [f"第{number}个订单的物流到哪了" for number in range(count)]
+    rows = [f"第{number}个订单的物流到哪了。" * 24 for number in range(count)]  # long, so that there is time for a kill
     questions.write_text("\n".join(["question", *rows, ""]), encoding="utf-8")
     common = ["--model_name_or_path", str(tuned), "--input_file", str(questions), "--batch_size", "1"]
     common += ["--reuse_prefix", "false"]
@@ -240,6 +240,7 @@ def test_predictions_over_hosts(cluster: Cluster) -> None:
 
     run = cluster.run("faq/predict.sh", *common, *over)
     wait_until(lambda: len(kept_keys(output)) > 30 or run.process.poll() is not None, "some predictions")
+    assert run.process.poll() is None, run.stderr[-3000:]
     cluster.hosts[1].running("predict.py")[0].kill()
     assert run.wait(60) == 1, run.stderr[-3000:]
     assert "worker-2: stopped: process 0 of worker-2 was ended by SIGKILL" in run.stderr
