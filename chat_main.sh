@@ -7,10 +7,10 @@
 #   bash chat_main.sh --help                 every setting
 #
 # A setting can be edited here, set in the environment (TRAIN_TYPE=all bash chat_main.sh) or given as a flag; the flag wins.
+# shellcheck source=llmops/environment.sh
+source "$(dirname -- "${BASH_SOURCE[0]}")/llmops/environment.sh" || exit # first: it names Windows line endings
 set -euo pipefail
 HERE=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)
-# shellcheck source=llmops/environment.sh
-source "$HERE/llmops/environment.sh"
 
 # --- settings: what ----------------------------------------------------------------------------------------------------
 SCENARIO="${SCENARIO:-general}"                  # what the data is: general: conversations; faq: questions with intents

@@ -7,10 +7,10 @@
 #
 # Prints {"code": 0, "msg": "Success", "data": {"mismatched_intents": [...], "similar_intents": [...]}}. A setting can be
 # edited here, set in the environment or given as a flag.
+# shellcheck source=llmops/environment.sh
+source "$(dirname -- "${BASH_SOURCE[0]}")/../llmops/environment.sh" || exit # first: it names Windows line endings
 set -euo pipefail
 HERE=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
-# shellcheck source=llmops/environment.sh
-source "$HERE/llmops/environment.sh"
 
 # --- settings ----------------------------------------------------------------------------------------------------------
 DATA_FILE_PATH="${DATA_FILE_PATH:-}"                               # JSON array, JSON lines or csv; empty: our sample

@@ -8,10 +8,10 @@
 #
 # Prints {"code": 0, "msg": "Monitoring Report", "data": {"current_risks": {...}, "recommendations": {...}}}. A setting
 # can be edited here, set in the environment or given as a flag; the log's path may also come first, without a flag.
+# shellcheck source=llmops/environment.sh
+source "$(dirname -- "${BASH_SOURCE[0]}")/../llmops/environment.sh" || exit # first: it names Windows line endings
 set -euo pipefail
 HERE=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
-# shellcheck source=llmops/environment.sh
-source "$HERE/llmops/environment.sh"
 
 # --- settings ----------------------------------------------------------------------------------------------------------
 MOUNT_PATH="${MOUNT_PATH:-$HERE/mnt}"     # folder with output_path/

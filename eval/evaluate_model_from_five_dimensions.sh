@@ -7,10 +7,10 @@
 #
 # Prints {"evaluation_results": {...}, "diagnosis": {...}}. A setting can be edited here, set in the environment or given
 # as a flag. The benchmarks' own files go into MOUNT_PATH/datasets/eval (eval/README.md); without them small samples serve.
+# shellcheck source=llmops/environment.sh
+source "$(dirname -- "${BASH_SOURCE[0]}")/../llmops/environment.sh" || exit # first: it names Windows line endings
 set -euo pipefail
 HERE=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
-# shellcheck source=llmops/environment.sh
-source "$HERE/llmops/environment.sh"
 
 # --- settings ----------------------------------------------------------------------------------------------------------
 MOUNT_PATH="${MOUNT_PATH:-$HERE/mnt}"              # folder with output_path/ and datasets/eval/

@@ -6,10 +6,10 @@
 #
 # Prints {"code": 0, "msg": "Success", "data": {"evaluation_results": {...}}}. A setting can be edited here, set in the
 # environment or given as a flag. With several GPUs: NUM_PROCESSES=4 bash eval/model_performance_evaluation.sh
+# shellcheck source=llmops/environment.sh
+source "$(dirname -- "${BASH_SOURCE[0]}")/../llmops/environment.sh" || exit # first: it names Windows line endings
 set -euo pipefail
 HERE=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
-# shellcheck source=llmops/environment.sh
-source "$HERE/llmops/environment.sh"
 
 # --- settings ----------------------------------------------------------------------------------------------------------
 MOUNT_PATH="${MOUNT_PATH:-$HERE/mnt}"                # folder with output_path/ and datasets/

@@ -5,10 +5,10 @@
 #   bash faq/predict.sh --input_file mnt/datasets/test.jsonl --output_file mnt/output_path/predictions.jsonl
 #
 # Prints one JSON object per question. A setting can be edited here, set in the environment or given as a flag.
+# shellcheck source=llmops/environment.sh
+source "$(dirname -- "${BASH_SOURCE[0]}")/../llmops/environment.sh" || exit # first: it names Windows line endings
 set -euo pipefail
 HERE=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
-# shellcheck source=llmops/environment.sh
-source "$HERE/llmops/environment.sh"
 
 # --- settings ----------------------------------------------------------------------------------------------------------
 CUDA_VISIBLE_DEVICES="${CUDA_VISIBLE_DEVICES:-}" # the GPU to use; empty: the first, or the CPU without any

@@ -5,10 +5,10 @@
 #   bash faq/prepare.sh --data_file a.csv --test_data_file b.csv
 #
 # Prints what it made as one JSON object. A setting can be edited here, set in the environment or given as a flag.
+# shellcheck source=llmops/environment.sh
+source "$(dirname -- "${BASH_SOURCE[0]}")/../llmops/environment.sh" || exit # first: it names Windows line endings
 set -euo pipefail
 HERE=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
-# shellcheck source=llmops/environment.sh
-source "$HERE/llmops/environment.sh"
 
 # --- settings ----------------------------------------------------------------------------------------------------------
 MOUNT_PATH="${MOUNT_PATH:-$HERE/mnt}"           # folder with datasets/

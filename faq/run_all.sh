@@ -5,10 +5,10 @@
 #   bash faq/run_all.sh --data_file my_faq.jsonl -- --train_type all     flags of chat_main.sh follow --
 #
 # Prints score.sh's JSON object. A setting can be edited here, set in the environment or given as a flag.
+# shellcheck source=llmops/environment.sh
+source "$(dirname -- "${BASH_SOURCE[0]}")/../llmops/environment.sh" || exit # first: it names Windows line endings
 set -euo pipefail
 HERE=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
-# shellcheck source=llmops/environment.sh
-source "$HERE/llmops/environment.sh"
 
 # --- settings ----------------------------------------------------------------------------------------------------------
 CUDA_VISIBLE_DEVICES="${CUDA_VISIBLE_DEVICES:-}" # GPUs to use, such as 0,1; empty: all, or the CPU without any

@@ -7,10 +7,10 @@
 #   bash faq/score.sh --embedding_model mnt/all-MiniLM-L6-v2 --precision 0.95 --keep_threshold true
 #
 # A setting can be edited here, set in the environment or given as a flag.
+# shellcheck source=llmops/environment.sh
+source "$(dirname -- "${BASH_SOURCE[0]}")/../llmops/environment.sh" || exit # first: it names Windows line endings
 set -euo pipefail
 HERE=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
-# shellcheck source=llmops/environment.sh
-source "$HERE/llmops/environment.sh"
 
 # --- settings ----------------------------------------------------------------------------------------------------------
 MOUNT_PATH="${MOUNT_PATH:-$HERE/mnt}"  # folder with output_path/

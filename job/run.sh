@@ -8,10 +8,10 @@
 # Tells how it ended: to the platform (API_URL), to a webhook (NOTIFY_URL), by its exit code, and on stdout in one JSON
 # object. Started again, it goes on. AUTH and NOTIFY_TOKEN, which are secret, are read from the environment alone, and so is
 # every setting of the command. docs/jobs.md has Slurm, Kubernetes, compose and the platform.
+# shellcheck source=llmops/environment.sh
+source "$(dirname -- "${BASH_SOURCE[0]}")/../llmops/environment.sh" || exit # first: it names Windows line endings
 set -euo pipefail
 HERE=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
-# shellcheck source=llmops/environment.sh
-source "$HERE/llmops/environment.sh"
 
 # --- settings: the job ------------------------------------------------------------------------------------------------
 TASK="${TASK:-}"                        # train, evaluate, five or similar; empty: by which variables are set

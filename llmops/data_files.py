@@ -102,7 +102,10 @@ def name_of(paths: Sequence[Path]) -> str:
 
 
 def kind_of(path: Path) -> str:
-    """`lines`, `array`, `csv`, `parquet`, `arrow` or `folder`, by the name; a JSON file's by how it begins."""
+    """`lines`, `array`, `csv`, `parquet`, `arrow` or `folder`, by the name; a JSON file's by how it begins.
+
+    Raises UserError for a file that begins as no text does.
+    """
     if files.is_folder(path):
         return "folder"
     suffix = path.suffix.lower()
@@ -111,8 +114,10 @@ def kind_of(path: Path) -> str:
     if suffix in SEPARATORS:
         return "csv"
     with files.open_regular(path, "the data", CURE) as stream:
-        start = stream.read(4096).removeprefix(files.BOM).lstrip()
-    return "array" if start.startswith(b"[") else "lines"
+        start = stream.read(4096)
+    if files.is_no_text(start):
+        raise UserError(f"{path}: {files.not_utf8(start)}")
+    return "array" if start.removeprefix(files.BOM).lstrip().startswith(b"[") else "lines"
 
 
 def unit_of(path: Path) -> str:

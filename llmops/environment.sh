@@ -1,5 +1,13 @@
 # shellcheck shell=bash
 # Sourced by the project's commands: messages on stderr, and a Python that has the pinned packages.
+#
+# A script that a Windows editor saved would end in "pipefail: invalid option name". Each line here, and the one that sources
+# this file, ends in a comment, which takes the carriage return.
+WINDOWS=$(grep -ls $'\r' "${BASH_SOURCE[@]}") || true # the scripts that are so
+#
+[ -z "$WINDOWS" ] || printf "error: Windows line endings; mend them: sed -i 's/\\\\r\$//' %s\n" "${WINDOWS//$'\n'/ }" >&2 #
+#
+[ -z "$WINDOWS" ] || exit 2 #
 
 log() { printf '%s\n' "$*" >&2; }
 die() {
@@ -169,7 +177,7 @@ hand_to_platform() {
 
 # print_usage SCRIPT: the comment at its top, then its settings with their flags and defaults
 print_usage() {
-    sed -n '2,/^set -/s/^# \{0,1\}//p' "$1"
+    sed -n '2,/^[^#]/{/^# shellcheck /!s/^# \{0,1\}//p;}' "$1"
     printf '%s\n\n' "Settings (flag, description, default):"
     sed -n '/^# --- settings/,/^# --- end/p' "$1" | awk '
         /^# --- settings/ { gsub(/^# --- settings(: )?| ?-+$/, ""); if ($0 != "") printf "%s\n", $0; next }

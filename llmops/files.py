@@ -29,6 +29,10 @@ MAX_DEPTH = 64  # of lists and objects within each other
 BOM = b"\xef\xbb\xbf"
 JSON_BLANK = re.compile(r"[ \t\r\n]*")
 FULL_WIDTH = dict(zip("：，“”｛｝［］", ':,""{}[]', strict=True))  # of Chinese keyboards, and JSON's
+NOT_UTF8 = "not UTF-8"  # how a sentence on another encoding begins
+UTF16 = (b"\xff\xfe", b"\xfe\xff")  # how files of other kinds begin
+OFFICE = (b"PK\x03\x04", b"\xd0\xcf\x11\xe0")
+GZIP = b"\x1f\x8b"
 SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 SPECIAL_KINDS = (
     (stat.S_ISDIR, "a folder"),
@@ -118,17 +122,22 @@ def read_text(path: Path, what: str = "the file", cure: str = "", limit: int = J
         raise UserError(f"{path}:{line}: {not_utf8(raw)}") from error
 
 
+def is_no_text(start: bytes) -> bool:
+    """Whether a file begins as an Office document, an archive or UTF-16 does."""
+    return start.startswith((*UTF16, *OFFICE, GZIP))
+
+
 def not_utf8(raw: bytes) -> str:
     """What a text is that is no UTF-8, and how to make it so."""
-    if raw.startswith((b"\xff\xfe", b"\xfe\xff")):
-        return "not UTF-8 but UTF-16; save the file as UTF-8 (iconv -f utf-16 -t utf-8)"
-    if raw.startswith((b"PK\x03\x04", b"\xd0\xcf\x11\xe0")):
-        return "not UTF-8 but an Office document or archive; save the table as csv (UTF-8)"
-    if raw.startswith(b"\x1f\x8b"):
-        return "not UTF-8 but compressed; unpack the file (gunzip)"
+    if raw.startswith(UTF16):
+        return f"{NOT_UTF8} but UTF-16; save the file as UTF-8 (iconv -f utf-16 -t utf-8)"
+    if raw.startswith(OFFICE):
+        return f"{NOT_UTF8} but an Office document or archive; save the table as csv (UTF-8)"
+    if raw.startswith(GZIP):
+        return f"{NOT_UTF8} but compressed; unpack the file (gunzip)"
     if b"\0" in raw[:4096]:
-        return "not UTF-8 but binary; check that this is the right file"
-    return "not UTF-8; save the file as UTF-8 (from GBK: iconv -f gb18030 -t utf-8)"
+        return f"{NOT_UTF8} but binary; check that this is the right file"
+    return f"{NOT_UTF8}; save the file as UTF-8 (from GBK: iconv -f gb18030 -t utf-8)"
 
 
 def parse_json(text: str) -> Any:

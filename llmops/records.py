@@ -197,9 +197,19 @@ def with_strings(value: Any, change: Callable[[str], str]) -> Any:
 
 
 def problems_error(path: Path | str, problems: Sequence[Problem], rows: int) -> UserError:
-    """One error that names every bad line (the first of them in full)."""
-    shown = "\n  ".join(str(problem) for problem in problems[:PROBLEMS_SHOWN])
-    rest = problems[PROBLEMS_SHOWN:]
+    """One error that names every bad line (the first of them in full).
+
+    Of lines that are not UTF-8 one is enough in full: the others of its file are written alike.
+    """
+    full: list[Problem] = []
+    rest: list[Problem] = []
+    encoded_otherwise: set[Path] = set()
+    for problem in problems:
+        repeats = problem.path in encoded_otherwise and problem.text.startswith(files.NOT_UTF8)
+        (rest if repeats or len(full) == PROBLEMS_SHOWN else full).append(problem)
+        if problem.text.startswith(files.NOT_UTF8):
+            encoded_otherwise.add(problem.path)
+    shown = "\n  ".join(map(str, full))
     more = ""
     unit = problems[0].unit
     if rest:

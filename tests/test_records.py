@@ -81,6 +81,38 @@ def test_many_bad_lines_are_all_numbered(tmp_path: Path) -> None:
         validate_files([path])
 
 
+def test_another_encoding_is_explained_once_for_its_file(tmp_path: Path) -> None:
+    line = '{"messages": [{"role": "user", "content": "你好"}, {"role": "assistant", "content": "您好"}]}\n'
+    first, second = tmp_path / "first.jsonl", tmp_path / "second.jsonl"
+    first.write_bytes(line.encode("gb18030") * 12)
+    second.write_bytes(line.encode() + line.encode("gb18030") * 2 + b"{\n")
+    with pytest.raises(UserError) as caught:
+        validate_files([first, second])
+    text = str(caught.value)
+    assert text.count("from GBK: iconv") == 2
+    assert f"{first}:1: not UTF-8" in text
+    assert f"{second}:2: not UTF-8" in text
+    assert f"{second}:4: broken JSON" in text
+    assert text.endswith("and 12 more, lines 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 3")
+
+
+@pytest.mark.parametrize(
+    ("content", "phrase"),
+    [
+        (b"PK\x03\x04\x14\n{}\n\xff\xfe\n", "but an Office document or archive; save the table as csv"),
+        ("\ufeff你好\n".encode("utf-16-le") * 3, "but UTF-16"),
+        (b"\x1f\x8b\x08\n\n\n", "but compressed"),
+    ],
+)
+def test_what_is_no_text_is_told_before_its_lines(tmp_path: Path, content: bytes, phrase: str) -> None:
+    path = tmp_path / "data.jsonl"
+    path.write_bytes(content)
+    for skip in (False, True):
+        with pytest.raises(UserError, match=phrase) as caught:
+            validate_files([path], skip_bad_lines=skip)
+        assert str(caught.value).startswith(f"{path}: not UTF-8 but ")
+
+
 @pytest.mark.parametrize("content", [b"", b"\n \n", b"{\n"])
 def test_file_without_a_usable_line(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "data.jsonl"

@@ -149,6 +149,29 @@ def test_blanks_around_the_equals_sign_are_named(tmp_path: Path) -> None:
     assert "edited.sh has 'SEED = ...': a setting is written without blanks around =" in done.stderr
 
 
+@pytest.mark.parametrize("path", SHELLS, ids=lambda path: path.name)
+def test_windows_line_endings_are_named(tmp_path: Path, path: Path) -> None:
+    """As an editor on Windows saves a script, or a wrongly set git all of them."""
+    library = ROOT / "llmops" / "environment.sh"
+    copies = [tmp_path / one.relative_to(ROOT) for one in (path, library)]
+    for original, copy in zip((path, library), copies, strict=True):
+        copy.parent.mkdir(exist_ok=True)
+        copy.write_bytes(original.read_bytes())
+    for changed in (copies[:1], copies):
+        for copy in changed:
+            copy.write_bytes(copy.read_bytes().replace(b"\r\n", b"\n").replace(b"\n", b"\r\n"))
+        done = subprocess.run(
+            ["bash", str(copies[0].name), "--help"], cwd=copies[0].parent, env=environment(), capture_output=True,
+            text=True, check=False,
+        )  # fmt: skip
+        assert (done.returncode, done.stdout) == (2, "")
+        assert done.stderr.startswith("error: Windows line endings; mend them: sed -i 's/\\r$//' ")
+        assert done.stderr.count("\n") == 1
+        mend = done.stderr.partition("mend them: ")[2]
+        assert subprocess.run(["bash", "-c", mend], cwd=copies[0].parent, check=False).returncode == 0
+        assert [copy.read_bytes().count(b"\r\n") for copy in copies] == [0, 0]
+
+
 # --- the same words in every place: help (train/config.py), chat_main.sh, the tables of docs/settings -------------
 MAIN = (ROOT / "chat_main.sh").read_text(encoding="utf-8")
 OWN = "mount_path"  # to Config the folder that the console shows, to chat_main.sh where everything lies
