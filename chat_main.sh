@@ -104,7 +104,7 @@ checker=$(project_python "$HERE") || exit 2
 check_launch "$checker"
 if [ "$SCENARIO" = faq ]; then
     status=0
-    PYTHONPATH=$HERE "$checker" -m llmops.faq_records "$TRAIN_FILE" || status=$?
+    PYTHONPATH=$HERE "$checker" -m llmops.intents.questions "$TRAIN_FILE" || status=$?
     [ "$status" -le 1 ] || exit "$status"
     if [ "$status" -eq 0 ]; then
         [ "$NO_SSH" != true ] || die "$TRAIN_FILE holds questions with intents; with --no_ssh prepare them first: bash faq/prepare.sh"

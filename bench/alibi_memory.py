@@ -22,19 +22,19 @@ def measure(folder: Path, tokens: int, dtype: str, patched: bool) -> dict[str, o
     """Resident memory before and at its peak in a forward pass in evaluation, and the buffers that stay; MiB."""
     import torch
 
-    from llmops import legacy
+    from llmops.legacy import patches
 
-    names = legacy.auto_map(folder)
+    names = patches.auto_map(folder)
     if patched:
-        legacy.prepare_model(folder)
-    config = legacy.load_class(names["AutoConfig"], folder).from_pretrained(str(folder))
+        patches.prepare_model(folder)
+    config = patches.load_class(names["AutoConfig"], folder).from_pretrained(str(folder))
     for name, value in {
         "num_attention_heads": 40, "hidden_size": 5120, "intermediate_size": 13696, "num_hidden_layers": 1,
         "model_max_length": 4096, "vocab_size": 1000,
     }.items():  # fmt: skip
         setattr(config, name, value)
     torch.set_default_dtype(getattr(torch, dtype))
-    model = legacy.load_class(names["AutoModelForCausalLM"], folder)(config).eval()
+    model = patches.load_class(names["AutoModelForCausalLM"], folder)(config).eval()
     torch.set_default_dtype(torch.float32)
     ids = torch.randint(3, 1000, (1, tokens))
     before = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()

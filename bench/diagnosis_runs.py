@@ -22,8 +22,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from llmops import tiny
 from llmops.console import log
+from llmops.models import tiny
 
 HERE = Path(__file__).resolve().parent
 DEMO = HERE.parent / "train" / "demo_data"
@@ -178,8 +178,8 @@ def make_base(folder: Path, name: str) -> None:
     """A tiny Llama that has learned the skills and general conversations, and if informed, something of the library."""
     import torch
 
-    from llmops.chat_model import ChatModel
-    from llmops.checkpoints import Checkpoint
+    from llmops.models.chat_model import ChatModel
+    from llmops.models.checkpoints import Checkpoint
     from train.batches import PaddedCollator, target_losses
 
     practice = exercises(6000, "base")

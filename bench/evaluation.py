@@ -28,10 +28,10 @@ from eval import evaluate_model_from_five_dimensions as command
 from eval.answers import Answers
 from eval.engine import Engine, Settings
 from eval.samples import Sample, draw
-from llmops import tiny
 from llmops.console import log
-from llmops.kept import Record
-from llmops.sharing import Processes
+from llmops.machine.kept import Record
+from llmops.machine.sharing import Processes
+from llmops.models import tiny
 
 NEW_TOKENS = 32
 TASKS = {"inference_ability": 5, "reading_comprehension": 0, "innovation_capacity": 3}

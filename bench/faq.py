@@ -16,14 +16,14 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
-from llmops import tiny
-from llmops.chat_model import ChatModel
-from llmops.checkpoints import Checkpoint
-from llmops.choice_search import Tree
 from llmops.console import log
-from llmops.faq_catalog import INTENTS_NAME, load_catalog
-from llmops.generation import Generator
-from llmops.intents import candidate_tokens
+from llmops.generation.choice_search import Tree
+from llmops.generation.generator import Generator
+from llmops.intents.catalog import INTENTS_NAME, load_catalog
+from llmops.intents.prediction import candidate_tokens
+from llmops.models import tiny
+from llmops.models.chat_model import ChatModel
+from llmops.models.checkpoints import Checkpoint
 
 WORDS = r" ?\w+| ?[^\w\s]+|\s+"  # underscores belong to words
 PEER_BATCH_SIZES = (4, 16, 64)

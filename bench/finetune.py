@@ -18,8 +18,8 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
-from llmops import tiny
 from llmops.console import log
+from llmops.models import tiny
 
 COUNTS = {"train": 2, "test": 1}  # questions of each of the 77 labels in (b)
 FAQ = ["--scenario", "faq"]

@@ -17,8 +17,9 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
-from llmops import devices, files
+from llmops import files
 from llmops.console import UserError, log, run_main
+from llmops.machine import devices
 
 RESULTS = HERE / "results"
 

@@ -16,8 +16,10 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
-from llmops import devices, files, tiny
+from llmops import files, json_text
 from llmops.console import log, stdout_to_stderr
+from llmops.machine import devices
+from llmops.models import tiny
 
 DEMO = HERE.parent / "train" / "demo_data"
 # dense bf16 FLOP/s as NVIDIA's data sheets give them
@@ -45,7 +47,7 @@ class Bench:
 
     def row(self, **values: Any) -> None:
         """Print one row at once, so that what is done stays when the part ends early."""
-        numbers = {k: files.finite(v) if isinstance(v, float) else v for k, v in values.items()}
+        numbers = {k: json_text.finite(v) if isinstance(v, float) else v for k, v in values.items()}
         self.out.write(json.dumps(numbers) + "\n")
         self.out.flush()
         log("  " + ", ".join(f"{key} {value}" for key, value in values.items()))
@@ -361,7 +363,7 @@ def trained(bench: Bench, config: Any, profile: bool = False) -> dict[str, Any]:
     """The real Trainer and DeepSpeed on random weights; what the last steps took."""
     from transformers import TrainerCallback
 
-    from llmops.chat_model import ChatModel
+    from llmops.models.chat_model import ChatModel
     from train import session
     from train.training_log import TrainingLog
 
@@ -571,7 +573,7 @@ def inference(bench: Bench) -> None:
     """Greedy answers with an adapter on the base model, and with it merged; then with too little memory."""
     import torch
 
-    from llmops.generation import Generator
+    from llmops.generation.generator import Generator
 
     config = settings_of(bench, "tiny" if bench.small else "7b", "lora")
     from train.estimates import empty_model

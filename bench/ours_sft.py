@@ -31,7 +31,7 @@ def work_of(trainer: Any, data: Any) -> dict[str, float]:
     """
     import torch
 
-    from llmops import cpu_kernels
+    from llmops.machine import cpu_kernels
 
     model = trainer.model.get_base_model()
     head = model.get_output_embeddings()

@@ -23,11 +23,13 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from llmops import data_files, devices, files
-from llmops.chat_model import ChatModel
-from llmops.checkpoints import Checkpoint
+from llmops import files, json_text
 from llmops.console import Parser, UserError, run_main
-from llmops.records import Message
+from llmops.conversations import data_files
+from llmops.conversations.records import Message
+from llmops.machine import devices
+from llmops.models.chat_model import ChatModel
+from llmops.models.checkpoints import Checkpoint
 
 KEY = "OPENAI_API_KEY"  # of the server, where it wants one
 SECONDS = 600  # that one answer may take
@@ -74,7 +76,7 @@ def post(url: str, body: dict[str, Any], key: str) -> dict[str, Any]:
     request = urllib.request.Request(url, json.dumps(body).encode(), headers)
     try:
         with urllib.request.urlopen(request, timeout=SECONDS) as answer:
-            found = files.parse_json(answer.read().decode("utf-8"))
+            found = json_text.parse_json(answer.read().decode("utf-8"))
     except urllib.error.HTTPError as error:
         said = files.plain(error.read().decode("utf-8", "replace"), 300)
         raise UserError(f"{url} answered {error.code}: {said}") from error

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from llmops import cpu_kernels, devices, files
+from llmops import files
 from llmops.console import (
     FailureJson,
     Parser,
@@ -32,7 +32,8 @@ from llmops.console import (
     to_bool,
 )  # fmt: skip
 from llmops.embedding import ngrams
-from llmops.sharing import Processes
+from llmops.machine import cpu_kernels, devices
+from llmops.machine.sharing import Processes
 
 if TYPE_CHECKING:
     import numpy as np

@@ -4,9 +4,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from llmops import files
+from llmops import files, json_text
 from llmops.console import UserError
-from llmops.kept import Kept, Record
+from llmops.machine.kept import Kept, Record
 
 FIVE, PERFORMANCE = "evaluate_model_from_five_dimensions", "model_performance_evaluation"
 RESULTS_NAME = "eval_results.json"
@@ -83,7 +83,7 @@ class Answers(Kept):
         """Write the per-sample file, with scores, and drop the files that the processes kept on the way."""
         if not self.folder:
             return
-        files.write_text(self.folder / f"{name}.jsonl", "".join(files.dumps(row) + "\n" for row in rows))
+        files.write_text(self.folder / f"{name}.jsonl", "".join(json_text.dumps(row) + "\n" for row in rows))
         self.drop(name)
 
 

@@ -23,7 +23,7 @@ from eval.diagnosis.log_reader import LogReader
 from eval.diagnosis.refusal import no_loss
 from eval.diagnosis.sources import read_log
 from eval.diagnosis.training_run import LOSSES, TrainingRun
-from llmops import files, pictures
+from llmops import files, json_text, pictures
 from llmops.console import FailureJson, Parser, UserError, log, run_main, to_bool
 
 SWITCHES = ("--explain", "--watch")
@@ -205,7 +205,7 @@ def details_json(diagnosis: Diagnosis) -> dict[str, Any]:
     findings = {
         risk: {
             "level": finding.level, "reason": finding.reason, "missing": finding.missing, "diverged": finding.diverged,
-            "numbers": {name: files.finite(value) for name, value in finding.numbers.items()},
+            "numbers": {name: json_text.finite(value) for name, value in finding.numbers.items()},
         }
         for risk, finding in diagnosis.findings.items()
     }  # fmt: skip

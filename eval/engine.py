@@ -16,17 +16,18 @@ from eval.answers import LOCK_NAME, Answers, check_foreign
 from eval.prompts import Fitter, Prepared, Request
 from eval.rendering import Renderer
 from eval.samples import Answer, Sample
-from llmops import cpu_kernels, devices, files
-from llmops.chat_model import ChatModel
-from llmops.checkpoints import Checkpoint
+from llmops import files
 from llmops.console import UserError, check_packages, has_gpu, log, progress
-from llmops.kept import Record, fingerprint
-from llmops.sharing import Processes
+from llmops.machine import cpu_kernels, devices
+from llmops.machine.kept import Record, fingerprint
+from llmops.machine.sharing import Processes
+from llmops.models.chat_model import ChatModel
+from llmops.models.checkpoints import Checkpoint
 
 if TYPE_CHECKING:
     import torch
 
-    from llmops.generation import Generator
+    from llmops.generation.generator import Generator
 
 
 @dataclass(frozen=True)

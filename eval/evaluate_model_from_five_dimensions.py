@@ -30,7 +30,7 @@ from eval.prompts import Prepared
 from eval.samples import Answer, add_examples, draw, rows_of
 from llmops import files
 from llmops.console import Parser, Terminated, UserError, log, run_main, stdout_to_stderr, to_bool
-from llmops.sharing import Processes
+from llmops.machine.sharing import Processes
 
 DIMENSIONS: dict[str, Dimension] = {
     module.DIMENSION.name: module.DIMENSION for module in (afqmc, cmrc2018, tnews, quoref, m3ke)

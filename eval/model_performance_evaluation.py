@@ -24,12 +24,14 @@ from eval.interrupts import Interrupts
 from eval.metrics import METRICS, language
 from eval.prompts import Prepared
 from eval.samples import Answer, Sample, draw, rows_of, summarise
-from llmops import cpu_kernels, data_files, files
-from llmops.chat_formats import families
+from llmops import files, json_text
 from llmops.console import FailureJson, Parser, Terminated, UserError, log, run_main, stdout_to_stderr, to_bool
-from llmops.data_files import list_files, read_chunks, read_conversations
-from llmops.records import Problem, problems_error
-from llmops.sharing import Processes
+from llmops.conversations import data_files
+from llmops.conversations.data_files import list_files, read_chunks, read_conversations
+from llmops.conversations.records import Problem, problems_error
+from llmops.formats.families import families
+from llmops.machine import cpu_kernels
+from llmops.machine.sharing import Processes
 
 NAME = "model_performance"
 PREDICTION = {"answer", "gold"}  # keys of a row that holds a prediction
@@ -119,8 +121,8 @@ def read_metrics(texts: Sequence[str]) -> tuple[str, ...]:
     for text in texts or ["Rouge"]:
         if text.lstrip().startswith("["):
             try:
-                listed = files.parse_json(text)
-            except files.BadJson as error:
+                listed = json_text.parse_json(text)
+            except json_text.BadJson as error:
                 raise UserError(f"--evaluation_metrics {text!r} is no JSON list ({error})") from error
         else:
             listed = text.split(",")

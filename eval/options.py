@@ -5,9 +5,10 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-from llmops import cpu_kernels, files
-from llmops.chat_formats import families
+from llmops import files, json_text
 from llmops.console import UserError, to_bool
+from llmops.formats.families import families
+from llmops.machine import cpu_kernels
 
 
 @dataclass(frozen=True)
@@ -91,8 +92,8 @@ def read_options(text: str) -> Options:
 def read_json_argument(text: str, kind: type, example: str) -> Any:
     """A JSON argument of the kind that is expected."""
     try:
-        found = files.parse_json(text)
-    except files.BadJson as error:
+        found = json_text.parse_json(text)
+    except json_text.BadJson as error:
         raise UserError(f"{files.shown(text)} is not JSON ({error}); expected for example {example}") from error
     if not isinstance(found, kind):
         raise UserError(f"found a JSON {type(found).__name__} ({text[:60]}), expected for example {example}")

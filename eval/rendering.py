@@ -3,10 +3,10 @@
 from collections.abc import Sequence
 
 from eval.samples import Sample
-from llmops.chat_formats import ChatFormat
-from llmops.chat_model import ChatModel
 from llmops.console import UserError
-from llmops.control_tokens import ControlTokens
+from llmops.formats.chat_format import ChatFormat
+from llmops.formats.control_tokens import ControlTokens
+from llmops.models.chat_model import ChatModel
 
 
 class Renderer:

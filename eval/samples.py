@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from eval import metrics
-from llmops.records import Message
+from llmops.conversations.records import Message
 
 
 @dataclass(frozen=True)

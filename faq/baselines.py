@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 from llmops import files
 from llmops.console import UserError, log
-from llmops.faq_catalog import Catalog
-from llmops.faq_linear import fit, out_of_fold, too_large
-from llmops.faq_records import read_faq
-from llmops.faq_retrieval import Features, nearest
+from llmops.intents.catalog import Catalog
+from llmops.intents.linear import fit, out_of_fold, too_large
+from llmops.intents.questions import read_faq
+from llmops.intents.retrieval import Features, nearest
 
 if TYPE_CHECKING:
     import numpy as np

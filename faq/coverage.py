@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmops import pictures
-from llmops.intents import Calibration, log_odds
+from llmops.intents.prediction import Calibration, log_odds
 
 if TYPE_CHECKING:
     import numpy as np

@@ -14,8 +14,8 @@ sys.path.insert(0, str(HERE.parent))
 
 from llmops import files
 from llmops.console import log, run_main
-from llmops.faq_catalog import Catalog, wording_of
-from llmops.faq_records import read_faq
+from llmops.intents.catalog import Catalog, wording_of
+from llmops.intents.questions import read_faq
 
 MODEL_NAME = "tiny-chat-model"
 SURE = 0.9  # the precision whose share of automated answers is told
@@ -31,7 +31,7 @@ def prepare(folder: Path) -> None:
         return
     import transformers
 
-    from llmops import tiny
+    from llmops.models import tiny
 
     transformers.logging.disable_progress_bar()
     data = read_faq(folder / "faq.jsonl")

@@ -17,21 +17,22 @@ from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from llmops import cpu_kernels, devices, files
-from llmops.chat_formats import families
-from llmops.chat_model import ChatModel
-from llmops.checkpoints import Checkpoint
+from llmops import files, json_text
 from llmops.console import Parser, UserError, has_gpu, log, progress, run_main, stdout_to_stderr, to_bool
-from llmops.faq_catalog import Catalog, load_catalog
-from llmops.faq_records import INTENTS_NAME, FaqRecord, read_faq, refuse_unfinished
-from llmops.intents import candidate_tokens, decide, prediction, top_prediction
-from llmops.kept import Kept, fingerprint
-from llmops.records import Message
-from llmops.sharing import Processes
+from llmops.conversations.records import Message
+from llmops.formats.families import families
+from llmops.intents.catalog import Catalog, load_catalog
+from llmops.intents.prediction import candidate_tokens, decide, prediction, top_prediction
+from llmops.intents.questions import INTENTS_NAME, FaqRecord, read_faq, refuse_unfinished
+from llmops.machine import cpu_kernels, devices
+from llmops.machine.kept import Kept, fingerprint
+from llmops.machine.sharing import Processes
+from llmops.models.chat_model import ChatModel
+from llmops.models.checkpoints import Checkpoint
 
 if TYPE_CHECKING:
     from faq.baselines import Classifiers
-    from llmops.generation import Generator
+    from llmops.generation.generator import Generator
 
 
 @dataclass(frozen=True)
@@ -161,7 +162,7 @@ def bare_lists(config: Config, catalog: Catalog, questions: Sequence[str]) -> li
     shows beside each candidate."""
     if not catalog.retrieval or not questions:
         return [(None, ())] * len(questions)
-    from llmops.faq_retrieval import candidates_of, retriever_of
+    from llmops.intents.retrieval import candidates_of, retriever_of
 
     return [*candidates_of(catalog, questions, retriever_of(catalog, config.embedding_model))]
 
@@ -194,7 +195,7 @@ def predict(
     config: Config, catalog: Catalog, queries: Sequence[Query], model: ChatModel, generator: "Generator"
 ) -> Iterator[tuple[int, dict[str, Any]]]:
     """(index, prediction without its question) for every query."""
-    from llmops.choice_search import Tree
+    from llmops.generation.choice_search import Tree
 
     chat, length = model.chat, model.checkpoint.length
     prompts = [chat.prompt(query.prompt) for query in queries]
@@ -354,7 +355,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             predictions = run(config, processes)
         if not processes.first:
             return 0
-        text = "".join(files.dumps(found) + "\n" for found in predictions)
+        text = "".join(json_text.dumps(found) + "\n" for found in predictions)
         if not config.output_file:
             files.write_stdout(text)
             return 0

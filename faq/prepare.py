@@ -18,14 +18,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from faq import prepared
 from faq.prepared import OUTPUTS
-from llmops import files
-from llmops.chat_formats import families
-from llmops.chat_model import ChatModel
-from llmops.checkpoints import Checkpoint
+from llmops import files, json_text
 from llmops.console import Parser, UserError, log, run_main, to_bool
-from llmops.faq_catalog import ENGLISH, ORDERS, Catalog, wording_of
-from llmops.faq_records import INTENTS_NAME, BadRecords, FaqFile, FaqRecord, read_faq
-from llmops.records import Message
+from llmops.conversations.records import Message
+from llmops.formats.families import families
+from llmops.intents.catalog import ENGLISH, ORDERS, Catalog, wording_of
+from llmops.intents.questions import INTENTS_NAME, BadRecords, FaqFile, FaqRecord, read_faq
+from llmops.models.chat_model import ChatModel
+from llmops.models.checkpoints import Checkpoint
 
 LINES_SHOWN = 10
 LENGTHS_TRIED = 20  # of the longest questions: training checks every row
@@ -91,7 +91,12 @@ def build_parser() -> argparse.ArgumentParser:
     add("--data_file", required=True, help="questions with intents: JSON lines, a JSON array, or csv")
     add("--test_data_file", default="", help="questions to test with; empty: a part of data_file is held out")
     add("--output_dir", default="mnt/datasets", help="folder for train.jsonl, test.jsonl, intents.json")
-    add("--mode", default="auto", choices=list(families()), help="whose prompt wording: a file of faq/templates")
+    add(
+        "--mode",
+        default="auto",
+        choices=list(families()),
+        help="whose prompt wording: a file of llmops/formats/templates",
+    )
     add("--model_name_or_path", default="", help="base model; if given, the prompts' length is checked with it")
     add("--max_seq_len", type=int, default=2048, help="longest prompt and answer in tokens")
     add("--instruction", default="", help="instead of the template's instruction")
@@ -446,7 +451,7 @@ def check_known(test: list[Example], intents: dict[str, str], none: str, skip_ba
 
 def write_outputs(config: Config, rows: dict[str, list[dict[str, Any]]], catalog: Catalog) -> None:
     """Write all files, or none."""
-    texts = {name: "".join(files.dumps(row) + "\n" for row in found) for name, found in rows.items()}
+    texts = {name: "".join(json_text.dumps(row) + "\n" for row in found) for name, found in rows.items()}
     prepared.write(Path(config.output_dir), texts | {INTENTS_NAME: catalog.to_json()}, config.overwrite)
 
 

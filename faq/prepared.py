@@ -12,8 +12,8 @@ from pathlib import Path
 
 from llmops import files
 from llmops.console import UserError, log
-from llmops.faq_catalog import load_catalog
-from llmops.faq_records import INTENTS_NAME, PREPARED_NAME
+from llmops.intents.catalog import load_catalog
+from llmops.intents.questions import INTENTS_NAME, PREPARED_NAME
 
 OUTPUTS = ("train.jsonl", "test.jsonl", INTENTS_NAME)
 LOCK_NAME = ".prepare.lock"

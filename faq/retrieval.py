@@ -1,4 +1,4 @@
-"""Training and test data with the most similar candidates listed for each question (llmops/faq_retrieval.py)."""
+"""Training and test data with the most similar candidates listed for each question (llmops/intents/retrieval.py)."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -6,8 +6,8 @@ from random import Random
 from typing import TYPE_CHECKING, Any
 
 from llmops.console import UserError, log, stdout_to_stderr
-from llmops.faq_catalog import BY_NUMBER, BY_SIMILARITY, COSINE, JOINT, Catalog
-from llmops.faq_retrieval import ROWS_AT_ONCE, Retriever, in_prompt_order
+from llmops.intents.catalog import BY_NUMBER, BY_SIMILARITY, COSINE, JOINT, Catalog
+from llmops.intents.retrieval import ROWS_AT_ONCE, Retriever, in_prompt_order
 
 if TYPE_CHECKING:
     from faq.prepare import Config, Example
@@ -131,8 +131,7 @@ def listed_rows(
             for answered, ranked in lists_of(own, found, count, learned, start + k in dropped):
                 numbers = in_prompt_order(ranked, order_of(config), questions[k])
                 similar = [
-                    retriever.similar(vectors[k], questions[k], number, config.candidate_examples)
-                    for number in numbers
+                    retriever.similar(vectors[k], questions[k], number, config.candidate_examples) for number in numbers
                 ]
                 example = replace(
                     some[k], intent=some[k].intent if answered else none, candidates=retriever.names(numbers),

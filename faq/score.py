@@ -20,10 +20,10 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from llmops import files, pictures
+from llmops import files, json_text, pictures
 from llmops.console import Parser, UserError, log, run_main, stdout_to_stderr, to_bool
-from llmops.faq_catalog import Catalog, load_catalog, wording_of
-from llmops.faq_records import INTENTS_NAME
+from llmops.intents.catalog import Catalog, load_catalog, wording_of
+from llmops.intents.questions import INTENTS_NAME
 
 TOP_PAIRS = 10
 FIGURES = ("accuracy", "accuracy_standard_error", "macro_f1", "none_of_the_intents")  # of simple classifiers
@@ -213,7 +213,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         log(f"confusions drawn in {picture}")
     found["coverage"] = report_coverage(ways, none, wished, covered)
     if arguments.suspects_file:
-        files.write_text(Path(arguments.suspects_file), "".join(files.dumps(row) + "\n" for row in suspects))
+        files.write_text(Path(arguments.suspects_file), "".join(json_text.dumps(row) + "\n" for row in suspects))
         log(f"{len(suspects)} training questions to look at in {arguments.suspects_file}")
     if kept and catalog:
         files.write_text(intents, replace(catalog, decision=kept).to_json())

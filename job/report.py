@@ -16,7 +16,7 @@ from typing import Any
 from job.calls import ATTEMPT_SECONDS, CallFailed, check_header, persist, request, shown_address
 from job.settings import Settings
 from job.state import SENDING, TAKEN, Told
-from llmops import files
+from llmops import files, json_text
 from llmops.console import RunStopped, UserError
 
 LONGEST_MESSAGE = 3000
@@ -116,7 +116,7 @@ class Webhook:
         address = self.settings.notify_url
         if not address:
             return
-        raw = files.dumps(describe(self.settings, state, outcome)).encode()
+        raw = json_text.dumps(describe(self.settings, state, outcome)).encode()
         ended = state in ("succeeded", "failed")
         what = f"{shown_address(address)} does not hear that the job has {state}"
         seconds, timeout = (float(self.settings.notify_seconds), ATTEMPT_SECONDS) if ended else (0.0, QUICK_SECONDS)

@@ -12,8 +12,8 @@ from typing import Any
 
 from job.calls import Secrets, check_address, check_header, is_address, secrets_in
 from llmops import files
-from llmops.checkpoints import JOB_RUN
 from llmops.console import Parser, UserError, to_bool
+from llmops.models.checkpoints import JOB_RUN
 
 ROOT = Path(__file__).resolve().parent.parent
 TRAIN, EVALUATE, FIVE, SIMILAR = "train", "evaluate", "five", "similar"

@@ -12,7 +12,7 @@ from types import FrameType
 from typing import BinaryIO
 
 from job.progress import without_brackets
-from llmops.processes import die_with_parent
+from llmops.machine.processes import die_with_parent
 
 KEPT = 20_000  # characters of a command's messages: more than anybody is told
 LONGEST_PIECE = 8192  # of a line that does not end

@@ -7,9 +7,7 @@ to mend it. A disk that is full is a RunStopped. Standard library only, and noth
 import errno
 import fcntl
 import json
-import math
 import os
-import re
 import stat
 import sys
 import tempfile
@@ -19,21 +17,18 @@ from io import BufferedReader
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
+from llmops import json_text
 from llmops.console import RunStopped, UserError
 
 MIB = 1 << 20
 JSON_LIMIT = 256 * MIB  # of a JSON file that is read as one: settings, catalogs, reports
 DATA_LIMIT = 4096 * MIB  # of a data file that is read as one: a JSON array, a csv
 LINE_LIMIT = 64 * MIB  # of one line of JSON lines
-MAX_DEPTH = 64  # of lists and objects within each other
 BOM = b"\xef\xbb\xbf"
-JSON_BLANK = re.compile(r"[ \t\r\n]*")
-FULL_WIDTH = dict(zip("：，“”｛｝［］", ':,""{}[]', strict=True))  # of Chinese keyboards, and JSON's
 NOT_UTF8 = "not UTF-8"  # how a sentence on another encoding begins
 UTF16 = (b"\xff\xfe", b"\xfe\xff")  # how files of other kinds begin
 OFFICE = (b"PK\x03\x04", b"\xd0\xcf\x11\xe0")
 GZIP = b"\x1f\x8b"
-SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 SPECIAL_KINDS = (
     (stat.S_ISDIR, "a folder"),
     (stat.S_ISFIFO, "a named pipe"),
@@ -42,14 +37,6 @@ SPECIAL_KINDS = (
     (stat.S_ISSOCK, "a socket"),
 )
 FULL = (errno.ENOSPC, errno.EDQUOT)
-
-
-class BadJson(ValueError):
-    """A text that is no JSON of ours: what is wrong in words, and where (line and column from 1, 0 for nowhere)."""
-
-    def __init__(self, problem: str, line: int = 0, column: int = 0) -> None:
-        super().__init__(problem)
-        self.problem, self.line, self.column = problem, line, column
 
 
 class JsonLine(NamedTuple):
@@ -140,111 +127,11 @@ def not_utf8(raw: bytes) -> str:
     return f"{NOT_UTF8}; save the file as UTF-8 (from GBK: iconv -f gb18030 -t utf-8)"
 
 
-def parse_json(text: str) -> Any:
-    """The value of a JSON text. Raises BadJson for what is none, and for what no other program should have to take.
-
-    That is: more than MAX_DEPTH lists and objects in each other, numbers beyond Python's limit of digits, and halves
-    of surrogate pairs, which are no characters and cannot be written in UTF-8 again.
-    """
-    with decoding():
-        value = json.loads(text)
-    check_value(value, text)
-    return value
-
-
-def after_blank(text: str, position: int) -> int:
-    """Where what is no blank begins, from a position on."""
-    found = JSON_BLANK.match(text, position)
-    return found.end() if found else position
-
-
-def json_elements(text: str) -> Iterator[tuple[int, Any]]:
-    """(line, value) of every element of one JSON array; an element's line is where it begins. Raises BadJson.
-
-    What comes before the array's bracket must be blank, and so must what comes after it.
-    """
-    decoder = json.JSONDecoder()
-    position = after_blank(text, text.index("[") + 1)
-    line, counted, first = 1, 0, True
-    while True:
-        line += text.count("\n", counted, position)
-        counted = position
-        if first and text.startswith("]", position):
-            break
-        with decoding(line):
-            value, end = decoder.raw_decode(text, position)
-        check_value(value, text[position:end], line)
-        yield line, value
-        first = False
-        position = after_blank(text, end)
-        if text.startswith("]", position):
-            break
-        if not text.startswith(",", position):
-            line += text.count("\n", counted, position)
-            raise BadJson("broken JSON: the list does not go on with a comma or end with ]", line)
-        position = after_blank(text, position + 1)
-    if text[position + 1 :].strip():
-        raise BadJson("broken JSON: something follows the list's end", line + text.count("\n", counted, position))
-
-
-@contextmanager
-def decoding(line: int = 0) -> Iterator[None]:
-    """Turn the decoder's errors into BadJson; `line` is where the value begins, when the decoder does not tell."""
-    try:
-        yield
-    except json.JSONDecodeError as error:
-        found = error.doc[error.pos : error.pos + 1]
-        wide = f"; write {FULL_WIDTH[found]} and not the full-width {found}" if found in FULL_WIDTH else ""
-        problem = f"broken JSON: {error.msg} (column {error.colno}){wide}"
-        raise BadJson(problem, error.lineno, error.colno) from error
-    except RecursionError as error:
-        raise BadJson(too_deep(), line) from error
-    except ValueError as error:  # int() of thousands of digits
-        raise BadJson("broken JSON: a number with thousands of digits; expected at most 4,300", line) from error
-
-
-def check_value(value: Any, text: str, line: int = 0) -> None:
-    """Raises BadJson for a value that was decoded from `text` and is deeper or other than parse_json allows."""
-    if text.count("[") + text.count("{") > MAX_DEPTH and deeper_than(value, MAX_DEPTH):
-        raise BadJson(too_deep(), line)
-    if SURROGATE.search(text) and not encodable(json.dumps(value, ensure_ascii=False)):
-        raise BadJson("half a surrogate pair (\\ud800 to \\udfff), which is no character; use whole characters", line)
-
-
-def too_deep() -> str:
-    """The sentence for nesting."""
-    return f"broken JSON: nested too deeply; expected at most {MAX_DEPTH} levels"
-
-
-def deeper_than(value: Any, limit: int) -> bool:
-    """Whether lists and objects are within each other more than `limit` times; level by level, without recursion."""
-    level = [value]
-    for _ in range(limit + 1):
-        level = [
-            child
-            for parent in level
-            for child in (parent.values() if isinstance(parent, dict) else parent if isinstance(parent, list) else ())
-            if isinstance(child, dict | list)
-        ]
-        if not level:
-            return False
-    return True
-
-
-def encodable(text: str) -> bool:
-    """Whether a text can be written as UTF-8."""
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
 def read_json(path: Path, what: str = "the file", cure: str = "copy it again", limit: int = JSON_LIMIT) -> Any:
     """The value of a JSON file."""
     try:
-        return parse_json(read_text(path, what, cure, limit))
-    except BadJson as error:
+        return json_text.parse_json(read_text(path, what, cure, limit))
+    except json_text.BadJson as error:
         line = f"line {error.line}: " if error.line else ""
         raise UserError(f"{what} {path} is not JSON ({line}{error.problem}); {cure}") from error
 
@@ -302,30 +189,19 @@ def _raw_lines(stream: BufferedReader, path: Path) -> Iterator[tuple[int, bytes]
 def parse_line(raw: bytes) -> tuple[Any, str | None]:
     """(value, None), or (None, what is wrong with the line)."""
     try:
-        return parse_json(raw.decode("utf-8")), None
+        return json_text.parse_json(raw.decode("utf-8")), None
     except UnicodeDecodeError as error:
         return None, f"{not_utf8(raw)} (byte {error.start + 1} of the line)"
-    except BadJson as error:
+    except json_text.BadJson as error:
         return None, error.problem
 
 
 # --- writing
 
 
-def dumps(value: Any, indent: int | None = None) -> str:
-    """Strict JSON on one line or indented: no NaN, no Infinity, characters as they are, always valid UTF-8."""
-    text = json.dumps(value, ensure_ascii=False, allow_nan=False, indent=indent)
-    return text if encodable(text) else json.dumps(value, allow_nan=False, indent=indent)  # names that are no UTF-8
-
-
-def finite(value: float) -> float | None:
-    """A number as JSON knows it: None (null) for NaN and the infinities."""
-    return value if math.isfinite(value) else None
-
-
 def print_json(value: Any) -> None:
     """One JSON value on one line of stdout, made whole before the first byte goes out."""
-    write_stdout(dumps(value) + "\n")
+    write_stdout(json_text.dumps(value) + "\n")
 
 
 def write_stdout(text: str) -> None:
@@ -409,7 +285,7 @@ def write_text(path: Path, text: str) -> None:
 
 def write_json(path: Path, value: Any, indent: int | None = 2) -> None:
     """Write a JSON file, strict and whole."""
-    write_text(path, dumps(value, indent) + "\n")
+    write_text(path, json_text.dumps(value, indent) + "\n")
 
 
 def target_problem(path: Path) -> str | None:
@@ -441,7 +317,7 @@ def append_line(path: Path, value: Any) -> None:
 
     One writer at a time, among all processes; a link is not followed. What the disk did not take is taken back.
     """
-    line = (dumps(value) + "\n").encode()
+    line = (json_text.dumps(value) + "\n").encode()
     flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
     try:
         new = not path.exists()

@@ -5,7 +5,7 @@ from typing import Any
 
 from starlette.responses import Response
 
-from llmops import files
+from llmops import json_text
 
 RETRY_SECONDS = 1  # after which a busy server may be asked again
 
@@ -39,4 +39,4 @@ class ApiError(Exception):
 
 def json_response(value: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
     """A JSON value as an answer."""
-    return Response(files.dumps(value), status, headers, "application/json")
+    return Response(json_text.dumps(value), status, headers, "application/json")

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from llmops.console import Parser, UserError, has_gpu, log, run_main, stdout_to_stderr, to_bool
-from llmops.records import Message
+from llmops.conversations.records import Message
 from serve.answers import ApiError
 from serve.settings import Limits, add_model_settings, check_model
 

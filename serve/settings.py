@@ -8,10 +8,11 @@ import secrets
 from dataclasses import dataclass
 from pathlib import Path
 
-from llmops import cpu_kernels, files
-from llmops.chat_formats import families
-from llmops.checkpoints import Checkpoint
+from llmops import files
 from llmops.console import Parser, UserError, log, to_bool
+from llmops.formats.families import families
+from llmops.machine import cpu_kernels
+from llmops.models.checkpoints import Checkpoint
 
 TOKEN = re.compile(r"[!-~]{8,200}")  # printable ASCII without blanks: what fits into a header and a cookie
 SAFE_IN_COOKIE = re.compile(r'[^",;\\]*')

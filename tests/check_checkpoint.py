@@ -37,8 +37,8 @@ from checkpoint_check.subject import Subject
 from checkpoint_check.tokenizer_rows import added_token, chat_format, padded_texts, round_trip, special_ids
 from checkpoint_check.training_rows import full_zero2, full_zero3_resumed, lora_resumed, lora_zero2, lora_zero3, merged
 
-from llmops.checkpoints import Checkpoint
 from llmops.console import UserError, log
+from llmops.models.checkpoints import Checkpoint
 
 # what a broken checkpoint raises: its row fails, the other rows go on
 EXPECTED = (AssertionError, AttributeError, IndexError, KeyError, NotImplementedError, OSError, RuntimeError, TypeError,

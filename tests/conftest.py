@@ -25,7 +25,7 @@ os.environ["HF_MODULES_CACHE"] = MODULES_CACHE.name
 VECTORS_CACHE = tempfile.TemporaryDirectory(prefix="llmops-cache.")  # nor are their vectors
 os.environ["XDG_CACHE_HOME"] = VECTORS_CACHE.name
 
-from llmops import tiny
+from llmops.models import tiny
 
 SHARED = ROOT.parent / "shared" / "data"
 DEMO = ROOT / "train" / "demo_data"
@@ -151,8 +151,8 @@ def teach(folder: Path, conversations: Sequence[Messages], steps: int, hidden: i
     """Train a tiny Llama from scratch to give the last answer of every conversation; the checkpoint folder."""
     import torch
 
-    from llmops.chat_model import ChatModel
-    from llmops.checkpoints import Checkpoint
+    from llmops.models.chat_model import ChatModel
+    from llmops.models.checkpoints import Checkpoint
 
     texts = [message["content"] for messages in conversations for message in messages]
     tiny.write_checkpoint(folder, texts, vocab_size=vocabulary, hidden=hidden, layers=2, heads=4)

@@ -23,7 +23,7 @@ import peft  # noqa: F401
 from deepspeed.runtime.zero.muon import original_muon  # noqa: F401 - what takes longest of DeepSpeed's first start
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast  # noqa: F401
 
-from llmops.process_group import free_port
+from llmops.machine.process_group import free_port
 from train import finetune, session
 from train.shards import Shards
 

@@ -24,7 +24,7 @@ from conftest import DEMO, ROOT, environment, read_messages, write_jsonl
 from job_platform import Call, PlatformServer, platform_server
 from safetensors import safe_open
 
-from llmops import tiny
+from llmops.models import tiny
 
 SLOW = 0.25  # seconds that the platform takes before and after it has written an end down
 

@@ -25,7 +25,7 @@ from conftest import DEMO, FAST, ROOT, environment, read_messages, teach, tree_h
 from test_similar_questions import write_embedding_model
 
 from faq.prepared import OUTPUTS
-from llmops import tiny
+from llmops.models import tiny
 
 OTHERS = {"notes.md": b"mine", "plots/loss.svg": b"<svg/>", "data.bak": b"\x00\x01"}
 TOLERANCE = 1e-3  # relative, of losses: DeepSpeed's sums over processes have no fixed order

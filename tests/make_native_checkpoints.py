@@ -21,7 +21,7 @@ def make_checkpoint(name: str, output: Path) -> None:
     import torch
     import transformers
 
-    from llmops import tiny
+    from llmops.models import tiny
 
     lines = (ROOT / "train" / "demo_data" / "train.jsonl").read_text(encoding="utf-8").splitlines()
     tokenizer = tiny.train_tokenizer((m["content"] for line in lines for m in json.loads(line)["messages"]), 1500)

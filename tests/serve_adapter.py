@@ -12,9 +12,9 @@ def write_adapter(base: Path, folder: Path) -> Path:
     import torch
     from peft import LoraConfig, get_peft_model
 
-    from llmops.chat_model import ChatModel
-    from llmops.checkpoints import Checkpoint
-    from llmops.faq_catalog import Catalog, wording_of
+    from llmops.intents.catalog import Catalog, wording_of
+    from llmops.models.chat_model import ChatModel
+    from llmops.models.checkpoints import Checkpoint
 
     torch.manual_seed(3)
     model = ChatModel(Checkpoint(base)).weights(torch.float32)

@@ -9,13 +9,14 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, environment
 
-from llmops import tiny
+from llmops.models import tiny
 from train import ownership, run_folder
 
 PAGES = [ROOT / "docs" / name for name in ("architecture.md", "architecture.zh-CN.md")]
 ENGLISH = PAGES[0].read_text(encoding="utf-8")
 ROOMS = ("train", "faq", "eval", "serve", "job")
 ROW = re.compile(r"^\| `([\w./]+\.py)` \| (`[\w.]+`(?:, `[\w.]+`)*) \|", re.MULTILINE)
+INNER = re.compile(r"^\| `llmops/(\w+)` \| .* \| ?(.*) \|$", re.MULTILINE)
 HEAVY = ("torch", "transformers", "deepspeed", "peft")
 Walk = list[tuple[str, list[str]]]
 Calls = list[tuple[str, str]]
@@ -44,15 +45,20 @@ def defined(path: Path) -> set[str]:
     return names
 
 
-def imported(path: Path) -> set[str]:
-    """The rooms that a file imports from, at its top or in a function."""
+def names_imported(path: Path) -> set[str]:
+    """What a file imports, at its top or in a function: `a.b` and, of `from a.b import c`, `a.b.c`."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.ImportFrom) and node.module:
-            found.add(node.module.partition(".")[0])
+            found.update(f"{node.module}.{alias.name}" for alias in node.names)
         elif isinstance(node, ast.Import):
-            found.update(alias.name.partition(".")[0] for alias in node.names)
-    return found & {"llmops", "bench", "tests", *ROOMS}
+            found.update(alias.name for alias in node.names)
+    return found
+
+
+def imported(path: Path) -> set[str]:
+    """The rooms that a file imports from."""
+    return {name.partition(".")[0] for name in names_imported(path)} & {"llmops", "bench", "tests", *ROOMS}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=["en", "zh"])
@@ -82,6 +88,22 @@ def test_rooms_import_as_the_page_says() -> None:
     for room in ROOMS:
         for path in (ROOT / room).rglob("*.py"):
             assert imported(path) <= {"llmops", room}, path
+
+
+@pytest.mark.parametrize("page", PAGES, ids=["en", "zh"])
+def test_rooms_of_llmops_import_as_the_page_says(page: Path) -> None:
+    """Only from the rooms of their row, which stand above it; the ground floor from none, a room's door not at all."""
+    rows = INNER.findall(page.read_text(encoding="utf-8"))
+    allowed = {name: set(re.findall(r"`llmops/(\w+)`", imports)) for name, imports in rows}
+    folders = {path.name for path in (ROOT / "llmops").iterdir() if path.is_dir() and path.name[0] != "_"}
+    assert allowed.keys() == folders
+    for place, (room, wanted) in enumerate(allowed.items()):
+        assert wanted <= set(list(allowed)[:place]), room
+        assert names_imported(ROOT / "llmops" / room / "__init__.py") == set()
+    for path in (ROOT / "llmops").rglob("*.py"):
+        inside = path.relative_to(ROOT / "llmops").parts
+        found = {name.split(".")[1] for name in names_imported(path) if name.startswith("llmops.")} & folders
+        assert found <= ({inside[0], *allowed[inside[0]]} if len(inside) > 1 else set()), path
 
 
 def test_what_a_run_writes_is_named() -> None:

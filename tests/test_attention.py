@@ -10,8 +10,8 @@ import torch.nn.attention.flex_attention as flex_module
 from deepspeed.runtime.chunked_cross_entropy import chunked_cross_entropy
 from test_batches import loss_and_gradients, random_samples
 
-from llmops.chat_model import ChatModel
-from llmops.checkpoints import Checkpoint
+from llmops.models.chat_model import ChatModel
+from llmops.models.checkpoints import Checkpoint
 from train import attention
 from train.attention import TILE, Layout, Node, flex_kernel, padded_ends, tiles_of
 from train.batches import PackedCollator, PaddedCollator

@@ -12,9 +12,8 @@ from faq import baselines, coverage, predict, score
 from faq.advice import advise
 from faq.baselines import ALL, Asked, Classifiers, Features, best_cut, read_asked
 from faq.joined import join
-from llmops import faq_linear
 from llmops.embedding.ngrams import ngram_vectors
-from llmops.faq_catalog import Catalog, load_catalog, wording_of
+from llmops.intents.catalog import Catalog, load_catalog, wording_of
 
 WORDS = {"退款": ["退款", "退钱", "钱退"], "物流": ["快递", "物流", "包裹"], "发票": ["发票", "开票", "报销"]}
 FRAMES = ["怎么{}", "我要{}", "请问{}多久", "{}在哪里", "查一下{}", "为什么{}不行", "{}的进度", "帮我{}吧"]
@@ -301,7 +300,7 @@ def test_both_together_are_advised_when_they_are_better_than_each() -> None:
 
 
 def test_too_much_for_a_linear_classifier(fitted: Classifiers, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(faq_linear, "LARGEST_FIT", 1)
+    monkeypatch.setattr("llmops.intents.linear.LARGEST_FIT", 1)
     found = baselines.compare(fitted, fitted.out_of_fold(), [Asked("怎么退款", "退款")])
     assert [baseline.name for baseline in found] == ["nearest neighbour", "most frequent intent"]
     assert found[0].rows[0]["intent"] == "退款"

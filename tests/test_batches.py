@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from llmops.chat_model import ChatModel
-from llmops.checkpoints import Checkpoint
+from llmops.models.chat_model import ChatModel
+from llmops.models.checkpoints import Checkpoint
 from train import attention, batches
 from train.attention import Layout, Node
 from train.batches import (

@@ -9,9 +9,10 @@ import pytest
 import sentencepiece
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from llmops import tiny
-from llmops.chat_formats import TEMPLATES, ChatFormat, Rendered, choose_family, families, read_families
 from llmops.console import UserError
+from llmops.formats.chat_format import ChatFormat, Rendered
+from llmops.formats.families import TEMPLATES, choose_family, families, read_families
+from llmops.models import tiny
 
 MULTI = [
     {"role": "system", "content": "请简短回答。"},

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from llmops import chat_model, tiny
-from llmops.chat_model import ChatModel
-from llmops.checkpoints import Checkpoint
+from llmops.models import chat_model, tiny
+from llmops.models.chat_model import ChatModel
+from llmops.models.checkpoints import Checkpoint
 from train import choices, estimates
 from train.choices import Choices, Room, resolve
 from train.config import Config

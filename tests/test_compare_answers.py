@@ -40,9 +40,9 @@ class StandIn(BaseHTTPRequestHandler):
         else:
             self.send_error(404, "no such address")
             return
-        row = model.generate(
-            torch.tensor([ids]), do_sample=False, max_new_tokens=body["max_tokens"], pad_token_id=0
-        )[0][len(ids) :]
+        row = model.generate(torch.tensor([ids]), do_sample=False, max_new_tokens=body["max_tokens"], pad_token_id=0)[
+            0
+        ][len(ids) :]
         text = tokenizer.decode(row, skip_special_tokens=True)
         chat = self.path.endswith("chat/completions")
         choice: dict[str, Any] = {"message": {"role": "assistant", "content": text}} if chat else {"text": text}

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from conftest import ROOT, environment, write_jsonl
 
-from llmops import tiny
+from llmops.models import tiny
 
 PAGE = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -136,7 +136,8 @@ def test_adding_a_model(project: Path, checkpoint: Path) -> None:
     assert "pong, hello<end_of_turn>" in shown
     learned = ask_in(
         project,
-        "from pathlib import Path; from llmops.chat_model import ChatModel; from llmops.checkpoints import Checkpoint\n"
+        "from pathlib import Path\n"
+        "from llmops.models.chat_model import ChatModel; from llmops.models.checkpoints import Checkpoint\n"
         "chat = ChatModel(Checkpoint(Path('mnt/My-Gemma'), 'gemma')).chat\n"
         f"found = chat.conversation({talk!r})[0]\n"
         "text = chat.tokenizer.decode\n"

@@ -16,11 +16,13 @@ from transformers import AddedToken, PreTrainedTokenizerFast
 
 from eval.rendering import Renderer
 from eval.samples import Sample
-from llmops import legacy, tiny
-from llmops.chat_formats import Asked, ChatFormat, families
-from llmops.chat_model import ChatModel
-from llmops.checkpoints import Checkpoint
 from llmops.console import UserError
+from llmops.formats.chat_format import Asked, ChatFormat
+from llmops.formats.families import families
+from llmops.legacy import patches
+from llmops.models import tiny
+from llmops.models.chat_model import ChatModel
+from llmops.models.checkpoints import Checkpoint
 from train.config import Config
 from train.dataset import Source, load_or_encode
 
@@ -425,7 +427,7 @@ def late_tokenizer(model: Path) -> Any:
     spec = importlib.util.spec_from_file_location("late", ROOT / "tests" / "legacy_modules" / "tokenization_late.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    for patch in legacy.TOKENIZER_PATCHES:
+    for patch in patches.TOKENIZER_PATCHES:
         patch(module.LateTokenizer)
     return module.LateTokenizer(str(model), add_bos_token=False, additional_special_tokens=["<|user|>", "[gMASK]"])
 

@@ -5,8 +5,8 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 
-from llmops import cpu_kernels
-from llmops.cpu_kernels import DEFAULT, EXACT, ONEDNN, Kernel, allow, better, choose, settle, try_kernel, use
+from llmops.machine import cpu_kernels
+from llmops.machine.cpu_kernels import DEFAULT, EXACT, ONEDNN, Kernel, allow, better, choose, settle, try_kernel, use
 
 CPU, FP32 = torch.device("cpu"), torch.float32
 

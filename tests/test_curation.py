@@ -12,8 +12,8 @@ from starlette.applications import Starlette
 from starlette.testclient import TestClient
 
 from eval import analyze_similar_questions_and_intents as similar
-from llmops import files
-from llmops.faq_records import read_faq
+from llmops import files, json_text
+from llmops.intents.questions import read_faq
 from serve.console.cleaning import Edits, clean
 from serve.console.routes import routes
 
@@ -190,7 +190,7 @@ def test_links_are_not_written_through(mount: Path, client: TestClient) -> None:
 
 
 def rows_of(path: Path, rows: list[dict[str, Any]], **edits: Any) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    path.write_text("".join(files.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    path.write_text("".join(json_text.dumps(row) + "\n" for row in rows), encoding="utf-8")
     cleaned = clean(path, Edits(**edits))
     return cleaned.rows, cleaned.changes
 

@@ -16,12 +16,14 @@ from safetensors.torch import load_file, save_file
 
 from eval import model_performance_evaluation
 from faq import predict, prepare
-from llmops import chat_formats, checkpoints, loading
-from llmops.chat_formats import TEMPLATES, read_families
-from llmops.chat_model import ChatModel, load_tokenizer
-from llmops.checkpoints import Checkpoint
+from llmops import loading
 from llmops.console import RunStopped, UserError
-from llmops.generation import Generator
+from llmops.formats import families
+from llmops.formats.families import TEMPLATES, read_families
+from llmops.generation.generator import Generator
+from llmops.models import checkpoints
+from llmops.models.chat_model import ChatModel, load_tokenizer
+from llmops.models.checkpoints import Checkpoint
 from train import finetune
 
 
@@ -241,9 +243,9 @@ def test_a_damaged_template_is_an_error_of_the_command(
     """Of each command that knows modes, and not of the modules that are imported."""
     folder = Path(shutil.copytree(TEMPLATES, tmp_path / "templates"))
     change(folder / "glm3.json", surprise=1)
-    monkeypatch.setattr(chat_formats, "TEMPLATES", folder)
-    request.addfinalizer(chat_formats.families.cache_clear)
-    chat_formats.families.cache_clear()
+    monkeypatch.setattr(families, "TEMPLATES", folder)
+    request.addfinalizer(families.families.cache_clear)
+    families.families.cache_clear()
     for command in (finetune, predict, prepare, model_performance_evaluation):
         assert command.main(["--help"]) == 2
         said = capsys.readouterr()
@@ -254,7 +256,7 @@ def test_a_damaged_template_is_an_error_of_the_command(
 
 def test_checkpoints_are_known_without_torch(adapter: Path) -> None:
     code = (
-        "import sys; from pathlib import Path; from llmops.chat_model import Checkpoint;"
+        "import sys; from pathlib import Path; from llmops.models.chat_model import Checkpoint;"
         "found = Checkpoint(Path(sys.argv[1])); found.check_trust(); print(found.length, found.family().name);"
         "sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     )

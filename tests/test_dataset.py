@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 from conftest import Messages, write_jsonl
 
-from llmops.chat_formats import ChatFormat
-from llmops.chat_model import ChatModel
-from llmops.checkpoints import Checkpoint
 from llmops.console import UserError
-from llmops.records import Conversation
+from llmops.conversations.records import Conversation
+from llmops.formats.chat_format import ChatFormat
+from llmops.models.chat_model import ChatModel
+from llmops.models.checkpoints import Checkpoint
 from train.dataset import Source, TokenDataset, encode_conversation, load_or_encode
 
 LONG = [

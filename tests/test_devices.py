@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from eval.engine import choose_device
-from llmops import devices
 from llmops.console import UserError, has_gpu
-from llmops.sharing import Processes
+from llmops.machine import devices
+from llmops.machine.sharing import Processes
 
 
 @pytest.mark.parametrize(

@@ -238,7 +238,7 @@ def test_every_flag_is_known(name: str) -> None:
 
 def test_paths_are_as_in_the_tree() -> None:
     """Files of the project that a guide names between marks are there."""
-    made = {"faq/templates/mistral.json"}  # by the reader, as faq/README.md says
+    made = {"llmops/formats/templates/mistral.json"}  # by the reader, as faq/README.md says
     path = re.compile(r"(?:train|faq|eval|serve|job|llmops|tests|bench|docs)/[\w./-]*\.(?:py|sh|json|jsonl|md|yaml)")
     for guide in GUIDES:
         for page in (guide, twin(guide)):

@@ -14,8 +14,8 @@ import torch
 from conftest import DEMO, FAST, ROOT, Messages, environment, read_log, read_messages, train_losses, write_jsonl
 from safetensors.torch import load_file
 
-from llmops import tiny
 from llmops.console import UserError
+from llmops.models import tiny
 from train import checkpointing, run_folder, states
 from train.choices import Choices, read_record
 from train.config import Config

@@ -21,8 +21,8 @@ from eval.report import read_scores
 from eval.samples import Answer
 from llmops import files
 from llmops.console import RunStopped, UserError
-from llmops.kept import appending
-from llmops.sharing import Processes
+from llmops.machine.kept import appending
+from llmops.machine.sharing import Processes
 
 SCRIPT = Path(command.__file__)
 Call = tuple[int, Any, str]
@@ -108,7 +108,7 @@ def test_everything_is_checked_before_the_weights_load(
     def no_load(*_: Any, **__: Any) -> None:
         raise AssertionError("the weights were loaded")
 
-    monkeypatch.setattr("llmops.chat_model.ChatModel.load", no_load)
+    monkeypatch.setattr("llmops.models.chat_model.ChatModel.load", no_load)
     code, found, errors = call(capfd, checkpoints["llama"], ["inference_ability"], max_seq_len=9)
     assert (code, found) == (2, None)
     assert "max_seq_len 9 is too small for every prompt; give " in errors
@@ -231,7 +231,7 @@ def test_a_signal_before_the_first_answer_is_told(
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(10)
 
-    monkeypatch.setattr("llmops.chat_model.ChatModel.load", slow)
+    monkeypatch.setattr("llmops.models.chat_model.ChatModel.load", slow)
     options = {"data_dir": str(command.SAMPLES), "limit": 3}
     code, found, errors = call(capfd, checkpoints["llama"], ["inference_ability"], **options)
     assert (code, found["evaluation_results"]) == (143, {})

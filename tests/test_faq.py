@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from conftest import ROOT, chat_main, environment, read_log, write_jsonl
 
-from llmops.faq_catalog import load_catalog
+from llmops.intents.catalog import load_catalog
 
 
 def faq(name: str, *arguments: str, timeout: float = 300) -> subprocess.CompletedProcess[str]:

@@ -10,8 +10,8 @@ import pytest
 from conftest import ROOT, environment
 from test_similar_questions import write_embedding_model
 
-from llmops import tiny
-from llmops.faq_records import read_faq
+from llmops.intents.questions import read_faq
+from llmops.models import tiny
 
 BLOCK = re.compile(r"^```bash\n(.*?)^```", re.MULTILINE | re.DOTALL)
 # the demo has a test of its own; Docker is not for a test suite
@@ -57,7 +57,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config |= {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": None}
     (other / "config.json").write_text(json.dumps(config))
     template = re.search(
-        r"Save this as `(faq/templates/mistral\.json)`:\n\n```json\n(.*?)^```",
+        r"Save this as `(llmops/formats/templates/mistral\.json)`:\n\n```json\n(.*?)^```",
         (ROOT / "faq" / "README.md").read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL,
     )  # fmt: skip
     assert template

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-from llmops import files
+from llmops import files, json_text
 from llmops.console import RunStopped, UserError
 
 DEEP = "[" * 90 + "]" * 90
@@ -88,7 +88,7 @@ def test_no_permission(tmp_path: Path) -> None:
     [
         (b'{"a": 1', "broken JSON"),
         ('{"a"：1}'.encode(), "column 5.; write : and not the full-width ："),
-        ('{“a”: 1}'.encode(), 'column 2.; write " and not the full-width “'),
+        ("{“a”: 1}".encode(), 'column 2.; write " and not the full-width “'),
         ('{"a": 1，"b": 2}'.encode(), "column 8.; write , and not the full-width ，"),
         (b"", "broken JSON"),
         (DEEP.encode(), "nested too deeply"),
@@ -113,10 +113,10 @@ def test_broken_json_is_a_sentence(tmp_path: Path, raw: bytes, words: str) -> No
 
 
 def test_whole_pairs_and_deep_enough_values_are_read() -> None:
-    assert files.parse_json('"\\ud83d\\ude00"') == "😀"
-    assert files.parse_json('"\\\\ud800"') == "\\ud800"  # a backslash and letters
-    assert files.parse_json("[" * 64 + "]" * 64)
-    assert files.parse_json("[" + "[1]," * 500 + "[2]]")[-1] == [2]
+    assert json_text.parse_json('"\\ud83d\\ude00"') == "😀"
+    assert json_text.parse_json('"\\\\ud800"') == "\\ud800"  # a backslash and letters
+    assert json_text.parse_json("[" * 64 + "]" * 64)
+    assert json_text.parse_json("[" + "[1]," * 500 + "[2]]")[-1] == [2]
 
 
 def test_a_file_that_is_too_large(tmp_path: Path) -> None:
@@ -197,11 +197,11 @@ def test_a_disk_that_is_full_leaves_the_old_file(tmp_path: Path) -> None:
 
 def test_strict_json() -> None:
     with pytest.raises(ValueError, match="not JSON compliant"):
-        files.dumps({"a": float("nan")})
-    assert files.finite(float("inf")) is None
-    assert files.finite(1.5) == 1.5
-    assert json.loads(files.dumps(os.fsdecode(b"\xff"))) == "\udcff"  # a file's name that is no UTF-8
-    files.dumps(os.fsdecode(b"\xff")).encode("utf-8")
+        json_text.dumps({"a": float("nan")})
+    assert json_text.finite(float("inf")) is None
+    assert json_text.finite(1.5) == 1.5
+    assert json.loads(json_text.dumps(os.fsdecode(b"\xff"))) == "\udcff"  # a file's name that is no UTF-8
+    json_text.dumps(os.fsdecode(b"\xff")).encode("utf-8")
 
 
 def test_a_lock_keeps_others_out(tmp_path: Path) -> None:

@@ -15,8 +15,8 @@ from conftest import FAST, ROOT, chat_main, environment, read_log, read_messages
 from mlflow import MlflowClient
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from llmops.chat_model import ChatModel
-from llmops.checkpoints import Checkpoint
+from llmops.models.chat_model import ChatModel
+from llmops.models.checkpoints import Checkpoint
 from train import checkpointing
 from train.batches import PaddedCollator, target_losses
 from train.dataset import Source, load_or_encode
@@ -60,9 +60,7 @@ def test_a_run_leaves_what_it_promises(
 ) -> None:  # fmt: skip
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")  # the one that needs no database
     tracked = f"file:{tmp_path / 'mlruns'}"
-    done = train_run(
-        *arguments, architecture=architecture, MLFLOW_ALLOW_FILE_STORE="true", MLFLOW_TRACKING_URI=tracked
-    )
+    done = train_run(*arguments, architecture=architecture, MLFLOW_ALLOW_FILE_STORE="true", MLFLOW_TRACKING_URI=tracked)
     assert done.returncode == 0, done.stderr[-3000:]
     output = small_data / "output_path"
     assert (output / ("adapter_config.json" if "lora" in arguments else "config.json")).is_file()

@@ -20,7 +20,7 @@ from eval.engine import Engine, Settings
 from eval.report import draw_radar
 from eval.samples import Loaded, Sample, add_examples, draw
 from llmops.console import UserError
-from llmops.sharing import Processes
+from llmops.machine.sharing import Processes
 
 SCRIPT = ROOT / "eval" / "evaluate_model_from_five_dimensions.py"
 ALL = list(command.DIMENSIONS)
@@ -261,8 +261,8 @@ def test_adapters(capfd: pytest.CaptureFixture[str], checkpoints: dict[str, Path
     import torch
     from peft import LoraConfig, get_peft_model
 
-    from llmops.chat_model import ChatModel
-    from llmops.checkpoints import Checkpoint
+    from llmops.models.chat_model import ChatModel
+    from llmops.models.checkpoints import Checkpoint
 
     model = ChatModel(Checkpoint(checkpoints["llama"])).weights(torch.float32)
     adapted = get_peft_model(model, LoraConfig(target_modules=["down_proj"]))
@@ -411,8 +411,8 @@ def test_a_mount_that_moved(capfd: pytest.CaptureFixture[str], checkpoints: dict
     import torch
     from peft import LoraConfig, get_peft_model
 
-    from llmops.chat_model import ChatModel
-    from llmops.checkpoints import Checkpoint
+    from llmops.models.chat_model import ChatModel
+    from llmops.models.checkpoints import Checkpoint
 
     base, moved = tmp_path / "mnt" / "base", tmp_path / "moved"
     shutil.copytree(checkpoints["qwen2"], base)

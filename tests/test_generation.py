@@ -9,11 +9,11 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from llmops import tiny
-from llmops.choice_search import Tree
 from llmops.console import RunStopped
-from llmops.generation import PACE, Generator
-from llmops.shared_prefix import common_length, group_by_prefix
+from llmops.generation.choice_search import Tree
+from llmops.generation.generator import PACE, Generator
+from llmops.generation.shared_prefix import common_length, group_by_prefix
+from llmops.models import tiny
 
 VOCABULARY, END = 300, 2
 

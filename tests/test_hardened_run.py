@@ -19,7 +19,7 @@ from conftest import DEMO, FAST, ROOT, environment, read_messages, write_jsonl
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig, ZeroStageEnum
 
 from llmops.console import RunStopped
-from llmops.process_group import free_port
+from llmops.machine.process_group import free_port
 from train import checkpointing, session, states
 from train.config import Config
 from train.steps import Split

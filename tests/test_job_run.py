@@ -18,8 +18,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from job.progress import without_brackets
 from job.state import alone
-from llmops.checkpoints import run_settings
-from llmops.process_group import free_port
+from llmops.machine.process_group import free_port
+from llmops.models.checkpoints import run_settings
 
 RUN = ("bash", str(ROOT / "job" / "run.sh"))
 

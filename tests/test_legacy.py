@@ -17,13 +17,13 @@ from conftest import ROOT, chat_main, read_log
 from torch import nn
 from transformers import GenerationMixin
 
-from llmops import legacy
-from llmops.chat_model import ChatModel, load_tokenizer
-from llmops.checkpoints import Checkpoint
 from llmops.console import UserError
-from llmops.generation import Generator
-from llmops.layers import choose_lora_layers
+from llmops.generation.generator import Generator
+from llmops.legacy import patches
 from llmops.legacy.two_positions import read_prompt
+from llmops.models.chat_model import ChatModel, load_tokenizer
+from llmops.models.checkpoints import Checkpoint
+from llmops.models.lora_layers import choose_lora_layers
 from train.batches import PaddedCollator, target_losses
 
 MODULES = ROOT / "tests" / "legacy_modules"
@@ -34,7 +34,7 @@ STYLES = {
     "prefix": ("modeling_prefix", "PrefixConfig", "PrefixForConditionalGeneration",
                "tokenization_commands.CommandTokenizer"),
 }  # fmt: skip
-PATCHES = {name: getattr(legacy, name) for name in ("TOKENIZER_PATCHES", "CONFIG_PATCHES", "MODEL_PATCHES")}
+PATCHES = {name: getattr(patches, name) for name in ("TOKENIZER_PATCHES", "CONFIG_PATCHES", "MODEL_PATCHES")}
 MASK, GMASK, SOP, EOP = 296, 297, 298, 299
 CAUSAL = ("rotary", "alibi", "prefix")
 Make = Callable[..., Path]
@@ -63,7 +63,7 @@ def make(vocabulary: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> M
     def write(style: str, without: str = "", lacking: str = "", **settings: Any) -> Path:
         assert not without or without in {patch.__name__ for group in PATCHES.values() for patch in group}
         for name, group in PATCHES.items():
-            monkeypatch.setattr(legacy, name, tuple(p for p in group if p.__name__ != without))
+            monkeypatch.setattr(patches, name, tuple(p for p in group if p.__name__ != without))
         module, config_class, model_class, tokenizer_class = STYLES[style]
         folder = tmp_path / f"{tmp_path.name}-{style}-{without or 'patched'}-{len(list(tmp_path.iterdir()))}"
         folder.mkdir()
@@ -159,9 +159,9 @@ def close(found: torch.Tensor, expected: torch.Tensor, bound: float = 1e-5) -> b
 
 def direct(folder: Path) -> Any:
     """The checkpoint's module built without from_pretrained, with what it lacks to run at all, and its weights."""
-    config = legacy.load_class(legacy.auto_map(folder)["AutoConfig"], folder).from_pretrained(str(folder))
-    names = legacy.auto_map(folder)
-    kind = legacy.load_class(names.get("AutoModelForCausalLM") or names["AutoModel"], folder)
+    config = patches.load_class(patches.auto_map(folder)["AutoConfig"], folder).from_pretrained(str(folder))
+    names = patches.auto_map(folder)
+    kind = patches.load_class(names.get("AutoModelForCausalLM") or names["AutoModel"], folder)
     config.max_length = 512
     model = kind(config).float()
     model.load_state_dict(torch.load(folder / "pytorch_model.bin", weights_only=True), strict=False)
@@ -289,13 +289,13 @@ def test_every_weight_has_the_dtype_asked_for(make: Make, style: str, dtype: tor
 
 
 def test_half_precision_in_the_code_is_recast(make: Make) -> None:
-    names = legacy.auto_map(folder := make("prefix", without="half_precision_hard_coded"))
-    legacy.prepare_model(folder)
-    kind = legacy.load_class(names["AutoModel"], folder)
-    config = legacy.load_class(names["AutoConfig"], folder).from_pretrained(str(folder))
+    names = patches.auto_map(folder := make("prefix", without="half_precision_hard_coded"))
+    patches.prepare_model(folder)
+    kind = patches.load_class(names["AutoModel"], folder)
+    config = patches.load_class(names["AutoConfig"], folder).from_pretrained(str(folder))
     assert kind(config).dtype == torch.float16
-    legacy.prepare_model(folder := make("prefix"))
-    assert legacy.load_class(names["AutoModel"], folder)(config).dtype == torch.float32
+    patches.prepare_model(folder := make("prefix"))
+    assert patches.load_class(names["AutoModel"], folder)(config).dtype == torch.float32
 
 
 @pytest.mark.parametrize("style", CAUSAL)
@@ -354,11 +354,11 @@ def test_a_file_without_lm_head(make: Make) -> None:
 
 def test_skip_init_stays_on_the_meta_device(make: Make) -> None:
     def device(folder: Path) -> str:
-        legacy.prepare_model(folder)
-        names = legacy.auto_map(folder)
-        config = legacy.load_class(names["AutoConfig"], folder).from_pretrained(str(folder))
+        patches.prepare_model(folder)
+        names = patches.auto_map(folder)
+        config = patches.load_class(names["AutoConfig"], folder).from_pretrained(str(folder))
         with torch.device("meta"):
-            model = legacy.load_class(names["AutoModelForCausalLM"], folder)(config)
+            model = patches.load_class(names["AutoModelForCausalLM"], folder)(config)
         return model.transformer.embedding.weight.device.type
 
     assert device(make("rotary", without="weights_built_twice")) == "cpu"
@@ -435,9 +435,9 @@ def test_a_2d_mask_crashes_the_prefix_style(make: Make) -> None:
 @pytest.mark.parametrize("style", ["rotary", "alibi", "prefix"])
 def test_generate_is_back(make: Make, style: str) -> None:
     def kind(folder: Path) -> type:
-        legacy.prepare_model(folder)
-        names = legacy.auto_map(folder)
-        return legacy.load_class(names.get("AutoModelForCausalLM") or names["AutoModel"], folder)
+        patches.prepare_model(folder)
+        names = patches.auto_map(folder)
+        return patches.load_class(names.get("AutoModelForCausalLM") or names["AutoModel"], folder)
 
     assert not issubclass(kind(make(style, without="generate_is_gone")), GenerationMixin)
     assert issubclass(kind(make(style)), GenerationMixin)
@@ -685,7 +685,7 @@ def test_the_generator_answers_and_ranks(make: Make, style: str) -> None:
 @pytest.mark.parametrize("style", CAUSAL)
 def test_the_server_answers(make: Make, style: str) -> None:
     """Rows with limits of their own, as the generator answers them."""
-    from llmops.passes import Passes
+    from llmops.generation.passes import Passes
     from serve.metrics import Metrics
     from serve.model.asked import Sampling
     from serve.model.lanes import Answer, Event, Outbox
@@ -748,9 +748,9 @@ def test_chat_main_trains_an_old_checkpoint(make: Make, small_data: Path) -> Non
 
 def test_native_checkpoints_are_not_touched(checkpoints_native: dict[str, Path]) -> None:
     for folder in checkpoints_native.values():
-        assert legacy.prepare_tokenizer(folder) == legacy.prepare_model(folder) == ()
+        assert patches.prepare_tokenizer(folder) == patches.prepare_model(folder) == ()
         model = ChatModel(Checkpoint(folder, trust_remote_code=True)).weights(torch.float32)
-        assert not any(legacy.CURED in c.__dict__ for c in type(model).__mro__)
+        assert not any(patches.CURED in c.__dict__ for c in type(model).__mro__)
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from eval import metrics, model_performance_evaluation
 from eval.engine import Engine, Settings
 from eval.model_performance_evaluation import read_metrics, read_samples
 from llmops.console import UserError
-from llmops.sharing import Processes
+from llmops.machine.sharing import Processes
 
 SCRIPT = ROOT / "eval" / "model_performance_evaluation.py"
 ALL = "Acc,F1,BLEU,Rouge"

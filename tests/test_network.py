@@ -15,8 +15,9 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, environment
 
-from llmops import LIBRARY_DEFAULTS, process_group
+from llmops import LIBRARY_DEFAULTS
 from llmops.console import UserError
+from llmops.machine import process_group
 from train.training_log import ConsoleServer, TensorBoardServer
 
 ENTRIES = sorted(

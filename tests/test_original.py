@@ -13,8 +13,8 @@ from eval import evaluate_model_from_five_dimensions as five
 from eval.dimensions import m3ke
 from faq import predict, prepare
 from llmops.console import UserError
-from llmops.faq_catalog import load_catalog
-from llmops.faq_records import kind_of_data, read_faq
+from llmops.intents.catalog import load_catalog
+from llmops.intents.questions import kind_of_data, read_faq
 from train import finetune
 from train.config import parse
 

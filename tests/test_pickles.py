@@ -13,11 +13,11 @@ import torch
 from peft import LoraConfig, get_peft_model
 from test_similar_questions import write_embedding_model
 
-from llmops.chat_model import ChatModel
-from llmops.checkpoints import Checkpoint
 from llmops.console import UserError
 from llmops.embedding.encoder import Encoder
 from llmops.embedding.folder import read_folder
+from llmops.models.chat_model import ChatModel
+from llmops.models.checkpoints import Checkpoint
 from train.dataset import TokenDataset
 
 

@@ -12,7 +12,7 @@ import pytest
 from peft import LoraConfig
 from transformers import AutoConfig, AutoTokenizer
 
-from llmops import portable
+from llmops.models import portable
 
 TEXTS = ["你好，世界！ Hello  world\n\n123", "<|im_start|>user\nhi<|im_end|>\n", "\t  多 个 空格"]
 

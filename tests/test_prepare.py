@@ -10,8 +10,8 @@ import pytest
 from conftest import ROOT, environment
 
 from faq import prepare
-from llmops.faq_catalog import load_catalog
-from llmops.faq_records import read_faq
+from llmops.intents.catalog import load_catalog
+from llmops.intents.questions import read_faq
 
 INTENTS = {
     "退款": ["怎么退款", "我要退款", "退款多久到", "钱退到哪里"],

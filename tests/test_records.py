@@ -7,9 +7,9 @@ import pytest
 
 from llmops import files
 from llmops.console import UserError
-from llmops.data_files import read_conversations, validate_files
-from llmops.records import BadRow
-from llmops.shapes import convert
+from llmops.conversations.data_files import read_conversations, validate_files
+from llmops.conversations.records import BadRow
+from llmops.conversations.shapes import convert
 
 GOOD = {"messages": [{"role": "user", "content": "ping"}, {"role": "assistant", "content": "Pong!"}]}
 

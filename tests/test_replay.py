@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from conftest import ROOT, read_messages, write_jsonl
 
-from llmops.chat_model import ChatModel
-from llmops.checkpoints import Checkpoint
 from llmops.console import UserError
+from llmops.models.chat_model import ChatModel
+from llmops.models.checkpoints import Checkpoint
 from train.config import Config, find_problems, parse
 from train.dataset import Source, load_or_encode
 from train.replay import Joined, ReplayOrder, replayed

@@ -13,9 +13,9 @@ from sklearn.model_selection import StratifiedKFold
 from faq import predict, prepare
 from faq.retrieval import lists_of
 from llmops.embedding.ngrams import ngram_vectors
-from llmops.faq_catalog import COSINE, JOINT, load_catalog
-from llmops.faq_linear import FOLDS, STRENGTH
-from llmops.faq_retrieval import LINEAR_WEIGHT, Retriever, candidates_of, retriever_of
+from llmops.intents.catalog import COSINE, JOINT, load_catalog
+from llmops.intents.linear import FOLDS, STRENGTH
+from llmops.intents.retrieval import LINEAR_WEIGHT, Retriever, candidates_of, retriever_of
 
 THINGS = ["退款", "物流", "发票", "密码", "优惠券", "地址", "积分", "会员", "安装", "维修"]
 ACTS = ["怎么办理{}", "{}要多久", "取消{}", "{}在哪里看"]

@@ -355,7 +355,7 @@ def test_time_that_is_over_ends_an_answer_and_refuses_one_that_waits(service: An
 def test_known_beginnings_stay_within_their_memory() -> None:
     import torch
 
-    from llmops.shared_prefix import NOTHING, Prefix
+    from llmops.generation.shared_prefix import NOTHING, Prefix
     from serve.model.prefixes import Prefixes, chain
 
     def made(ids: list[int]) -> Prefix:

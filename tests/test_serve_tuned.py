@@ -10,8 +10,8 @@ import pytest
 from serve_adapter import INTENTS
 from test_serve_model import QUESTIONS, answers, rendered
 
-from llmops.chat_model import ChatModel
-from llmops.checkpoints import Checkpoint
+from llmops.models.chat_model import ChatModel
+from llmops.models.checkpoints import Checkpoint
 from serve.settings import Limits, Model
 
 ASKED = ["我的包裹到哪了", "怎么退钱", "密码忘了", "要发票", "今天天气如何", "退款多久到账"]
@@ -82,7 +82,7 @@ def test_a_model_without_our_attention_answers_batch_by_batch(
 ) -> None:
     import torch
 
-    from llmops.passes import Passes
+    from llmops.generation.passes import Passes
     from serve.model import service as module
 
     monkeypatch.setattr(module, "Passes", lambda model, pad, _: Passes(model, pad, False))
@@ -199,7 +199,7 @@ def test_bad_questions_are_refused(service: Any, body: dict, param: str) -> None
 
 
 def test_corrections_are_what_prepare_reads(service: Any) -> None:
-    from llmops.faq_records import read_faq
+    from llmops.intents.questions import read_faq
 
     path = service.feedback
     first = {"question": "包裹丢了", "intent": "查询物流进度", "reply": "请联系客服。", "predicted": "申请退款"}
@@ -220,7 +220,7 @@ def test_corrections_are_what_prepare_reads(service: Any) -> None:
 
 
 def test_an_intents_file_from_before_examples_were_shown_is_read(adapter: Path, tmp_path: Path) -> None:
-    from llmops.faq_catalog import load_catalog
+    from llmops.intents.catalog import load_catalog
 
     values = json.loads((adapter / "intents.json").read_text(encoding="utf-8"))
     del values["wording"]["examples"]
@@ -232,7 +232,7 @@ def test_an_intents_file_from_before_examples_were_shown_is_read(adapter: Path, 
 def test_packed_layers_compute_the_same(checkpoints: dict[str, Path]) -> None:
     import torch
 
-    from llmops.packed import PackedLinear, pack
+    from llmops.generation.packed import PackedLinear, pack
 
     model = ChatModel(Checkpoint(checkpoints["qwen2"])).weights(torch.float32).eval()  # it has biases
     ids = torch.arange(60).reshape(3, 20)

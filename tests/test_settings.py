@@ -247,7 +247,7 @@ def test_the_faq_guide_has_the_scenarios_defaults(page: str) -> None:
 
 
 def test_every_mode_is_named_where_modes_are_listed() -> None:
-    names = {path.stem for path in (ROOT / "faq" / "templates").glob("*.json")}
+    names = {path.stem for path in (ROOT / "llmops" / "formats" / "templates").glob("*.json")}
     for script in (ROOT / "chat_main.sh", ROOT / "faq" / "run_all.sh"):
         line = re.search(r"^MODE=.*# (.*)$", script.read_text(encoding="utf-8"), re.MULTILINE)
         assert line

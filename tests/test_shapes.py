@@ -9,12 +9,14 @@ from typing import Any
 import pytest
 from conftest import chat_main
 
-from llmops import data_files, shapes
-from llmops.chat_formats import LAYOUTS, ChatFormat, Rendered, families
-from llmops.chat_model import ChatModel
-from llmops.checkpoints import Checkpoint
 from llmops.console import UserError
-from llmops.records import BadRow
+from llmops.conversations import data_files, shapes
+from llmops.conversations.records import BadRow
+from llmops.formats.chat_format import ChatFormat, Rendered
+from llmops.formats.families import families
+from llmops.formats.layouts import LAYOUTS
+from llmops.models.chat_model import ChatModel
+from llmops.models.checkpoints import Checkpoint
 from train.dataset import Source, load_or_encode
 
 Row = dict[str, Any]

@@ -627,7 +627,7 @@ def test_the_last_bits_of_a_vector_change_no_order() -> None:
     """The same texts in other batches give vectors that differ by 1e-7: the findings stand in the same order."""
     from eval.similar import findings
     from eval.similar.questions import lay_out
-    from llmops.faq_records import FaqRecord
+    from llmops.intents.questions import FaqRecord
 
     draw = np.random.default_rng(5)
     laid_out = lay_out([FaqRecord(k, k, (f"问题{k}",), f"意图{k}") for k in range(12)])

@@ -12,8 +12,8 @@ import torch
 from conftest import DEMO, ROOT, environment, read_messages, write_jsonl
 from test_batches import SHAPES, random_samples, sample
 
-from llmops.chat_model import ChatModel
-from llmops.checkpoints import Checkpoint
+from llmops.models.chat_model import ChatModel
+from llmops.models.checkpoints import Checkpoint
 from train import attention
 from train.batches import PackedCollator, PaddedCollator, Sample, target_losses
 from train.steps import Split, StepCollator, StepSampler, by_length, by_prompt, plan_step

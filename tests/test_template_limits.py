@@ -9,12 +9,14 @@ from conftest import write_jsonl
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from eval.rendering import Renderer
-from llmops import template_limits, tiny
-from llmops.chat_formats import ChatFormat, families
-from llmops.chat_model import ChatModel
-from llmops.checkpoints import Checkpoint
 from llmops.console import UserError
-from llmops.template_limits import LimitedTemplate
+from llmops.formats import template_limits
+from llmops.formats.chat_format import ChatFormat
+from llmops.formats.families import families
+from llmops.formats.template_limits import LimitedTemplate
+from llmops.models import tiny
+from llmops.models.chat_model import ChatModel
+from llmops.models.checkpoints import Checkpoint
 from train.dataset import Source, load_or_encode
 
 NAME = "the checkpoint's chat template"

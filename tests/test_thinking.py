@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from llmops import files, shapes
-from llmops.chat_formats import ChatFormat, Rendered
-from llmops.chat_model import ChatModel
-from llmops.checkpoints import Checkpoint
+from llmops import files
 from llmops.console import UserError
+from llmops.conversations import shapes
+from llmops.formats.chat_format import ChatFormat, Rendered
+from llmops.models.chat_model import ChatModel
+from llmops.models.checkpoints import Checkpoint
 
 # earlier turns lose their thinking; the last one always gets a block, an empty one too; the prompt closes it on request
 QWEN3 = (

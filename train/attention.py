@@ -25,7 +25,7 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from llmops.layers import fixed_attention
+from llmops.generation.capacity import fixed_attention
 from train import cpu_attention
 
 NAME = "shared_prefix"

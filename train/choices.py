@@ -15,7 +15,8 @@ import numpy as np
 import psutil
 import torch
 
-from llmops import cpu_kernels, files
+from llmops import files
+from llmops.machine import cpu_kernels
 from train.config import Config
 from train.dataset import TokenDataset
 from train.estimates import GIB, Shape, memory_parts, model_shape, state_parts

@@ -12,12 +12,14 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from llmops import cpu_kernels, data_files, files
-from llmops.chat_formats import families
-from llmops.chat_model import ChatModel
-from llmops.checkpoints import Checkpoint
+from llmops import files
 from llmops.console import Parser, UserError, to_bool
-from llmops.records import LEARN
+from llmops.conversations import data_files
+from llmops.conversations.records import LEARN
+from llmops.formats.families import families
+from llmops.machine import cpu_kernels
+from llmops.models.chat_model import ChatModel
+from llmops.models.checkpoints import Checkpoint
 from train import deepspeed_file
 
 HERE = Path(__file__).resolve().parent

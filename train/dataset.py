@@ -20,15 +20,16 @@ from typing import Any
 
 import numpy as np
 
-from llmops import chat_formats, data_files, files, parallel, records
-from llmops.chat_formats import ChatFormat, Rendered
+from llmops import files
 from llmops.console import RunStopped, UserError, log, progress
-from llmops.data_files import Chunk, Found, Read
-from llmops.records import Conversation, Problem
+from llmops.conversations import data_files, records
+from llmops.conversations.data_files import Chunk, Found, Read
+from llmops.conversations.records import Conversation, Problem
+from llmops.formats import chat_format
+from llmops.formats.chat_format import ChatFormat, Rendered
+from llmops.formats.families import TEMPLATES
+from llmops.machine import parallel
 
-RENDERING = (  # modules of llmops
-    "chat_formats", "chat_templates", "control_tokens", "template_limits", "records", "shapes", "data_files"
-)  # fmt: skip
 OUTCOMES = ("whole", "turns_cut", "answer_cut", "dropped")
 FILE_BIT = 40  # of a place: the file's number above it, the line's or row's below
 
@@ -177,8 +178,9 @@ class Source:
         import transformers
 
         digest = hashlib.sha256()
-        code = [Path(records.__file__).with_name(f"{name}.py") for name in RENDERING] + [Path(__file__)]
-        code += sorted(chat_formats.TEMPLATES.glob("*.json"))
+        rooms = (Path(module.__file__).parent for module in (records, chat_format))
+        code = [Path(__file__), *(path for room in rooms for path in sorted(room.glob("*.py")))]
+        code += sorted(TEMPLATES.glob("*.json"))
         names = (
             "tokenizer",
             "vocab",

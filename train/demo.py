@@ -17,8 +17,8 @@ sys.path.insert(0, str(HERE.parent))
 
 from llmops import files
 from llmops.console import UserError, has_gpu, log, progress, run_main
-from llmops.data_files import read_conversations
-from llmops.records import Conversation, Message
+from llmops.conversations.data_files import read_conversations
+from llmops.conversations.records import Conversation, Message
 from train.config import writable_problem
 
 MODEL_NAME = "tiny-chat-model"
@@ -60,8 +60,8 @@ def make_base(folder: Path) -> None:
     import torch
     import transformers
 
-    from llmops import tiny
-    from llmops.chat_formats import ChatFormat
+    from llmops.formats.chat_format import ChatFormat
+    from llmops.models import tiny
     from train.batches import PaddedCollator, target_losses
     from train.dataset import encode_conversation
 
@@ -97,8 +97,8 @@ def answer(folder: Path, question: str) -> str:
     """What the model in a folder says to a question."""
     import torch
 
-    from llmops.chat_model import ChatModel
-    from llmops.checkpoints import Checkpoint
+    from llmops.models.chat_model import ChatModel
+    from llmops.models.checkpoints import Checkpoint
 
     opened = ChatModel(Checkpoint(folder))
     chat, model = opened.chat, opened.load(torch.float32).eval()

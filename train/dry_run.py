@@ -18,8 +18,8 @@ import numpy as np
 import psutil
 import torch
 
-from llmops import cpu_kernels, devices
 from llmops.console import duration, log
+from llmops.machine import cpu_kernels, devices
 from train import attention, session
 from train.batches import PackedCollator, PaddedCollator, target_losses, to_device
 from train.choices import Choices, free_memory, resolve

@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from llmops.layers import choose_lora_layers, fixed_attention
+from llmops.generation.capacity import fixed_attention
+from llmops.models.lora_layers import choose_lora_layers
 from train.config import Config
 
 PROBE = "count_saved"  # the attention that keeps what fused kernels keep

@@ -12,10 +12,12 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from llmops import data_files, devices, files
+from llmops import files
 from llmops.console import log, run_main, stdout_to_stderr
-from llmops.faq_records import INTENTS_NAME, refuse_exported, refuse_unfinished
-from llmops.peers import Peers, watch_launcher
+from llmops.conversations import data_files
+from llmops.intents.questions import INTENTS_NAME, refuse_exported, refuse_unfinished
+from llmops.machine import devices
+from llmops.machine.peers import Peers, watch_launcher
 from train import deepspeed_file
 from train.config import Config, parse
 from train.run_folder import OutputFolder, earlier_run, say_finished

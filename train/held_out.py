@@ -3,8 +3,9 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from llmops import data_files, files
-from llmops.records import Conversation
+from llmops import files, json_text
+from llmops.conversations import data_files
+from llmops.conversations.records import Conversation
 from train.dataset import TokenDataset
 from train.ownership import HELD_OUT
 
@@ -20,7 +21,7 @@ def write(output: Path, test: TokenDataset, sources: Sequence[Path]) -> None:
             number = sources.index(chunk.path)
             for read in data_files.conversations_of(chunk):
                 if read.conversation and (number, read.number) in places:
-                    stream.write(files.dumps(row_of(read.conversation)) + "\n")
+                    stream.write(json_text.dumps(row_of(read.conversation)) + "\n")
 
 
 def row_of(conversation: Conversation) -> dict[str, object]:

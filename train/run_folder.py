@@ -9,9 +9,11 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from llmops import checkpoints, data_files, files
+from llmops import files
 from llmops.console import UserError, log
-from llmops.faq_records import INTENTS_NAME
+from llmops.conversations import data_files
+from llmops.intents.questions import INTENTS_NAME
+from llmops.models import checkpoints
 from train import checkpointing, ownership
 from train.config import RESTARTABLE, Config
 

@@ -24,12 +24,14 @@ from transformers import DefaultFlowCallback, EarlyStoppingCallback, PrinterCall
 from transformers.integrations import TensorBoardCallback, get_reporting_integration_callbacks
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled, unset_hf_deepspeed_config
 
-from llmops import cpu_kernels, data_files, devices, files, process_group
-from llmops.chat_model import ChatModel
-from llmops.checkpoints import Checkpoint
+from llmops import files
 from llmops.console import RunStopped, UserError, log
-from llmops.faq_records import INTENTS_NAME
-from llmops.peers import Peers
+from llmops.conversations import data_files
+from llmops.intents.questions import INTENTS_NAME
+from llmops.machine import cpu_kernels, devices, process_group
+from llmops.machine.peers import Peers
+from llmops.models.chat_model import ChatModel
+from llmops.models.checkpoints import Checkpoint
 from train import attention, checkpointing, elastic, ownership, states
 from train.batches import PackedCollator, PaddedCollator, cross_entropy_name
 from train.choices import Choices, resolve

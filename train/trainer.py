@@ -23,9 +23,9 @@ from transformers import (
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
-from llmops.checkpoints import Checkpoint
 from llmops.console import EXIT_TERMINATED, RunStopped, Terminated, log
-from llmops.portable import make_portable
+from llmops.models.checkpoints import Checkpoint
+from llmops.models.portable import make_portable
 from train import checkpointing, ownership
 from train.batches import right_answers, target_logits, target_losses, to_device, token_losses
 from train.dataset import TokenDataset

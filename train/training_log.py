@@ -17,9 +17,9 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from llmops import files, pictures
+from llmops import files, json_text, pictures
 from llmops.console import duration, log
-from llmops.processes import die_with_parent
+from llmops.machine.processes import die_with_parent
 from train.run_folder import LOG_NAME
 
 CHOSEN = "chosen"
@@ -60,7 +60,7 @@ class TrainingLog(TrainerCallback):
             kept = [line for line in read_log(self.path) if state.global_step and line["step"] <= state.global_step]
             first = {"step": 0, "epoch": 0.0, CHOSEN: self.chosen, "elapsed": 0.0, "remaining": None}
             kept = [first, *(line for line in kept if CHOSEN not in line)]
-            files.write_text(self.path, "".join(files.dumps(line) + "\n" for line in kept))
+            files.write_text(self.path, "".join(json_text.dumps(line) + "\n" for line in kept))
             from tqdm import tqdm
 
             terminal = sys.stderr.isatty()
@@ -94,14 +94,14 @@ class TrainingLog(TrainerCallback):
         for key in ("loss", "learning_rate", "grad_norm", "eval_loss", ACCURACY, "retention_loss"):
             if key in logs:
                 value = float(logs[key])
-                line[key] = files.finite(value)
+                line[key] = json_text.finite(value)
                 if line[key] is None:  # such as the norm of an fp16 step that overflowed
                     line.setdefault("not_finite", {})[key] = str(value)
         if rate is not None:
             line["tokens_per_second"] = round(rate, 1)
         line["elapsed"] = round(elapsed, 2)
         line["remaining"] = round(remaining, 2) if remaining is not None else None
-        files.append_text(self.path, files.dumps(line) + "\n")
+        files.append_text(self.path, json_text.dumps(line) + "\n")
         if self.bar:
             losses = [key for key in ("loss", "eval_loss", ACCURACY, "retention_loss") if line.get(key) is not None]
             shown = {key: f"{line[key]:.4g}" for key in losses}

@@ -6,7 +6,7 @@ from typing import Any
 
 from eval.dimensions.base import Asked, Dimension, Official, Scores, all_right, read_jsonl, read_rows, text_of
 from eval.samples import Loaded, Sample, accuracy_baselines
-from llmops import files
+from llmops import json_text
 from llmops.console import UserError
 
 ANSWERS = {"1": "是", "0": "否"}
@@ -45,7 +45,7 @@ def submission(asked: Asked) -> str:
     """CLUE's afqmc_predict.json: a line `{"id": 0, "label": "1"}` per pair, in the order of the test file."""
     labels = {answer: label for label, answer in ANSWERS.items()}
     rows = ({"id": whole(sample.id), "label": labels[answer.text]} for sample, answer in asked)
-    return "".join(files.dumps(row) + "\n" for row in rows)
+    return "".join(json_text.dumps(row) + "\n" for row in rows)
 
 
 def whole(text: str) -> int | str:

@@ -8,7 +8,7 @@ from typing import Any
 from eval import metrics
 from eval.dimensions.base import Asked, Dimension, Official, Scores, clean, mean, read_json, read_rows, text_of
 from eval.samples import Loaded, Sample
-from llmops import files
+from llmops import json_text
 from llmops.console import UserError
 
 BEFORE = "阅读短文，用短文中的原话简短地回答问题，只写答案。\n短文："
@@ -94,7 +94,7 @@ def ceiling(samples: Sequence[Sample]) -> tuple[str, list[float | None]]:
 
 def predictions(asked: Asked) -> str:
     """What cmrc2018_evaluate.py and CLUE read: `{query_id: answer}`."""
-    return files.dumps({sample.id: clean(answer.text) for sample, answer in asked}, indent=1) + "\n"
+    return json_text.dumps({sample.id: clean(answer.text) for sample, answer in asked}, indent=1) + "\n"
 
 
 def baselines(samples: Sequence[Sample], seed: int) -> Scores:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from eval.similar.questions import Questions
 from eval.similar.search import Pairs, cosines, norms_of
-from llmops import files
+from llmops import json_text
 from llmops.console import UserError
 
 if TYPE_CHECKING:
@@ -114,8 +114,8 @@ def json_parts(found: Findings) -> Iterator[str]:
     """The documented JSON object in parts, so that millions of pairs need no second copy."""
     yield '{"code": 0, "msg": "Success", "data": {"mismatched_intents": ['
     for k, entry in enumerate(mismatched(found)):
-        yield (", " if k else "") + files.dumps(entry)
+        yield (", " if k else "") + json_text.dumps(entry)
     yield '], "similar_intents": ['
     for k, entry in enumerate(similar(found)):
-        yield (", " if k else "") + files.dumps(entry)
+        yield (", " if k else "") + json_text.dumps(entry)
     yield "]}}\n"

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from llmops import files
 from llmops.console import UserError, log
-from llmops.faq_records import FaqRecord, read_faq
+from llmops.intents.questions import FaqRecord, read_faq
 
 if TYPE_CHECKING:
     import numpy as np

@@ -1,7 +1,7 @@
 """Texts to unit vectors with a sentence embedding model: sentence-transformers' modules, in batches of our own.
 
 What `SentenceTransformer.encode` spends half of its time on is left out:
-- on the CPU the matrices are multiplied by the fastest of torch's exact kernels (`llmops.cpu_kernels`);
+- on the CPU the matrices are multiplied by the fastest of torch's exact kernels (`llmops.machine.cpu_kernels`);
 - short sequences take the plain attention: the fused one starts too much for a matrix of 16 by 16;
 - batches have as many tokens as keep the caches busy, of texts of about one length.
 """
@@ -9,10 +9,10 @@ What `SentenceTransformer.encode` spends half of its time on is left out:
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from llmops import cpu_kernels
 from llmops.console import RunStopped, UserError, log, progress
 from llmops.embedding.folder import COPY, LIBRARY, ModelFolder
 from llmops.loading import loading
+from llmops.machine import cpu_kernels
 
 if TYPE_CHECKING:
     import numpy as np

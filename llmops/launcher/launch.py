@@ -15,12 +15,12 @@ from types import FrameType
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from llmops import devices
 from llmops.console import Parser, UserError, has_gpu, log, run_main
 from llmops.launcher.hosts import choose, read_hostfile
 from llmops.launcher.machine import Machine, Plan
 from llmops.launcher.ssh import Led
-from llmops.process_group import LOOPBACK, free_port, is_loopback
+from llmops.machine import devices
+from llmops.machine.process_group import LOOPBACK, free_port, is_loopback
 
 PORT = 29500  # where machines meet
 

@@ -6,5 +6,5 @@ cd -- "$(dirname -- "${BASH_SOURCE[0]}")/../.."
 source llmops/environment.sh
 [ -x "$1" ] || exit 102
 has_gpu || tune_cpu
-unset DS_ACCELERATOR # llmops/devices.py chooses in each process
+unset DS_ACCELERATOR # llmops/machine/devices.py chooses in each process
 exec "$1" -u -m llmops.launcher.machine

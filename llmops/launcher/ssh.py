@@ -22,14 +22,14 @@ from typing import Any, BinaryIO
 from llmops import files
 from llmops.console import UserError, log
 from llmops.launcher.machine import READY, Plan, versions
-from llmops.process_group import is_loopback
-from llmops.processes import die_with_parent
+from llmops.machine.process_group import is_loopback
+from llmops.machine.processes import die_with_parent
 
 ROOT = Path(__file__).resolve().parents[2]
 OPTIONS = ("BatchMode=yes", "ConnectTimeout=10", "ServerAliveInterval=10", "ServerAliveCountMax=4")
 TO_ANSWER = 60  # seconds for a machine to say that it is ready
 TO_END = 15  # seconds for the others when one has ended in failure: they hear of it, unless they still wait for it
-TO_NOTICE = 45  # and when the connection to one broke: they find that out within llmops.peers.SILENCE
+TO_NOTICE = 45  # and when the connection to one broke: they find that out within llmops.machine.peers.SILENCE
 LAST = 15  # seconds from there until what still runs is left
 SSH_FAILED, NO_PROJECT, NO_PYTHON = 255, 101, 102
 EXPORTED = ("NCCL_", "UCX_", "GLOO_", "TORCH_", "PYTHON", "HF_", "MLFLOW_", "SWANLAB_", "TRACKIO_", "WANDB_")

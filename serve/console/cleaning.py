@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from llmops import faq_records, files
+from llmops import files, json_text
 from llmops.console import UserError
-from llmops.faq_records import FaqRecord
+from llmops.intents.questions import INTENT_KEYS, LIST_KEY, QUESTION_KEYS, REPLY_KEYS, FaqRecord, raw_records, read_faq
 
 Row = dict[str, Any]
 
@@ -55,7 +55,7 @@ class Cleaned:
 
 def clean(path: Path, edits: Edits) -> Cleaned:
     """Carry out edits on the rows of a file. Raises UserError for a row that cannot be edited."""
-    records = {record.index: record for record in faq_records.read_faq(path, skip_bad_lines=True).records}
+    records = {record.index: record for record in read_faq(path, skip_bad_lines=True).records}
     replies: dict[str, str] = {}
     held: set[tuple[str, str]] = set()  # (question, intent) that stay where they are
     for record in records.values():
@@ -66,7 +66,7 @@ def clean(path: Path, edits: Edits) -> Cleaned:
             if place not in edits.dropped and place not in edits.relabelled and record.intent not in edits.merged:
                 held.add((question, record.intent))
     cleaned = Cleaned()
-    for index, (line, raw, _) in enumerate(faq_records.raw_records(path)[1]):
+    for index, (line, raw, _) in enumerate(raw_records(path)[1]):
         record = records.get(index)
         if record is None:
             cleaned.bad_lines += 1
@@ -118,20 +118,20 @@ def edited(
 def row_with(raw: Row, record: FaqRecord, questions: Sequence[str], intent: str, replies: Mapping[str, str]) -> Row:
     """A copy of a row with other questions and another intent."""
     row = dict(raw)
-    if row.get(faq_records.LIST_KEY) not in (None, ""):
-        as_text = isinstance(row[faq_records.LIST_KEY], str)
-        row[faq_records.LIST_KEY] = repr(list(questions)) if as_text else list(questions)
+    if row.get(LIST_KEY) not in (None, ""):
+        as_text = isinstance(row[LIST_KEY], str)
+        row[LIST_KEY] = repr(list(questions)) if as_text else list(questions)
     else:
-        row[first_key(raw, faq_records.QUESTION_KEYS)] = questions[0]
+        row[first_key(raw, QUESTION_KEYS)] = questions[0]
     if intent != record.intent:
-        row[first_key(raw, faq_records.INTENT_KEYS)] = intent
+        row[first_key(raw, INTENT_KEYS)] = intent
         if intent in replies:
-            row[first_key(raw, faq_records.REPLY_KEYS)] = replies[intent]
+            row[first_key(raw, REPLY_KEYS)] = replies[intent]
     return row
 
 
 def first_key(raw: Row, keys: Sequence[str]) -> str:
-    """The first of these keys under which a row has a text, as llmops/faq_records.py reads it."""
+    """The first of these keys under which a row has a text, as llmops/intents/questions.py reads it."""
     return next((key for key in keys if isinstance(raw.get(key), str)), keys[0])
 
 
@@ -147,5 +147,5 @@ def write(path: Path, cleaned: Cleaned, target: Path, changes: Path, decisions: 
         **{kind: kinds[kind] for kind in ("relabelled", "merged", "dropped")},
     }  # fmt: skip
     files.write_json(changes, summary | {"changes": cleaned.changes})
-    files.write_text(target, "".join(files.dumps(row) + "\n" for row in cleaned.rows))
+    files.write_text(target, "".join(json_text.dumps(row) + "\n" for row in cleaned.rows))
     return summary

@@ -14,9 +14,9 @@ from datetime import UTC, datetime
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from llmops import faq_records, files
+from llmops import files, json_text
 from llmops.console import UserError
-from llmops.faq_records import FaqRecord
+from llmops.intents.questions import FaqRecord, read_faq
 from serve.console import cleaning
 from serve.console.mount import Cached, Mounted, NotFound
 
@@ -81,14 +81,14 @@ def pair_of(row: dict[str, Any], alike: bool, names: tuple[str, ...]) -> Pair | 
     records = row.get("lineNumbers")
     if not (is_two(intents, str) and is_two(questions, str | None) and is_two(records, int)):
         return None
-    told = files.dumps([records, questions, intents])
+    told = json_text.dumps([records, questions, intents])
     key = hashlib.sha256(told.encode()).hexdigest()[:16]
     return Pair(key, tuple(records), tuple(questions), tuple(intents), alike)
 
 
 def read_data(path: Path) -> Data:
     """The records of a data file; bad lines are passed over, as the command may have done."""
-    records = faq_records.read_faq(path, skip_bad_lines=True).records
+    records = read_faq(path, skip_bad_lines=True).records
     return Data({r.index: r for r in records}, list(dict.fromkeys(r.intent for r in records)))
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from llmops import files
 from llmops.console import UserError
-from llmops.faq_records import INTENTS_NAME
+from llmops.intents.questions import INTENTS_NAME
 from serve.console.evaluations import section
 from serve.console.mount import Cached, Mounted, NotFound
 from serve.console.runs import number, text

@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Generic, TypeVar
 
-from llmops import files
-from llmops.checkpoints import RUN_SETTINGS
+from llmops import files, json_text
+from llmops.models.checkpoints import RUN_SETTINGS
 
 T = TypeVar("T")
 
@@ -91,7 +91,7 @@ class Mounted:
     def inside(self, name: str) -> Path:
         """The path that a name stands for. Raises NotFound for everything that is not in the mount."""
         parts = name.split("/")
-        if not name or "\0" in name or name.startswith("/") or ".." in parts or not files.encodable(name):
+        if not name or "\0" in name or name.startswith("/") or ".." in parts or not json_text.encodable(name):
             raise NotFound(name)
         path = files.real(self.root / name)
         if self.root not in path.parents or not os.path.exists(path):
@@ -184,7 +184,7 @@ def listing_of(folder: str, known: Listing | None) -> Listing:
         growing = False  # a file that a shell made for what a command is going to print
         with os.scandir(folder) as entries:
             for entry in entries:
-                if not files.encodable(entry.name):
+                if not json_text.encodable(entry.name):
                     continue
                 if entry.is_dir(follow_symlinks=False):
                     if entry.name not in PASSED and not entry.name.startswith(PASSED_STARTS):

@@ -12,7 +12,7 @@ from starlette.responses import HTMLResponse, JSONResponse, RedirectResponse, Re
 from starlette.routing import BaseRoute, Mount, Route
 from starlette.staticfiles import StaticFiles
 
-from llmops import files
+from llmops import files, json_text
 from llmops.console import RunStopped, UserError
 from serve.console import languages, shown
 from serve.console.mount import NotFound
@@ -123,7 +123,7 @@ def as_json(work: Callable[[], Any]) -> Response:
         return failure(STATUS_WRONG, str(error))
     except RunStopped as error:
         return failure(STATUS_FULL, str(error))
-    return Response(files.dumps(value), media_type="application/json", headers={"Cache-Control": "no-store"})
+    return Response(json_text.dumps(value), media_type="application/json", headers={"Cache-Control": "no-store"})
 
 
 def failure(status: int, message: str) -> Response:

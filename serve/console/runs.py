@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from llmops import files
-from llmops.checkpoints import RUN_SETTINGS
 from llmops.console import UserError
+from llmops.models.checkpoints import RUN_SETTINGS
 from serve.console.mount import LOG_NAME, Cached, Mounted
 
 RESULTS_NAME = "train_results.json"  # these names are train/run_folder.py's

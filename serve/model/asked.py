@@ -4,8 +4,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from llmops import files, shapes
-from llmops.records import BadRow, Message
+from llmops import files, json_text
+from llmops.conversations import shapes
+from llmops.conversations.records import BadRow, Message
 from serve.answers import ApiError
 from serve.settings import Limits
 
@@ -131,10 +132,10 @@ class Fields:
 def read_object(raw: bytes) -> dict[str, Any]:
     """The JSON object of a body."""
     try:
-        body = files.parse_json(raw.decode("utf-8"))
+        body = json_text.parse_json(raw.decode("utf-8"))
     except UnicodeDecodeError as error:
         raise ApiError(400, "the body is not UTF-8", code="invalid_json") from error
-    except files.BadJson as error:
+    except json_text.BadJson as error:
         raise ApiError(400, f"the body is no JSON ({error})", code="invalid_json") from error
     if not isinstance(body, dict):
         raise ApiError(400, f"the body is {files.kind_of(body)}, expected an object", code="invalid_json")

@@ -8,21 +8,21 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmops import files
-from llmops.chat_formats import ChatFormat
-from llmops.choice_search import Tree
+from llmops import files, json_text
 from llmops.console import UserError
-from llmops.faq_catalog import Catalog
-from llmops.faq_records import check_record
-from llmops.generation import Generator
-from llmops.intents import candidate_tokens, decide, top_prediction
-from llmops.shared_prefix import MIN_SHARED, NOTHING, common_length
+from llmops.formats.chat_format import ChatFormat
+from llmops.generation.choice_search import Tree
+from llmops.generation.generator import Generator
+from llmops.generation.shared_prefix import MIN_SHARED, NOTHING, common_length
+from llmops.intents.catalog import Catalog
+from llmops.intents.prediction import candidate_tokens, decide, top_prediction
+from llmops.intents.questions import check_record
 from serve.answers import RETRY_SECONDS, ApiError
 from serve.model.asked import Fields
 from serve.model.lanes import Outbox
 
 if TYPE_CHECKING:
-    from llmops.faq_retrieval import Retriever
+    from llmops.intents.retrieval import Retriever
 
 MOST_QUESTIONS = 256  # of one request
 MOST_AT_ONCE = 512  # questions of all requests that are answered in one go
@@ -81,7 +81,7 @@ class Intents:
         catalog = self.catalog
         lists: Sequence[tuple[int | None, Sequence[Sequence[str]]]] = [(None, ())] * len(questions)
         if self.retriever is not None:
-            from llmops.faq_retrieval import candidates_of
+            from llmops.intents.retrieval import candidates_of
 
             catalog = replace(catalog, lists=list(catalog.lists))  # new lists are this request's own
             lists = candidates_of(catalog, questions, self.retriever)
@@ -192,7 +192,7 @@ def keep_feedback(path: Path, row: dict[str, Any]) -> None:
     try:
         files.make_folder(path.parent)
         torn = files.is_file(path) and path.stat().st_size > 0 and last_byte(path) != b"\n"
-        files.append_text(path, ("\n" if torn else "") + files.dumps(row) + "\n")
+        files.append_text(path, ("\n" if torn else "") + json_text.dumps(row) + "\n")
         files.fsync_entry(path)
     except UserError as error:
         raise ApiError(500, f"the correction could not be kept: {error}") from error

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 
 from llmops.console import UserError, log
-from llmops.continuous import Pool, Row
-from llmops.generation import PACE, STEPS_SHARE
-from llmops.passes import Passes
-from llmops.shared_prefix import NOTHING, Prefix, group_by_prefix
+from llmops.generation.continuous import Pool, Row
+from llmops.generation.generator import PACE, STEPS_SHARE
+from llmops.generation.passes import Passes
+from llmops.generation.shared_prefix import NOTHING, Prefix, group_by_prefix
 from serve.answers import RETRY_SECONDS, ApiError
 from serve.metrics import Metrics
 from serve.model.prefixes import Prefixes

@@ -4,8 +4,8 @@ import torch
 from transformers import LogitsProcessor
 
 from llmops.console import UserError, log
-from llmops.generation import MOST_PLAIN_ROWS, plain_greedy
-from llmops.passes import check_numbers
+from llmops.generation.generator import MOST_PLAIN_ROWS, plain_greedy
+from llmops.generation.passes import check_numbers
 from serve.answers import ApiError
 from serve.model.lanes import Answer, Event, Lane, Outbox
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 
-from llmops.shared_prefix import MIN_SHARED, NOTHING, Prefix
+from llmops.generation.shared_prefix import MIN_SHARED, NOTHING, Prefix
 
 BLOCK = MIN_SHARED  # beginnings are looked up, and cut, in steps of so many tokens
 LEAST = 2 * BLOCK  # a shorter one is computed as fast as it is put in place

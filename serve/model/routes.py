@@ -13,7 +13,7 @@ from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 from starlette.types import Receive, Scope, Send
 
-from llmops import files
+from llmops import json_text
 from serve.answers import ApiError, json_response
 from serve.model.asked import Asked, read_chat, read_completion, read_object
 
@@ -241,7 +241,7 @@ async def events(form: Form, first: Told, told: AsyncGenerator[Told, None]) -> A
     usage = {"usage": None} if exchange.asked.with_usage else {}
 
     def line(choices: list[dict[str, Any]], **more: Any) -> str:
-        return f"data: {files.dumps(form.head(True) | {'choices': choices} | usage | more)}\n\n"
+        return f"data: {json_text.dumps(form.head(True) | {'choices': choices} | usage | more)}\n\n"
 
     def lines(place: int, event: "Event") -> str:
         piece = line([form.chunk(place, event.text, event.logprobs)]) if event.text or event.logprobs else ""
@@ -255,7 +255,7 @@ async def events(form: Form, first: Told, told: AsyncGenerator[Told, None]) -> A
         if exchange.asked.with_usage:
             yield line([], usage=exchange.usage())
     except ApiError as error:  # the answer has begun
-        yield f"data: {files.dumps(error.body)}\n\n"
+        yield f"data: {json_text.dumps(error.body)}\n\n"
     yield "data: [DONE]\n\n"
 
 

@@ -11,18 +11,19 @@ from typing import Any, TypeVar
 
 import torch
 
-from llmops import cpu_kernels, devices, files
-from llmops.chat_formats import ChatFormat
-from llmops.chat_model import ChatModel
-from llmops.checkpoints import Checkpoint, run_settings
+from llmops import files
 from llmops.console import UserError, has_gpu, log
-from llmops.faq_catalog import Catalog, load_catalog
-from llmops.faq_records import INTENTS_NAME
-from llmops.generation import Generator
-from llmops.layers import cache_bytes, free_memory
-from llmops.packed import pack
-from llmops.passes import Passes
-from llmops.records import Message, texts_in
+from llmops.conversations.records import Message, texts_in
+from llmops.formats.chat_format import ChatFormat
+from llmops.generation.capacity import cache_bytes, free_memory
+from llmops.generation.generator import Generator
+from llmops.generation.packed import pack
+from llmops.generation.passes import Passes
+from llmops.intents.catalog import Catalog, load_catalog
+from llmops.intents.questions import INTENTS_NAME
+from llmops.machine import cpu_kernels, devices
+from llmops.models.chat_model import ChatModel
+from llmops.models.checkpoints import Checkpoint, run_settings
 from serve.answers import ApiError
 from serve.metrics import Metrics
 from serve.model.asked import Asked
@@ -234,7 +235,7 @@ def open_intents(
     """The FAQ side of a model."""
     retriever = None
     if catalog.retrieval:
-        from llmops.faq_retrieval import retriever_of
+        from llmops.intents.retrieval import retriever_of
 
         retriever = retriever_of(catalog, settings.embedding_model)
     generator = Generator(passes.model, passes.pad_id, model.chat.family.generation["batch_size"])

@@ -10,21 +10,21 @@ import numpy as np
 import torch
 
 from checkpoint_check.subject import ENTRY, TEXTS, Subject, difference, within
-from llmops.chat_model import ChatModel
-from llmops.checkpoints import Checkpoint
-from llmops.layers import choose_lora_layers
+from llmops.models.chat_model import ChatModel
+from llmops.models.checkpoints import Checkpoint
+from llmops.models.lora_layers import choose_lora_layers
 from train.batches import target_losses
 
 
 def patches(subject: Subject) -> str:
     """Native checkpoints are not touched."""
-    from llmops import legacy
+    from llmops.legacy import patches
 
-    cured = legacy.prepare_tokenizer(subject.folder) + legacy.prepare_model(subject.folder)
+    cured = patches.prepare_tokenizer(subject.folder) + patches.prepare_model(subject.folder)
     if subject.ships_code:
         return f"{len(cured)}: {', '.join(cured)}"
     assert not cured, f"patched: {cured}"
-    touched = [c for c in type(subject.model).__mro__ if legacy.CURED in c.__dict__]
+    touched = [c for c in type(subject.model).__mro__ if patches.CURED in c.__dict__]
     assert not touched, f"patched: {touched}"
     return "none, a native class"
 

@@ -6,8 +6,8 @@ from pathlib import Path
 import torch
 
 from checkpoint_check.subject import UNEQUAL
-from llmops.chat_model import ChatModel
-from llmops.checkpoints import Checkpoint
+from llmops.models.chat_model import ChatModel
+from llmops.models.checkpoints import Checkpoint
 
 
 def write_reference(folder: Path, given: Path, file: Path, dtype: torch.dtype) -> None:

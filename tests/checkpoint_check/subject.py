@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from llmops import data_files
-from llmops.chat_formats import ChatFormat
-from llmops.chat_model import ChatModel
-from llmops.checkpoints import Checkpoint
+from llmops.conversations import data_files
+from llmops.formats.chat_format import ChatFormat
+from llmops.models.chat_model import ChatModel
+from llmops.models.checkpoints import Checkpoint
 from train.batches import PaddedCollator, to_device
 
 ROOT = Path(__file__).resolve().parent.parent.parent

@@ -3,8 +3,8 @@
 from typing import Any
 
 from checkpoint_check.subject import TEXTS, Subject
-from llmops.chat_model import ChatModel
-from llmops.checkpoints import Checkpoint
+from llmops.models.chat_model import ChatModel
+from llmops.models.checkpoints import Checkpoint
 
 
 def vocabulary(subject: Subject) -> Any:

@@ -10,9 +10,9 @@ import torch
 
 from checkpoint_check.generation_rows import answers
 from checkpoint_check.subject import DEMO, ROOT, Subject, difference, within
-from llmops.chat_model import ChatModel, load_tokenizer
-from llmops.checkpoints import Checkpoint
 from llmops.console import log
+from llmops.models.chat_model import ChatModel, load_tokenizer
+from llmops.models.checkpoints import Checkpoint
 
 
 def start(subject: Subject, output: Path, *arguments: str) -> dict[int, float]:

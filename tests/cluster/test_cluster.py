@@ -12,7 +12,7 @@ from conftest import DEMO, FAST, ROOT, chat_main, read_messages, train_losses, w
 from hosts import Host, Running, build, wait_until, why_not
 from serve_adapter import write_adapter
 
-from llmops import tiny
+from llmops.models import tiny
 from train import checkpointing
 
 WHY_NOT = why_not()
@@ -53,9 +53,7 @@ class Cluster:
 
 
 @pytest.fixture(scope="module")
-def cluster(
-    tmp_path_factory: pytest.TempPathFactory, conversations: list[list[dict[str, str]]]
-) -> Iterator[Cluster]:
+def cluster(tmp_path_factory: pytest.TempPathFactory, conversations: list[list[dict[str, str]]]) -> Iterator[Cluster]:
     """The hosts, gone when the tests are over, however they end."""
     folder = tmp_path_factory.mktemp("cluster")
     write_jsonl(folder / "mnt" / "datasets" / "train.jsonl", conversations[:24])

@@ -49,7 +49,7 @@ def make_data(folder: Path) -> None:
     header = ["question", "intent", "output"]
     table = [header, *([row[key] for key in header] for row in faq[:-1])]
     write(folder / "faq.csv", "".join(",".join(row) + "\n" for row in table))
-    shutil.copytree(ROOT / "faq" / "templates", folder / "templates")
+    shutil.copytree(ROOT / "llmops" / "formats" / "templates", folder / "templates")
     shutil.copytree(ROOT / "tests" / "logs", folder / "logs")
     losses = [{"step": k, "epoch": k / 4, "loss": 3 / k, "eval_loss": 3 / k, "retention_loss": 2} for k in range(1, 9)]
     write_lines(folder / "log.txt", losses)
@@ -93,7 +93,7 @@ def make_models(folder: Path) -> None:
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from llmops import tiny
+    from llmops.models import tiny
 
     texts = [message["content"] for row in conversations() for message in row["messages"]]
     model = tiny.write_checkpoint(folder / "model", texts, vocab_size=400, hidden=16, layers=1)
@@ -163,8 +163,8 @@ def make_prepared(folder: Path) -> None:
 
 def make_run(folder: Path) -> None:
     """A finished run's folder as training leaves it, and tokenised data in its cache."""
-    from llmops.chat_model import ChatModel
-    from llmops.checkpoints import Checkpoint
+    from llmops.models.chat_model import ChatModel
+    from llmops.models.checkpoints import Checkpoint
     from train import checkpointing, ownership
     from train.config import parse
     from train.dataset import Source, load_or_encode

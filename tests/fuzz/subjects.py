@@ -95,10 +95,10 @@ def resume(argv: Sequence[str]) -> int:
 
 def tokens(argv: Sequence[str]) -> int:
     """Tokenise, or take the tokens that are in the cache, and read all of them as training does."""
-    from llmops.chat_model import ChatModel
-    from llmops.checkpoints import Checkpoint
     from llmops.console import run_main
     from llmops.files import print_json
+    from llmops.models.chat_model import ChatModel
+    from llmops.models.checkpoints import Checkpoint
     from train.dataset import Source, describe, load_or_encode
 
     def body() -> int:
@@ -117,11 +117,11 @@ def tokens(argv: Sequence[str]) -> int:
 
 def encode(argv: Sequence[str]) -> int:
     """Read and tokenise conversations of any kind of file, as the start of a training does."""
-    from llmops.chat_model import ChatModel
-    from llmops.checkpoints import Checkpoint
     from llmops.console import run_main
-    from llmops.data_files import list_files
+    from llmops.conversations.data_files import list_files
     from llmops.files import print_json
+    from llmops.models.chat_model import ChatModel
+    from llmops.models.checkpoints import Checkpoint
     from train.dataset import Source, describe, load_or_encode
 
     def body() -> int:
@@ -136,11 +136,11 @@ def encode(argv: Sequence[str]) -> int:
 def prepare_with_templates(argv: Sequence[str]) -> int:
     """faq/prepare with a folder of templates of one's own."""
     from faq import prepare
-    from llmops import chat_formats
     from llmops.console import run_main
+    from llmops.formats import families
 
     def body() -> int:
-        chat_formats.TEMPLATES = Path("templates")
+        families.TEMPLATES = Path("templates")
         return prepare.main(argv)
 
     return run_main(body)
@@ -180,7 +180,7 @@ def light_subjects() -> list[Subject]:
         argv = ("--data_file", "faq.jsonl", "--output_dir", "out", "--mode", name)
         needs = ("templates", "faq.jsonl")
         found.append(
-            Subject("faq/templates", "templates", argv, f"templates/{name}.json", needs=needs, writes=PREPARED,
+            Subject("formats/templates", "templates", argv, f"templates/{name}.json", needs=needs, writes=PREPARED,
                     keeps=KEPT)
         )  # fmt: skip
     argv = ("predictions.jsonl", "--intents_file", "prepared/intents.json", "--train_file", "prepared/train.jsonl")

@@ -9,8 +9,8 @@ import torch
 from test_attention import plain_mask, random_tree
 from test_batches import random_samples
 
-from llmops.chat_model import ChatModel
-from llmops.checkpoints import Checkpoint
+from llmops.models.chat_model import ChatModel
+from llmops.models.checkpoints import Checkpoint
 from train import attention
 from train.attention import Layout
 from train.batches import PackedCollator, PaddedCollator, target_losses, to_device, token_losses

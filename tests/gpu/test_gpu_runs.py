@@ -11,9 +11,9 @@ import torch
 from conftest import read_log, train_losses
 from safetensors import safe_open
 
-from llmops.chat_model import ChatModel
-from llmops.checkpoints import Checkpoint
-from llmops.generation import Generator
+from llmops.generation.generator import Generator
+from llmops.models.chat_model import ChatModel
+from llmops.models.checkpoints import Checkpoint
 from train import checkpointing
 
 Run = Callable[..., subprocess.CompletedProcess[str]]

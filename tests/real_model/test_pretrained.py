@@ -10,8 +10,8 @@ import pytest
 import torch
 from conftest import DEMO, ROOT, chat_main, environment, read_log, read_messages, train_losses, write_jsonl
 
-from llmops.chat_model import ChatModel
-from llmops.checkpoints import Checkpoint
+from llmops.models.chat_model import ChatModel
+from llmops.models.checkpoints import Checkpoint
 from real_model.fetch import model_folder
 
 MODEL = model_folder()

@@ -13,8 +13,8 @@ from typing import Any
 
 from serve_process import TOKEN, Running, serving
 
-from llmops.faq_catalog import Catalog, wording_of
-from llmops.faq_records import read_faq
+from llmops.intents.catalog import Catalog, wording_of
+from llmops.intents.questions import read_faq
 from serve.settings import Access, Limits, Model, Settings
 
 from .conftest import DATA, log_line, until
@@ -96,9 +96,9 @@ def write_adapter(folder: Path, texts: list[str]) -> None:
     import torch
     from peft import LoraConfig, get_peft_model
 
-    from llmops import tiny
-    from llmops.chat_model import ChatModel
-    from llmops.checkpoints import Checkpoint
+    from llmops.models import tiny
+    from llmops.models.chat_model import ChatModel
+    from llmops.models.checkpoints import Checkpoint
 
     made = tiny.write_checkpoint(folder / "base", texts, "llama", vocab_size=900, hidden=32, layers=2, heads=4)
     torch.manual_seed(3)

@@ -9,18 +9,19 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmops import cpu_kernels, files
-from llmops.chat_formats import ChatFormat
-from llmops.checkpoints import COPY, Checkpoint, check_files, recorded_thinking
+from llmops import files
 from llmops.console import UserError, log
+from llmops.formats.chat_format import ChatFormat
 from llmops.loading import loading
-from llmops.portable import TOKENIZER_FILES, make_portable
+from llmops.machine import cpu_kernels
+from llmops.models.checkpoints import COPY, Checkpoint, check_files, recorded_thinking
+from llmops.models.portable import TOKENIZER_FILES, make_portable
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from llmops.generation import Generator
+    from llmops.generation.generator import Generator
 
 ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 MODEL_FILES = ("generation_config.json", "*.safetensors", "*.bin", "*.index.json")
@@ -91,8 +92,8 @@ class ChatModel:
         self, dtype: "torch.dtype", device: "torch.device", batch_size: int, reuse_prefix: bool = True
     ) -> "Generator":
         """The model on `device`, its adapters merged, ready to answer `batch_size` prompts per pass."""
-        from llmops.generation import Generator
-        from llmops.packed import pack
+        from llmops.generation.generator import Generator
+        from llmops.generation.packed import pack
 
         cpu_kernels.use(device, dtype)
         model = self.load(dtype, device, merge=True).to(device)
@@ -146,9 +147,9 @@ def load_tokenizer(checkpoint: Checkpoint) -> "PreTrainedTokenizerBase":
     check_files(folder, TOKENIZER_FILES)
     if trusted:
         with loading(f"the tokenizer's code in {folder}"):
-            from llmops import legacy
+            from llmops.legacy import patches
 
-            legacy.prepare_tokenizer(folder)
+            patches.prepare_tokenizer(folder)
     with loading(f"the tokenizer of {folder}"):
         tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=trusted, local_files_only=True)
     if tokenizer.eos_token_id is None:
@@ -169,11 +170,11 @@ def causal_class(checkpoint: Checkpoint) -> Any:
     checkpoint.check_trust()
     if not checkpoint.trust_remote_code:
         return AutoModelForCausalLM
-    from llmops import legacy
+    from llmops.legacy import patches
 
     with loading(f"the model's code in {checkpoint.folder}"):
-        legacy.prepare_model(checkpoint.folder)
-    return legacy.auto_model_class(checkpoint.folder)
+        patches.prepare_model(checkpoint.folder)
+    return patches.auto_model_class(checkpoint.folder)
 
 
 def load_weights(

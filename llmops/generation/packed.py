@@ -7,7 +7,7 @@ rows 0.8, reading prompts 0.9. torch.compile's inference uses the same two opera
 
 import torch
 
-from llmops import cpu_kernels
+from llmops.machine import cpu_kernels
 
 ROWS = 16  # that the layout is chosen for; others are as fast with it
 

@@ -4,10 +4,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from llmops.chat_formats import ChatFormat
 from llmops.console import UserError
-from llmops.faq_catalog import Catalog
-from llmops.records import Message
+from llmops.conversations.records import Message
+from llmops.formats.chat_format import ChatFormat
+from llmops.intents.catalog import Catalog
 
 if TYPE_CHECKING:
     import numpy as np

@@ -18,10 +18,11 @@ from itertools import groupby, islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from llmops import files, shapes
+from llmops import files, json_text
 from llmops.console import UserError, log, progress
+from llmops.conversations import shapes
+from llmops.conversations.records import BadRow, Conversation, Problem, problems_error
 from llmops.loading import loading
-from llmops.records import BadRow, Conversation, Problem, problems_error
 
 CURE = "put it there or name another file"
 TABLE_CURE = "write it again, or export JSON lines"
@@ -194,9 +195,9 @@ def rows_of(chunk: Chunk) -> Iterator[tuple[int, Any, str | None]]:
 def array_elements(path: Path, text: str) -> Iterator[tuple[int, Any, str | None]]:
     """Elements of one JSON array; an element's line is where it begins."""
     try:
-        for line, value in files.json_elements(text):
+        for line, value in json_text.json_elements(text):
             yield line, value, None
-    except files.BadJson as error:
+    except json_text.BadJson as error:
         raise UserError(f"{path}:{error.line}: {error.problem}") from error
 
 

@@ -1,8 +1,8 @@
 """The one form that a conversation has inside: messages in order, tools it may call, which answers are learned.
 
 A message is {"role", "content"} with the roles of ROLES; an assistant's may have "tool_calls" as OpenAI writes them,
-arguments as an object; a tool's has the "name" and "tool_call_id" of the call that it answers. `llmops.shapes` makes
-this form of what people have.
+arguments as an object; a tool's has the "name" and "tool_call_id" of the call that it answers. `shapes` makes this form
+of what people have.
 """
 
 from collections.abc import Callable, Iterator, Sequence

@@ -4,10 +4,10 @@ from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
-from llmops import files
+from llmops import json_text
 from llmops.console import UserError
-from llmops.control_tokens import ControlTokens, Marks
-from llmops.records import Message, texts_in, with_strings
+from llmops.conversations.records import Message, texts_in, with_strings
+from llmops.formats.control_tokens import ControlTokens, Marks
 
 PROBE: list[Message] = [
     {"role": "system", "content": "first probe"},
@@ -37,7 +37,7 @@ TOOL_PARTS = {
 
 
 class ChatTemplate:
-    """Renders conversations for one tokenizer by its chat template, within the limits of llmops/template_limits.py.
+    """Renders conversations for one tokenizer by its chat template, within the limits of `template_limits`.
 
     A tokenizer class of a checkpoint's own that renders in its own way, without Jinja, is trusted code and does so.
     `variables` are handed to the template beside what every template gets (`enable_thinking`).
@@ -46,7 +46,7 @@ class ChatTemplate:
     def __init__(self, tokenizer: Any, name: str, variables: Mapping[str, Any] | None = None) -> None:
         from transformers import PreTrainedTokenizerBase
 
-        from llmops.template_limits import LimitedTemplate
+        from llmops.formats.template_limits import LimitedTemplate
 
         self.tokenizer = tokenizer
         self.name = name
@@ -71,7 +71,7 @@ class ChatTemplate:
         if any("tool_calls" in message for message in messages) and self._calls_as_text:
             messages = [with_text_arguments(message) for message in messages]
         text = self._rendered(messages, generate, tools)
-        if not files.encodable(text):
+        if not json_text.encodable(text):
             raise UserError(f"{self.name} writes half a surrogate pair, which is no character; mend the template")
         return text
 
@@ -81,7 +81,7 @@ class ChatTemplate:
                 messages, tools=list(tools) or None, documents=None, add_generation_prompt=generate,
                 **(self.variables | self._special),
             )  # fmt: skip
-        from llmops.template_limits import ERRORS, said
+        from llmops.formats.template_limits import ERRORS, said
 
         try:
             return self.tokenizer.apply_chat_template(
@@ -194,7 +194,7 @@ def with_text_arguments(message: Message) -> Message:
     if "tool_calls" not in message:
         return message
     calls = [
-        call | {"function": call["function"] | {"arguments": files.dumps(call["function"]["arguments"])}}
+        call | {"function": call["function"] | {"arguments": json_text.dumps(call["function"]["arguments"])}}
         for call in message["tool_calls"]
     ]
     return message | {"tool_calls": calls}

@@ -7,9 +7,9 @@ from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, TypeVar
 
-from llmops import process_group
 from llmops.console import UserError
-from llmops.peers import Peers, watch_launcher
+from llmops.machine import process_group
+from llmops.machine.peers import Peers, watch_launcher
 
 T = TypeVar("T")
 LONGEST_WAIT = timedelta(days=7)  # processes wait for the slowest one

@@ -11,11 +11,11 @@ from pathlib import Path
 from string import Formatter
 from typing import Any
 
-from llmops import files
-from llmops.chat_formats import families
+from llmops import files, json_text
 from llmops.console import UserError
-from llmops.faq_records import INTENTS_NAME
-from llmops.records import Message
+from llmops.conversations.records import Message
+from llmops.formats.families import families
+from llmops.intents.questions import INTENTS_NAME
 
 BETWEEN_EXAMPLES = " / "
 ENGLISH = "en"
@@ -26,7 +26,7 @@ COSINE, JOINT = "cosine", "joint"  # how they are found: by similarity, or with 
 
 @dataclass(frozen=True)
 class Wording:
-    """How a prompt is written; a template file of faq/templates holds these texts under "faq".
+    """How a prompt is written; a template file of llmops/formats/templates holds these texts under "faq".
 
     `prompt` has the places {instruction}, {candidates} and, last, {question}; `candidate` has {intent} and may have
     {number}, from 1; `separator` stands between candidates; `none` is the answer when no intent fits; `examples`, with
@@ -48,7 +48,7 @@ class Catalog:
     `lists` are candidate lists that the data's rows brought with them, or that faq/prepare found by similarity, in
     their own order; variants after those of `left_out`. `wording` is None for data whose prompts were made elsewhere.
     `decision` holds the calibration and the threshold that faq/score found; `retrieval` how candidates of a bare
-    question are found and shown (llmops/faq_retrieval.py); both are {} where there is none.
+    question are found and shown (llmops/intents/retrieval.py); both are {} where there is none.
     """
 
     mode: str
@@ -121,7 +121,7 @@ class Catalog:
 
     def to_json(self) -> str:
         """The text of intents.json."""
-        return files.dumps(asdict(self), indent=2) + "\n"
+        return json_text.dumps(asdict(self), indent=2) + "\n"
 
 
 def wording_of(mode: str, instruction: str = "", language: str = "zh") -> Wording:
@@ -130,7 +130,7 @@ def wording_of(mode: str, instruction: str = "", language: str = "zh") -> Wordin
     described = family.faq | (family.faq_en if language == ENGLISH else {})
     if instruction:
         described = described | {"instruction": instruction.replace("{", "{{").replace("}", "}}")}
-    return check_wording(described, f"faq/templates/{mode}.json")
+    return check_wording(described, f"llmops/formats/templates/{mode}.json")
 
 
 def check_wording(described: Any, where: str) -> Wording:

@@ -8,10 +8,10 @@ from typing import Any, TypeVar
 import torch
 from transformers.cache_utils import Cache
 
-from llmops import shared_prefix
 from llmops.console import UserError
-from llmops.layers import fixed_attention
-from llmops.shared_prefix import NOTHING, ROOM, GrowingLayer, Prefix, empty_cache, segments_of
+from llmops.generation import shared_prefix
+from llmops.generation.capacity import fixed_attention
+from llmops.generation.shared_prefix import NOTHING, ROOM, GrowingLayer, Prefix, empty_cache, segments_of
 
 T = TypeVar("T")
 WORTH_A_PASS = 512  # tokens of padding that cost less than a pass more

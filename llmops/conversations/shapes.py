@@ -12,8 +12,8 @@ The parsers of LLaMA-Factory, ms-swift and TRL say what their files look like. S
 from collections.abc import Callable
 from typing import Any
 
-from llmops import files
-from llmops.records import BadRow, Conversation, Turn, assemble
+from llmops import files, json_text
+from llmops.conversations.records import BadRow, Conversation, Turn, assemble
 
 SPEAKERS = {  # of ShareGPT
     "human": "user", "user": "user", "gpt": "assistant", "bot": "assistant", "assistant": "assistant",
@@ -147,8 +147,8 @@ def unpacked(value: Any, key: str) -> Any:
     if not isinstance(value, str) or not value.lstrip().startswith(("[", "{")):
         return value
     try:
-        return files.parse_json(value)
-    except files.BadJson as error:
+        return json_text.parse_json(value)
+    except json_text.BadJson as error:
         raise BadRow(f"{key!r} is text that is no JSON ({error.problem})") from error
 
 
@@ -206,7 +206,7 @@ def spoken(label: str, role: Any, content: Any, source: dict[str, Any]) -> Turn:
     if role == "tool_call":
         return Turn(label, "assistant", "", calls_of(label, content), learned)
     if role == "tool":
-        content = content if isinstance(content, str) or content is None else files.dumps(content)
+        content = content if isinstance(content, str) or content is None else json_text.dumps(content)
         extra = [(key, source[key]) for key in ("name", "tool_call_id") if isinstance(source.get(key), str)]
         return Turn(label, role, content, extra=tuple(extra))
     calls = source.get("tool_calls") or []
@@ -222,8 +222,8 @@ def calls_of(label: str, value: Any) -> tuple[dict[str, Any], ...]:
     """Tool calls in OpenAI's form, their arguments as objects: of a list, of one call, of JSON text of either."""
     if isinstance(value, str):
         try:
-            value = files.parse_json(value)
-        except files.BadJson as error:
+            value = json_text.parse_json(value)
+        except json_text.BadJson as error:
             raise BadRow(f'{label}: the call is no JSON of {{"name", "arguments"}} ({error.problem})') from error
     return tuple(call_of(label, call) for call in (value if isinstance(value, list) else [value]))
 
@@ -236,8 +236,8 @@ def call_of(label: str, call: Any) -> dict[str, Any]:
     arguments = inner.get("arguments")
     if isinstance(arguments, str) and arguments.strip():
         try:
-            arguments = files.parse_json(arguments)
-        except files.BadJson as error:
+            arguments = json_text.parse_json(arguments)
+        except json_text.BadJson as error:
             raise BadRow(
                 f"{label}: the arguments of {files.plain(inner['name'])} are no JSON ({error.problem})"
             ) from error

@@ -32,12 +32,20 @@ from jinja2.visitor import NodeTransformer
 from transformers.utils import chat_template_utils
 
 from llmops.console import UserError
+from llmops.formats.template_sizes import (
+    GROWING_FILTERS,
+    GROWING_METHODS,
+    LARGEST,
+    SMALL,
+    percent_size,
+    power_size,
+    product_size,
+    weigh,
+)
 
 SECONDS = 10.0
-LARGEST = 1_000_000
 BUILT = 50
 SOURCE = 200_000  # characters of a template: its compilation takes a few seconds at most
-BITS = 100_000  # of an integer
 # what a template can end in, its compilation included; faults of ours are none of these but by chance
 ERRORS = (
     TemplateError, ArithmeticError, AssertionError, AttributeError, LookupError, MemoryError, NameError, RuntimeError,
@@ -62,51 +70,12 @@ FILTERS = """
     groupby indent int items join last length list lower map max min random reject rejectattr replace reverse round safe
     select selectattr slice sort string sum title tojson trim truncate unique upper urlencode
 """
-SMALL = frozenset([bool, float, type(None)])
-GROUPS = (list, tuple, set, frozenset, type({}.keys()), type({}.values()), type({}.items()))
 PLAIN_OBJECTS = (Macro, LoopContext, BlockReference, TemplateReference, Joiner, Undefined)
 OWNERS = (LoopContext, Cycler, Joiner, Extension)
 
 
 class TooMuch(Exception):
     """A template is beyond its limits: what it does, as the end of a sentence."""
-
-
-def weigh(value: Any, limit: int) -> int:
-    """The size of a value with all that it holds, counted as often as it is held; stops counting beyond `limit`.
-
-    Exact types come first: this runs for every value that a template makes.
-    """
-    kind = type(value)
-    if kind in SMALL:
-        return 1
-    if kind is int:
-        return 1 + value.bit_length() // 3
-    if isinstance(value, str):
-        return len(value)
-    total, waiting = 0, [value]
-    while waiting and total <= limit:
-        item = waiting.pop()
-        kind = type(item)
-        if kind is str:
-            total += len(item) + 1
-        elif kind is dict:
-            total += 10 * len(item) + 1
-            waiting += [*item, *item.values()] if 10 * len(item) <= limit else []
-        elif kind in SMALL:
-            total += 1
-        elif kind is int:
-            total += 1 + item.bit_length() // 3
-        elif isinstance(item, str):
-            total += len(item) + 1
-        elif isinstance(item, GROUPS):
-            total += 10 * len(item) + 1
-            waiting += item if 10 * len(item) <= limit else []
-        elif isinstance(item, Namespace):
-            waiting.append(object.__getattribute__(item, "_Namespace__attrs"))
-        else:
-            total += 1
-    return total
 
 
 class Limits(threading.local):
@@ -151,75 +120,6 @@ class Limits(threading.local):
         if kind in SMALL or (kind is int and -LARGEST < value < LARGEST):
             return value
         return self.spend(weigh(value, self.largest), value)
-
-
-# --- sizes of results, estimated before the operation runs
-
-
-def widths(text: str, values: Any, fields: int) -> int:
-    """An upper bound for a format's result: every field as wide as the widest number in it says, and as all values."""
-    numbers = re.findall(r"\d+", text)
-    if any(len(number) > 6 for number in numbers):
-        return 1 << 60
-    return len(text) + fields * (max(map(int, numbers), default=0) + 64 + 10 * weigh(values, 1 << 40))
-
-
-def percent_size(text: str, values: Any) -> int:
-    """Of `text % values`."""
-    if re.search(r"%[^a-zA-Z%]*\*", text):  # a width that is a value
-        return 1 << 60
-    return widths(text, values, text.count("%"))
-
-
-def braces_size(text: str, *args: Any, **kwargs: Any) -> int:
-    """Of `text.format(...)` and `text.format_map(...)`."""
-    if re.search(r"\{[^{}]*\{", text.replace("{{", "")):  # a width that is a value
-        return 1 << 60
-    return widths(text, [*args, *kwargs.values()], text.count("{"))
-
-
-def replaced_size(text: Any, old: str, new: str, count: Any = None) -> int:
-    """Of `text.replace(old, new)`."""
-    text = str(text)
-    return len(text) + text.count(str(old)) * len(str(new))
-
-
-def power_size(left: Any, right: Any) -> int:
-    """Of `left ** right` where both are integers: BITS of them count as the largest text."""
-    if not isinstance(left, int) or not isinstance(right, int):
-        return 0
-    return left.bit_length() * abs(right) * (LARGEST // BITS)
-
-
-def product_size(left: Any, right: Any) -> int:
-    """Of `left * right`: of a sequence, or of integers, BITS of which count as the largest text."""
-    if isinstance(left, int) and isinstance(right, int):
-        return (left.bit_length() + right.bit_length()) * (LARGEST // BITS)
-    held, times = (left, right) if isinstance(right, int) else (right, left)
-    return max(1, weigh(held, 1 << 40)) * times if isinstance(times, int) else 0
-
-
-GROWING_METHODS: dict[str, Callable[..., int]] = {
-    "replace": replaced_size,
-    "center": lambda text, width, fill=" ": width,
-    "ljust": lambda text, width, fill=" ": width,
-    "rjust": lambda text, width, fill=" ": width,
-    "zfill": lambda text, width: width,
-    "expandtabs": lambda text, tabsize=8: len(text) + text.count("\t") * tabsize,
-    "format": braces_size,
-    "format_map": braces_size,
-}
-GROWING_FILTERS: dict[str, Callable[..., int]] = {
-    "replace": replaced_size,
-    "center": lambda value, width=80: width,
-    "indent": lambda value, width=4, first=False, blank=False: (
-        (width if isinstance(width, int) else len(width)) * (len(str(value).splitlines()) + 1) + len(str(value))
-    ),
-    "format": lambda value, *args, **kwargs: percent_size(str(value), [*args, *kwargs.values()]),
-    "batch": lambda value, linecount, fill_with=None: linecount,
-    "slice": lambda value, slices, fill_with=None: slices,
-    "round": lambda value, precision=0, method="common": abs(precision) * 1000,
-}
 
 
 STEADY_METHODS = METHODS[str] - GROWING_METHODS.keys() - {"join"}  # whose results are no larger than the text

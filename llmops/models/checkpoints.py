@@ -1,4 +1,4 @@
-"""Checkpoint folders: what is known of a model before torch is imported. `llmops.chat_model` opens them."""
+"""Checkpoint folders: what is known of a model before torch is imported. `llmops.models.chat_model` opens them."""
 
 import os
 from collections.abc import Sequence
@@ -7,9 +7,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from llmops import chat_formats, files
-from llmops.chat_formats import Family
+from llmops import files
 from llmops.console import UserError
+from llmops.formats.families import OWN, Family, choose_family, families
 
 COPY = "copy the checkpoint again"
 RUN_SETTINGS = "finetune_config.json"  # of the run that trained a model, in its folder
@@ -27,7 +27,7 @@ class Checkpoint:
     """
 
     folder: Path
-    mode: str = chat_formats.OWN
+    mode: str = OWN
     trust_remote_code: bool = False
     adapter: Path | None = None
 
@@ -103,7 +103,7 @@ class Checkpoint:
         check_files(base, ["tokenizer_config.json"])
         found = sorted([*base.glob("tokenizer_config.json"), *base.glob("tokenization_*.py")])
         text = "".join(files.read_bytes(path, "the checkpoint's file").decode("utf-8", "replace") for path in found)
-        return chat_formats.choose_family(self.mode, self.config, text, has_template)
+        return choose_family(self.mode, self.config, text, has_template)
 
     @cached_property
     def lora_layers(self) -> Sequence[str] | None:
@@ -112,7 +112,7 @@ class Checkpoint:
         if family.lora_layers:
             return family.lora_layers
         model_type = self.config.get("model_type")
-        return next((f.lora_layers for f in chat_formats.families().values() if model_type in f.model_types), None)
+        return next((f.lora_layers for f in families().values() if model_type in f.model_types), None)
 
 
 def read_config(path: Path) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from llmops.console import UserError
-from llmops.records import Message, texts_in, with_strings
+from llmops.conversations.records import Message, texts_in, with_strings
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer

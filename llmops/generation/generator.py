@@ -17,12 +17,12 @@ from typing import TypeVar
 import torch
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
-from llmops.choice_search import Choice, Search, Tree, logits_of_tokens
 from llmops.console import RunStopped, UserError, log
-from llmops.continuous import FEW_ALONE, Generated, Pool, Row
-from llmops.layers import cache_bytes, free_memory
-from llmops.passes import MOST_TOKENS, Passes, check_numbers
-from llmops.shared_prefix import MIN_SHARED, NOTHING, Prefix, group_by_prefix
+from llmops.generation.capacity import cache_bytes, free_memory
+from llmops.generation.choice_search import Choice, Search, Tree, logits_of_tokens
+from llmops.generation.continuous import FEW_ALONE, Generated, Pool, Row
+from llmops.generation.passes import MOST_TOKENS, Passes, check_numbers
+from llmops.generation.shared_prefix import MIN_SHARED, NOTHING, Prefix, group_by_prefix
 
 T = TypeVar("T")
 MOST_ROWS = 128  # prompts at once where memory does not set the limit

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from llmops import files
+from llmops import files, json_text
 
 Record = dict[str, Any]
 WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "config.json", "adapter_config.json", "tokenizer*", "chat_template*")
@@ -50,7 +50,7 @@ class Kept:
         if path.is_file() and path.stat().st_size:
             files.append_text(path, "\n")  # a killed run may have left half a line
         with appending(path) as append:
-            yield lambda record: append(files.dumps(record).encode() + b"\n")
+            yield lambda record: append(json_text.dumps(record).encode() + b"\n")
 
     def drop(self, name: str) -> None:
         """Delete the files that the processes kept on the way."""

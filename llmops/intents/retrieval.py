@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 from llmops.console import stdout_to_stderr
 from llmops.embedding.ngrams import DIMENSION
-from llmops.faq_catalog import BY_CHANCE, BY_NUMBER, BY_SIMILARITY, COSINE, JOINT, Catalog
-from llmops.faq_linear import fit, out_of_fold
+from llmops.intents.catalog import BY_CHANCE, BY_NUMBER, BY_SIMILARITY, COSINE, JOINT, Catalog
+from llmops.intents.linear import fit, out_of_fold
 
 if TYPE_CHECKING:
     import numpy as np

@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 
 import torch
 
-from llmops.passes import Passes, State, in_own_caches, merge, own_prefixes
-from llmops.shared_prefix import Prefix
+from llmops.generation.passes import Passes, State, in_own_caches, merge, own_prefixes
+from llmops.generation.shared_prefix import Prefix
 
 FEW_ALONE = 8  # rows that share nothing, but may go with others that do
 IDLE = 8  # one of so many rows may have ended before the batch is packed anew
@@ -140,4 +140,3 @@ class Pool:
                 if row.done:
                     ended.append(row)
         return ended
-

@@ -16,10 +16,11 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from llmops import files, shapes
+from llmops import files, json_text
 from llmops.console import UserError, run_main
-from llmops.data_files import kind_of, read_chunks, rows_of
-from llmops.records import BadRow, Message, Problem, problems_error
+from llmops.conversations import shapes
+from llmops.conversations.data_files import kind_of, read_chunks, rows_of
+from llmops.conversations.records import BadRow, Message, Problem, problems_error
 
 LITERAL_LIMIT = 1 << 20  # characters of a list that is written as text
 INTENTS_NAME = "intents.json"  # beside the training data, and beside the model that learned it
@@ -256,14 +257,14 @@ def find_questions(raw: dict[str, Any]) -> tuple[tuple[str, ...], str | None]:
 
 def list_literal(text: str) -> Any:
     """The value of a Python literal, as the original's data has them; None for a text that is none or is too long."""
-    if len(text) > LITERAL_LIMIT or text.count("[") + text.count("(") + text.count("{") > files.MAX_DEPTH:
+    if len(text) > LITERAL_LIMIT or text.count("[") + text.count("(") + text.count("{") > json_text.MAX_DEPTH:
         return None  # the parser's memory and stack grow with both
     try:
         value = ast.literal_eval(text.strip())
     except (ValueError, SyntaxError):
         return None
     texts = [item for item in value if isinstance(item, str)] if isinstance(value, list) else []
-    return value if all(map(files.encodable, texts)) else None
+    return value if all(map(json_text.encodable, texts)) else None
 
 
 def first_text(raw: dict[str, Any], keys: tuple[str, ...]) -> str | None:
@@ -275,7 +276,7 @@ def first_text(raw: dict[str, Any], keys: tuple[str, ...]) -> str | None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """`python -m llmops.faq_records FILE`: 0 for questions with intents, 1 for anything else, 2 with a sentence.
+    """`python -m llmops.intents.questions FILE`: 0 for questions with intents, 1 for anything else, 2 with a sentence.
 
     chat_main.sh asks whether a file has to be prepared before it is learned.
     """

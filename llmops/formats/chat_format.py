@@ -1,21 +1,21 @@
 """Conversations to token ids and back to which of them are learned: the one renderer of training and evaluation.
 
-A checkpoint's own chat template wins. A checkpoint without one is served by its family's file in TEMPLATES: either a
+A checkpoint's own chat template wins. A checkpoint without one is served by its family's file (`families`): either a
 Jinja template (formats whose special tokens are typed as text) or the name of a function that lays out pieces (formats
-whose role tokens must be inserted by id). Sources of the formats: the vendors' own demos and fine-tuning code.
+whose role tokens must be inserted by id, `layouts`).
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
-from functools import cache, cached_property
-from pathlib import Path
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
-from llmops import files
-from llmops.chat_templates import ChatTemplate, no_tools, written_around
 from llmops.console import UserError
-from llmops.control_tokens import ControlTokens
-from llmops.records import Message
+from llmops.conversations.records import Message
+from llmops.formats.chat_templates import ChatTemplate, no_tools, written_around
+from llmops.formats.control_tokens import ControlTokens
+from llmops.formats.families import OWN, Family, families, modes_text
+from llmops.formats.layouts import LAYOUTS, OWN_TOKENS, Piece
 
 
 @dataclass
@@ -24,226 +24,6 @@ class Rendered:
 
     ids: list[int]
     learned: list[bool]
-
-
-@dataclass(frozen=True)
-class Piece:
-    """A run of text or, where it says so, one token by its name or id, in a format that is laid out by id."""
-
-    content: str | int
-    learned: bool = False
-    control: bool = False
-
-
-GENERATION = ("max_new_tokens", "batch_size")  # keys of a family's `generation`
-LAID_OVER = ("faq", "faq_en", "generation")  # keys of auto.json that every mode has, too
-Layout = Callable[[Sequence[Message], bool], list[Piece]]
-
-
-@dataclass(frozen=True)
-class Family:
-    """How one model family writes conversations, which layers its LoRA adapts, how its FAQ prompts are worded.
-
-    One file of TEMPLATES, named after the `--mode`. `chat_template` is a Jinja template, or `layout` names the function
-    below that turns messages into pieces; with neither, the checkpoint's own template is used. `model_types` are the
-    config.json model_type values that fit; `config_has` keys of config.json, `tokenizer_has` and `tokenizer_lacks`
-    texts in the checkpoint's tokenizer files narrow them. `one_sample_per_answer`: the prompt is not causal. `stop`:
-    tokens that end an answer, beside the end token.
-    `faq`, `faq_en` (where English differs) and `generation` are laid over those of `auto`.
-    """
-
-    name: str
-    about: str = ""
-    model_types: tuple[str, ...] = ()
-    config_has: tuple[str, ...] = ()
-    tokenizer_has: str = ""
-    tokenizer_lacks: str = ""
-    chat_template: str = ""
-    layout: str = ""
-    stop: tuple[str, ...] = ()
-    one_sample_per_answer: bool = False
-    lora_layers: tuple[str, ...] = ()
-    faq: dict[str, str] = field(default_factory=dict)
-    faq_en: dict[str, str] = field(default_factory=dict)
-    generation: dict[str, int] = field(default_factory=dict)
-
-    def misfit(self, config: dict[str, Any], tokenizer_text: str) -> str | None:
-        """What of a checkpoint speaks against this family, or None."""
-        model_type = config.get("model_type", "")
-        if self.model_types and model_type not in self.model_types:
-            return f"is for model_type {' or '.join(self.model_types)}, the checkpoint is {model_type!r}"
-        missing = [key for key in self.config_has if key not in config]
-        if missing:
-            return f"is for checkpoints with {', '.join(missing)} in config.json, which this one lacks"
-        if self.tokenizer_has and self.tokenizer_has not in tokenizer_text:
-            return f"is for tokenizers with {self.tokenizer_has}, which this checkpoint's lacks"
-        if self.tokenizer_lacks and self.tokenizer_lacks in tokenizer_text:
-            return f"is for tokenizers without {self.tokenizer_lacks}, which this checkpoint's has"
-        return None
-
-
-def read_families(folder: Path) -> dict[str, Family]:
-    """The families by mode, `auto` first. Raises UserError for a file that does not describe one."""
-    paths = sorted(folder.glob("*.json"), key=lambda path: (path.stem != "auto", path.stem))
-    described = {path.stem: read_family(path) for path in paths}
-    if "auto" not in described:
-        raise UserError(f"{folder} has no auto.json, whose wording every mode is laid over; copy the project again")
-    families = {}
-    for name, values in described.items():
-        both = {key: described["auto"].get(key, {}) | values.get(key, {}) for key in LAID_OVER}
-        own = values.get("faq", {}) if name != "auto" else {}  # the wording of a file is for every language
-        both["faq_en"] = {k: v for k, v in both["faq_en"].items() if k not in own or k in values.get("faq_en", {})}
-        plain = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
-        families[name] = Family(name, **(plain | both))
-        missing = [key for key in GENERATION if key not in families[name].generation]
-        if missing:
-            raise UserError(f"{folder / 'auto.json'}: generation has no {missing[0]}; copy the project again")
-    return families
-
-
-def read_family(path: Path) -> dict[str, Any]:
-    """What one file of TEMPLATES says, every key checked. Raises UserError that names the file and the key."""
-    found = files.read_object(path, "the template file", "mend it or copy the project again")
-    known = {item.name: item for item in fields(Family) if item.name != "name"}
-    for key, value in found.items():
-        if key not in known:
-            raise UserError(f"{path}: unknown key {files.plain(key)}; expected some of {', '.join(known)}")
-        default = known[key].default
-        if key in ("faq", "faq_en"):
-            good, expected = is_texts_by_name(value), "an object of texts"
-        elif key == "generation":
-            good, expected = is_counts(value), f"an object of whole numbers from 1 under {', '.join(GENERATION)}"
-        elif isinstance(default, tuple):
-            good, expected = isinstance(value, list) and all(isinstance(v, str) for v in value), "a list of texts"
-        else:
-            good, expected = type(value) is type(default), "true or false" if default is False else "a text"
-        if not good:
-            raise UserError(f"{path}: {key} is {files.shown(value)}, expected {expected}")
-    if path.stem != "auto" and not any(found.get(key) for key in ("model_types", "chat_template", "layout")):
-        raise UserError(f"{path}: expected model_types, chat_template or layout to say something, found none of them")
-    if found.get("layout", "") not in ("", *LAYOUTS):
-        raise UserError(f"{path}: unknown layout {files.shown(found['layout'])}; expected {', '.join(LAYOUTS)}")
-    return found
-
-
-def is_texts_by_name(value: Any) -> bool:
-    """Whether a value is an object of texts."""
-    return isinstance(value, dict) and all(isinstance(text, str) for text in value.values())
-
-
-def is_counts(value: Any) -> bool:
-    """Whether a value is what `generation` may be."""
-    return isinstance(value, dict) and all(k in GENERATION and type(n) is int and n > 0 for k, n in value.items())
-
-
-def control(token: str | int, learned: bool = False) -> Piece:
-    """A control token of the format."""
-    return Piece(token, learned, control=True)
-
-
-def glm_layout(messages: Sequence[Message], generate: bool) -> list[Piece]:
-    """ChatGLM-6B: `[Round i]\\n问：q\\n答：` as text, [gMASK] sop, the answer, eop. Only the last answer is learned."""
-    system, turns = split_system(messages)
-    rounds = [turns[i : i + 2] for i in range(0, len(turns), 2)]
-    history = "".join(
-        f"[Round {i}]\n问：{q['content']}\n答：{a['content']}\n" for i, (q, a) in enumerate(full(rounds[:-1]))
-    )
-    question = rounds[-1][0]["content"]
-    # the vendor's chat API sends a single question bare and numbers rounds from 0
-    prompt = f"{history}[Round {len(rounds) - 1}]\n问：{question}\n答：" if history else question
-    pieces = [Piece(system + prompt), control("[gMASK]"), control("<sop>")]
-    if not generate:
-        pieces += [Piece(rounds[-1][1]["content"], True), control("<eop>", True)]
-    return pieces
-
-
-def glm2_layout(messages: Sequence[Message], generate: bool) -> list[Piece]:
-    """ChatGLM2: `[gMASK]sop[Round i]\\n\\n问：q\\n\\n答：a</s>`, blank lines between rounds; the end token by id."""
-    system, turns = split_system(messages)
-    pieces = [control("[gMASK]"), control("sop")]
-    for i in range(0, len(turns), 2):
-        lead = system if i == 0 else "\n\n"
-        pieces.append(Piece(f"{lead}[Round {i // 2 + 1}]\n\n问：{turns[i]['content']}\n\n答："))
-        if i + 1 < len(turns):
-            learned = is_learned(turns[i + 1])
-            pieces += [Piece(turns[i + 1]["content"], learned), control("</s>", learned)]
-    return pieces
-
-
-def glm3_layout(messages: Sequence[Message], generate: bool) -> list[Piece]:
-    """ChatGLM3: role tokens by id, `\\n ` and the text encoded apart.
-
-    An answer ends with the next `<|user|>`, the last with eos.
-    """
-    pieces = [control("[gMASK]"), control("sop")]
-    for i, message in enumerate(messages):
-        answer = is_learned(message)
-        after_answer = i > 0 and is_learned(messages[i - 1])
-        pieces += [
-            control(f"<|{message['role']}|>", after_answer),
-            Piece("\n", answer),
-            Piece(message["content"], answer),
-        ]
-    pieces.append(control("<|assistant|>") if generate else control("</s>", is_learned(messages[-1])))
-    return pieces
-
-
-def baichuan2_layout(messages: Sequence[Message], generate: bool) -> list[Piece]:
-    """Baichuan2: system as a raw prefix, `<reserved_106>` (195) q `<reserved_107>` (196) a, eos after every answer."""
-    system, turns = split_system(messages)
-    pieces = [Piece(system)] if system else []
-    for message in turns:
-        if message["role"] == "user":
-            pieces += [control(195), Piece(message["content"])]
-        else:
-            learned = is_learned(message)
-            pieces += [control(196), Piece(message["content"], learned), control("</s>", learned)]
-    return pieces + ([control(196)] if generate else [])
-
-
-def is_learned(message: Message) -> bool:
-    """Whether a message is an answer that is learned; `learned` says where an answer is not."""
-    return message["role"] == "assistant" and message.get("learned", True)
-
-
-def split_system(messages: Sequence[Message]) -> tuple[str, list[Message]]:
-    """(system text or "", the turns after it)."""
-    if messages[0]["role"] == "system":
-        return messages[0]["content"], list(messages[1:])
-    return "", list(messages)
-
-
-def full(rounds: list[list[Message]]) -> list[tuple[Message, Message]]:
-    """Rounds as (question, answer) pairs; all of them are complete."""
-    return [(r[0], r[1]) for r in rounds]
-
-
-LAYOUTS: dict[str, Layout] = {
-    "glm": glm_layout,
-    "glm2": glm2_layout,
-    "glm3": glm3_layout,
-    "baichuan2": baichuan2_layout,
-}
-# what the layouts insert by id
-OWN_TOKENS: dict[str, tuple[str | int, ...]] = {
-    "glm": ("[gMASK]", "<sop>", "<eop>"),
-    "glm2": ("[gMASK]", "sop", "</s>"),
-    "glm3": ("[gMASK]", "sop", "</s>", "<|system|>", "<|user|>", "<|assistant|>"),
-    "baichuan2": (195, 196, "</s>"),
-}
-TEMPLATES = Path(__file__).resolve().parent.parent / "faq" / "templates"
-OWN = "auto"  # the mode of the checkpoint's own chat template
-
-
-@cache
-def families() -> dict[str, Family]:
-    """The families of TEMPLATES by mode, read when they are first asked for. Raises UserError for a damaged file."""
-    return read_families(TEMPLATES)
-
-
-def modes_text() -> str:
-    """Every mode, for people."""
-    return ", ".join(families())
 
 
 @dataclass(frozen=True)
@@ -497,28 +277,3 @@ def overlapping(offsets: Sequence[tuple[int, int]], spans: Sequence[tuple[int, i
 def end_of_answer(text: str) -> int:
     """Where an answer and its end token end: blanks that a template writes after them are not learned."""
     return len(text.rstrip())
-
-
-def choose_family(mode: str, config: dict[str, Any], tokenizer_text: str, has_template: bool | None) -> Family:
-    """The family of a checkpoint; that of the mode OWN for its own template.
-
-    `config` is config.json, `tokenizer_text` what the tokenizer's files say; `has_template` None: not known yet.
-    Raises UserError for a mode that does not fit or an `auto` that finds nothing.
-    """
-    known = families()
-    if mode not in known:
-        raise UserError(f"unknown mode {mode!r}; expected one of {modes_text()} (a file of {TEMPLATES})")
-    if mode != OWN:
-        misfit = known[mode].misfit(config, tokenizer_text)
-        if misfit:
-            raise UserError(f"--mode {mode} {misfit}; pass --mode auto or the mode that fits")
-        return known[mode]
-    if has_template is not False:
-        return known[OWN]
-    for family in known.values():
-        if family.model_types and not family.misfit(config, tokenizer_text):
-            return family
-    raise UserError(
-        f"the checkpoint (model_type {config.get('model_type', '')!r}) has no chat template and is of no family with a "
-        f"known format ({modes_text()}); put a chat_template.jinja with its format into the checkpoint's folder"
-    )

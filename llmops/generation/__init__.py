@@ -1,0 +1,1 @@
+"""What a model answers: choices, likelihoods and texts, with what prompts share computed once."""
