@@ -136,6 +136,6 @@ if ! has_gpu; then tune_cpu; fi
 if [ -n "$CUDA_VISIBLE_DEVICES" ]; then export CUDA_VISIBLE_DEVICES; else unset CUDA_VISIBLE_DEVICES; fi
 
 # 3. train
-command=("$PYTHON" "$HERE/llmops/launcher/launch.py" "${LAUNCH[@]}" "$HERE/train/finetune.py" "${settings[@]}")
-log "+ $(printf '%q ' "${command[@]}")"
-exec "${command[@]}"
+command=("$PYTHON" "$HERE/llmops/launcher/launch.py" "${LAUNCH[@]}" "$HERE/train/finetune.py")
+log "+ $(printf '%q ' "${command[@]}")... (all settings: $OUTPUT_PATH/finetune_config.json)"
+exec "${command[@]}" "${settings[@]}"

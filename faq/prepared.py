@@ -108,8 +108,8 @@ def refuse_foreign(folder: Path) -> None:
     problems = foreign_files(folder)
     if problems:
         raise UserError(
-            f"{folder} holds {' and '.join(problems)}; move what you want to keep, choose another --output_dir, or "
-            "pass --overwrite true"
+            f"{folder} holds {' and '.join(problems)}; move what you want to keep, choose another folder "
+            "(--output_dir, of run_all.sh --mount_path), or pass --overwrite true"
         )
 
 

@@ -25,6 +25,8 @@ CANDIDATES="${CANDIDATES:-all}"                  # list all intents, or only the
 CANDIDATE_EXAMPLES="${CANDIDATE_EXAMPLES:-0}"    # with CANDIDATES=K: show each with N of its most similar questions
 CANDIDATE_ORDER="${CANDIDATE_ORDER:-}"           # empty: similarity with examples, number without; random: for score.sh --join
 EMBEDDING_MODEL="${EMBEDDING_MODEL:-}"           # sentence embedding model: finds candidates, score's baselines use it
+SKIP_BAD_LINES="${SKIP_BAD_LINES:-false}"        # drop and count bad records instead of stopping
+OVERWRITE="${OVERWRITE:-false}"                  # replace files in MOUNT_PATH/datasets that prepare did not write
 TRUST_REMOTE_CODE="${TRUST_REMOTE_CODE:-false}"  # run Python code that the checkpoint's folder ships
 # --- end of settings ---------------------------------------------------------------------------------------------------
 
@@ -33,19 +35,21 @@ read_settings "${BASH_SOURCE[0]}" "$@"
 : "${MODEL_NAME_OR_PATH:=$MOUNT_PATH/Llama-2-13b-chat-hf}"
 : "${OUTPUT_PATH:=$MOUNT_PATH/output_path}"
 
-# a step's error may name flags that this command does not have
-trap 'log "run_all.sh: flags of chat_main.sh follow -- (faq/run_all.sh ... -- --num_train_epochs 5); those of the other steps are set in the environment (OVERWRITE=true for --overwrite true)"' ERR
 log "1. prepare"
 bash "$HERE/faq/prepare.sh" --data_file "$DATA_FILE" --test_data_file "$TEST_DATA_FILE" --mount_path "$MOUNT_PATH" \
     --model_name_or_path "$MODEL_NAME_OR_PATH" --mode "$MODE" --test_ratio "$TEST_RATIO" \
     --output_dir "$MOUNT_PATH/datasets" --max_seq_len "$MAX_SEQ_LEN" \
     --out_of_scope_ratio "$OUT_OF_SCOPE_RATIO" --candidates "$CANDIDATES" --embedding_model "$EMBEDDING_MODEL" \
-    --candidate_examples "$CANDIDATE_EXAMPLES" --candidate_order "$CANDIDATE_ORDER" --trust_remote_code "$TRUST_REMOTE_CODE" >&2
+    --candidate_examples "$CANDIDATE_EXAMPLES" --candidate_order "$CANDIDATE_ORDER" --skip_bad_lines "$SKIP_BAD_LINES" \
+    --overwrite "$OVERWRITE" --trust_remote_code "$TRUST_REMOTE_CODE" >&2
 log "2. train"
+# its error may name flags that this command does not have
+trap 'log "run_all.sh: flags of chat_main.sh follow --, as in faq/run_all.sh ... -- --overwrite_output_path true"' ERR
 forward bash "$HERE/chat_main.sh" --scenario faq --mount_path "$MOUNT_PATH" --model_name_or_path "$MODEL_NAME_OR_PATH" \
     --mode "$MODE" --output_path "$OUTPUT_PATH" --max_seq_len "$MAX_SEQ_LEN" \
     --cuda_visible_devices "$CUDA_VISIBLE_DEVICES" --trust_remote_code "$TRUST_REMOTE_CODE" \
-    ${REST[@]+"${REST[@]}"} >&2
+    --skip_bad_lines "$SKIP_BAD_LINES" ${REST[@]+"${REST[@]}"} >&2
+trap - ERR
 log "3. predict"
 for constrain in true false; do
     [ "$constrain" = true ] && name=predictions.jsonl || name=predictions_unconstrained.jsonl

@@ -6,7 +6,8 @@ Prints one JSON object on stdout: {"results": [one per file], "coverage", and wi
 
 Definitions: accuracy is the share of questions whose predicted intent is the true one. Precision, recall and F1 of an
 intent are of one against the rest; macro F1 is their plain mean over the true intents, those predicted by mistake
-included when they are candidates (as in scikit-learn's default). The standard error is that of a proportion.
+included when they are candidates (as in scikit-learn's default). The standard error is that of a proportion, the
+interval its 95% one (Wilson 1927).
 """
 
 import argparse
@@ -29,6 +30,7 @@ TOP_PAIRS = 10
 FIGURES = ("accuracy", "accuracy_standard_error", "macro_f1", "none_of_the_intents")  # of simple classifiers
 JOINED = "both joined"
 FEWEST_JUDGED = 20  # questions, for a calibration on halves
+WIDE = 0.2  # an interval of the accuracy that says little
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -137,6 +139,7 @@ def score(rows: Sequence[dict[str, Any]], none: str) -> dict[str, Any]:
         "questions": len(pairs),
         "accuracy": round(accuracy, 4),
         "accuracy_standard_error": round(math.sqrt(accuracy * (1 - accuracy) / len(pairs)), 4),
+        "accuracy_interval": interval(right, len(pairs)),
         "macro_f1": round(sum(found["f1"] for found in by_intent.values()) / len(by_intent), 4),
         "none_of_the_intents": rates(pairs, none),
         "outside_the_candidates": outside,
@@ -150,6 +153,24 @@ def score(rows: Sequence[dict[str, Any]], none: str) -> dict[str, Any]:
             if found["support"]
         },
     }
+
+
+def interval(right: int, asked: int) -> list[float]:
+    """[lowest, highest] accuracy that `right` of `asked` questions leave likely: 95%, Wilson's score interval."""
+    from scipy.stats import binomtest
+
+    found = binomtest(right, asked).proportion_ci(0.95, method="wilson")
+    return [round(float(found.low), 4), round(float(found.high), 4)]
+
+
+def say_few(result: dict[str, Any]) -> None:
+    """Say that a test set is too small for its figure to mean much, where it is."""
+    asked, found, (low, high) = (result[key] for key in ("questions", "accuracy", "accuracy_interval"))
+    if high - low > WIDE:
+        log(
+            f"warning: {asked} test questions say little: an accuracy of {found:.0%} may as well be {low:.0%} or "
+            f"{high:.0%} (95% interval); a hundred of other wordings say more (faq/prepare --test_data_file)"
+        )
 
 
 def draw(rows: Sequence[dict[str, Any]], result: dict[str, Any], path: Path) -> None:
@@ -191,6 +212,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     catalog = load_catalog(intents) if given else None
     none = catalog.none if catalog else wording_of("auto").none
     results = [{"file": str(path)} | score(rows, none) for path, rows in zip(paths, read, strict=True)]
+    say_few(results[0])
     picture = Path(arguments.picture) if arguments.picture else paths[0].with_suffix(".png")
     covered = picture.with_name(f"{picture.stem}_coverage.png")
     for path in (picture, covered):

@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -152,8 +153,13 @@ def test_a_tokenizer_without_an_end_token(model: Path) -> None:
         load_tokenizer(Checkpoint(model))
 
 
+def test_an_adapter_opens_without_the_libraries_talk(adapter: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert ChatModel(Checkpoint(adapter)).load(torch.float32)
+
+
 def test_adapters_that_do_not_fit(adapter: Path) -> None:
-    assert ChatModel(Checkpoint(adapter)).load(torch.float32)
     whole = load_file(adapter / "adapter_model.safetensors")
     some = next(iter(whole))
     for tensors, sentence in (

@@ -161,6 +161,30 @@ def test_variants_of_another_file_are_named(demo: Path, tmp_path: Path) -> None:
     assert "test.jsonl:1: variant 7 is not in the intents file" in done.stderr
 
 
+def test_run_all_where_general_was_trained_before(tmp_path: Path, checkpoints: dict[str, Path]) -> None:
+    """Its errors name flags that it has: first the data's folder, then output_path; bad records come before both."""
+    mount, data = tmp_path / "mnt", tmp_path / "faq.csv"
+    conversation = [{"role": "user", "content": "ping"}, {"role": "assistant", "content": "Pong!"}]
+    write_jsonl(mount / "datasets" / "train.jsonl", [conversation])
+    (mount / "output_path").mkdir()
+    (mount / "output_path" / "config.json").write_text("{}", encoding="utf-8")
+    command = ("--mount_path", str(mount), "--data_file", str(data), "--model_name_or_path", str(checkpoints["llama"]))
+    rows = [f"{intent}的问题{i},{intent}" for intent in ("退款", "物流", "发票", "地址") for i in range(3)]
+    data.write_text("\n".join(["问题,类别", *rows, ",退款"]), encoding="utf-8")
+    done = faq("run_all.sh", *command)
+    assert "faq.csv:14: an empty question" in done.stderr
+    assert "pass --skip_bad_lines true" in done.stderr
+    done = faq("run_all.sh", *command, "--skip_bad_lines", "true")
+    assert "holds train.jsonl that this command did not write" in done.stderr
+    assert "(--output_dir, of run_all.sh --mount_path), or pass --overwrite true" in done.stderr
+    done = faq("run_all.sh", *command, "--skip_bad_lines", "true", "--overwrite", "true")
+    assert done.returncode == 2
+    assert "output_path holds config.json, which no run of this toolkit wrote" in done.stderr
+    assert done.stderr.endswith(
+        "run_all.sh: flags of chat_main.sh follow --, as in faq/run_all.sh ... -- --overwrite_output_path true\n"
+    )
+
+
 def test_run_all_needs_data() -> None:
     done = faq("run_all.sh")
     assert done.returncode == 2

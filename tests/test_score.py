@@ -41,7 +41,17 @@ def test_by_hand() -> None:
         ("不符合", "a"),
     }
     assert result["accuracy_standard_error"] == pytest.approx((5 / 8 * 3 / 8 / 8) ** 0.5, abs=1e-4)
+    # Wilson's centre (p + z² / 2n) / (1 + z² / n) and half width z √(p (1 - p) / n + z² / 4n²) / (1 + z² / n), z = 1.96
+    assert result["accuracy_interval"] == pytest.approx([0.5845 - 0.2788, 0.5845 + 0.2788], abs=2e-4)
     assert not result["constrained"]
+
+
+def test_few_test_questions_are_warned_about(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert score.main([write(tmp_path / "few.jsonl", rows([("a", "a")] * 7 + [("b", "a")] * 2))]) == 0
+    said = "warning: 9 test questions say little: an accuracy of 78% may as well be 45% or 94%"
+    assert said in capsys.readouterr().err
+    assert score.main([write(tmp_path / "many.jsonl", rows([("a", "a")] * 80 + [("b", "a")] * 20))]) == 0
+    assert "say little" not in capsys.readouterr().err
 
 
 def test_json_and_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

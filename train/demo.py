@@ -7,7 +7,6 @@ python train/demo.py report FOLDER     what the run in FOLDER/output_path learne
 import os
 import shutil
 import sys
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -113,7 +112,6 @@ def report(folder: Path) -> None:
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    warnings.filterwarnings("ignore", category=FutureWarning)
     output = folder / "output_path"
     results = files.read_object(output / "train_results.json")
     test = messages_of(folder / "datasets" / "test.jsonl")

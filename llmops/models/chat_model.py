@@ -244,6 +244,7 @@ def put_adapter(model: "torch.nn.Module", folder: Path) -> "torch.nn.Module":
     cure = f"check that it was trained on this model, or {COPY}"
     with loading(f"the adapter {folder}", cure), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Found missing adapter keys")  # said below, as an error
+        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")  # PEFT asks for it
         adapted = PeftModel.from_pretrained(model, str(folder), local_files_only=True, autocast_adapter_dtype=False)
         wanted = set(get_peft_model_state_dict(adapted, save_embedding_layers=False))
         may_be = set(get_peft_model_state_dict(adapted, save_embedding_layers=True))
