@@ -1,10 +1,12 @@
 """Which kernel multiplies: a trial against float64 and against the clock, kept when a run goes on."""
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
 
+from llmops.generation import shared_prefix
 from llmops.machine import cpu_kernels
 from llmops.machine.cpu_kernels import DEFAULT, EXACT, ONEDNN, Kernel, allow, better, choose, settle, try_kernel, use
 
@@ -118,3 +120,29 @@ def test_a_model_elsewhere_or_of_another_type_changes_nothing_for_the_one_here(m
     use(torch.device("cuda"), FP32)
     use(CPU, torch.bfloat16)
     assert torch.backends.mkldnn.matmul.fp32_precision == allowed == "bf16"
+
+
+def test_attention_multiplies_small_tiles_by_torchs_default_and_layers_as_before(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seen: list[str] = []
+    sdpa = shared_prefix.sdpa_attention_forward
+
+    def watched(*given: Any, **named: Any) -> Any:
+        seen.append(torch.backends.mkldnn.matmul.fp32_precision)
+        return sdpa(*given, **named)
+
+    monkeypatch.setattr(shared_prefix, "sdpa_attention_forward", watched)
+    query, key, value = torch.randn(3, 2, 4, 1, 8)
+    for kernel, setting in ((ONEDNN, "bf16"), (DEFAULT, "none")):
+        allow(kernel)
+        shared_prefix.attention(torch.nn.Module(), query, key, value, None)
+        assert torch.backends.mkldnn.matmul.fp32_precision == setting
+    assert seen == ["none", "none"]
+
+
+def test_a_block_of_small_products_that_fails_leaves_the_kernel_as_it_was() -> None:
+    allow(ONEDNN)
+    with pytest.raises(ZeroDivisionError), cpu_kernels.small_products():
+        _ = 1 // 0
+    assert torch.backends.mkldnn.matmul.fp32_precision == "bf16"

@@ -11,6 +11,8 @@ from transformers.cache_utils import Cache, DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from llmops.machine import cpu_kernels
+
 NAME = "cached_prefix"
 MIN_SHARED = 16  # a shorter common beginning is not worth a pass of its own
 ROOM = 32  # columns that a cache grows by
@@ -40,6 +42,7 @@ NOTHING = Prefix([], [])
 Segment = tuple[int, int, Prefix]  # rows from, rows up to, the prefix they share
 
 
+@cpu_kernels.small_products()
 def attention(
     module: torch.nn.Module,
     query: torch.Tensor,
