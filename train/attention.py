@@ -29,7 +29,7 @@ from llmops.generation.capacity import fixed_attention
 from train import cpu_attention
 
 NAME = "shared_prefix"
-BLOCK_TOKENS = 256  # sibling branches are attended together up to this many tokens
+BLOCK_TOKENS = 128  # sibling branches are attended together up to this many tokens
 TILE = 128  # tokens along each side of FlexAttention's tiles
 
 

@@ -44,7 +44,7 @@ class Encoder:
         core = self.model.transformers_model
         self.vocabulary = core.get_input_embeddings().weight.shape[0] if core is not None else 0
         self.fused = core is not None and core.config._attn_implementation == "sdpa"
-        self.plain = False
+        self.attention = ""
         positions = int(getattr(core and core.config, "max_position_embeddings", 0) or 0)
         if positions > 0 and (self.model.max_seq_length or positions) > positions:
             self.model.max_seq_length = positions
@@ -121,9 +121,12 @@ class Encoder:
         """Unit vectors (n, d) of texts of about one length, `width` tokens."""
         import torch
 
-        if self.fused and (width <= PLAIN_ATTENTION_UP_TO) != self.plain:
-            self.plain = not self.plain
-            self.model.transformers_model.set_attn_implementation("eager" if self.plain else "sdpa")
+        from llmops import shared_prefix
+
+        attention = "eager" if width <= PLAIN_ATTENTION_UP_TO else shared_prefix.NAME
+        if self.fused and attention != self.attention:
+            self.attention = attention
+            self.model.transformers_model.set_attn_implementation(attention)
         moved = {k: v.to(self.device) if isinstance(v, torch.Tensor) else v for k, v in features.items()}
         vectors = self.model(moved)["sentence_embedding"].float()[:, : self.model.truncate_dim]
         return torch.nn.functional.normalize(vectors, dim=1).cpu().numpy()
