@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from llmops.generation import shared_prefix
-from llmops.machine import cpu_kernels
+from llmops.machine import cpu_kernels, fused_attention
 from llmops.machine.cpu_kernels import DEFAULT, EXACT, ONEDNN, Kernel, allow, better, choose, settle, try_kernel, use
 
 CPU, FP32 = torch.device("cpu"), torch.float32
@@ -126,13 +126,13 @@ def test_attention_multiplies_small_tiles_by_torchs_default_and_layers_as_before
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     seen: list[str] = []
-    sdpa = shared_prefix.sdpa_attention_forward
+    sdpa = fused_attention.sdpa_attention_forward
 
     def watched(*given: Any, **named: Any) -> Any:
         seen.append(torch.backends.mkldnn.matmul.fp32_precision)
         return sdpa(*given, **named)
 
-    monkeypatch.setattr(shared_prefix, "sdpa_attention_forward", watched)
+    monkeypatch.setattr(fused_attention, "sdpa_attention_forward", watched)
     query, key, value = torch.randn(3, 2, 4, 1, 8)
     for kernel, setting in ((ONEDNN, "bf16"), (DEFAULT, "none")):
         allow(kernel)

@@ -121,9 +121,9 @@ class Encoder:
         """Unit vectors (n, d) of texts of about one length, `width` tokens."""
         import torch
 
-        from llmops import shared_prefix
+        from llmops.machine import fused_attention
 
-        attention = "eager" if width <= PLAIN_ATTENTION_UP_TO else shared_prefix.NAME
+        attention = "eager" if width <= PLAIN_ATTENTION_UP_TO else fused_attention.NAME
         if self.fused and attention != self.attention:
             self.attention = attention
             self.model.transformers_model.set_attn_implementation(attention)

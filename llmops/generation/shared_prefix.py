@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.cache_utils import Cache, DynamicLayer
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from llmops.machine import cpu_kernels
+from llmops.machine.cpu_kernels import small_products
+from llmops.machine.fused_attention import fused_attention
 
 NAME = "cached_prefix"
 MIN_SHARED = 16  # a shorter common beginning is not worth a pass of its own
@@ -42,7 +42,7 @@ NOTHING = Prefix([], [])
 Segment = tuple[int, int, Prefix]  # rows from, rows up to, the prefix they share
 
 
-@cpu_kernels.small_products()
+@small_products()
 def attention(
     module: torch.nn.Module,
     query: torch.Tensor,
@@ -60,7 +60,7 @@ def attention(
     Returns [B, T, heads, d]. Without segments it is transformers' SDPA.
     """
     if segments is None or own_mask is None:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+        return fused_attention(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     batch, heads, length, d = query.shape
     kv_heads, rows = key.shape[1], heads // key.shape[1] * length
     scale = d**-0.5 if scaling is None else scaling
