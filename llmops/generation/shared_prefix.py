@@ -42,7 +42,6 @@ NOTHING = Prefix([], [])
 Segment = tuple[int, int, Prefix]  # rows from, rows up to, the prefix they share
 
 
-@small_products()
 def attention(
     module: torch.nn.Module,
     query: torch.Tensor,
@@ -66,11 +65,13 @@ def attention(
     scale = d**-0.5 if scaling is None else scaling
     grouped = (query * scale).reshape(batch, kv_heads, rows, d)
     mask = own_mask[:, None, None].expand(-1, 1, rows // length, -1, -1).reshape(batch, 1, rows, -1)
-    own = (grouped @ key.transpose(2, 3)).masked_fill(~mask, float("-inf"))
+    with small_products():  # of a row's few queries; a prefix's are of all rows together
+        own = (grouped @ key.transpose(2, 3)).masked_fill(~mask, float("-inf"))
     shared, own_weights = zip(
         *(attend_prefix(grouped[a:b], own[a:b], prefix, module.layer_idx) for a, b, prefix in segments), strict=True
     )
-    out = torch.cat(shared) + torch.cat(own_weights) @ value
+    with small_products():
+        out = torch.cat(shared) + torch.cat(own_weights) @ value
     return out.reshape(batch, heads, length, d).transpose(1, 2).contiguous(), None
 
 
