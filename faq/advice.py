@@ -6,7 +6,7 @@ All of it is what cross-validation says: a classifier that was fitted without a 
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
-from faq.baselines import Classifiers
+from llmops.intents.classifiers import Classifiers
 
 if TYPE_CHECKING:
     import numpy as np

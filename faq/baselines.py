@@ -1,45 +1,20 @@
 """What simple classifiers make of the same questions, in seconds: the measure of what a tuned model is worth.
 
 Nearest neighbour, a linear classifier and the most frequent intent, on an embedding model's vectors, or on hashed
-character n-grams without one. All of them see what the model sees: a question whose row lacks some candidates is not
-answered with those, and what is too unsure is 不符合, by a threshold from cross-validation on the training questions.
+character n-grams without one.
 """
 
 import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmops import files
-from llmops.console import UserError, log
-from llmops.intents.catalog import Catalog
-from llmops.intents.linear import fit, out_of_fold, too_large
-from llmops.intents.questions import read_faq
-from llmops.intents.retrieval import Features, nearest
+from llmops.console import log
+from llmops.intents.classifiers import Asked, Classifiers
 
 if TYPE_CHECKING:
     import numpy as np
-
-ALL = -2.0  # a threshold below every cosine and probability
-
-
-@dataclass(frozen=True)
-class Asked:
-    """A question with its true intent; `variant`: the candidate list that its row has; `line`: where it stands."""
-
-    question: str
-    intent: str
-    variant: int | None = None
-    line: int = 0
-
-
-def check_variant(asked: Asked, catalog: Catalog, place: str) -> None:
-    """Raise UserError for a candidate list that the intents file does not have."""
-    if asked.variant is not None and not (type(asked.variant) is int and 0 <= asked.variant < catalog.variants):
-        raise UserError(f"{place}: variant {files.shown(asked.variant)} is not in the intents file, which has "
-                        f"{catalog.variants}; give the file that was written with this data")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -54,111 +29,6 @@ class Baseline:
     rows: list[dict[str, Any]]
     seconds: float
     values: "np.ndarray | None" = None
-
-
-def read_asked(path: Path, catalog: Catalog) -> list[Asked]:
-    """The training questions: train.jsonl of faq/prepare, or data in any shape that it reads."""
-    found = [
-        Asked(question, record.intent, record.variant, record.line)
-        for record in read_faq(path).records
-        for question in record.questions
-    ]
-    known = {*catalog.intents, catalog.none}
-    for asked in found:
-        if asked.intent not in known:
-            raise UserError(
-                f"{path}:{asked.line}: the intent {files.shown(asked.intent)} is not in the intents file; give the "
-                "training data that the model learned from with --train_file"
-            )
-        check_variant(asked, catalog, f"{path}:{asked.line}")
-    if len({asked.intent for asked in found if asked.intent != catalog.none}) < 2:
-        raise UserError(f"{path} has fewer than two intents; expected training questions of every intent")
-    return found
-
-
-class Classifiers:
-    """What is fitted on the training questions; `own`: those whose intent is the question's, not their list's doing."""
-
-    def __init__(self, train: Sequence[Asked], catalog: Catalog, features: Features) -> None:
-        import numpy as np
-
-        self.catalog, self.features, self.train = catalog, features, list(train)
-        self.own = [asked for asked in train if asked.variant is None or asked.intent != catalog.none]
-        self.texts = [asked.question for asked in self.own]
-        self.classes = sorted({asked.intent for asked in self.own})
-        place = {intent: k for k, intent in enumerate(self.classes)}
-        self.labels = np.array([place[asked.intent] for asked in self.own])
-        self.vectors = features.known(self.texts)
-        self.names = features.vectors([intent.replace("_", " ") for intent in self.classes])
-        self.inputs = features.joined(self.texts, self.vectors, self.names)
-
-    def nearest(self, vectors: "np.ndarray", leave_out: bool = False) -> "np.ndarray":
-        """Cosine (n, classes) of each row with the nearest training question of each class, itself left out."""
-        return nearest(vectors, self.vectors, self.labels, list(range(len(vectors))) if leave_out else [])
-
-    @property
-    def too_large(self) -> bool:
-        """Whether a linear classifier would take hours."""
-        return too_large(self.inputs, len(self.classes))
-
-    def fit(self) -> Any:
-        """A logistic regression on the training questions."""
-        return fit(self.inputs, self.labels)
-
-    def out_of_fold(self) -> "np.ndarray":
-        """Probabilities (n, classes) of every training question by classifiers that did not see it."""
-        return out_of_fold(self.inputs, self.labels, len(self.classes))
-
-    def threshold(self, values: "np.ndarray") -> float:
-        """The value under which 不符合 is the better answer; `values` (n, classes) are those of `out_of_fold`."""
-        row_of = {text: k for k, text in enumerate(self.texts)}
-        rows = [(row_of[asked.question], asked) for asked in self.train if asked.question in row_of]
-        if not values.any():
-            return ALL
-        best, top = self.best(values[[k for k, _ in rows]], [asked.variant for _, asked in rows])
-        none = self.catalog.none
-        kept = [self.classes[k] == asked.intent for k, (_, asked) in zip(best, rows, strict=True)]
-        return best_cut(top, kept, [asked.intent == none for _, asked in rows])
-
-    def best(self, values: "np.ndarray", variants: Sequence[int | None]) -> "tuple[np.ndarray, np.ndarray]":
-        """(class, value) of the likeliest candidate of each row."""
-        import numpy as np
-
-        masked = self.masked(values, variants)
-        best = masked.argmax(1)
-        return best, masked[np.arange(len(best)), best]
-
-    def masked(self, values: "np.ndarray", variants: Sequence[int | None]) -> "np.ndarray":
-        """The values (n, classes) with -1 where a row's list lacks the intent."""
-        masked = values.copy()
-        absent: dict[int | None, list[int]] = {None: []}
-        for row, variant in enumerate(variants):
-            if variant not in absent:
-                listed = {*self.catalog.candidates(variant), self.catalog.none}
-                absent[variant] = [k for k, intent in enumerate(self.classes) if intent not in listed]
-            masked[row, absent[variant]] = -1
-        return masked
-
-    def answers(self, values: "np.ndarray", test: Sequence[Asked], threshold: float) -> list[dict[str, Any]]:
-        """Rows as faq/predict writes them."""
-        best, top = self.best(values, [asked.variant for asked in test])
-        return [
-            {"question": asked.question, "intent": self.classes[k] if value >= threshold else self.catalog.none,
-             "probability": float(value), "reference": asked.intent}
-            for asked, k, value in zip(test, best, top, strict=True)
-        ]  # fmt: skip
-
-
-def best_cut(top: "np.ndarray", kept_right: Sequence[bool], none_right: Sequence[bool]) -> float:
-    """The threshold with the most right answers, when those below it are 不符合; ALL when none should be."""
-    import numpy as np
-
-    order = np.argsort(-top, kind="stable")
-    kept = np.concatenate([[0], np.cumsum(np.array(kept_right, int)[order])])
-    below = np.array(none_right, int)[order]
-    right = kept + below.sum() - np.concatenate([[0], np.cumsum(below)])
-    count = len(right) - 1 - int(right[::-1].argmax())  # as many answers as possible
-    return ALL if count == len(top) else float(np.nextafter(top[order[count]], np.float32(2)))
 
 
 def compare(classifiers: Classifiers, folds: "np.ndarray", test: Sequence[Asked]) -> list[Baseline]:

@@ -31,8 +31,8 @@ from llmops.models.chat_model import ChatModel
 from llmops.models.checkpoints import Checkpoint
 
 if TYPE_CHECKING:
-    from faq.baselines import Classifiers
     from llmops.generation.generator import Generator
+    from llmops.intents.joined import Joint
 
 
 @dataclass(frozen=True)
@@ -220,7 +220,7 @@ def predict(
         yield i, prediction(catalog, (text, answer.probability), None, known) | {"constrained": False}
 
 
-def read_classifiers(config: Config, catalog: Catalog) -> "Classifiers | None":
+def read_joint(config: Config, catalog: Catalog) -> "Joint | None":
     """The linear classifier that predictions are joined with, None without --join_file. Raises UserError where
     faq/score kept weights and it is missing, or the other way round."""
     joins = "linear" in catalog.decision
@@ -232,33 +232,21 @@ def read_classifiers(config: Config, catalog: Catalog) -> "Classifiers | None":
         )  # fmt: skip
     if not joins or not config.constrain:
         return None
-    from faq.baselines import Classifiers, Features, read_asked
-    from llmops.embedding.folder import read_folder
+    from llmops.intents.joined import open_joint
 
-    train = read_asked(Path(config.join_file), catalog)
-    folder = read_folder(Path(config.embedding_model)) if config.embedding_model else None
-    with stdout_to_stderr():
-        found = Classifiers(train, catalog, Features(folder))
-    if found.inputs.shape[1] != catalog.decision["inputs"]:
-        raise UserError(
-            "faq/score used another --embedding_model or other questions for its weights; pass the same ones"
-        )
-    return found
+    return open_joint(catalog, config.join_file, config.embedding_model)
 
 
-def joined(classifiers: "Classifiers", rows: list[dict[str, Any]], queries: Sequence[Query]) -> list[dict[str, Any]]:
+def joined(
+    joint: "Joint", catalog: Catalog, rows: list[dict[str, Any]], queries: Sequence[Query]
+) -> list[dict[str, Any]]:
     """The predictions of model and classifier together; `model_intent` is what the model alone says."""
-    from faq.joined import apply
+    from llmops.intents.joined import told
 
-    catalog, texts = classifiers.catalog, [query.question for query in queries]
-    vectors = classifiers.features.vectors(texts)
-    values = classifiers.fit().predict_proba(classifiers.features.joined(texts, vectors, classifiers.names))
-    values = classifiers.masked(values, [query.variant for query in queries])
-    weights = [catalog.decision["model"], catalog.decision["linear"]]
-    found = apply(rows, values, classifiers.classes, catalog.none, weights)
+    values = joint.values([query.question for query in queries], catalog, [query.variant for query in queries])
     return [
-        row | said | {"reply": catalog.reply(said["intent"]), "model_intent": row["intent"]}
-        for row, said in zip(rows, found, strict=True)
+        row | (said := told(ranked)) | {"reply": catalog.reply(said["intent"]), "model_intent": row["intent"]}
+        for row, ranked in zip(rows, joint.ranked(rows, values, 2), strict=True)
     ]
 
 
@@ -292,7 +280,7 @@ def run(config: Config, processes: Processes) -> list[dict[str, Any]]:
     # 1. what is asked
     catalog = load_catalog(check(config))
     queries = read_queries(config, catalog)
-    classifiers = read_classifiers(config, catalog) if processes.first else None
+    joint = read_joint(config, catalog) if processes.first else None
     # 2. from here on the heavy libraries
     if not has_gpu():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -339,8 +327,8 @@ def run(config: Config, processes: Processes) -> list[dict[str, Any]]:
     log(f"{len(fresh)} questions in {seconds:.1f} s, {len(fresh) / seconds:.1f} questions/s")
     found |= fresh
     rows = [{"question": query.question} | found[i] | query.known for i, query in enumerate(queries)]
-    if classifiers and config.constrain:
-        rows = joined(classifiers, rows, queries)
+    if joint and config.constrain:
+        rows = joined(joint, catalog, rows, queries)
     return [decide(catalog, row) for row in rows]
 
 

@@ -250,8 +250,10 @@ def compare(
 ) -> tuple[dict[str, Any], dict[str, list[dict[str, Any]]], list[dict[str, Any]]]:
     """(what the comparison adds to the JSON, other ways' rows under their names, training questions to look at)."""
     from faq.advice import SHOWN, advise
-    from faq.baselines import Asked, Classifiers, Features, advice, check_variant, compare, read_asked, say_leaks
+    from faq.baselines import advice, compare, say_leaks
     from llmops.embedding.folder import read_folder
+    from llmops.intents.classifiers import Asked, Classifiers, check_variant, read_asked
+    from llmops.intents.retrieval import Features
 
     train = read_asked(Path(arguments.train_file), catalog)
     test = [Asked(row.get("question", ""), row["reference"], row.get("variant")) for row in rows]

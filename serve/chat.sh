@@ -27,7 +27,8 @@ MODE="${MODE:-}"                                 # chat format; empty: as the mo
 DTYPE="${DTYPE:-auto}"                           # auto (bf16 where the GPU has it), bf16, fp16, fp32
 CPU_KERNELS="${CPU_KERNELS:-auto}"               # float32 products on a CPU: auto (the faster exact ones), default
 INTENTS_FILE="${INTENTS_FILE:-}"                 # intents.json of faq/prepare.sh; empty: the one in the model's folder
-EMBEDDING_MODEL="${EMBEDDING_MODEL:-}"           # what finds candidates, if it was moved since faq/prepare.sh
+EMBEDDING_MODEL="${EMBEDDING_MODEL:-}"           # what finds candidates, if it was moved; with JOIN_FILE score.sh's
+JOIN_FILE="${JOIN_FILE:-}"                       # train.jsonl: the classifier of score.sh --join answers with the model
 TRUST_REMOTE_CODE="${TRUST_REMOTE_CODE:-false}"  # run Python code that the checkpoint's folder ships
 # --- end of settings ---------------------------------------------------------------------------------------------------
 

@@ -35,7 +35,8 @@ CPU_KERNELS="${CPU_KERNELS:-auto}"               # float32 products on a CPU: au
 TRUST_REMOTE_CODE="${TRUST_REMOTE_CODE:-false}"  # run Python code that the checkpoint's folder ships
 BASE_TOO="${BASE_TOO:-true}"                     # beside an adapter its base model; false: merged, which is faster
 INTENTS_FILE="${INTENTS_FILE:-}"                 # intents.json of faq/prepare.sh; empty: the one in the model's folder
-EMBEDDING_MODEL="${EMBEDDING_MODEL:-}"           # what finds candidates, if it was moved since faq/prepare.sh
+EMBEDDING_MODEL="${EMBEDDING_MODEL:-}"           # what finds candidates, if it was moved; with JOIN_FILE score.sh's
+JOIN_FILE="${JOIN_FILE:-}"                       # train.jsonl: the classifier of score.sh --join answers with the model
 FEEDBACK_FILE="${FEEDBACK_FILE:-}"               # corrections of intents; empty: MOUNT_PATH/datasets/feedback.jsonl
 # --- end of settings ---------------------------------------------------------------------------------------------------
 

@@ -58,6 +58,7 @@ class Model:
     intents_file: Path | None = None
     embedding_model: str = ""
     kernels: str = "auto"
+    join_file: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,8 @@ def add_model_settings(parser: argparse.ArgumentParser) -> None:
     add("--trust_remote_code", type=to_bool, default=False, metavar="true|false",
         help="run Python code that the checkpoint's folder ships")  # fmt: skip
     add("--intents_file", default="", help="intents.json of faq/prepare; empty: the one in the model's folder")
-    add("--embedding_model", default="", help="the model that finds candidates, if it was moved since faq/prepare")
+    add("--embedding_model", default="", help="what finds candidates, if it was moved; with --join_file faq/score's")
+    add("--join_file", default="", help="train.jsonl: the classifier of faq/score --join true answers with the model")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -142,8 +144,9 @@ def read_settings(argv: list[str] | None = None) -> Settings:
 def check_model(given: argparse.Namespace) -> Model | None:
     """The model's part. Raises UserError for folders that hold none."""
     if given.model_name_or_path in ("", "none"):
-        if given.intents_file:
-            raise UserError("--intents_file needs a model that answers; pass --model_name_or_path")
+        for flag in ("intents_file", "join_file"):
+            if getattr(given, flag):
+                raise UserError(f"--{flag} needs a model that answers; pass --model_name_or_path")
         return None
     folder = Path(given.model_name_or_path)
     checkpoint = Checkpoint(folder)
@@ -152,9 +155,12 @@ def check_model(given: argparse.Namespace) -> Model | None:
     intents = Path(given.intents_file) if given.intents_file else None
     if intents and not files.is_file(intents):
         raise UserError(f"--intents_file {intents} is not there; faq/prepare.sh writes it")
+    join = Path(given.join_file) if given.join_file else None
+    if join and not files.is_file(join):
+        raise UserError(f"--join_file {join} is not there; expected the train.jsonl that the classifier learns from")
     return Model(
         folder, given.mode, given.dtype, given.trust_remote_code, given.base_too, intents, given.embedding_model,
-        given.cpu_kernels,
+        given.cpu_kernels, join,
     )  # fmt: skip
 
 

@@ -10,10 +10,11 @@ import pytest
 
 from faq import baselines, coverage, predict, score
 from faq.advice import advise
-from faq.baselines import ALL, Asked, Classifiers, Features, best_cut, read_asked
 from faq.joined import join
 from llmops.embedding.ngrams import ngram_vectors
 from llmops.intents.catalog import Catalog, load_catalog, wording_of
+from llmops.intents.classifiers import ALL, Asked, Classifiers, best_cut, read_asked
+from llmops.intents.retrieval import Features
 
 WORDS = {"退款": ["退款", "退钱", "钱退"], "物流": ["快递", "物流", "包裹"], "发票": ["发票", "开票", "报销"]}
 FRAMES = ["怎么{}", "我要{}", "请问{}多久", "{}在哪里", "查一下{}", "为什么{}不行", "{}的进度", "帮我{}吧"]

@@ -10,6 +10,7 @@ import pytest
 from serve_adapter import INTENTS
 from test_serve_model import QUESTIONS, answers, rendered
 
+from llmops.console import UserError
 from llmops.models.chat_model import ChatModel
 from llmops.models.checkpoints import Checkpoint
 from serve.settings import Limits, Model
@@ -165,6 +166,44 @@ def test_intents_are_those_of_predict(service: Any, adapter: Path) -> None:
         assert single["runner_up"]["intent"] == expected[place]["runner_up"]["intent"]
     assert len(told[0][1]["data"][0]["top"]) == 3
     assert service.listed()[0][1]["intents"] == len(INTENTS)
+
+
+def test_model_and_classifier_together_are_those_of_predict(
+    adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from faq import predict
+    from llmops.embedding.ngrams import DIMENSION
+    from serve.model.service import open_service
+
+    train, intents, out = (tmp_path / name for name in ("train.jsonl", "intents.json", "predictions.jsonl"))
+    rows = [
+        {"question": form.format(name), "intent": name} for name in INTENTS for form in ("怎么{}", "我要{}", "{}在哪")
+    ]
+    train.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    catalog = json.loads((adapter / "intents.json").read_text(encoding="utf-8"))
+    intents.write_text(json.dumps(catalog), encoding="utf-8")
+    with pytest.raises(UserError, match="--join_file needs weights in"):
+        open_service(Model(adapter, intents_file=intents, join_file=train), Limits(), tmp_path / "f.jsonl")
+    decision = {"temperature": 1.0, "shift": 0.0, "threshold": 0.5, "model": 0.5, "linear": 2.0, "inputs": DIMENSION}
+    intents.write_text(json.dumps(catalog | {"decision": decision}), encoding="utf-8")
+    with pytest.raises(UserError, match="pass --join_file"):
+        open_service(Model(adapter, intents_file=intents), Limits(), tmp_path / "f.jsonl")
+    common = ["--model_name_or_path", str(adapter), "--intents_file", str(intents), "--join_file", str(train)]
+    asked = [flag for text in ASKED for flag in ("--question", text)]
+    assert predict.main([*common, *asked, "--output_file", str(out)]) == 0
+    expected = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
+    assert any(row["model_intent"] != row["proposed"] for row in expected)
+    both = open_service(Model(adapter, intents_file=intents, join_file=train), Limits(), tmp_path / "f.jsonl")
+    try:
+        for told, row in zip(ask(both, ("/v1/intents", {"questions": ASKED}))[0][1]["data"], expected, strict=True):
+            top = told.pop("top")
+            assert [one["intent"] for one in top[:2]] == [row["proposed"], row["runner_up"]["intent"]]
+            for key in ("probability", "confidence"):
+                assert told.pop(key) == pytest.approx(row.pop(key), abs=2e-5)
+            assert told.pop("runner_up")["probability"] == pytest.approx(row.pop("runner_up")["probability"], abs=2e-5)
+            assert told == row
+    finally:
+        assert both.close()
 
 
 def test_a_threshold_that_was_kept_decides(service: Any) -> None:

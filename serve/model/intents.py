@@ -22,6 +22,9 @@ from serve.model.asked import Fields
 from serve.model.lanes import Outbox
 
 if TYPE_CHECKING:
+    import numpy as np
+
+    from llmops.intents.joined import Joint
     from llmops.intents.retrieval import Retriever
 
 MOST_QUESTIONS = 256  # of one request
@@ -32,11 +35,15 @@ MOST_TOP = 50
 
 @dataclass(frozen=True)
 class Prepared:
-    """A question as the model reads it: token ids, its candidates as a tree, what they say."""
+    """A question as the model reads it: token ids, its candidates as a tree, what they say.
+
+    `values` (classes,): what the linear classifier says of it, where there is one.
+    """
 
     prompt: list[int]
     tree: Tree
     answers: list[str]
+    values: "np.ndarray | None" = None
 
 
 @dataclass(eq=False)
@@ -61,6 +68,7 @@ class Intents:
     length: int | None
     activate: Callable[[], None]
     retriever: "Retriever | None" = None
+    joint: "Joint | None" = None
     waiting: deque[Questions] = field(default_factory=deque)
 
     def __post_init__(self) -> None:
@@ -85,8 +93,11 @@ class Intents:
 
             catalog = replace(catalog, lists=list(catalog.lists))  # new lists are this request's own
             lists = candidates_of(catalog, questions, self.retriever)
+        values: Sequence[Any] = [None] * len(questions)
+        if self.joint:
+            values = self.joint.values(questions, catalog, [variant for variant, _ in lists])
         found = []
-        for text, (variant, shown) in zip(questions, lists, strict=True):
+        for text, (variant, shown), value in zip(questions, lists, values, strict=True):
             messages = catalog.prompt(text, variant, shown)
             if variant is not None or None not in self._trees:
                 answers = catalog.answers(variant)
@@ -102,7 +113,7 @@ class Intents:
                     400, f"the question {files.shown(text, 40)} makes {len(prompt)} prompt tokens and up to {more} of "
                     f"answer, more than the model's {self.length}", "questions", "context_length_exceeded",
                 )  # fmt: skip
-            found.append(Prepared(prompt, *candidates))
+            found.append(Prepared(prompt, *candidates, value))
         return found
 
     def turn(self, out: Outbox) -> bool:
@@ -120,21 +131,29 @@ class Intents:
             return False
         self.activate()
         rows = [row for asked in taken for row in asked.prepared]
-        best = max(2, *(asked.top for asked in taken))
+        best = max(2, self.catalog.retrieval.get("candidates", 1) + 1, *(asked.top for asked in taken))
         chosen = dict(self.generator.choose([row.prompt for row in rows], [row.tree for row in rows], best))
         place = 0
         for asked in taken:
             told = []
             for text, row in zip(asked.texts, asked.prepared, strict=True):
                 named = [(row.answers[k], p) for k, p in chosen[place].ranked]
-                told.append(self._told(text, named, asked.top))
+                told.append(self._told(text, named, row.values, asked.top))
                 place += 1
             out.say(asked.tell, told)
         return True
 
-    def _told(self, question: str, named: Sequence[tuple[str, float]], top: int) -> dict[str, Any]:
+    def _told(
+        self, question: str, named: Sequence[tuple[str, float]], values: "np.ndarray | None", top: int
+    ) -> dict[str, Any]:
         """A prediction as faq/predict prints it, with the `top` candidates."""
-        found = decide(self.catalog, {"question": question} | top_prediction(self.catalog, named))
+        row = top_prediction(self.catalog, named)
+        if self.joint and values is not None:
+            shares = {"probabilities": dict(named)} if self.catalog.retrieval else {}
+            alone = row["intent"]
+            named = self.joint.ranked([row | shares], values[None], max(2, top))[0]
+            row = top_prediction(self.catalog, named) | {"model_intent": alone}
+        found = decide(self.catalog, {"question": question} | row)
         return found | {"top": [{"intent": name, "probability": round(p, 6)} for name, p in named[:top]]}
 
     def fail(self, error: ApiError, out: Outbox) -> None:

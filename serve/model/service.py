@@ -215,13 +215,19 @@ def find_catalog(settings: Model) -> Catalog | None:
     beside = next((p for p in (folder / INTENTS_NAME, folder.parent / INTENTS_NAME) if files.is_file(p)), None)
     path = settings.intents_file or beside
     if path is None or (path.parent != folder and not settings.intents_file and folder.name != "merged"):
+        if settings.join_file:
+            raise UserError(f"--join_file needs an intents.json, and {folder} has none; pass --intents_file")
         return None
     catalog = load_catalog(path)
+    if settings.join_file and "linear" not in catalog.decision:
+        raise UserError(
+            f"--join_file needs weights in {path}: faq/score.sh --join true --keep_threshold true keeps them"
+        )
     lacking = ""
     if catalog.wording is None:
         lacking = "the prompts of this data were made elsewhere, so a bare question cannot be asked"
-    elif "linear" in catalog.decision:
-        lacking = "it keeps weights for model and linear classifier together, which faq/predict alone joins"
+    elif "linear" in catalog.decision and not settings.join_file:
+        lacking = "it keeps weights for model and linear classifier together; pass --join_file"
     if lacking and settings.intents_file:
         raise UserError(f"--intents_file {path} cannot be served: {lacking}")
     if lacking:
@@ -239,8 +245,14 @@ def open_intents(
 
         retriever = retriever_of(catalog, settings.embedding_model)
     generator = Generator(passes.model, passes.pad_id, model.chat.family.generation["batch_size"])
+    joint = None
+    if settings.join_file:
+        from llmops.intents.joined import open_joint
+
+        embedding = settings.embedding_model or catalog.retrieval.get("embedding_model", "")
+        joint = open_joint(catalog, str(settings.join_file), embedding)
     with torch.inference_mode():
-        return Intents(generator, catalog, model.chat, model.checkpoint.length, activate, retriever)
+        return Intents(generator, catalog, model.chat, model.checkpoint.length, activate, retriever, joint)
 
 
 def nothing() -> None:
