@@ -53,7 +53,7 @@ def ours(model: ChatModel, conversations: Sequence[list[Message]], tokens: int, 
     generator = model.generator(devices.choose_dtype(dtype), device, batch_size=16)
     answers = dict(generator.generate(prompts, tokens, model.chat.stop_ids()))
     return [
-        Asked(messages, ids, model.tokenizer.decode(answers[i].ids, skip_special_tokens=True))
+        Asked(messages, ids, str(model.tokenizer.decode(answers[i].ids, skip_special_tokens=True)))
         for i, (messages, ids) in enumerate(zip(conversations, prompts, strict=True))
     ]
 
@@ -61,9 +61,9 @@ def ours(model: ChatModel, conversations: Sequence[list[Message]], tokens: int, 
 def read_questions(path: Path, limit: int) -> list[list[Message]]:
     """The messages before the last answer of each conversation. Raises UserError for a file that cannot be read."""
     data_files.validate_files([path])
-    found = []
+    found: list[list[Message]] = []
     for read in data_files.read_conversations(path):
-        if read.conversation and len(found) < limit:
+        if isinstance(read, data_files.Read) and len(found) < limit:
             messages = read.conversation.messages
             last = max(i for i, message in enumerate(messages) if message["role"] == "assistant")
             found.append([*messages[:last]])

@@ -208,7 +208,7 @@ class Engine:
 
     def _answer(self, record: Record, request: Request) -> Answer:
         return Answer(
-            request.key, record["prediction"], self.renderer.tokenizer.decode(request.prompt), len(request.prompt),
+            request.key, record["prediction"], str(self.renderer.tokenizer.decode(request.prompt)), len(request.prompt),
             request.cut, tuple(record["loglikelihoods"]), tuple(map(len, request.choices)), request.lost,
             record["ended"], record["new_tokens"],
         )  # fmt: skip

@@ -145,14 +145,15 @@ def read_samples(path: Path) -> list[Sample]:
     rows = 0
     for read in read_conversations(list_files(str(path))):
         rows += 1
-        if read.problem:
-            problems.append(read.problem)
-        elif not read.conversation.plain:
+        if isinstance(read, Problem):
+            problems.append(read)
+            continue
+        if not read.conversation.plain:
             problems.append(
                 Problem(read.path, read.number, "it has tools, and answers are scored without; take it out")
             )
             continue
-        messages = read.conversation.messages if read.conversation else []
+        messages = read.conversation.messages
         for i, message in enumerate(messages):
             if message["role"] == "assistant":
                 before = tuple(messages[: i - 1])

@@ -63,7 +63,7 @@ class Renderer:
 
     def decode(self, ids: Sequence[int]) -> str:
         """A generated text. In plain text an answer ends with its line, because nothing else ends it."""
-        text = self.tokenizer.decode(ids, skip_special_tokens=True).strip()
+        text = str(self.tokenizer.decode(list(ids), skip_special_tokens=True)).strip()
         return text if self.chat else text.split("\n", 1)[0].rstrip()
 
     def _bare(self, text: str) -> list[int]:

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from eval import answers
 from eval.answers import FIVE, RESULTS_NAME
@@ -15,6 +15,7 @@ from llmops.console import UserError, log
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.projections.polar import PolarAxes
 
 FLOOR, CEILING = "floor: reached without a model", "ceiling: best to be expected"
 COLORS = ("#2a6fbb", "#d9762b", "#2e7d5b", "#8f4aa8", "#b8413c", "#6b6b6b")
@@ -44,8 +45,9 @@ def read_scores(path: Path) -> tuple[str, dict[str, float]]:
     path = answers.results_of(path, FIVE) if files.is_folder(path) else path
     found = files.read_object(path, f"the {RESULTS_NAME} of compare_with", "copy it again")
     scores, model = found.get("evaluation_results"), found.get("model")
-    good = isinstance(scores, dict) and scores and isinstance(model, str)
-    if not good or not all(type(score) in (int, float) and 0 <= score <= 1 for score in scores.values()):
+    if not (isinstance(scores, dict) and scores and isinstance(model, str)) or not all(
+        type(score) in (int, float) and 0 <= score <= 1 for score in scores.values()
+    ):
         raise UserError(
             f"compare_with: {path} is no {RESULTS_NAME} of the five dimensions; expected the name of the model and "
             "evaluation_results with scores from 0 to 1"
@@ -80,7 +82,8 @@ def draw_radar(
         draw_bars(axes, names, models, dimensions, labels, bounds)
         pictures.save(figure, path)
         return
-    figure, axes = plt.subplots(figsize=(7.5, 6), dpi=120, layout="constrained", subplot_kw={"projection": "polar"})
+    figure, drawn = plt.subplots(figsize=(7.5, 6), dpi=120, layout="constrained", subplot_kw={"projection": "polar"})
+    axes = cast("PolarAxes", drawn)
     angles = [2 * math.pi * i / len(dimensions) for i in range(len(dimensions))]
     draw_bounds(axes, angles, [bounds[dimension] for dimension in dimensions])
     for k, (name, (_, scores)) in enumerate(zip(names, models, strict=True)):
@@ -121,7 +124,7 @@ def draw_bars(
         first = i == 0
         axes.bar(i, floor, 0.96, color="#9a9a9a", alpha=0.35, label=FLOOR if first else None)
         axes.hlines(
-            ceiling, i - 0.48, i + 0.48, color="#777777", linestyle="--", linewidth=1, label=CEILING if first else None
+            ceiling, i - 0.48, i + 0.48, color="#777777", linestyle="--", linewidth=1, label=CEILING if first else ""
         )
     width = 0.8 / len(models)
     for k, (name, (_, scores)) in enumerate(zip(names, models, strict=True)):

@@ -379,7 +379,7 @@ def run(config: Config) -> dict[str, Any]:
     # 3. prompts
     left_out = make_variants(list(intents), config) if wording and not lists else []
     catalog = Catalog(config.mode, wording, intents, left_out, none_reply, lists)
-    recall = {}
+    recall: dict[str, Any] = {}
     if config.candidates != "all":
         if lists or not wording:
             raise UserError(f"{data.path} brings its own candidates or prompts; leave --candidates out")
@@ -398,8 +398,8 @@ def run(config: Config) -> dict[str, Any]:
     write_outputs(config, rows, catalog)
     counts = {name.partition(".")[0]: len(found) for name, found in rows.items()}
     none_rows = sum(row["intent"] == none for row in rows["train.jsonl"])
-    made = f"{counts['train']} rows to train on ({none_rows} of them {none}), {counts['test']} to test"
-    log(f"{config.output_dir}: {made}")
+    summary = f"{counts['train']} rows to train on ({none_rows} of them {none}), {counts['test']} to test"
+    log(f"{config.output_dir}: {summary}")
     return counts | {"intents": len(intents), "output_dir": config.output_dir} | recall
 
 

@@ -278,7 +278,7 @@ def compare(
     ways = {linear.name: linear.rows} if linear else {}
     compared: dict[str, Any] = {"baselines": figures, "recommendation": ""}
     alone = [row for row in rows if "probability" in row and row.get("constrained", True) and "model_intent" not in row]
-    if len(alone) == len(rows) and linear and len(rows) >= FEWEST_JUDGED:
+    if len(alone) == len(rows) and linear and linear.values is not None and len(rows) >= FEWEST_JUDGED:
         from faq.joined import join
 
         plain = [row | {"intent": row.pop("proposed", row["intent"])} for row in map(dict, rows)]

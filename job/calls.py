@@ -11,6 +11,7 @@ import threading
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterable, Mapping
+from email.message import Message
 from typing import TypeVar
 from urllib.parse import SplitResult, unquote_to_bytes, urlsplit
 
@@ -121,7 +122,7 @@ def attempt(work: Callable[[], T]) -> T:
         raise CallFailed(error.strerror or str(error) or type(error).__name__, True) from error
 
 
-def pause_of(headers: Mapping[str, str]) -> float:
+def pause_of(headers: Mapping[str, str] | Message) -> float:
     """The seconds of Retry-After; 0 where it says none."""
     text = headers.get("Retry-After") or ""
     return min(float(text), LONGEST_PAUSE) if re.fullmatch(r"\d{1,6}", text) else 0.0

@@ -133,7 +133,8 @@ def read_settings(argv: Sequence[str], environment: Mapping[str, str]) -> Settin
 
     What follows -- are flags of the command that does the work.
     """
-    own, rest = list(argv), ()
+    own = list(argv)
+    rest: tuple[str, ...] = ()
     if "--" in own:
         place = own.index("--")
         own, rest = own[:place], tuple(own[place + 1 :])

@@ -2,7 +2,6 @@
 
 import importlib.util
 import time
-from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING
 
 from starlette.applications import Starlette
@@ -11,6 +10,7 @@ from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 from starlette.routing import BaseRoute, Route
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serve.answers import ApiError, json_response
 from serve.metrics import CONTENT_TYPE, Metrics
@@ -99,14 +99,14 @@ async def failed(request: Request, error: Exception) -> Response:
 class Counting:
     """ASGI middleware that counts answers by the route's path (never by what a client makes up) and status."""
 
-    def __init__(self, app: Callable[..., Awaitable[None]], metrics: Metrics) -> None:
+    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
         self.app = app
         self.metrics = metrics
 
-    async def __call__(self, scope: dict, receive: Callable, send: Callable) -> None:
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Count an answer when it begins."""
 
-        async def counted(message: dict) -> None:
+        async def counted(message: Message) -> None:
             if message["type"] == "http.response.start":
                 route = scope.get("route")
                 path = getattr(route, "path", "") or "other"

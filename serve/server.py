@@ -84,7 +84,8 @@ class Server(uvicorn.Server):
         logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
         config: Any = uvicorn.Config(
             app, http=protocol(access.connections), ws="none", loop="asyncio", lifespan="off", log_config=None,
-            access_log=False, server_header=False, proxy_headers=False, timeout_graceful_shutdown=drain_seconds,
+            access_log=False, server_header=False, proxy_headers=False,
+            timeout_graceful_shutdown=drain_seconds,  # type: ignore[arg-type]  # asyncio waits for parts of a second
         )  # fmt: skip
         super().__init__(config)
         self.app = app

@@ -25,7 +25,7 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from llmops.generation.capacity import fixed_attention
+from llmops.generation.capacity import config_of, fixed_attention
 from train import cpu_attention
 
 NAME = "shared_prefix"
@@ -177,13 +177,17 @@ def block_mask(parts: dict[str, torch.Tensor], end: torch.Tensor) -> BlockMask:
     def sees(row: torch.Tensor, head: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
         return (k <= q) & (q < end[k])
 
-    return BlockMask(seq_lengths=(len(end), len(end)), BLOCK_SIZE=(TILE, TILE), mask_mod=sees, **parts)
+    given: dict[str, Any] = {"seq_lengths": (len(end), len(end)), "BLOCK_SIZE": (TILE, TILE), "mask_mod": sees, **parts}
+    return BlockMask(**given)
 
 
 @cache
-def flex_kernel(device: str) -> Callable[..., torch.Tensor]:
+def flex_kernel(device: str) -> Callable[..., Any]:
     """FlexAttention, compiled on a GPU. Shapes may change from batch to batch, so `dynamic` stays torch's choice."""
-    return torch.compile(flex_attention) if device == "cuda" else flex_attention
+    if device != "cuda":
+        return flex_attention
+    compiled: Any = torch.compile(flex_attention)
+    return compiled
 
 
 def attention(
@@ -254,7 +258,7 @@ def why_no_flex(model: torch.nn.Module, device: torch.device, dtype: torch.dtype
     """
     if device.type != "cuda":
         return "there is no GPU"
-    config = model.config.get_text_config()
+    config = config_of(model).get_text_config()
     if getattr(config, "attention_dropout", 0):
         return "the model drops out attention weights"
     if torch.cuda.get_device_capability(device) < (8, 0):
@@ -283,10 +287,11 @@ def flex_difference(heads: int, kv_heads: int, width: int, device: torch.device,
     place = torch.arange(len(layout.end), device=device)
     mask = (place[None, :] <= place[:, None]) & (place[:, None] < layout.end[None, :])
     found = []
-    for kernel, how in (
+    kernels: tuple[tuple[Callable[..., Any], dict[str, Any]], ...] = (
         (flex_kernel(device.type), {"block_mask": layout.tiles}),
         (torch.nn.functional.scaled_dot_product_attention, {"attn_mask": mask}),
-    ):
+    )
+    for kernel, how in kernels:
         out = kernel(*inputs, enable_gqa=heads != kv_heads, **how)
         found.append([out, *torch.autograd.grad(out.float().square().sum(), inputs)])
     pairs = [(a.detach(), b.detach()) for a, b in zip(*found, strict=True)]

@@ -257,7 +257,8 @@ def accepts_logits_to_keep(model: torch.nn.Module) -> bool:
     import inspect
 
     while True:
-        inner = getattr(model, "module", None) or (model.get_base_model() if hasattr(model, "get_base_model") else None)
-        if inner is None:
+        wrapped: Any = getattr(model, "module", None)
+        adapted: Any = getattr(model, "get_base_model", None)
+        if wrapped is None and adapted is None:
             return "logits_to_keep" in inspect.signature(model.forward).parameters
-        model = inner
+        model = adapted() if wrapped is None else wrapped

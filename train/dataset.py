@@ -6,6 +6,7 @@ lists and 102 µs as arrays (on the machine that the figures of docs/speed.md ar
 """
 
 import hashlib
+import inspect
 import json
 import os
 import shutil
@@ -178,7 +179,7 @@ class Source:
         import transformers
 
         digest = hashlib.sha256()
-        rooms = (Path(module.__file__).parent for module in (records, chat_format))
+        rooms = (Path(inspect.getfile(module)).parent for module in (records, chat_format))
         code = [Path(__file__), *(path for room in rooms for path in sorted(room.glob("*.py")))]
         code += sorted(TEMPLATES.glob("*.json"))
         names = (
@@ -325,8 +326,8 @@ class Encoder:
         places: list[tuple[int, int]] = []
         file = self.source.paths.index(chunk.path) << FILE_BIT
         for read in data_files.conversations_of(chunk):
-            if read.problem:
-                found.problems.append(read.problem)
+            if isinstance(read, Problem):
+                found.problems.append(read)
                 continue
             found.shapes[read.shape] += 1
             if found.failure:

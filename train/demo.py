@@ -16,7 +16,7 @@ sys.path.insert(0, str(HERE.parent))
 
 from llmops import files
 from llmops.console import UserError, has_gpu, log, progress, run_main
-from llmops.conversations.data_files import read_conversations
+from llmops.conversations.data_files import Read, read_conversations
 from llmops.conversations.records import Conversation, Message
 from train.config import writable_problem
 
@@ -26,7 +26,7 @@ BASE_STEPS = 120
 
 def messages_of(path: Path) -> list[list[Message]]:
     """The conversations of a file."""
-    return [read.conversation.messages for read in read_conversations(path) if read.conversation]
+    return [read.conversation.messages for read in read_conversations(path) if isinstance(read, Read)]
 
 
 def texts_of(path: Path) -> list[str]:
@@ -102,7 +102,8 @@ def answer(folder: Path, question: str) -> str:
     opened = ChatModel(Checkpoint(folder))
     chat, model = opened.chat, opened.load(torch.float32).eval()
     prompt = torch.tensor([chat.prompt([{"role": "user", "content": question}])])
-    out = model.generate(input_ids=prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=64, do_sample=False)
+    generate: Any = model.generate
+    out = generate(input_ids=prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=64, do_sample=False)
     return chat.tokenizer.decode(out[0, prompt.shape[1] :], skip_special_tokens=True).strip()
 
 

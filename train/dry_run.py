@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice, pairwise
 from typing import Any
 
@@ -19,6 +20,7 @@ import psutil
 import torch
 
 from llmops.console import duration, log
+from llmops.generation.capacity import base_of
 from llmops.machine import cpu_kernels, devices
 from train import attention, session
 from train.batches import PackedCollator, PaddedCollator, target_losses, to_device
@@ -129,17 +131,22 @@ def timed(
     models = [empty_model(config, dtype, layers, device) for layers in (1, 3)]
     best = [[math.inf, math.inf], [math.inf, math.inf]]
     for model in models:
-        base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        base = base_of(model)
         if "layout" in batch and attention.supports_packing(base) is None:
             base.set_attn_implementation(attention.NAME)
     for attempt in range(4):
         for model, seconds in zip(models, best, strict=True):
             found = [
-                seconds_of(lambda m=model: target_losses(m, batch).mean().backward(), device),
-                seconds_of(torch.no_grad()(lambda m=model: target_losses(m, batch)), device),
+                seconds_of(partial(learn, model, batch), device),
+                seconds_of(partial(torch.no_grad()(target_losses), model, batch), device),
             ]
             seconds[:] = [min(pair) for pair in zip(seconds, found, strict=True)] if attempt else seconds
     return best[0], best[1]
+
+
+def learn(model: torch.nn.Module, batch: dict[str, Any]) -> None:
+    """A forward and a backward pass."""
+    target_losses(model, batch).mean().backward()
 
 
 def seconds_of(work: Callable[[], Any], device: torch.device) -> float:

@@ -6,13 +6,17 @@ the meta device with layers of the model's own class; for models whose attention
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
-from llmops.generation.capacity import fixed_attention
+from llmops.generation.capacity import base_of, fixed_attention
 from llmops.models.lora_layers import choose_lora_layers
 from train.config import Config
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel
 
 PROBE = "count_saved"  # the attention that keeps what fused kernels keep
 PROBE_TOKENS = 64
@@ -78,23 +82,25 @@ def empty_model(
     return add_lora(config, model) if config.train_type == "lora" else model
 
 
-def add_lora(config: Config, model: torch.nn.Module) -> torch.nn.Module:
+def add_lora(config: Config, model: "PreTrainedModel") -> "PeftModel":
     """LoRA layers on a model, in the model's own dtype (PEFT alone would make them fp32)."""
     from peft import LoraConfig, get_peft_model
 
     layers = choose_lora_layers(model, config.lora_module_name, config.checkpoint.lora_layers)
     lora = LoraConfig(
-        r=config.lora_dim, lora_alpha=config.lora_alpha, lora_dropout=config.lora_dropout, target_modules=layers,
+        r=config.lora_dim,
+        lora_alpha=config.lora_alpha,  # type: ignore[arg-type]  # PEFT divides it by r, whatever number it is
+        lora_dropout=config.lora_dropout, target_modules=layers,
         task_type="CAUSAL_LM",
     )  # fmt: skip
-    return get_peft_model(model, lora, autocast_adapter_dtype=False)
+    return cast("PeftModel", get_peft_model(model, lora, autocast_adapter_dtype=False))
 
 
 def model_shape(config: Config, dtype: torch.dtype) -> Shape:
     """The model's shape; tied weights count once."""
     model = empty_model(config, dtype)
     sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = base_of(model)
     text = base.config.get_text_config()
     width = torch.empty((), dtype=dtype).element_size()
     layers = getattr(text, "num_hidden_layers", None) or text.num_layers
@@ -115,7 +121,7 @@ def saved_bytes(model: torch.nn.Module) -> int:
     from transformers import AttentionInterface
 
     AttentionInterface.register(PROBE, _keeps_like_fused)
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = base_of(model)
     base.set_attn_implementation(PROBE)
     weights = {StorageWeakRef(p.untyped_storage()) for p in model.parameters()}
     kept: dict[StorageWeakRef, torch.Tensor] = {}

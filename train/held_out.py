@@ -5,6 +5,7 @@ from pathlib import Path
 
 from llmops import files, json_text
 from llmops.conversations import data_files
+from llmops.conversations.data_files import Read
 from llmops.conversations.records import Conversation
 from train.dataset import TokenDataset
 from train.ownership import HELD_OUT
@@ -20,7 +21,7 @@ def write(output: Path, test: TokenDataset, sources: Sequence[Path]) -> None:
         for chunk in data_files.read_chunks(sources):
             number = sources.index(chunk.path)
             for read in data_files.conversations_of(chunk):
-                if read.conversation and (number, read.number) in places:
+                if isinstance(read, Read) and (number, read.number) in places:
                     stream.write(json_text.dumps(row_of(read.conversation)) + "\n")
 
 

@@ -3,6 +3,7 @@
 Standard library only.
 """
 
+import math
 import os
 import shutil
 from contextlib import ExitStack
@@ -118,12 +119,12 @@ def step_of(output: Path, saved: dict[str, Any]) -> int | None:
     step = record.get(STEP) if isinstance(record, dict) else None
     if type(step) is int and step > 0:
         return step
-    sizes = [saved.get(name) for name in STEP_SETTINGS]
-    if not all(type(size) is int and size > 0 for size in sizes):
+    sizes = [size for size in map(saved.get, STEP_SETTINGS) if type(size) is int and size > 0]
+    if len(sizes) < len(STEP_SETTINGS):
         return None
     for checkpoint in reversed(checkpointing.list_checkpoints(output)):
         if checkpointing.damage(checkpoint) is None:
-            return sizes[0] * sizes[1] * checkpointing.read_manifest(checkpoint).world_size
+            return math.prod(sizes) * checkpointing.read_manifest(checkpoint).world_size
     return None
 
 

@@ -27,6 +27,7 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled, unse
 from llmops import files
 from llmops.console import RunStopped, UserError, log
 from llmops.conversations import data_files
+from llmops.generation.capacity import base_of
 from llmops.intents.questions import INTENTS_NAME
 from llmops.machine import cpu_kernels, devices, process_group
 from llmops.machine.peers import Peers
@@ -225,11 +226,11 @@ def load_for_training(config: Config, opened: ChatModel, dtype: torch.dtype, dev
 
     Straight onto a GPU, unless ZeRO 3 cuts the weights up while they are loaded.
     """
-    model = opened.weights(dtype, None if is_deepspeed_zero3_enabled() else device)
-    model.config.use_cache = False
+    base = opened.weights(dtype, None if is_deepspeed_zero3_enabled() else device)
+    base.config.use_cache = False
     if config.train_type == "all":
-        return model
-    model = add_lora(config, model)
+        return base
+    model = add_lora(config, base)
     model.peft_config["default"].base_model_name_or_path = str(opened.checkpoint.folder.resolve())
     return model
 
@@ -238,7 +239,7 @@ def choose_collator(
     config: Config, model: torch.nn.Module, tokenizer: Any, device: torch.device, dtype: torch.dtype
 ) -> tuple[PackedCollator | PaddedCollator, str]:
     """Packed batches where they were asked for and the model can take them, and how attention is computed."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = base_of(model)
     reason = attention.supports_packing(base) if config.packing else "that was asked for"
     if config.packing and config.neftune_noise_alpha:
         reason = "NEFTune's noise is defined per padded row"
@@ -409,7 +410,7 @@ def finish(config: Config, trainer: ChatTrainer, rank: int) -> dict[str, Any]:
     """Put the final model, the picture and the results into output_path; the results in every process."""
     output = Path(config.output_path)
     state = trainer.state
-    evaluated = {line["step"]: line for line in state.log_history if "eval_loss" in line}
+    evaluated = {int(line["step"]): line for line in state.log_history if "eval_loss" in line}
     step = state.best_global_step if config.load_best_model_at_end and state.best_global_step else state.global_step
     if rank == 0:
         step = whole_step(output, step, set(evaluated))

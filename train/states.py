@@ -10,6 +10,7 @@ import struct
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
@@ -29,7 +30,7 @@ UNLOADABLE = (
 )  # fmt: skip
 
 
-def member(kind: type, name: str) -> ZeroStageEnum:
+def member(kind: Any, name: str) -> ZeroStageEnum:
     """What stands for `getattr` in a state: Python 3.11.0 to 3.11.3 pickle a member of an Enum as getattr(Enum, name).
 
     Raises UnpicklingError for anything but a member of DeepSpeed's stages.

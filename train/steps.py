@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -45,6 +45,13 @@ def few_steps(steps: int, per_epoch: int) -> str:
     )
 
 
+class Order(Protocol):
+    """Indices in an order whose length is known."""
+
+    def __len__(self) -> int: ...
+    def __iter__(self) -> Iterator[int]: ...
+
+
 class StepSampler(torch.utils.data.Sampler[list[int]]):
     """The conversations of each optimizer step, in the order of another sampler; the last step may have fewer.
 
@@ -52,7 +59,7 @@ class StepSampler(torch.utils.data.Sampler[list[int]]):
     """
 
     def __init__(
-        self, order: Sequence[int] | torch.utils.data.Sampler[int], size: int, replay: Iterable[int] = (),
+        self, order: Order, size: int, replay: Iterable[int] = (),
         replayed: int = 0,
     ) -> None:  # fmt: skip
         self.order, self.own, self.replay, self.replayed = order, size - replayed, replay, replayed
@@ -79,8 +86,9 @@ class StepCollator:
         self.collate, self.split, self.rank, self.world = collate, split, rank, world
 
     def __call__(self, samples: Sequence[Sample]) -> dict[str, Any]:
-        shared = isinstance(self.collate, PackedCollator)
-        plan = plan_step(samples, self.split, self.world, shared and self.collate.share_prefixes, not shared)
+        share = isinstance(self.collate, PackedCollator) and self.collate.share_prefixes
+        padded = isinstance(self.collate, PaddedCollator)
+        plan = plan_step(samples, self.split, self.world, share, padded)
         shortest = min(range(len(samples)), key=lambda i: len(samples[i]["ids"]))
         batches = []
         for group in plan[self.rank]:

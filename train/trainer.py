@@ -6,7 +6,7 @@ import shutil
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -27,11 +27,22 @@ from llmops.console import EXIT_TERMINATED, RunStopped, Terminated, log
 from llmops.models.checkpoints import Checkpoint
 from llmops.models.portable import make_portable
 from train import checkpointing, ownership
-from train.batches import right_answers, target_logits, target_losses, to_device, token_losses
+from train.batches import (
+    PackedCollator,
+    PaddedCollator,
+    right_answers,
+    target_logits,
+    target_losses,
+    to_device,
+    token_losses,
+)
 from train.dataset import TokenDataset
 from train.replay import Joined, ReplayOrder, replayed
 from train.steps import Split, StepCollator, StepSampler
 from train.training_log import ACCURACY, TokenCounter
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 
 def barrier() -> None:
@@ -86,6 +97,11 @@ class ChatTrainer(Trainer):
     nothing asks a tensor for its value, so a GPU is never waited for: counts are made where the data is.
     """
 
+    train_dataset: TokenDataset
+    eval_dataset: TokenDataset
+    data_collator: PackedCollator | PaddedCollator
+    model: "PreTrainedModel | PeftModel"
+
     def __init__(
         self, *args: Any, retention: TokenDataset, tokens: TokenCounter, keep: int, grouped: bool, split: Split,
         step_size: int, checkpoint: Checkpoint, replay: TokenDataset | None = None, replay_ratio: float = 0.0,
@@ -103,21 +119,21 @@ class ChatTrainer(Trainer):
         self.split = split
         self.checkpoint = checkpoint  # what the training begins with
         self.chosen: dict[str, Any] = {}  # what the run chose by itself, for the record
+        assert self.args.output_dir
         self.output = Path(self.args.output_dir)
         self.seconds = 0.0
         self._staging = False
         self.ended = False  # the checkpoint that this start goes on from was the last one
         self.asked_to_end: Callable[[], bool] = lambda: False
 
-    def _get_train_sampler(self, train_dataset: TokenDataset | None = None) -> torch.utils.data.Sampler:
-        dataset = train_dataset if train_dataset is not None else self.train_dataset
+    def _get_train_sampler(self, train_dataset: torch.utils.data.Dataset[Any] | None = None) -> EpochSampler:
         size = self.step_size - self.replayed if self.grouped else None
-        return EpochSampler(dataset.lengths, self.args.seed, size, self._epoch)
+        return EpochSampler(self.train_dataset.lengths, self.args.seed, size, self._epoch)
 
     def _epoch(self) -> int:
         return int((self.state.epoch or 0) + 1e-6)
 
-    def get_train_dataloader(self) -> torch.utils.data.DataLoader:
+    def get_train_dataloader(self) -> torch.utils.data.DataLoader[Any]:
         """One item per optimizer step, the same conversations in every process; on a GPU a worker makes them ready."""
         args, on_gpu = self.args, self.args.device.type == "cuda"
         data: Any = self.train_dataset if self.replay is None else Joined(self.train_dataset, self.replay)

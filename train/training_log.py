@@ -77,10 +77,11 @@ class TrainingLog(TrainerCallback):
             self.bar.update(state.global_step - self.bar.n)
 
     def on_log(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, Any], **kwargs: Any
-    ) -> None:
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl,
+        logs: dict[str, Any] | None = None, **kwargs: Any,
+    ) -> None:  # fmt: skip
         """Append one line to log.txt."""
-        rate = None
+        rate, logs = None, logs or {}
         if "loss" in logs:  # on every process: the counter is summed over all of them
             now = time.monotonic()
             rate = self.tokens.take() / max(now - self.marked, 1e-9)

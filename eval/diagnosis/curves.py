@@ -24,7 +24,7 @@ class Cell(NamedTuple):
     low: float
     low_place: Place
     last: float
-    count: int
+    size: int
 
 
 class Curve:
@@ -96,7 +96,7 @@ class Curve:
                 column.pop()
             gone += 1
         while not self.values and self.cells and reached(self.cells[-1].first, step, epoch):
-            gone += self.cells.pop().count
+            gone += self.cells.pop().size
         return gone
 
 
@@ -111,9 +111,9 @@ def merge(a: Cell, b: Cell | None = None) -> Cell:
     """Two neighbours as one cell."""
     if b is None:
         return a
-    count = a.count + b.count
+    count = a.size + b.size
     low = a if a.low <= b.low else b
-    mean = (a.mean * a.count + b.mean * b.count) / count
+    mean = (a.mean * a.size + b.mean * b.size) / count
     return Cell(a.first, b.place, mean, low.low, low.low_place, b.last, count)
 
 
@@ -147,6 +147,6 @@ def series(curve: Curve, axis: str) -> Series:
     lowest = min(range(len(cells)), key=lambda i: cells[i].low)
     return Series(
         [along(cell.place) for cell in cells], [cell.mean for cell in cells], [cell.place.order for cell in cells],
-        [cell.count for cell in cells], cells[lowest].low, along(cells[lowest].low_place), lowest, cells[-1].last,
+        [cell.size for cell in cells], cells[lowest].low, along(cells[lowest].low_place), lowest, cells[-1].last,
         along(cells[-1].place),
     )  # fmt: skip

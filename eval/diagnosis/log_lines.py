@@ -7,7 +7,7 @@ leaves that open the loss counts for nothing, and the line is counted.
 """
 
 import re
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from eval.diagnosis.names import BEST_WORDS, EVAL_WORDS, PART_WORDS, TRAIN_WORDS, Name, data_of, name_of
 
@@ -180,7 +180,7 @@ def data_in(found: dict[str, Pair]) -> str:
 
 def reading_of(texts: dict[str, bytes], data: str = "", passed: str = "", bar: bool = False) -> Reading:
     """The reading of values by role; what is no number (null, None) is not told."""
-    told: dict[str, float] = {}
+    told: dict[str, Any] = {}
     for role, text in texts.items():
         try:
             value = float(text)

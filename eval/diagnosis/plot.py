@@ -2,10 +2,14 @@
 
 import textwrap
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from eval.diagnosis.criteria import HIGH, LOW, MEDIUM, Diagnosis
 from eval.diagnosis.training_run import TrainingRun
 from llmops import pictures
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 COLORS = {HIGH: "#c0392b", MEDIUM: "#c77c11", LOW: "#2e7d5b"}
 STYLES = {
@@ -50,7 +54,7 @@ def draw(diagnosis: Diagnosis, run: TrainingRun, path: Path) -> None:
     pictures.save(figure, path)
 
 
-def mark_overfitting(axes: "plt.Axes", diagnosis: Diagnosis) -> None:  # noqa: F821
+def mark_overfitting(axes: "Axes", diagnosis: Diagnosis) -> None:
     """The best evaluation, and from there on the rise, when overfitting is a risk."""
     evaluation, finding = diagnosis.curves["eval_loss"], diagnosis.findings["overfitting"]
     if not len(evaluation):
@@ -62,7 +66,7 @@ def mark_overfitting(axes: "plt.Axes", diagnosis: Diagnosis) -> None:  # noqa: F
         axes.axvspan(evaluation.best_x, evaluation.last_x, color=COLORS[finding.level], alpha=0.08)
 
 
-def mark_forgetting(axes: "plt.Axes", diagnosis: Diagnosis) -> None:  # noqa: F821
+def mark_forgetting(axes: "Axes", diagnosis: Diagnosis) -> None:
     """The first retention loss as a level to compare with; a sudden rise where it is only hinted at."""
     finding = diagnosis.findings["catastrophic_forgetting"]
     if "first_retention_loss" in finding.numbers:

@@ -7,7 +7,7 @@ by log_lines.py. The shapes are as the tools print them; examples stand in tests
 import math
 import re
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from eval.diagnosis.log_lines import NUMBER, Reading, parse_line
 from eval.diagnosis.names import VALID_WORDS
@@ -54,7 +54,7 @@ def marian_valid(match: Match, line: bytes) -> Reading:
 
 def boosting(match: Match, line: bytes) -> Reading | None:
     """XGBoost: `[0]\\ttrain-logloss:0.6\\teval-logloss:0.7`; of several evaluation sets the last, as it stops by."""
-    told = {}
+    told: dict[str, Any] = {}
     for name, _, metric, value in METRIC.findall(line):
         if OF_LOSS.search(metric):
             told["loss" if name.lower() in (b"train", b"training", b"dtrain") else "eval_loss"] = float(value)
@@ -63,7 +63,7 @@ def boosting(match: Match, line: bytes) -> Reading | None:
 
 def lightgbm(match: Match, line: bytes) -> Reading | None:
     """`[10]\\ttraining's binary_logloss: 0.4\\tvalid_1's binary_logloss: 0.5`."""
-    told = {}
+    told: dict[str, Any] = {}
     for name, metric, value in NAMED_METRIC.findall(line):
         if OF_LOSS.search(metric):
             told["loss" if name.lower().startswith(b"train") else "eval_loss"] = float(value)
@@ -91,14 +91,17 @@ def mmengine(match: Match, line: bytes) -> Reading | None:
 
 def llm_c(match: Match, line: bytes) -> Reading:
     """`s:100 trl:4.2 tel:4.1`: the step, the training loss, the test loss of llm.c."""
-    told = {"loss" if name == b"trl" else "eval_loss": float(value) for name, value in LLM_C.findall(line)}
+    told: dict[str, Any] = {}
+    for name, value in LLM_C.findall(line):
+        told["loss" if name == b"trl" else "eval_loss"] = float(value)
     return Reading(step=number(match[1]), **told)
 
 
 def split_words(match: Match, line: bytes) -> Reading:
     """`250 val 3.2841`: the main log of small GPT trainers."""
-    role = "loss" if match[2] == b"train" else "eval_loss"
-    return Reading(step=number(match[1]), **{role: float(match[3])})
+    value = float(match[3])
+    step = number(match[1])
+    return Reading(step=step, loss=value) if match[2] == b"train" else Reading(step=step, eval_loss=value)
 
 
 def perplexity(match: Match, line: bytes) -> Reading:

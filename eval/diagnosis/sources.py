@@ -12,8 +12,9 @@ import stat
 import sys
 import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from llmops import files
 from llmops.console import UserError
@@ -53,7 +54,11 @@ class Gzip:
         return out
 
 
-PACKED = {b"\x1f\x8b": Gzip, b"BZh": bz2.BZ2Decompressor, b"\xfd7zXZ\x00": lzma.LZMADecompressor}
+PACKED: dict[bytes, Callable[[], Any]] = {
+    b"\x1f\x8b": Gzip,
+    b"BZh": bz2.BZ2Decompressor,
+    b"\xfd7zXZ\x00": lzma.LZMADecompressor,
+}
 
 
 def read_log(path: str) -> Iterator[bytes]:
@@ -126,8 +131,8 @@ def unpacked(pieces: Iterator[bytes], path: str) -> Iterator[bytes]:
         head += piece
         if len(head) >= HEAD:
             break
-    for magic, what in REFUSED.items():
-        if head.startswith(magic):
+    for beginning, what in REFUSED.items():
+        if head.startswith(beginning):
             raise UserError(f"the log {path} is {what}")
     magic = next((magic for magic in PACKED if head.startswith(magic)), None)
     if magic is None:

@@ -9,6 +9,7 @@ import csv
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from eval.diagnosis.log_lines import LARGEST_PLACE, Reading
 from eval.diagnosis.names import Name, name_of
@@ -44,7 +45,7 @@ class Table:
         cells = self.cells(line)
         if len(cells) != self.width:
             raise ValueError(f"{len(cells)} cells")
-        told: dict[str, float] = {}
+        told: dict[str, Any] = {}
         for role, places in self.columns.items():
             texts = [cells[place].strip() for place in places]
             if all(VALUE.match(text) for text in texts):

@@ -297,7 +297,10 @@ class TrainingRun:
             return False
         count, start = len(texts[0]), self.readings
         heading = self._heading if steps and not epochs else None
-        places = (steps or [None] * count, epochs or [heading] * count)
+        places: tuple[Sequence[float | None], Sequence[float | None]] = (
+            steps or [None] * count,
+            epochs or [heading] * count,
+        )
         if count < REMEMBERED:
             self._remember_columns()
         self._columns = []

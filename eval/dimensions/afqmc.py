@@ -14,7 +14,7 @@ ANSWERS = {"1": "是", "0": "否"}
 
 def read(path: Path) -> Loaded:
     """jsonl or parquet `{"sentence1", "sentence2", "label": "0" or "1"}`; the test file has no labels: refused."""
-    samples = []
+    samples: list[Sample] = []
     for number, record in read_rows(path):
         where = f"{path}:{number}"
         if "label" not in record:

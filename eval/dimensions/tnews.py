@@ -39,7 +39,7 @@ def score(prediction: str, sample: Sample) -> Scores:
 
 def ceiling(samples: Sequence[Sample]) -> tuple[str, list[float | None]]:
     """BLEU of the keywords that stand in the title: most of the true ones came from the article, which nobody sees."""
-    found = []
+    found: list[float | None] = []
     for sample in samples:
         inside = [word for word in metrics.split_keywords(sample.references[0]) if word in sample.passage]
         found.append(metrics.keyword_bleu(",".join(inside), sample.references[0]))

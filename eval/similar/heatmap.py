@@ -1,7 +1,7 @@
 """Heat map of the intents that are confused most."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from eval.similar.findings import Findings
 from eval.similar.groups import gather
@@ -53,7 +53,8 @@ def paint(counts: "np.ndarray", merged: list[tuple[int, int]], labels: list[str]
     many = counts.max() > 50
     image = axes.imshow(shown, cmap="YlOrRd", norm="log" if many else None, vmin=1)
     for i, j in zip(*counts.nonzero(), strict=True):
-        dark = image.norm(counts[i, j]) > 0.6
+        shade: Any = image.norm(counts[i, j])
+        dark = shade > 0.6
         axes.text(j, i, f"{counts[i, j]}", ha="center", va="center", fontsize=7, color="white" if dark else "black")
     for x, y in merged:
         axes.add_patch(plt.Rectangle((x - 0.5, y - 0.5), 1, 1, fill=False, edgecolor="#2a6fbb", linewidth=2))

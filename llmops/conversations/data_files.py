@@ -45,13 +45,12 @@ class Chunk(NamedTuple):
 
 
 class Read(NamedTuple):
-    """A row as a conversation of a shape, or as a problem."""
+    """A row as a conversation of a shape."""
 
     path: Path
     number: int
-    conversation: Conversation | None
+    conversation: Conversation
     shape: str
-    problem: Problem | None
 
 
 @dataclass(frozen=True)
@@ -310,13 +309,13 @@ def file_digest(path: Path) -> str:
 # --- conversations
 
 
-def read_conversations(paths: Path | Sequence[Path]) -> Iterator[Read]:
+def read_conversations(paths: Path | Sequence[Path]) -> Iterator[Read | Problem]:
     """Every row of these files as a conversation or a problem."""
     for chunk in read_chunks([paths] if isinstance(paths, Path) else paths):
         yield from conversations_of(chunk)
 
 
-def conversations_of(chunk: Chunk) -> Iterator[Read]:
+def conversations_of(chunk: Chunk) -> Iterator[Read | Problem]:
     """Every row of a chunk as a conversation, or what is wrong with it."""
     unit = unit_of(chunk.path)
     for number, value, problem in rows_of(chunk):
@@ -327,9 +326,9 @@ def conversations_of(chunk: Chunk) -> Iterator[Read]:
             except BadRow as error:
                 text = str(error)
             else:
-                yield Read(chunk.path, number, conversation, shape, None)
+                yield Read(chunk.path, number, conversation, shape)
                 continue
-        yield Read(chunk.path, number, None, "", Problem(chunk.path, number, text, unit))
+        yield Problem(chunk.path, number, text, unit)
 
 
 def validate_files(paths: Sequence[Path], skip_bad_lines: bool = False) -> Found:
@@ -340,8 +339,8 @@ def validate_files(paths: Sequence[Path], skip_bad_lines: bool = False) -> Found
     counts: Counter[str] = Counter()
     problems: list[Problem] = []
     for read in progress(read_conversations(paths), f"checking {name_of(paths)}"):
-        if read.problem:
-            problems.append(read.problem)
+        if isinstance(read, Problem):
+            problems.append(read)
         else:
             counts[read.shape] += 1
     return judge(paths, Found(counts, len(problems)), problems, skip_bad_lines)

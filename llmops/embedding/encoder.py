@@ -41,8 +41,9 @@ class Encoder:
         with loading(f"the embedding model {folder.folder}", CURE):
             self.model = load_model(folder, device, number, trust_remote_code).eval()
             self.prompt = self.model.prompts.get(self.model.default_prompt_name or "")
-        core = self.model.transformers_model
+        core: Any = self.model.transformers_model
         self.vocabulary = core.get_input_embeddings().weight.shape[0] if core is not None else 0
+        self.core = core
         self.fused = core is not None and core.config._attn_implementation == "sdpa"
         self.attention = ""
         positions = int(getattr(core and core.config, "max_position_embeddings", 0) or 0)
@@ -126,7 +127,7 @@ class Encoder:
         attention = "eager" if width <= PLAIN_ATTENTION_UP_TO else fused_attention.NAME
         if self.fused and attention != self.attention:
             self.attention = attention
-            self.model.transformers_model.set_attn_implementation(attention)
+            self.core.set_attn_implementation(attention)
         moved = {k: v.to(self.device) if isinstance(v, torch.Tensor) else v for k, v in features.items()}
         vectors = self.model(moved)["sentence_embedding"].float()[:, : self.model.truncate_dim]
         return torch.nn.functional.normalize(vectors, dim=1).cpu().numpy()
@@ -147,7 +148,8 @@ def load_model(
         """A transformer that says which tensors its files lack; the library makes them up."""
 
         def _load_model(self, *given: Any, **more: Any) -> Any:
-            model, found = super()._load_model(*given, output_loading_info=True, **more)
+            loaded: Any = super()._load_model(*given, output_loading_info=True, **more)
+            model, found = loaded
             lost = [name for name in found["missing_keys"] if "pooler" not in name and "position_ids" not in name]
             if lost:
                 raise UserError(

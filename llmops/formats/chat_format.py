@@ -63,7 +63,9 @@ class ChatFormat:
         if self.layout is None and not tokenizer.chat_template:
             raise UserError(f"the checkpoint has no chat template; pass --mode with its format, one of {modes_text()}")
         variables = ({} if thinking is None else {"enable_thinking": thinking}) | dict(variables or {})
-        self.template = None if self.layout else ChatTemplate(tokenizer, self._template_name(), variables)
+        self.template: ChatTemplate | None = (
+            None if self.layout else ChatTemplate(tokenizer, self._template_name(), variables)
+        )
         own = {self._token_text(token): self._special_id(token) for token in self._own_tokens()}
         self.controls = ControlTokens(tokenizer, own, written_around(self.template) if self.template else ())
 
@@ -72,13 +74,13 @@ class ChatFormat:
         self._check_tools(messages, tools)
         if self.layout:
             return self._encode_pieces(self.layout(messages, True)).ids
-        self.template.start(messages)
+        self._jinja.start(messages)
         if self._trusted(messages, tools):
-            text = self.template.text(messages, True, tools)
+            text = self._jinja.text(messages, True, tools)
             ids = self._encode(text)
             if self._own_only(text, Asked(messages, tools), True, ids):
                 return ids
-        return self.controls.encode_named(self.template.named(messages, True, self.controls, tools))[0]
+        return self.controls.encode_named(self._jinja.named(messages, True, self.controls, tools))[0]
 
     def stop_ids(self) -> list[int]:
         """Tokens at which the assistant has finished: the end token and the family's own."""
@@ -100,7 +102,7 @@ class ChatFormat:
             if self.family.one_sample_per_answer:
                 return [self._encode_pieces(self.layout(marked[:end], False)) for end in ends]
             return [self._encode_pieces(self.layout(marked, False))]
-        self.template.start(messages)
+        self._jinja.start(messages)
         asked = Asked(messages, tools)
         samples = self._templated(asked, ends, False) if self._trusted(messages, tools) else None
         return samples or self._templated(asked, ends, True) or []
@@ -118,18 +120,24 @@ class ChatFormat:
         """Whether the rendered messages may go to the tokenizer as they are."""
         return self.allow_special_tokens or self.controls.first(messages, tools) is None
 
+    @property
+    def _jinja(self) -> ChatTemplate:
+        """The template, in a format that has one."""
+        assert self.template is not None
+        return self.template
+
     def _own_only(self, text: str, asked: "Asked", generate: bool, ids: Sequence[int]) -> bool:
         """Whether all control tokens of a rendered and encoded conversation are the template's."""
         if self.allow_special_tokens:
             return True
         if self.controls.checks and self.controls.count(ids) != len(self.controls.found(text)):
             return False
-        return self.template.own_only(text, asked.messages, generate, self.controls, asked.tools)
+        return self._jinja.own_only(text, asked.messages, generate, self.controls, asked.tools)
 
     def _text(self, asked: "Asked", generate: bool, named: bool) -> str:
         if named:
-            return self.template.named(asked.messages, generate, self.controls, asked.tools)
-        return self.template.text(asked.messages, generate, asked.tools)
+            return self._jinja.named(asked.messages, generate, self.controls, asked.tools)
+        return self._jinja.text(asked.messages, generate, asked.tools)
 
     def _templated(self, asked: "Asked", ends: list[int], named: bool) -> list[Rendered] | None:
         """The samples by the template, with names for its control tokens or without.
@@ -146,7 +154,7 @@ class ChatFormat:
             sample = self._encode_spans(written, answers, named)
             if not named and not self._own_only(written, part, False, sample.ids):
                 return None
-            if sample.learned[-1] and not self.template.ends_answers:
+            if sample.learned[-1] and not self._jinja.ends_answers:
                 sample.ids.append(self.tokenizer.eos_token_id)
                 sample.learned.append(True)
             samples.append(sample)

@@ -136,8 +136,8 @@ class Counted(NodeTransformer):
     def literal(self, node: nodes.Expr, items: Sequence[nodes.Node]) -> nodes.Node:
         """A list, tuple or dict; one of constants is no larger than the template."""
         simple = all(isinstance(item, nodes.Const) for item in items)
-        node = self.generic_visit(node)
-        return node if simple or getattr(node, "ctx", "load") != "load" else self.counted(node)
+        visited: Any = self.generic_visit(node)
+        return visited if simple or getattr(visited, "ctx", "load") != "load" else self.counted(visited)
 
     def visit_List(self, node: nodes.List) -> nodes.Node:  # noqa: N802
         return self.literal(node, node.items)
@@ -150,12 +150,12 @@ class Counted(NodeTransformer):
 
     def visit_Getitem(self, node: nodes.Getitem) -> nodes.Node:  # noqa: N802
         slices = isinstance(node.arg, nodes.Slice)
-        node = self.generic_visit(node)
-        return self.counted(node) if slices else node
+        visited: Any = self.generic_visit(node)
+        return self.counted(visited) if slices else visited
 
     def visit_Concat(self, node: nodes.Concat) -> nodes.Node:  # noqa: N802
-        node = self.generic_visit(node)
-        return self.counted(nodes.List(node.nodes, lineno=node.lineno), "concatenated")
+        visited: Any = self.generic_visit(node)
+        return self.counted(nodes.List(visited.nodes, lineno=node.lineno), "concatenated")
 
     def visit_Add(self, node: nodes.Add) -> nodes.Node:  # noqa: N802
         """Chains of `+`, which templates are made of, are added up in one go: half the price of the hook."""
@@ -246,7 +246,7 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
             raise SecurityError("it formats a date with a width")
         return __self.limits.made(super().call(__context, __obj, *args, **kwargs))
 
-    def _bounded(self, owner: Any, name: str, args: tuple, kwargs: dict) -> tuple:
+    def _bounded(self, owner: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
         """The arguments of a builtin method, when it is one that is known and its result not too large."""
         kind = next((kind for kind in METHODS if isinstance(owner, kind)), None)
         if kind is None or name not in METHODS[kind]:
@@ -263,7 +263,7 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
     def _filter(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         """A filter whose result is counted. All take the context, so that none is computed while compiling."""
         passed = getattr(getattr(function, "jinja_pass_arg", None), "name", "")
-        first: Callable[[Context], tuple] = {
+        first: Callable[[Context], tuple[Any, ...]] = {
             "context": lambda context: (context,), "eval_context": lambda context: (context.eval_ctx,),
             "environment": lambda context: (self,),
         }.get(passed, lambda context: ())  # fmt: skip

@@ -1,14 +1,21 @@
 """What a model and its device can take: our attention in place of its own, so many tokens of a cache."""
 
-from typing import Any
+from typing import Any, cast
 
 import psutil
 import torch
+from transformers import PreTrainedModel
 
 
 def config_of(model: torch.nn.Module) -> Any:
     """A model's configuration."""
     return model.config
+
+
+def base_of(model: torch.nn.Module) -> PreTrainedModel:
+    """The model of transformers that a model is, or that its adapters lie on."""
+    inner: Any = getattr(model, "get_base_model", None)
+    return cast(PreTrainedModel, inner() if inner else model)
 
 
 def fixed_attention(model: torch.nn.Module) -> str | None:

@@ -7,6 +7,7 @@ and takes the new ones in. A row's answer is the same in whatever company it is 
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Generic, TypeVar
 
 import torch
 
@@ -60,7 +61,7 @@ class Row:
         return Generated(self.ids, math.exp(-self.cost), self.stopped)
 
 
-Choose = Callable[[Sequence[Row], torch.Tensor], list[tuple[int, float]]]
+R = TypeVar("R", bound=Row)
 
 
 def likeliest(rows: Sequence[Row], logits: torch.Tensor) -> list[tuple[int, float]]:
@@ -69,7 +70,7 @@ def likeliest(rows: Sequence[Row], logits: torch.Tensor) -> list[tuple[int, floa
     return list(zip(top.indices.tolist(), top.values.tolist(), strict=True))
 
 
-class Pool:
+class Pool(Generic[R]):
     """The rows that are being answered together.
 
     `choose` takes the next token of each row. `own_caches`: what prefixes hold is copied into the rows' caches, for
@@ -78,13 +79,14 @@ class Pool:
     """
 
     def __init__(
-        self, passes: Passes, stop_ids: Sequence[int], choose: Choose = likeliest, own_caches: bool = False
-    ) -> None:
+        self, passes: Passes, stop_ids: Sequence[int],
+        choose: Callable[[Sequence[R], torch.Tensor], list[tuple[int, float]]] = likeliest, own_caches: bool = False,
+    ) -> None:  # fmt: skip
         self.passes = passes
         self.choose = choose
         self.own_caches = own_caches
         self.stop_ids = frozenset(stop_ids)
-        self.rows: list[Row] = []
+        self.rows: list[R] = []
         self.state: State | None = None
 
     @property
@@ -97,7 +99,7 @@ class Pool:
         free = size - self.going
         return free == size or free * IDLE >= size
 
-    def admit(self, rows: list[Row], prefixes: list[Prefix]) -> list[Row]:
+    def admit(self, rows: list[R], prefixes: list[Prefix]) -> list[R]:
         """Take rows in and compute their first token; those that are done with it."""
         new = self.passes.read([[*row.prompt, *row.ids] for row in rows], prefixes)
         tokens = self.choose(rows, new.logits)
@@ -114,7 +116,7 @@ class Pool:
         self.rows = [self.rows[k] for k in kept] + rows
         return self._take(rows, tokens)
 
-    def step(self) -> list[Row]:
+    def step(self) -> list[R]:
         """One more token for every row; those that are done with it."""
         assert self.state
         kept = [k for k, row in enumerate(self.rows) if not row.done]
@@ -125,15 +127,15 @@ class Pool:
         logits = self.passes.step(self.state, [row.ids[-1:] or [self.passes.pad_id] for row in self.rows])
         return self._take(self.rows, self.choose(self.rows, logits))
 
-    def clear(self) -> list[Row]:
+    def clear(self) -> list[R]:
         """Forget what was computed; the rows that are not done, with their answers so far."""
         rows = [row for row in self.rows if not row.done]
         self.rows, self.state = [], None
         return rows
 
-    def _take(self, rows: list[Row], tokens: list[tuple[int, float]]) -> list[Row]:
+    def _take(self, rows: list[R], tokens: list[tuple[int, float]]) -> list[R]:
         """A token for each row; the rows that are done by it."""
-        ended: list[Row] = []
+        ended: list[R] = []
         for row, (token, logp) in zip(rows, tokens, strict=True):
             if not row.done:
                 row.take(token, logp, self.stop_ids)

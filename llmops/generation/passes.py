@@ -10,8 +10,8 @@ from transformers.cache_utils import Cache
 
 from llmops.console import UserError
 from llmops.generation import shared_prefix
-from llmops.generation.capacity import fixed_attention
-from llmops.generation.shared_prefix import NOTHING, ROOM, GrowingLayer, Prefix, empty_cache, segments_of
+from llmops.generation.capacity import base_of, fixed_attention
+from llmops.generation.shared_prefix import NOTHING, ROOM, GrowingLayer, Prefix, empty_cache, layers_of, segments_of
 
 T = TypeVar("T")
 WORTH_A_PASS = 512  # tokens of padding that cost less than a pass more
@@ -48,7 +48,7 @@ class Passes:
     def __init__(self, model: torch.nn.Module, pad_id: int, reuse_prefix: bool) -> None:
         self.model = model.eval()
         self.pad_id = pad_id
-        base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        base = base_of(model)
         self.plain_because = fixed_attention(base) if reuse_prefix else "that was asked for"
         if self.plain_because is None:
             base.set_attn_implementation(shared_prefix.NAME)
@@ -86,7 +86,7 @@ class Passes:
         if known.length == len(ids):
             return known
         state = self.read([ids], [known])
-        own = [(layer.keys[0], layer.values[0]) for layer in state.cache.layers] if state.cache else []
+        own = [(layer.keys[0], layer.values[0]) for layer in layers_of(state.cache)]
         if known.length:
             own = [
                 (torch.cat([key, more_key], dim=1), torch.cat([value, more_value], dim=1))
@@ -168,7 +168,7 @@ def merge(
         return whole
 
     layers = []
-    for same in zip(*(state.cache.layers if state.cache else [] for state in states), strict=True):
+    for same in zip(*(layers_of(state.cache) for state in states), strict=True):
         both = (gathered([layer.keys for layer in same], ROOM), gathered([layer.values for layer in same], ROOM))
         layers.append(GrowingLayer.of(*both, width))
         for layer in same if consume else ():
@@ -176,12 +176,12 @@ def merge(
     prompts = in_order([state.prompts[k] for state, rows in pieces for k in rows], order)
     prefixes = in_order([state.prefixes[k] for state, rows in pieces for k in rows], order)
     columns = gathered([state.valid[:, :, None] for state in states])[:, :, 0]
-    return State(torch.empty(0), prompts, prefixes, Cache(layers), columns)
+    return State(torch.empty(0), prompts, prefixes, Cache([*layers]), columns)
 
 
 def own_prefixes(state: State) -> State:
     """The same state, with what each row has in its cache as a prefix of its own."""
-    layers = state.cache.layers if state.cache else []
+    layers = layers_of(state.cache)
     found, cache = [], empty_cache()
     for k, prompt in enumerate(state.prompts):
         own = [(layer.keys[k, :, -len(prompt) :], layer.values[k, :, -len(prompt) :]) for layer in layers]
@@ -201,7 +201,7 @@ def in_own_caches(state: State) -> State:
     whole = [prefix.length + len(own) for prefix, own in zip(state.prefixes, state.prompts, strict=True)]
     width = max(whole)
     layers = []
-    for number, layer in enumerate(state.cache.layers if state.cache else []):
+    for number, layer in enumerate(layers_of(state.cache)):
         pair = []
         for which, tensor in enumerate((layer.keys, layer.values)):
             rows, heads, _, d = tensor.shape
@@ -215,8 +215,9 @@ def in_own_caches(state: State) -> State:
         layers.append(GrowingLayer.of(pair[0], pair[1], width))
     order = torch.arange(width, device=state.valid.device)
     valid = order[None, :] >= width - torch.tensor(whole, device=order.device)[:, None]
-    prompts = [[*prefix.ids, *own] for prefix, own in zip(state.prefixes, state.prompts, strict=True)]
-    return State(state.logits, prompts, [NOTHING] * len(whole), Cache(layers), valid)
+    pairs = zip(state.prefixes, state.prompts, strict=True)
+    prompts: list[Sequence[int]] = [[*prefix.ids, *own] for prefix, own in pairs]
+    return State(state.logits, prompts, [NOTHING] * len(whole), Cache([*layers]), valid)
 
 
 def similar_lengths(lengths: Sequence[int]) -> list[list[int]]:

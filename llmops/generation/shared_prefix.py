@@ -3,7 +3,7 @@
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface
@@ -67,8 +67,9 @@ def attention(
     mask = own_mask[:, None, None].expand(-1, 1, rows // length, -1, -1).reshape(batch, 1, rows, -1)
     with small_products():  # of a row's few queries; a prefix's are of all rows together
         own = (grouped @ key.transpose(2, 3)).masked_fill(~mask, float("-inf"))
+    layer: Any = module.layer_idx
     shared, own_weights = zip(
-        *(attend_prefix(grouped[a:b], own[a:b], prefix, module.layer_idx) for a, b, prefix in segments), strict=True
+        *(attend_prefix(grouped[a:b], own[a:b], prefix, layer) for a, b, prefix in segments), strict=True
     )
     with small_products():
         out = torch.cat(shared) + torch.cat(own_weights) @ value
@@ -101,6 +102,10 @@ AttentionMaskInterface.register(NAME, sdpa_mask)
 
 class GrowingLayer(DynamicLayer):
     """A layer's keys and values with room to grow: a token more does not copy those before it."""
+
+    keys: torch.Tensor
+    values: torch.Tensor
+    room: tuple[torch.Tensor, torch.Tensor]
 
     @classmethod
     def of(cls, keys: torch.Tensor, values: torch.Tensor, length: int) -> "GrowingLayer":
@@ -144,6 +149,11 @@ def appended(room: torch.Tensor, before: int, new: torch.Tensor) -> torch.Tensor
 def empty_cache() -> Cache:
     """A cache without keys yet."""
     return Cache(layer_class_to_replicate=GrowingLayer)
+
+
+def layers_of(cache: Cache | None) -> list[GrowingLayer]:
+    """The layers of a cache that was made here; none without one."""
+    return cast(list[GrowingLayer], cache.layers) if cache else []
 
 
 def segments_of(prefixes: Sequence[Prefix]) -> list[Segment]:

@@ -57,7 +57,7 @@ def decide(catalog: Catalog, predicted: dict[str, Any]) -> dict[str, Any]:
         return predicted
     import numpy as np
 
-    confidence = float(Calibration(kept["temperature"], kept["shift"])(np.float64(predicted["probability"])))
+    confidence = float(Calibration(kept["temperature"], kept["shift"])(np.asarray(predicted["probability"])))
     predicted |= {"confidence": round(confidence, 6), "proposed": predicted["intent"]}
     if confidence < kept["threshold"]:
         predicted |= {"intent": catalog.none, "reply": catalog.reply(catalog.none)}

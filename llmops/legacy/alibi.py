@@ -10,13 +10,14 @@ from transformers import PreTrainedModel
 from llmops.legacy.inspection import around_forward, names_used, own_classes
 
 
-def alibi_buffer_of_every_position(cls: type) -> bool:
+def alibi_buffer_of_every_position(cls: type[Any]) -> bool:
     """2.7 GB at the first evaluation: a mask for every head and every pair of 4,096 positions is made and kept.
 
     It is made for the length at hand, and while decoding for the new tokens only. Distances are counted from the
     query, which gives the same softmax and is more exact in bf16.
     """
     kinds = [c for c in own_classes(cls) if issubclass(c, PreTrainedModel) and "get_alibi_mask" in c.__dict__]
+    kind: Any
     for kind in kinds:
         kind.get_alibi_mask = get_alibi_mask
         around_forward(kind, mask_of_new_tokens)
@@ -49,7 +50,7 @@ def alibi_slopes(heads: int) -> list[float]:
 
 def mask_of_new_tokens(self: Any, inputs: dict[str, Any], forward: Callable[..., Any]) -> Any:
     """With a cache, hand over the mask of the new tokens' rows only."""
-    ids = inputs.get("input_ids") if inputs.get("input_ids") is not None else inputs.get("inputs_embeds")
+    ids = inputs["input_ids"] if inputs.get("input_ids") is not None else inputs["inputs_embeds"]
     past, mask = inputs.get("past_key_values"), inputs.get("attention_mask")
     new = ids.shape[1]
     self.alibi_mask = None  # the class keeps the last one by length alone, whatever its dtype and device
@@ -61,7 +62,7 @@ def mask_of_new_tokens(self: Any, inputs: dict[str, Any], forward: Callable[...,
     return forward(**inputs)
 
 
-def weight_changed_by_evaluating(cls: type) -> bool:
+def weight_changed_by_evaluating(cls: type[Any]) -> bool:
     """Evaluating in mid-training changes the weights that are saved: the head normalises its weight in place.
 
     The products are divided by the norms of the weight's rows instead: the same logits, and no second weight.

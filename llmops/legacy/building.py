@@ -64,14 +64,14 @@ def dtype_unknown_to_old_releases(cls: Any) -> bool:
     return True
 
 
-def weights_built_twice(cls: type) -> bool:
+def weights_built_twice(cls: type[Any]) -> bool:
     """Loading needs the memory of a second, uninitialised model, and ZeRO 3 cannot cut what skip_init makes.
 
     transformers builds on the meta device, where nothing costs; `skip_init` would bring the weights back to the CPU.
     """
     modules = [module for module in own_modules(cls) if hasattr(module, "skip_init")]
 
-    def skip_init(kind: type, *args: Any, **kwargs: Any) -> Any:
+    def skip_init(kind: type[Any], *args: Any, **kwargs: Any) -> Any:
         from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
         if torch.get_default_device().type == "meta" or is_deepspeed_zero3_enabled():
@@ -83,11 +83,11 @@ def weights_built_twice(cls: type) -> bool:
     return bool(modules)
 
 
-def max_length_read_while_building(cls: type) -> bool:
+def max_length_read_while_building(cls: type[Any]) -> bool:
     """`ChatGLMConfig has no attribute max_length`. It is there only while the model is built: a lasting one is refused
     by save_pretrained as a setting of generation.
     """
-    build = cls.__init__  # type: ignore[misc]
+    build = cls.__init__
     if "max_length" not in names_used(build):
         return False
 
@@ -100,11 +100,11 @@ def max_length_read_while_building(cls: type) -> bool:
         if lacking:
             del config.max_length
 
-    cls.__init__ = __init__  # type: ignore[misc]
+    cls.__init__ = __init__
     return True
 
 
-def half_precision_hard_coded(cls: type) -> bool:
+def half_precision_hard_coded(cls: type[Any]) -> bool:
     """Weights are float16 whatever was asked for: torch.half stands in the code. They are cast after building."""
     if not any("half" in names_used(c.__dict__.get("__init__")) for c in classes_built_by(cls)):
         return False
@@ -119,7 +119,7 @@ def half_precision_hard_coded(cls: type) -> bool:
     return True
 
 
-def output_layer_not_found(cls: type) -> bool:
+def output_layer_not_found(cls: type[Any]) -> bool:
     """`get_output_embeddings` gives None, so LoRA on "every layer" takes the head and resizing leaves it out."""
     used = set().union(*(names_used(c.__dict__.get("__init__")) for c in classes_built_by(cls)))
     if own_definition(cls, "get_output_embeddings") or "output_layer" not in used:
@@ -131,12 +131,12 @@ def output_layer_not_found(cls: type) -> bool:
     def set_output_embeddings(self: Any, new_embeddings: Any) -> None:
         self.base_model.output_layer = new_embeddings
 
-    cls.get_output_embeddings = get_output_embeddings  # type: ignore[attr-defined]
-    cls.set_output_embeddings = set_output_embeddings  # type: ignore[attr-defined]
+    cls.get_output_embeddings = get_output_embeddings
+    cls.set_output_embeddings = set_output_embeddings
     return True
 
 
-def head_no_longer_tied(cls: type) -> bool:
+def head_no_longer_tied(cls: type[Any]) -> bool:
     """A file without lm_head loads as NaN: transformers 4 tied it to the embedding by default, 5 does not."""
     if not own_definition(cls, "get_output_embeddings") or own_definition(cls, "_tied_weights_keys"):
         return False
@@ -153,7 +153,7 @@ def head_no_longer_tied(cls: type) -> bool:
     return True
 
 
-def post_init_never_called(cls: type) -> bool:
+def post_init_never_called(cls: type[Any]) -> bool:
     """`no attribute all_tied_weights_keys`: what transformers 5 prepares in post_init is missing."""
     if any(
         "post_init" in names_used(c.__dict__.get("__init__")) for c in cls.__mro__ if c.__module__ == cls.__module__
@@ -163,7 +163,7 @@ def post_init_never_called(cls: type) -> bool:
     return True
 
 
-def buffers_left_uninitialised(cls: type) -> bool:
+def buffers_left_uninitialised(cls: type[Any]) -> bool:
     """Garbage where the file has no inv_freq, or where a buffer is not saved at all, and the loss is many times higher.
 
     Such modules remember how they were built, and what was not loaded is taken from a second one built the same way.
@@ -178,7 +178,7 @@ def buffers_left_uninitialised(cls: type) -> bool:
     for kind in kinds:
         remember_arguments(kind)
     base = own_base(cls)
-    init = base._init_weights  # type: ignore[attr-defined]
+    init = base._init_weights
 
     @functools.wraps(init)
     def _init_weights(self: Any, module: nn.Module) -> None:
@@ -189,11 +189,11 @@ def buffers_left_uninitialised(cls: type) -> bool:
                     buffer.copy_(fresh.get_buffer(name))
         init(self, module)
 
-    base._init_weights = _init_weights  # type: ignore[attr-defined]
+    base._init_weights = _init_weights
     return True
 
 
-def tables_that_are_no_buffers(cls: type) -> bool:
+def tables_that_are_no_buffers(cls: type[Any]) -> bool:
     """Rotary tables that are plain attributes (Baichuan2-7B) stay on the meta device, where from_pretrained builds.
 
     Such modules hold no weights: they are built on the CPU. Their forward takes the tables to where it computes.
@@ -209,28 +209,28 @@ def tables_that_are_no_buffers(cls: type) -> bool:
     return bool(kinds)
 
 
-def build_on_the_cpu(kind: type) -> None:
+def build_on_the_cpu(kind: type[Any]) -> None:
     """Let the objects of a module class be built on the CPU, wherever the model around them is built."""
-    build = kind.__init__  # type: ignore[misc]
+    build = kind.__init__
 
     @functools.wraps(build)
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:  # noqa: N807
         with torch.device("cpu"):
             build(self, *args, **kwargs)
 
-    kind.__init__ = __init__  # type: ignore[misc]
+    kind.__init__ = __init__
 
 
-def remember_arguments(kind: type) -> None:
+def remember_arguments(kind: type[Any]) -> None:
     """Let the objects of a module class keep the arguments they were built with."""
-    build = kind.__init__  # type: ignore[misc]
+    build = kind.__init__
 
     @functools.wraps(build)
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:  # noqa: N807
         build(self, *args, **kwargs)
         self._llmops_arguments = (args, kwargs)
 
-    kind.__init__ = __init__  # type: ignore[misc]
+    kind.__init__ = __init__
 
 
 def built_again(module: Any, **changes: Any) -> nn.Module:
@@ -241,7 +241,7 @@ def built_again(module: Any, **changes: Any) -> nn.Module:
         return type(module)(*args, **{**kwargs, **given, **({"device": None} if "device" in kwargs else {})})
 
 
-def rotary_angles_in_bfloat16(cls: type) -> bool:
+def rotary_angles_in_bfloat16(cls: type[Any]) -> bool:
     """Positions fall together in bf16, which counts to 256, and a half-precision table turns queries into float32.
 
     Angles are computed in float32 from unrounded frequencies and cast at the end. fp32 and fp16 stay as they were.
@@ -274,15 +274,15 @@ def rotary_angles_in_bfloat16(cls: type) -> bool:
     return bool(kinds)
 
 
-def loss_not_divided(cls: type) -> bool:
+def loss_not_divided(cls: type[Any]) -> bool:
     """The Trainer's loss is N times too high with N gradient accumulation steps.
 
     A forward with **kwargs counts as one that divides by num_items_in_batch; these swallow it.
     """
-    forward = cls.forward  # type: ignore[attr-defined]
+    forward = cls.forward
     takes_all = any(p.kind is p.VAR_KEYWORD for p in inspect.signature(forward).parameters.values())
     used = names_used(forward) | set(parameters_of(forward))
     if hasattr(cls, "accepts_loss_kwargs") or not takes_all or {"loss_function", "num_items_in_batch"} & used:
         return False
-    cls.accepts_loss_kwargs = False  # type: ignore[attr-defined]
+    cls.accepts_loss_kwargs = False
     return True

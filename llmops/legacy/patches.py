@@ -52,7 +52,7 @@ from llmops.legacy.two_positions import (
     masks_only_in_four_dimensions,
 )
 
-Patch = Callable[[type], bool]
+Patch = Callable[[type[Any]], bool]
 CURED = "_llmops_cured"
 MODEL_CLASSES = ("AutoModelForCausalLM", "AutoModelForSeq2SeqLM", "AutoModel")
 TOKENIZER_PATCHES: tuple[Patch, ...] = (
@@ -134,7 +134,7 @@ def load_class(reference: str, folder: Path) -> type:
     return get_class_from_dynamic_module(reference, str(folder), local_files_only=True)
 
 
-def cure(cls: type, patches: tuple[Patch, ...]) -> tuple[str, ...]:
+def cure(cls: type[Any], patches: tuple[Patch, ...]) -> tuple[str, ...]:
     """Apply the patches that a class needs, once; their names."""
     if CURED not in cls.__dict__:
         setattr(cls, CURED, tuple(patch.__name__ for patch in patches if patch(cls)))

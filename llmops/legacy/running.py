@@ -20,14 +20,14 @@ from llmops.legacy.inspection import (
 )
 
 
-def nothing_is_recomputed(cls: type) -> bool:
+def nothing_is_recomputed(cls: type[Any]) -> bool:
     """Gradient checkpointing is refused, ignored, or runs in the reentrant way that LoRA and ZeRO stumble over.
 
     The old protocol was `_set_gradient_checkpointing(module, value)`, or a gradient_checkpointing_enable that does
     nothing. Now the layers themselves recompute, with the function and the settings that the library hands over.
     """
     owner = own_definition(cls, "_set_gradient_checkpointing")
-    blocked = own_definition(cls, "gradient_checkpointing_enable")
+    blocked: Any = own_definition(cls, "gradient_checkpointing_enable")
     old = owner is not None and "value" in parameters_of(owner.__dict__["_set_gradient_checkpointing"])
     names = set(getattr(cls, "_no_split_modules", None) or ())
     kinds = tuple(c for c in own_classes(cls) if c.__name__ in names)
@@ -43,14 +43,14 @@ def nothing_is_recomputed(cls: type) -> bool:
         every_n_layers: int = 1,
     ) -> None:
         self._llmops_recomputes = enable
-        layers = [module for module in self.modules() if isinstance(module, kinds)]
+        layers: list[Any] = [module for module in self.modules() if isinstance(module, kinds)]
         for i, layer in enumerate(layers):
             layer.gradient_checkpointing = enable and i % every_n_layers == 0
             layer._gradient_checkpointing_func = gradient_checkpointing_func
 
     if blocked is not None:
         del blocked.gradient_checkpointing_enable
-    cls._set_gradient_checkpointing = _set_gradient_checkpointing  # type: ignore[attr-defined]
+    cls._set_gradient_checkpointing = _set_gradient_checkpointing
 
     def no_cache_while_recomputing(self: Any, inputs: dict[str, Any], forward: Callable[..., Any]) -> Any:
         if self.training and getattr(self, "_llmops_recomputes", False):
@@ -75,7 +75,7 @@ def recompute_when_asked(kind: Any) -> None:
     kind.gradient_checkpointing = False
 
 
-class TupleCache(tuple):
+class TupleCache(tuple[Any, ...]):
     """Keys and values of old models, one pair per layer, and last what is needed to go on from them.
 
     The last element is (hidden,): bool [rows, tokens seen], true for padding. ChatGLM-6B adds the two positions of the
@@ -105,7 +105,7 @@ class TupleCache(tuple):
         return self.hidden.shape[1]
 
 
-def generate_is_gone(cls: type) -> bool:
+def generate_is_gone(cls: type[Any]) -> bool:
     """`no attribute generate`: models no longer inherit it."""
     if issubclass(cls, GenerationMixin):
         return False
@@ -113,7 +113,7 @@ def generate_is_gone(cls: type) -> bool:
     return True
 
 
-def cache_is_a_tuple(cls: type) -> bool:
+def cache_is_a_tuple(cls: type[Any]) -> bool:
     """Generation fails, or is wrong, because the library hands over a Cache object to models that keep tuples.
 
     The library makes no cache for them, and what they return is handed back to them. Also cured: a token's position
@@ -122,7 +122,7 @@ def cache_is_a_tuple(cls: type) -> bool:
     reorder = getattr(cls, "_reorder_cache", None)
     if reorder is None or any("Cache" in vars(m) or "DynamicCache" in vars(m) for m in own_modules(cls)):
         return False
-    accepted = set(parameters_of(cls.forward))  # type: ignore[attr-defined]
+    accepted = set(parameters_of(cls.forward))
 
     def _prepare_cache_for_generation(self: Any, *args: Any, **kwargs: Any) -> None:
         """No cache: the first forward makes one."""
@@ -130,10 +130,10 @@ def cache_is_a_tuple(cls: type) -> bool:
     def _reorder_cache(past: TupleCache, beam_idx: torch.Tensor) -> TupleCache:
         return TupleCache([*reorder(past.pairs, beam_idx), tuple(state[beam_idx] for state in past[-1])])
 
-    cls._prepare_cache_for_generation = _prepare_cache_for_generation  # type: ignore[attr-defined]
-    cls.prepare_inputs_for_generation = next_inputs(accepted)  # type: ignore[attr-defined]
-    cls._update_model_kwargs_for_generation = GenerationMixin._update_model_kwargs_for_generation  # type: ignore[attr-defined]
-    cls._reorder_cache = staticmethod(_reorder_cache)  # type: ignore[attr-defined]
+    cls._prepare_cache_for_generation = _prepare_cache_for_generation
+    cls.prepare_inputs_for_generation = next_inputs(accepted)
+    cls._update_model_kwargs_for_generation = GenerationMixin._update_model_kwargs_for_generation
+    cls._reorder_cache = staticmethod(_reorder_cache)
     around_forward(cls, keep_tuples("position_ids" in accepted and not has_two_positions(cls)))
     return True
 
@@ -212,21 +212,21 @@ def hidden_columns(ids: torch.Tensor, mask: torch.Tensor | None, past: TupleCach
     return now if past is None else torch.cat([past.hidden.to(now.device), now], dim=1)
 
 
-def logits_at_every_position(cls: type) -> bool:
+def logits_at_every_position(cls: type[Any]) -> bool:
     """Memory for logits that nobody reads: the forward has no logits_to_keep.
 
     The head's input is cut to the positions asked for: the last N, or those of an index tensor.
     """
-    forward = cls.forward  # type: ignore[attr-defined]
+    forward = cls.forward
     if "logits_to_keep" in parameters_of(forward) or "input_ids" not in parameters_of(forward):
         return False
 
     def at_chosen_positions(self: Any, inputs: dict[str, Any], forward: Callable[..., Any]) -> Any:
-        wanted, ids = inputs.pop("logits_to_keep", None), inputs.get("input_ids")
+        wanted = inputs.pop("logits_to_keep", None)
         if wanted is None or (isinstance(wanted, int) and wanted == 0) or inputs.get("labels") is not None:
             return forward(**inputs)
         index = slice(-wanted, None) if isinstance(wanted, int) else wanted
-        shape = tuple(ids.shape)
+        shape = tuple(inputs["input_ids"].shape)
         head = self.get_output_embeddings()
         if shape[0] == shape[1] or head is None:  # which axis of the head's input is which cannot be told
             output = forward(**inputs)
@@ -249,5 +249,5 @@ def logits_at_every_position(cls: type) -> bool:
     extra = inspect.Parameter("logits_to_keep", inspect.Parameter.KEYWORD_ONLY, default=None)
     known = list(signature.parameters.values())
     place = len(known) - (known[-1].kind is inspect.Parameter.VAR_KEYWORD)
-    cls.forward.__signature__ = signature.replace(parameters=[*known[:place], extra, *known[place:]])  # type: ignore[attr-defined]
+    cls.forward.__signature__ = signature.replace(parameters=[*known[:place], extra, *known[place:]])
     return True

@@ -137,7 +137,7 @@ def ids_beyond_the_vocabulary(cls: Any) -> bool:
 
 def vocabulary_file_forgotten(cls: Any) -> bool:
     """Saving fails: `save_vocabulary` copies `self.vocab_file`, which `__init__` was given and did not keep."""
-    owner = own_definition(cls, "save_vocabulary")
+    owner: Any = own_definition(cls, "save_vocabulary")
     if owner is None or "vocab_file" not in names_used(owner.save_vocabulary):
         return False
     build = cls.__init__

@@ -11,7 +11,7 @@ from llmops.legacy.inspection import around_forward, has_two_positions
 from llmops.legacy.running import TupleCache, hidden_columns
 
 
-def masks_only_in_four_dimensions(cls: type) -> bool:
+def masks_only_in_four_dimensions(cls: type[Any]) -> bool:
     """A 2-D attention mask crashes, and generate refuses the 4-D masks that the tokenizer makes.
 
     Masks and positions are made from the token ids and a 2-D mask, padding on either side. The prompt up to `<sop>`
@@ -50,7 +50,7 @@ def masks_only_in_four_dimensions(cls: type) -> bool:
             del kwargs["position_ids"]
         return GenerationMixin.generate(self, inputs, *args, **kwargs)
 
-    cls.generate = generate  # type: ignore[attr-defined]
+    cls.generate = generate
     around_forward(cls, make_masks)
     return True
 

@@ -6,7 +6,7 @@ import signal
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from itertools import chain, islice
@@ -24,7 +24,7 @@ def cores() -> int:
     return len(os.sched_getaffinity(0))
 
 
-def in_processes(work: Callable[[T], R], pieces: Iterable[T], processes: int) -> Iterator[R]:
+def in_processes(work: Callable[[T], R], pieces: Iterable[T], processes: int) -> Generator[R]:
     """`work` of every piece, in order; in this process where there is one piece, or one core.
 
     `work` is what it is when the first piece comes: the processes are forked then and share its memory. Raises

@@ -7,7 +7,7 @@ import os
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from llmops import files
 from llmops.console import UserError, log
@@ -19,6 +19,7 @@ from llmops.models.portable import TOKENIZER_FILES, make_portable
 
 if TYPE_CHECKING:
     import torch
+    from peft import PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from llmops.generation.generator import Generator
@@ -78,12 +79,12 @@ class ChatModel:
 
     def load(
         self, dtype: "torch.dtype", device: "torch.device | None" = None, merge: bool = False
-    ) -> "torch.nn.Module":
+    ) -> "PreTrainedModel | PeftModel":
         """The model with its adapters, in the base model's dtype; `merge`: added to its weights, as `merged` does."""
         base = self.checkpoint.base
         if base is not self.checkpoint:
             log(f"the adapter {self.checkpoint.folder} goes on {base.folder}")
-        model: torch.nn.Module = load_weights(base, dtype, device)
+        model: PreTrainedModel | PeftModel = load_weights(base, dtype, device)
         for folder in self.checkpoint.adapters:
             model = put_adapter(model, folder)
         return merged(model) if merge else model
@@ -96,8 +97,8 @@ class ChatModel:
         from llmops.generation.packed import pack
 
         cpu_kernels.use(device, dtype)
-        model = self.load(dtype, device, merge=True).to(device)
-        generator = Generator(model, self.tokenizer.pad_token_id or 0, batch_size, reuse_prefix)
+        model: torch.nn.Module = self.load(dtype, device, merge=True)
+        generator = Generator(model.to(device), self.tokenizer.pad_token_id or 0, batch_size, reuse_prefix)
         if generator.plain_because is None:
             pack(model)
         return generator
@@ -228,7 +229,7 @@ def build_empty(
         return auto_class.from_config(settings, trust_remote_code=trusted, dtype=dtype)
 
 
-def put_adapter(model: "torch.nn.Module", folder: Path) -> "torch.nn.Module":
+def put_adapter(model: "PreTrainedModel | PeftModel", folder: Path) -> "PeftModel":
     """A model with an adapter on it. Raises UserError where the adapter is damaged or was made for another model."""
     import warnings
 
@@ -258,9 +259,10 @@ def put_adapter(model: "torch.nn.Module", folder: Path) -> "torch.nn.Module":
     return adapted
 
 
-def merged(model: "torch.nn.Module") -> "torch.nn.Module":
+def merged(model: "PreTrainedModel | PeftModel") -> "PreTrainedModel":
     """The model with its adapter added to its weights, for answering: half the kernels per token. No copy is made."""
-    return model.merge_and_unload() if hasattr(model, "merge_and_unload") else model
+    unload: Any = getattr(model, "merge_and_unload", None)
+    return cast("PreTrainedModel", unload() if unload else model)
 
 
 def next_logits(model: "torch.nn.Module", prompts: Sequence[list[int]]) -> "list[torch.Tensor]":

@@ -67,12 +67,12 @@ def clean(path: Path, edits: Edits) -> Cleaned:
                 held.add((question, record.intent))
     cleaned = Cleaned()
     for index, (line, raw, _) in enumerate(raw_records(path)[1]):
-        record = records.get(index)
-        if record is None:
+        read = records.get(index)
+        if read is None:
             cleaned.bad_lines += 1
             continue
-        cleaned.questions_before += len(record.questions)
-        for row, questions in edited(raw, record, edits, replies, held, cleaned.changes, f"{path.name}:{line}"):
+        cleaned.questions_before += len(read.questions)
+        for row, questions in edited(raw, read, edits, replies, held, cleaned.changes, f"{path.name}:{line}"):
             cleaned.rows.append(row)
             cleaned.questions_after += len(questions)
     return cleaned

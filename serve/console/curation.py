@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, TypeGuard
 
 from llmops import files, json_text
 from llmops.console import UserError
@@ -248,12 +248,12 @@ def lines_of(path: Path) -> Iterator[Decision]:
             yield line.value
 
 
-def is_two(values: Any, kind: Any) -> bool:
+def is_two(values: Any, kind: Any) -> TypeGuard[list[Any]]:
     """Whether a value is a list of two of a kind."""
     return isinstance(values, list) and len(values) == 2 and all(isinstance(value, kind) for value in values)
 
 
-def is_side(value: Any) -> bool:
+def is_side(value: Any) -> TypeGuard[int]:
     """Whether a value names a question of a pair."""
     return type(value) is int and value in (0, 1)
 

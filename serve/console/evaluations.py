@@ -133,7 +133,7 @@ def read_samples(path: Path) -> list[dict[str, Any]]:
         raise UserError(
             f"{path.name} has more than {BIGGEST >> 20} MiB, too much for a page; look at it with other tools"
         )
-    rows = []
+    rows: list[dict[str, Any]] = []
     for line in files.json_lines(path, "the samples", CURE):
         row = line.value
         if line.problem or not isinstance(row, dict) or not isinstance(row.get("prediction"), str):
@@ -197,13 +197,13 @@ class Evaluations:
         """(samples of a set with the answers of one or two results, metrics that they have)."""
         result = self.one(first)
         metric = result.scores[of].metric if of in result.scores else next(iter(result.scores), "")
-        rows, metrics = self._set(first, of), Counter()
+        rows, metrics = self._set(first, of), Counter[str]()
         others = {key_of(row): row for row in self._set(second, of)} if second else {}
         found = []
         for row in rows:
             metrics.update(row["scores"])
             other = others.get(key_of(row))
-            found.append(Asked(row, other, row["scores"].get(metric), other and other["scores"].get(metric)))
+            found.append(Asked(row, other, row["scores"].get(metric), other["scores"].get(metric) if other else None))
         return found, sorted(metrics, key=lambda name: (name != metric, name))
 
     def _set(self, name: str, of: str) -> list[dict[str, Any]]:

@@ -53,7 +53,7 @@ class Matrix:
 
 def read_predictions(path: Path) -> list[Prediction]:
     """The lines of a file of predictions. Raises UserError for another file."""
-    found = []
+    found: list[Prediction] = []
     for line in files.json_lines(path, "the predictions", CURE):
         row = section(line.value)
         if line.problem or not isinstance(row.get("intent"), str) or not isinstance(row.get("question"), str):

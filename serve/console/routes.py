@@ -186,7 +186,7 @@ class FaqPages:
             return self.pages.render(request, "faq.html", listed=[], name="")
         rows, candidates = self.faq.open(name)
         below = share_of(request, "below")
-        wanted = {
+        wanted: dict[str, Any] = {
             "true": asked.get("true", ""), "predicted": asked.get("predicted", ""), "below": below,
             "wrong": asked.get("wrong") == "1", "search": asked.get("q", "").strip(),
         }  # fmt: skip

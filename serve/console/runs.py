@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from llmops import files
 from llmops.console import UserError
@@ -80,7 +80,7 @@ def parsed(raw: bytes) -> dict[str, Any]:
     return value if problem is None and is_line(value) else {}
 
 
-def is_line(value: Any) -> bool:
+def is_line(value: Any) -> TypeGuard[dict[str, Any]]:
     """Whether a value is a line of the log."""
     step = value.get("step") if isinstance(value, dict) else None
     return isinstance(step, int) and 0 <= step <= MOST_STEPS

@@ -13,7 +13,7 @@ from llmops.console import UserError, log
 from llmops.generation.continuous import Pool, Row
 from llmops.generation.generator import PACE, STEPS_SHARE
 from llmops.generation.passes import Passes
-from llmops.generation.shared_prefix import NOTHING, Prefix, group_by_prefix
+from llmops.generation.shared_prefix import NOTHING, Prefix, group_by_prefix, layers_of
 from serve.answers import RETRY_SECONDS, ApiError
 from serve.metrics import Metrics
 from serve.model.prefixes import Prefixes
@@ -126,6 +126,7 @@ class Lane:
     ) -> None:  # fmt: skip
         self.passes = passes
         self.stop_ids = stop_ids
+        self.limits = limits
         self.rows = limits.rows
         self.budget = budget
         self.metrics = metrics
@@ -174,9 +175,8 @@ class Lane:
                     out.say(answer.tell, Event(error=error))
             self.waiting = deque(a for a in self.waiting if not a.gone and now <= a.deadline)
 
-    def _choose(self, rows: Sequence[Row], logits: torch.Tensor) -> list[tuple[int, float]]:
-        """The next token of every row that is not done."""
-        answers: list[Answer] = list(rows)  # type: ignore[arg-type]
+    def _choose(self, answers: Sequence[Answer], logits: torch.Tensor) -> list[tuple[int, float]]:
+        """The next token of every answer that is not done."""
         going = [k for k, answer in enumerate(answers) if not answer.done]
         seen = [[] if answer.sampler.plain else [*answer.prompt, *answer.ids] for answer in answers]
         part = logits if len(going) == len(answers) else logits[torch.tensor(going, device=logits.device)]
@@ -193,10 +193,10 @@ class Lane:
 class BatchLane(Lane):
     """The running batch of a model whose attention can be ours, and what is known of prompts."""
 
-    def __init__(self, *given: Any, limits: Limits, **named: Any) -> None:
-        super().__init__(*given, limits=limits, **named)
-        self.pool = Pool(self.passes, self.stop_ids, self._choose, own_caches=True)
-        self.prefixes = Prefixes(limits.prefix_bytes)
+    def __init__(self, *given: Any, **named: Any) -> None:
+        super().__init__(*given, **named)
+        self.pool: Pool[Answer] = Pool(self.passes, self.stop_ids, self._choose, own_caches=True)
+        self.prefixes = Prefixes(self.limits.prefix_bytes)
         self.at_once, self.pass_cost = PACE.get(self.passes.device.type, PACE["cuda"])
         self.due = 0
 
@@ -207,12 +207,12 @@ class BatchLane(Lane):
 
     def clear(self) -> list[Answer]:
         """Forget what was computed; the answers that are not done."""
-        return self.pool.clear()  # type: ignore[return-value]
+        return self.pool.clear()
 
     @property
     def going(self) -> list[Answer]:
         """The answers that are being written."""
-        return [row for row in self.pool.rows if not row.done]  # type: ignore[misc]
+        return [row for row in self.pool.rows if not row.done]
 
     def turn(self, out: Outbox) -> bool:
         """Take waiting rows in, or compute one more token for all; whether there was anything to do."""
@@ -222,7 +222,7 @@ class BatchLane(Lane):
             return False
         self.activate()
         taken: list[Answer] = []
-        ended: Sequence[Row] | None = None
+        ended: Sequence[Answer] | None = None
         try:
             if self.waiting and self.pool.has_room(self.rows) and (self.due <= 0 or not self.pool.going):
                 ended = self._admit(taken)
@@ -241,7 +241,7 @@ class BatchLane(Lane):
         self._tell(ended or [], out)
         return True
 
-    def _admit(self, taken: list[Answer]) -> list[Row]:
+    def _admit(self, taken: list[Answer]) -> list[Answer]:
         """Take in what waits, as much as is read in one go; those that are done with their first token."""
         tokens, free = 0, self.rows - self.pool.going
         width = max(map(self._room, self.going), default=0)
@@ -293,15 +293,14 @@ class BatchLane(Lane):
             for answer in lacking:
                 answer.known = prefix
 
-    def _tell(self, ended: Iterable[Row], out: Outbox) -> None:
+    def _tell(self, ended: Iterable[Answer], out: Outbox) -> None:
         """Hand over what is new, and keep what ended answers computed."""
-        over = {id(row) for row in ended}
-        for place, row in enumerate(self.pool.rows):
-            answer: Answer = row  # type: ignore[assignment]
-            if id(row) in over:
+        over = {id(answer) for answer in ended}
+        for place, answer in enumerate(self.pool.rows):
+            if id(answer) in over:
                 self._keep(place, answer)
                 out.say(answer.tell, answer.ended())
-            elif not row.done:
+            elif not answer.done:
                 event = answer.piece()
                 if event:
                     out.say(answer.tell, event)
@@ -314,7 +313,7 @@ class BatchLane(Lane):
         count = int(state.valid[place].sum())
         layers = [
             (layer.keys[place, :, -count:].clone(), layer.values[place, :, -count:].clone())
-            for layer in state.cache.layers
+            for layer in layers_of(state.cache)
         ]
         self.prefixes.keep(Prefix([*answer.prompt, *answer.ids][:count], layers))
 

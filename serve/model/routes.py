@@ -5,6 +5,7 @@ import time
 import uuid
 from collections.abc import AsyncGenerator, Coroutine, Sequence
 from contextlib import aclosing, suppress
+from functools import partial
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -44,9 +45,11 @@ class Exchange:
         self.created = int(time.time())
         self.news: asyncio.Queue[Told] = asyncio.Queue()
         self.answers: list[Answer] = [
-            service.answer(asked, ids, lambda event, place=place: self.news.put_nowait((place, event)))
-            for place, ids in enumerate(prompts)
+            service.answer(asked, ids, partial(self._hear, place)) for place, ids in enumerate(prompts)
         ]
+
+    def _hear(self, place: int, event: "Event") -> None:
+        self.news.put_nowait((place, event))
 
     async def told(self) -> AsyncGenerator[Told, None]:
         """What is new, until all answers have ended. Raises ApiError for an answer that is not given.

@@ -160,11 +160,11 @@ class Service:
 
     def decode(self, ids: Sequence[int]) -> str:
         """Tokens as text, control tokens left out."""
-        return self.model.tokenizer.decode(list(ids), skip_special_tokens=True)
+        return str(self.model.tokenizer.decode(list(ids), skip_special_tokens=True))
 
     def token_text(self, token: int) -> str:
         """One token as text."""
-        return self.model.tokenizer.decode([token])
+        return str(self.model.tokenizer.decode([token]))
 
 
 def open_service(settings: Model, limits: Limits, feedback: Path) -> Service:
@@ -184,7 +184,8 @@ def open_service(settings: Model, limits: Limits, feedback: Path) -> Service:
     cpu_kernels.settle(settings.kernels)
     cpu_kernels.use(device, dtype)
     both = checkpoint.is_adapter and settings.base_too
-    weights = model.load(dtype, device, merge=not both).to(device)
+    loaded: torch.nn.Module = model.load(dtype, device, merge=not both)
+    weights = loaded.to(device)
     adapter = Adapter(weights) if both else None
     passes = Passes(adapter.inner if adapter else weights, model.tokenizer.pad_token_id or 0, True)
     if passes.plain_because is None:

@@ -102,7 +102,7 @@ class Subject:
     def samples(self) -> list[dict[str, np.ndarray]]:
         """Training samples of the demo's first conversations."""
         found = data_files.read_conversations(DEMO / "train.jsonl")
-        rows = (read.conversation.messages for read in found if read.conversation)
+        rows = (read.conversation.messages for read in found if isinstance(read, data_files.Read))
         rendered = [
             one for _, messages in zip(range(4), rows, strict=False) for one in self.chat.conversation(messages)
         ]
