@@ -258,7 +258,8 @@ def truth_callback(config: Any, data: Any, trainer: Any, path: Path) -> Any:
     """Writes, at every evaluation, what the log does not know."""
     from transformers import TrainerCallback
 
-    from train.dataset import Source, load_or_encode
+    from train.source import Source
+    from train.token_cache import load_or_encode
 
     def load(name: str) -> Any:
         source = Source((Path(config.train_file).with_name(name),), Path(config.model_name_or_path), "auto", 256, False)

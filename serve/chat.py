@@ -79,7 +79,7 @@ class Talk:
 
     async def _answer(self, name: str, question: str) -> None:
         from serve.model.asked import read_chat
-        from serve.model.routes import Exchange
+        from serve.model.exchange import Exchange
 
         messages = [*self.messages[name], {"role": "user", "content": question}]
         chosen = {key: getattr(self.given, key) for key in ("temperature", "top_p", "seed")}

@@ -24,7 +24,8 @@ from llmops.models import tiny
 from llmops.models.chat_model import ChatModel
 from llmops.models.checkpoints import Checkpoint
 from train.config import Config
-from train.dataset import Source, load_or_encode
+from train.source import Source
+from train.token_cache import load_or_encode
 
 Make = Callable[[], ChatFormat]
 PLAIN = "是"  # a harmless text that is nowhere else in the conversations below

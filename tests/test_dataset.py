@@ -11,7 +11,10 @@ from llmops.conversations.records import Conversation
 from llmops.formats.chat_format import ChatFormat
 from llmops.models.chat_model import ChatModel
 from llmops.models.checkpoints import Checkpoint
-from train.dataset import Source, TokenDataset, encode_conversation, load_or_encode
+from train.dataset import TokenDataset
+from train.encoding import encode_conversation
+from train.source import Source
+from train.token_cache import load_or_encode
 
 LONG = [
     {"role": "system", "content": "请简短回答。"},

@@ -19,7 +19,8 @@ from llmops.models.chat_model import ChatModel
 from llmops.models.checkpoints import Checkpoint
 from train import checkpointing
 from train.batches import PaddedCollator, target_losses
-from train.dataset import Source, load_or_encode
+from train.source import Source
+from train.token_cache import load_or_encode
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 SAME_STEP = ("--per_device_train_batch_size", "2", "--num_train_epochs", "2")

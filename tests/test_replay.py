@@ -11,9 +11,10 @@ from llmops.console import UserError
 from llmops.models.chat_model import ChatModel
 from llmops.models.checkpoints import Checkpoint
 from train.config import Config, find_problems, parse
-from train.dataset import Source, load_or_encode
 from train.replay import Joined, ReplayOrder, replayed
+from train.source import Source
 from train.steps import StepSampler
+from train.token_cache import load_or_encode
 
 
 @pytest.fixture(scope="module")

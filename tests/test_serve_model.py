@@ -54,7 +54,7 @@ def user(text: str) -> list[dict[str, str]]:
 def answers(service: Any, prompts: Sequence[list[int]], **fields: Any) -> tuple[list[str], Any]:
     """(the texts that one request's prompts get, its exchange), within this process."""
     from serve.model.asked import read_completion
-    from serve.model.routes import Exchange
+    from serve.model.exchange import Exchange
 
     async def run() -> tuple[list[str], Any]:
         asked = read_completion({"prompt": [list(ids) for ids in prompts], **fields}, service.limits).asked

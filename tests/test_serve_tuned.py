@@ -43,7 +43,7 @@ def test_base_and_tuned_answer_side_by_side(service: Any, adapter: Path, checkpo
     import torch
 
     from serve.model.asked import read_completion
-    from serve.model.routes import Exchange
+    from serve.model.exchange import Exchange
 
     prompts = rendered(service, QUESTIONS[:10])
     base = greedy(ChatModel(Checkpoint(checkpoints["llama"])).weights(torch.float32).eval(), prompts, service)

@@ -17,7 +17,8 @@ from llmops.formats.families import families
 from llmops.formats.layouts import LAYOUTS
 from llmops.models.chat_model import ChatModel
 from llmops.models.checkpoints import Checkpoint
-from train.dataset import Source, load_or_encode
+from train.source import Source
+from train.token_cache import load_or_encode
 
 Row = dict[str, Any]
 SYSTEM, Q1, A1, Q2, A2 = "请简短回答。", "怎么续借？\n急", "点续借。", "逾期呢", "每天0.1元"

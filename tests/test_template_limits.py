@@ -17,7 +17,8 @@ from llmops.formats.template_limits import LimitedTemplate
 from llmops.models import tiny
 from llmops.models.chat_model import ChatModel
 from llmops.models.checkpoints import Checkpoint
-from train.dataset import Source, load_or_encode
+from train.source import Source
+from train.token_cache import load_or_encode
 
 NAME = "the checkpoint's chat template"
 ASKED = [{"role": "user", "content": "怎么续借？"}, {"role": "assistant", "content": "点“续借”。"}]

@@ -62,7 +62,7 @@ def make_base(folder: Path) -> None:
     from llmops.formats.chat_format import ChatFormat
     from llmops.models import tiny
     from train.batches import PaddedCollator, target_losses
-    from train.dataset import encode_conversation
+    from train.encoding import encode_conversation
 
     transformers.logging.disable_progress_bar()
     general = HERE / "retention.jsonl"

@@ -26,7 +26,7 @@ from train import attention, session
 from train.batches import PackedCollator, PaddedCollator, target_losses, to_device
 from train.choices import Choices, free_memory, resolve
 from train.config import Config
-from train.dataset import describe
+from train.encoding import describe
 from train.estimates import GIB, Shape, empty_model, memory_parts, model_shape
 from train.replay import Joined, ReplayOrder, replayed
 from train.run_folder import step_size

@@ -37,7 +37,7 @@ from train import attention, checkpointing, elastic, ownership, states
 from train.batches import PackedCollator, PaddedCollator, cross_entropy_name
 from train.choices import Choices, resolve
 from train.config import Config
-from train.dataset import Source, TokenDataset, load_or_encode
+from train.dataset import TokenDataset
 from train.estimates import add_lora
 from train.replay import Joined, replayed
 from train.run_folder import (
@@ -53,7 +53,9 @@ from train.run_folder import (
     data_digest,
     step_size,
 )
+from train.source import Source
 from train.steps import Split, few_steps
+from train.token_cache import load_or_encode
 from train.trainer import ChatTrainer, Schedule, barrier
 from train.training_log import ACCURACY, ConsoleServer, TensorBoardServer, TokenCounter, TrainingLog, plot, read_log
 

@@ -167,8 +167,9 @@ def make_run(folder: Path) -> None:
     from llmops.models.checkpoints import Checkpoint
     from train import checkpointing, ownership
     from train.config import parse
-    from train.dataset import Source, load_or_encode
     from train.run_folder import data_digest
+    from train.source import Source
+    from train.token_cache import load_or_encode
 
     output = folder / "run"
     output.mkdir()

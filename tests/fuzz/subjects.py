@@ -99,7 +99,9 @@ def tokens(argv: Sequence[str]) -> int:
     from llmops.files import print_json
     from llmops.models.chat_model import ChatModel
     from llmops.models.checkpoints import Checkpoint
-    from train.dataset import Source, describe, load_or_encode
+    from train.encoding import describe
+    from train.source import Source
+    from train.token_cache import load_or_encode
 
     def body() -> int:
         chat = ChatModel(Checkpoint(Path("model"))).chat
@@ -122,7 +124,9 @@ def encode(argv: Sequence[str]) -> int:
     from llmops.files import print_json
     from llmops.models.chat_model import ChatModel
     from llmops.models.checkpoints import Checkpoint
-    from train.dataset import Source, describe, load_or_encode
+    from train.encoding import describe
+    from train.source import Source
+    from train.token_cache import load_or_encode
 
     def body() -> int:
         source = Source(tuple(list_files(argv[0])), Path("model"), "auto", 256, False)

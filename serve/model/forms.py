@@ -1,0 +1,108 @@
+"""OpenAI's form of answers: whole, or as the lines of a stream."""
+
+import uuid
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from itertools import accumulate
+from typing import TYPE_CHECKING, Any
+
+from llmops import json_text
+from serve.answers import ApiError
+from serve.model.exchange import Exchange, Told
+
+if TYPE_CHECKING:
+    from serve.model.lanes import Event
+    from serve.model.sampling import Logprob
+
+
+class Form:
+    """How the two routes word their answers. `head` is what every chunk has."""
+
+    def __init__(self, exchange: Exchange, chat: bool) -> None:
+        self.exchange = exchange
+        self.chat = chat
+        self.id = ("chatcmpl-" if chat else "cmpl-") + uuid.uuid4().hex
+
+    def head(self, stream: bool) -> dict[str, Any]:
+        """Id, kind, time and model."""
+        kind = "chat.completion" + (".chunk" if stream else "") if self.chat else "text_completion"
+        return {"id": self.id, "object": kind, "created": self.exchange.created, "model": self.exchange.name}
+
+    def logprobs(self, found: Sequence["Logprob"]) -> dict[str, Any] | None:
+        """Log-probabilities as the route words them; None when they were not asked for."""
+        if self.exchange.asked.sampling.logprobs < 0:
+            return None
+        text = self.exchange.service.token_text
+        if not self.chat:
+            return {
+                "tokens": [text(one.token) for one in found],
+                "token_logprobs": [one.value for one in found],
+                "top_logprobs": [{text(token): value for token, value in one.top} for one in found],
+                "text_offset": [*accumulate([len(text(one.token)) for one in found], initial=0)][: len(found)],
+            }
+
+        def told(token: int, value: float) -> dict[str, Any]:
+            return {"token": text(token), "logprob": value, "bytes": list(text(token).encode())}
+
+        return {
+            "content": [
+                told(one.token, one.value) | {"top_logprobs": [told(*pair) for pair in one.top]} for one in found
+            ]
+        }
+
+    def whole(self, texts: list[str], found: list[list["Logprob"]], ends: list[str]) -> dict[str, Any]:
+        """The body of an answer that is given at once."""
+        choices = []
+        for place, (text, own, end) in enumerate(zip(texts, found, ends, strict=True)):
+            said = {"message": {"role": "assistant", "content": text}} if self.chat else {"text": text}
+            choices.append({"index": place, **said, "logprobs": self.logprobs(own), "finish_reason": end})
+        return self.head(False) | {"choices": choices, "usage": self.exchange.usage()} | self.warned()
+
+    def warned(self) -> dict[str, Any]:
+        """What was left out of the request, if anything."""
+        return {"warnings": self.exchange.asked.warnings} if self.exchange.asked.warnings else {}
+
+    def chunk(
+        self, place: int, text: str | None, found: Sequence["Logprob"] = (), end: str | None = None
+    ) -> dict[str, Any]:
+        """A piece of an answer; the text None: its beginning."""
+        said: dict[str, Any] = {"text": text or ""}
+        if self.chat:
+            delta = {"role": "assistant", "content": ""} if text is None else {"content": text} if text else {}
+            said = {"delta": delta}
+        return {"index": place, **said, "logprobs": self.logprobs(found) if found else None, "finish_reason": end}
+
+
+async def gathered(form: Form, told: AsyncGenerator[Told, None]) -> dict[str, Any]:
+    """A whole answer's body."""
+    count = len(form.exchange.answers)
+    texts, found, ends = [""] * count, [list["Logprob"]() for _ in range(count)], [""] * count
+    async for place, event in told:
+        texts[place] += event.text
+        found[place] += event.logprobs
+        ends[place] = event.finish or ""
+    return form.whole(texts, found, ends)
+
+
+async def events(form: Form, first: Told, told: AsyncGenerator[Told, None]) -> AsyncGenerator[str, None]:
+    """The lines of a stream, to `data: [DONE]`."""
+    exchange = form.exchange
+    usage = {"usage": None} if exchange.asked.with_usage else {}
+
+    def line(choices: list[dict[str, Any]], **more: Any) -> str:
+        return f"data: {json_text.dumps(form.head(True) | {'choices': choices} | usage | more)}\n\n"
+
+    def lines(place: int, event: "Event") -> str:
+        piece = line([form.chunk(place, event.text, event.logprobs)]) if event.text or event.logprobs else ""
+        return piece + (line([form.chunk(place, "", (), event.finish)]) if event.finish else "")
+
+    try:
+        async with aclosing(told):
+            yield (line([form.chunk(0, None)], **form.warned()) if form.chat else "") + lines(*first)
+            async for place, event in told:
+                yield lines(place, event)
+        if exchange.asked.with_usage:
+            yield line([], usage=exchange.usage())
+    except ApiError as error:  # the answer has begun
+        yield f"data: {json_text.dumps(error.body)}\n\n"
+    yield "data: [DONE]\n\n"
