@@ -27,7 +27,8 @@ sys.path[:0] = [str(HERE.parent), str(HERE)]
 from diagnosis_real import LABELLED, Judged, halves, load_real
 from diagnosis_runs import KINDS, make_run, specs
 
-from eval.diagnosis.criteria import HIGH, LOW, RISKS, Thresholds, judge
+from eval.diagnosis.criteria import HIGH, LOW, RISKS, Thresholds
+from eval.diagnosis.judge import judge
 from eval.diagnosis.training_run import TrainingRun
 from eval.diagnosis_monitoring import read
 from llmops.console import log, stdout_to_stderr

@@ -18,7 +18,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from eval.diagnosis.criteria import HIGH, LOW, MEDIUM, RISKS, Diagnosis, Finding, Thresholds, judge
+from eval.diagnosis.criteria import HIGH, LOW, MEDIUM, RISKS, Finding, Thresholds
+from eval.diagnosis.judge import Diagnosis, judge
 from eval.diagnosis.log_reader import LogReader
 from eval.diagnosis.refusal import no_loss
 from eval.diagnosis.sources import read_log

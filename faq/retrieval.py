@@ -5,12 +5,13 @@ from dataclasses import dataclass, replace
 from random import Random
 from typing import TYPE_CHECKING, Any
 
+from faq.examples import Example
 from llmops.console import UserError, log, stdout_to_stderr
 from llmops.intents.catalog import BY_NUMBER, BY_SIMILARITY, COSINE, JOINT, Catalog
 from llmops.intents.retrieval import ROWS_AT_ONCE, Retriever, in_prompt_order
 
 if TYPE_CHECKING:
-    from faq.prepare import Config, Example
+    from faq.prepare import Config
 
 EXAMPLES = 20  # training questions of an intent that are compared
 

@@ -15,7 +15,8 @@ import pytest
 from conftest import ROOT, environment
 
 from eval import diagnosis_monitoring
-from eval.diagnosis.criteria import Diagnosis, Thresholds, judge
+from eval.diagnosis.criteria import Thresholds
+from eval.diagnosis.judge import Diagnosis, judge
 from eval.diagnosis.log_lines import Reading
 from eval.diagnosis.training_run import TrainingRun
 

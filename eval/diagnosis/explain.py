@@ -2,7 +2,8 @@
 
 from collections.abc import Mapping
 
-from eval.diagnosis.criteria import LOW, Diagnosis, Finding, Thresholds
+from eval.diagnosis.criteria import LOW, Finding, Thresholds
+from eval.diagnosis.judge import Diagnosis
 from eval.diagnosis.training_run import LOSSES, TrainingRun
 
 PASSED = {

@@ -4,7 +4,8 @@ import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from eval.diagnosis.criteria import HIGH, LOW, MEDIUM, Diagnosis
+from eval.diagnosis.criteria import HIGH, LOW, MEDIUM
+from eval.diagnosis.judge import Diagnosis
 from eval.diagnosis.training_run import TrainingRun
 from llmops import pictures
 

@@ -1,0 +1,191 @@
+"""Questions with their intents as they are prepared: read, each once, none with two intents, a part held out."""
+
+import json
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+
+from llmops import files
+from llmops.console import UserError, log
+from llmops.conversations.records import Message
+from llmops.intents.catalog import ENGLISH
+from llmops.intents.questions import BadRecords, FaqFile, FaqRecord, read_faq
+
+LINES_SHOWN = 10
+
+
+@dataclass(frozen=True)
+class Example:
+    """One question with its intent, and where it was read; `messages` when its prompt was made elsewhere.
+
+    `candidates` when it brings a list of its own; `shown`: questions to show beside each of these.
+    """
+
+    path: Path
+    line: int
+    question: str
+    intent: str
+    messages: tuple[Message, ...] = ()
+    candidates: tuple[str, ...] = ()
+    shown: tuple[tuple[str, ...], ...] = ()
+
+    @property
+    def asked(self) -> str:
+        """What tells this example from others: its question (with its own list), or a whole prompt made elsewhere."""
+        if self.messages:
+            return json.dumps(self.messages[:-1], ensure_ascii=False)
+        return "\n".join((self.question, *self.candidates))
+
+    @property
+    def place(self) -> str:
+        """file:line."""
+        return f"{self.path}:{self.line}"
+
+
+def read_data(path: Path, skip_bad: bool) -> FaqFile:
+    """A file's records, and what was dropped is said. Raises UserError for bad records and questions with two intents.
+
+    Both come at once: who has mended the first should not find the second in the next start.
+    """
+    try:
+        data = read_faq(path, skip_bad)
+    except BadRecords as error:
+        conflicts = find_conflicts(examples_of(error.others))[0]
+        raise UserError(f"{error}\n{conflict_words(conflicts)}" if conflicts else str(error)) from error
+    log(f"{data.path}: {data.kind}, {len(data.records)} records")
+    if data.problems:
+        log(f"{len(data.problems)} bad records dropped:\n  " + "\n  ".join(map(str, data.problems[:LINES_SHOWN])))
+    return data
+
+
+def examples_of(data: FaqFile) -> list[Example]:
+    """One example per question."""
+    return [
+        Example(data.path, record.line, question, record.intent, record.messages, record.candidates)
+        for record in data.records
+        for question in record.questions
+    ]
+
+
+def listed(places: Sequence[str]) -> str:
+    """The first of these places, and how many more there are."""
+    more = f" and {len(places) - LINES_SHOWN} more" if len(places) > LINES_SHOWN else ""
+    return ", ".join(places[:LINES_SHOWN]) + more
+
+
+def find_conflicts(examples: Sequence[Example]) -> tuple[list[tuple[Example, Example]], list[str], list[Example]]:
+    """(pairs of one question with two intents, lines of questions that come again, each question once)."""
+    first: dict[str, Example] = {}
+    repeats, conflicts = [], []
+    for example in examples:
+        known = first.setdefault(example.asked, example)
+        if known is example:
+            continue
+        if known.intent == example.intent:
+            repeats.append(str(example.line))
+        else:
+            conflicts.append((known, example))
+    return conflicts, repeats, list(first.values())
+
+
+def conflict_words(conflicts: Sequence[tuple[Example, Example]]) -> str:
+    """Which questions have two intents, the first of them with their lines."""
+    shown = "\n  ".join(
+        f"{b.place}: {files.shown(b.question)} has the intent {files.shown(b.intent)} here and "
+        f"{files.shown(a.intent)} in line {a.line}"
+        for a, b in conflicts[:LINES_SHOWN]
+    )
+    return f"{len(conflicts)} questions have two intents; decide on one each:\n  {shown}"
+
+
+def without_conflicts(examples: Sequence[Example], skip_bad: bool, repeats_stay: bool = False) -> list[Example]:
+    """Each question once, unless repeats stay (a given test file is not changed).
+
+    Raises UserError for a question with two intents, unless these are to be left out.
+    """
+    conflicts, repeats, first = find_conflicts(examples)
+    if conflicts:
+        text = conflict_words(conflicts)
+        if not skip_bad:
+            raise UserError(f"{text}\n  or pass --skip_bad_lines true to leave these questions out")
+        log(f"left out: {text}")
+    if repeats:
+        kept = "stay" if repeats_stay else "are kept once"
+        log(f"{examples[0].path}: {len(repeats)} repeated questions {kept}; lines {listed(repeats)}")
+    unclear = {example.asked for _, example in conflicts}
+    return [e for e in (examples if repeats_stay else first) if e.asked not in unclear]
+
+
+def split(examples: Sequence[Example], ratio: float, seed: int) -> tuple[list[Example], list[Example]]:
+    """(training, test): of each intent's questions `ratio` are held out, at least one where there are two."""
+    groups: dict[str, list[Example]] = defaultdict(list)
+    for example in examples:
+        groups[example.intent].append(example)
+    held: set[str] = set()
+    for intent, group in groups.items():
+        count = min(max(1, round(ratio * len(group))), len(group) - 1)
+        held.update(e.asked for e in Random(f"{seed} {intent}").sample(group, count))
+    return [e for e in examples if e.asked not in held], [e for e in examples if e.asked in held]
+
+
+def without_tests(examples: list[Example], test: Sequence[Example], path: Path) -> list[Example]:
+    """Training examples that are no test examples, too."""
+    asked = {example.asked for example in test}
+    both = [e for e in examples if e.asked in asked]
+    if both:
+        places = listed([str(e.line) for e in both])
+        log(f"{path}: {len(both)} questions are test questions, too, and left out of training; lines {places}")
+    return [e for e in examples if e.asked not in asked]
+
+
+def check_known(test: list[Example], intents: dict[str, str], none: str, skip_bad: bool) -> list[Example]:
+    """Test examples whose intent training knows. Raises UserError for others, unless they are to be left out."""
+    unknown = [e for e in test if e.intent not in intents and e.intent != none]
+    if unknown and not skip_bad:
+        shown = "; ".join(f"{e.place}: {e.intent!r}" for e in unknown[:LINES_SHOWN])
+        raise UserError(
+            f"{len(unknown)} test questions have intents that no training question has ({shown}); add training "
+            f"questions, name them {none!r}, or pass --skip_bad_lines true to leave them out"
+        )
+    if unknown:
+        log(f"{len(unknown)} test questions with intents unknown in training are left out")
+    return [e for e in test if e.intent in intents or e.intent == none]
+
+
+def collect_intents(records: Sequence[FaqRecord], none: str) -> tuple[dict[str, str], str]:
+    """(reply of each intent, reply when none fits); another reply to the same intent is reported and not used."""
+    replies: dict[str, str] = {}
+    differing = []
+    for record in records:
+        known = replies.setdefault(record.intent, record.reply)
+        if not known:
+            replies[record.intent] = record.reply
+        elif record.reply and record.reply != known:
+            differing.append(str(record.line))
+    if differing:
+        log(f"{len(differing)} records have another reply than their intent's first one, which is used: lines "
+            f"{listed(differing)}")  # fmt: skip
+    none_reply = replies.pop(none, "")
+    return replies, none_reply
+
+
+def own_lists(examples: Sequence[Example], intents: dict[str, str], none: str) -> list[list[str]]:
+    """The different lists that examples bring; their candidates become intents. All examples bring one, or none."""
+    lists = dict.fromkeys(example.candidates for example in examples)
+    if list(lists) == [()]:
+        return []
+    bare = next((example for example in examples if not example.candidates), None)
+    if bare:
+        raise UserError(f"{bare.place} has no candidates of its own and other rows have; expected them in all or none")
+    for name in (name for listed in lists for name in listed if name != none):
+        intents.setdefault(name, "")
+    log(f"the rows have {len(lists):,} candidate lists of their own, which are kept; no variants are added")
+    return [list(listed) for listed in lists]
+
+
+def language_of(records: Sequence[FaqRecord]) -> str:
+    """Chinese where any intent or question is written with Chinese characters, else English."""
+    texts = (text for record in records for text in (record.intent, *record.questions))
+    return "zh" if any("\u4e00" <= letter <= "\u9fff" for text in texts for letter in text) else ENGLISH
