@@ -93,9 +93,9 @@ class Intents:
 
             catalog = replace(catalog, lists=list(catalog.lists))  # new lists are this request's own
             lists = candidates_of(catalog, questions, self.retriever)
-        values: Sequence[Any] = [None] * len(questions)
+        values: list[Any] = [None] * len(questions)
         if self.joint:
-            values = self.joint.values(questions, catalog, [variant for variant, _ in lists])
+            values = [*self.joint.values(questions, catalog, [variant for variant, _ in lists])]
         found = []
         for text, (variant, shown), value in zip(questions, lists, values, strict=True):
             messages = catalog.prompt(text, variant, shown)
