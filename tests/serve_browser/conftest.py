@@ -20,7 +20,20 @@ CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", 
 DATA = ROOT / "eval" / "eval_datasets" / "faq_similar" / "combine_data.json"
 HOSTILE = "<img src=x onerror=window.hacked=1>"  # a name of a folder
 SCRIPT = f"{HOSTILE}<script>window.hacked=1</script>"  # in questions and answers
+SIZES = ((1280, 900), (390, 844))
 SECONDS = 30_000  # milliseconds that a browser waits for what must come, on a busy machine, too
+
+
+def serious_faults(page: "Page") -> dict[str, list[str]]:
+    """What axe-core finds serious or critical on a page, by rule."""
+    from axe_playwright_python.sync_playwright import Axe
+
+    found = Axe().run(page, options={"resultTypes": ["violations"]}).response["violations"]
+    return {
+        rule["id"]: [node["html"][:200] + (node.get("failureSummary") or "") for node in rule["nodes"]][:3]
+        for rule in found
+        if rule["impact"] in ("serious", "critical")
+    }
 
 
 def log_line(step: int, steps: int = 200, **values: Any) -> str:

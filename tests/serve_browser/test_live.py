@@ -1,6 +1,7 @@
 """A run that is training updates by itself and is asked to stop; a curator's session by keyboard; the chat streams."""
 
 import fcntl
+import itertools
 import json
 import signal
 import socket
@@ -17,7 +18,7 @@ from llmops.intents.catalog import Catalog, wording_of
 from llmops.intents.questions import read_faq
 from serve.settings import Access, Limits, Model, Settings
 
-from .conftest import DATA, log_line, until
+from .conftest import DATA, SIZES, log_line, serious_faults, until
 
 KEYS = ["k", "l", "k", "1", "r", "k", "m", "2", "k", "l"]
 
@@ -153,6 +154,12 @@ def test_chat(conversations: Any, tmp_path: Path, visit: Callable[..., Any]) -> 
         bars.nth(2).wait_for()
         told = running.ask("POST", "/v1/intents", {"questions": ["ping"], "top": 5}).json["data"][0]["top"]
         assert [float(bars.nth(i).get_attribute("value")) for i in range(3)] == [one["probability"] for one in told]
+        for scheme, (width, height) in itertools.product(("light", "dark"), SIZES):
+            page.emulate_media(color_scheme=scheme)
+            page.set_viewport_size({"width": width, "height": height})
+            wider = page.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth")
+            assert wider <= 0, f"{scheme} at {width}: {wider} pixels beyond the edge"
+            assert serious_faults(page) == {}, (scheme, width)
         page.reload()
         page.locator(".bubble").nth(3).wait_for()  # the conversation is still there
         page.get_by_role("button", name="New conversation").click()

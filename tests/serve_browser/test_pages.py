@@ -9,7 +9,7 @@ from urllib.parse import quote
 import pytest
 from serve_process import Running
 
-from .conftest import HOSTILE
+from .conftest import HOSTILE, SIZES, serious_faults
 
 PAGES = {
     "runs": ("/", "Runs", "训练"),
@@ -28,13 +28,10 @@ PAGES = {
     "missing": ("/runs/nowhere", "Not found", "没有找到"),
 }  # fmt: skip
 PICTURES = os.environ.get("LLMOPS_PICTURES", "")  # a folder for pictures of all of them, to look at
-SIZES = ((1280, 900), (390, 844))
 
 
 @pytest.mark.parametrize("language", ["en-US", "zh-CN"])
 def test_every_page(server: Running, visit: Callable[..., Any], language: str) -> None:
-    from axe_playwright_python.sync_playwright import Axe
-
     page = visit(server, locale=language)
     for name, (path, *words) in PAGES.items():
         page.set_viewport_size({"width": 1280, "height": 900})
@@ -53,13 +50,7 @@ def test_every_page(server: Running, visit: Callable[..., Any], language: str) -
                     target = Path(PICTURES, f"{name}.{language}.{scheme}.{width}.png")
                     page.screenshot(path=target, full_page=True)
             if (scheme == "dark") == (language == "zh-CN"):  # at 390: half of the combinations each
-                found = Axe().run(page, options={"resultTypes": ["violations"]}).response["violations"]
-                serious = {
-                    rule["id"]: [node["html"][:200] + (node.get("failureSummary") or "") for node in rule["nodes"]][:3]
-                    for rule in found
-                    if rule["impact"] in ("serious", "critical")
-                }
-                assert serious == {}, name
+                assert serious_faults(page) == {}, name
     visit.wrong[:] = [text for text in visit.wrong if "404" not in text]  # of the page that is not there
 
 
