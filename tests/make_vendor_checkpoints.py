@@ -2,8 +2,9 @@
 
     python tests/make_vendor_checkpoints.py CODE_FOLDER OUTPUT_FOLDER
 
-CODE_FOLDER holds the .py files of ChatGLM-6B, ChatGLM2-6B, ChatGLM3-6B or Baichuan2-13B-Chat (and, where there are any,
-its .json files). Vocabulary sizes and the ids of special tokens are the vendor's. Weights are random, drawn here and
+CODE_FOLDER holds the .py files of ChatGLM-6B, ChatGLM2-6B (or CodeGeeX2), ChatGLM3-6B, Baichuan2-7B or Baichuan2-13B,
+and of its config.json, tokenizer_config.json and generation_config.json those that there are; sizes apart, they are
+taken as they are. Vocabulary sizes and the ids of special tokens are the vendor's. Weights are random, drawn here and
 not by the vendor's code, with enlarged queries, keys and values: with small ones every token would get the same answer.
 """
 
@@ -27,6 +28,11 @@ GLM_AUTO = {
     "AutoModelForSeq2SeqLM": "modeling_chatglm.ChatGLMForConditionalGeneration",
 }
 GLM_TOKENIZER = {"AutoTokenizer": ["tokenization_chatglm.ChatGLMTokenizer", None]}
+# of a vendor's config.json: what is made tiny here, and what speaks of weights that are packed into integers
+SIZES = ("hidden_size", "inner_hidden_size", "intermediate_size", "ffn_hidden_size", "num_layers", "num_hidden_layers",
+         "num_attention_heads", "kv_channels", "multi_query_group_num")  # fmt: skip
+QUANTIZED = ("quantization_bit", "quantization_embeddings", "quantization_config")
+Settings = dict[str, Any]
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -46,20 +52,34 @@ def make_checkpoint(code: Path, output: Path, seed: int = 0) -> None:
     for path in code.glob("*.py"):
         if path.stat().st_size:
             shutil.copy2(path, output)
+    given = vendors_settings(code / "config.json")
     if (code / "modeling_baichuan.py").is_file():
-        files = baichuan2()
+        files = baichuan2(alibi="alibi" in (code / "modeling_baichuan.py").read_text(encoding="utf-8"))
     elif "position_encoding_2d" in (code / "configuration_chatglm.py").read_text(encoding="utf-8"):
-        files = glm1()
+        files = glm1(given.get("vocab_size", 130_528))
     else:
         files = glm2(roles="<|assistant|>" in (code / "tokenization_chatglm.py").read_text(encoding="utf-8"))
     vocabulary_name, pieces, config, tokenizer, generation, shapes = files
     write_sentencepiece(output / vocabulary_name, pieces)
-    contents = {"config": config, "tokenizer_config": tokenizer, "generation_config": generation}
+    if given:
+        kept = {key: value for key, value in given.items() if key not in QUANTIZED}
+        config = kept | {key: config[key] for key in SIZES if key in config}
+    contents = {
+        "config": config,
+        "tokenizer_config": vendors_settings(code / "tokenizer_config.json") or tokenizer,
+        "generation_config": vendors_settings(code / "generation_config.json") or generation,
+    }
     for name, content in contents.items():
         if not content:
             continue
         (output / f"{name}.json").write_text(json.dumps(content, indent=2), encoding="utf-8")
     write_weights(output, shapes, seed)
+
+
+def vendors_settings(path: Path) -> Settings:
+    """What a .json file of the vendor says; empty where there is none."""
+    found: Settings = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return found
 
 
 def texts() -> list[str]:
@@ -118,8 +138,11 @@ def byte_pieces() -> list[tuple[str, float, int]]:
     return [(f"<0x{i:02X}>", 0.0, BYTE) for i in range(256)]
 
 
-def glm1() -> tuple[Any, ...]:
-    """ChatGLM-6B: 130,344 pieces in ice_text.model, special tokens from 130,000 on."""
+def glm1(rows: int) -> tuple[Any, ...]:
+    """ChatGLM-6B: 130,344 pieces in ice_text.model, special tokens from 130,000 on.
+
+    `rows` of the embedding: 130,528, or 150,528 where 20,000 ids of images come before those of the vocabulary.
+    """
     head = [("<unk>", 0.0, UNKNOWN), ("<s>", 0.0, CONTROL), ("</s>", 0.0, CONTROL), ("<pad>", 0.0, CONTROL),
             ("<n>", 0.0, USER_DEFINED), ("<|tab|>", 0.0, USER_DEFINED)]  # fmt: skip
     head += [(f"<|blank_{i}|>", 0.0, USER_DEFINED) for i in range(2, 81)] + byte_pieces()
@@ -132,7 +155,7 @@ def glm1() -> tuple[Any, ...]:
         "eos_token_id": 130_005, "mask_token_id": 130_000, "gmask_token_id": 130_001, "pad_token_id": 3,
         "hidden_size": HIDDEN, "inner_hidden_size": INNER, "layernorm_epsilon": 1e-5, "max_sequence_length": 2048,
         "num_attention_heads": HEADS, "num_layers": LAYERS, "position_encoding_2d": True, "torch_dtype": "float16",
-        "transformers_version": "4.23.1", "use_cache": True, "vocab_size": 130_528,
+        "transformers_version": "4.23.1", "use_cache": True, "vocab_size": rows,
     }  # fmt: skip
     tokenizer = {
         "name_or_path": "chatglm-6b", "bos_token": "<sop>", "eos_token": "<eop>", "end_token": "</s>",
@@ -141,7 +164,7 @@ def glm1() -> tuple[Any, ...]:
         "auto_map": GLM_TOKENIZER,
     }  # fmt: skip
     shapes: dict[str, tuple[int, ...]] = {
-        "transformer.word_embeddings.weight": (130_528, HIDDEN), "lm_head.weight": (0,),
+        "transformer.word_embeddings.weight": (rows, HIDDEN), "lm_head.weight": (0,),
         "transformer.final_layernorm.weight": (HIDDEN,), "transformer.final_layernorm.bias": (HIDDEN,),
     }  # fmt: skip
     for i in range(LAYERS):
@@ -197,8 +220,8 @@ def glm2(roles: bool) -> tuple[Any, ...]:
     return "tokenizer.model", filled(head, 64_789), config, tokenizer, {}, shapes
 
 
-def baichuan2() -> tuple[Any, ...]:
-    """Baichuan2-13B: 125,696 pieces, role tokens 195 and 196."""
+def baichuan2(alibi: bool) -> tuple[Any, ...]:
+    """Baichuan2-13B, or 7B, which has rotary positions in the place of ALiBi: 125,696 pieces, roles 195 and 196."""
     head = [("<unk>", 0.0, UNKNOWN), ("<s>", 0.0, CONTROL), ("</s>", 0.0, CONTROL)]
     head += [(f"<filler_{i}>", -1e6, UNUSED) for i in range(3, 90)]
     head += [(f"<reserved_{i - 89}>", 0.0, USER_DEFINED) for i in range(90, 346)] + byte_pieces()
@@ -212,6 +235,8 @@ def baichuan2() -> tuple[Any, ...]:
         "tie_word_embeddings": False, "torch_dtype": "bfloat16", "transformers_version": "4.29.2", "use_cache": True,
         "vocab_size": 125_696,
     }  # fmt: skip
+    if not alibi:
+        config["max_position_embeddings"] = 4096
     token = {"__type": "AddedToken", "lstrip": False, "normalized": True, "rstrip": False, "single_word": True}
     tokenizer = {
         "add_bos_token": False, "add_eos_token": False, "bos_token": token | {"content": "<s>"},

@@ -29,7 +29,8 @@ def native(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_native_checkpoint_passes(native: Path) -> None:
     done = check(native, "--no_training")
     assert done.returncode == 0, done.stdout + done.stderr[-2000:]
-    lines = done.stdout.splitlines()
+    *lines, summary = done.stdout.splitlines()
+    assert summary == "16 of 16 rows ok"
     assert len(lines) == 16
     assert all("| ok   |" in line for line in lines)
     assert any("none, a native class" in line for line in lines)
@@ -42,6 +43,13 @@ def test_a_broken_checkpoint_fails_in_its_row(native: Path) -> None:
     assert done.returncode == 1
     assert "| FAIL | AssertionError: eos is 2, in config.json 7 |" in done.stdout
     assert sum("| ok   |" in line for line in done.stdout.splitlines()) > 10
+
+
+def test_what_fails_every_row_is_one_sentence(native: Path) -> None:
+    done = check(native, "--no_training", "--mode", "glm3")
+    assert done.returncode == 2
+    assert "--mode glm3 is for model_type chatglm, the checkpoint is 'qwen3'; pass --mode auto" in done.stderr
+    assert not done.stdout
 
 
 def test_a_folder_without_a_checkpoint(tmp_path: Path) -> None:

@@ -67,7 +67,13 @@ def make(vocabulary: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> M
         module, config_class, model_class, tokenizer_class = STYLES[style]
         folder = tmp_path / f"{tmp_path.name}-{style}-{without or 'patched'}-{len(list(tmp_path.iterdir()))}"
         folder.mkdir()
-        for name in {module, "modeling_rotary" if style == "deaf" else module, tokenizer_class.split(".")[0]}:
+        streaming = module if style == "alibi" else "modeling_streaming"
+        for name in {
+            module,
+            "modeling_rotary" if style == "deaf" else module,
+            streaming,
+            tokenizer_class.split(".")[0],
+        }:
             shutil.copy(MODULES / f"{name}.py", folder)
         shutil.copy(vocabulary, folder / "tokenizer.model")
         auto = {"AutoConfig": f"{module}.{config_class}"}
@@ -76,7 +82,7 @@ def make(vocabulary: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> M
         config = {"model_type": f"old_{style}", "auto_map": auto, "torch_dtype": "float32", **settings}
         tokenizer = {"auto_map": {"AutoTokenizer": [tokenizer_class, None]}, "tokenizer_class": tokenizer_class}
         if style == "alibi":
-            tokenizer["add_bos_token"] = False
+            tokenizer |= {"add_bos_token": False, "spare_ids": 0}
         (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
         (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer), encoding="utf-8")
         generator = torch.Generator().manual_seed(0)
@@ -213,14 +219,50 @@ def test_an_id_beyond_the_vocabulary_is_no_text(make: Make) -> None:
     assert tokenizer.decode([200, 299]) == tokenizer.decode([200])
 
 
-def test_a_saved_tokenizer_keeps_add_bos_token(make: Make, tmp_path: Path) -> None:
-    for without, starts_with_bos in (("saved_without_bos_setting", True), ("", False)):
-        tokenizer = trusted_tokenizer(make("alibi", without=without))
-        assert tokenizer("hello")["input_ids"][0] != 1
-        saved = tmp_path / f"saved-{without}"
-        tokenizer.save_pretrained(saved)
-        again = trusted_tokenizer(shutil.copytree(saved, config_beside(saved, tmp_path)))
-        assert (again("hello")["input_ids"][0] == 1) == starts_with_bos
+def saved_again(tokenizer: Any, tmp_path: Path) -> Any:
+    """A tokenizer that was saved and loaded from there."""
+    saved = tmp_path / f"saved-{len(list(tmp_path.iterdir()))}"
+    tokenizer.save_pretrained(saved)
+    return trusted_tokenizer(shutil.copytree(saved, config_beside(saved, tmp_path)))
+
+
+def test_a_saved_tokenizer_keeps_its_settings(make: Make, tmp_path: Path) -> None:
+    """add_bos_token is not saved by the library; spare_ids, which moves every id, was not handed to it."""
+    lost = saved_again(trusted_tokenizer(make("alibi", without="settings_not_saved")), tmp_path)
+    tokenizer = trusted_tokenizer(make("alibi"))
+    expected = tokenizer("hello")["input_ids"]
+    assert lost("hello")["input_ids"] == [1, *(200 + index for index in expected)]
+    assert saved_again(tokenizer, tmp_path)("hello")["input_ids"] == expected
+    tokenizer.add_bos_token = True  # changed after it was loaded
+    assert saved_again(tokenizer, tmp_path)("hello")["input_ids"] == [1, *expected]
+
+
+def test_a_prompt_is_ended_once(make: Make) -> None:
+    """The library builds the inputs a second time, for their token types; the class lengthens the list it gets."""
+
+    def ended(folder: Path) -> list[int]:
+        path = folder / "tokenizer_config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"add_eos_token": True}), encoding="utf-8")
+        return trusted_tokenizer(folder)("hello")["input_ids"]
+
+    plain = trusted_tokenizer(make("alibi"))("hello")["input_ids"]
+    assert ended(make("alibi", without="prompt_ended_twice")) == [*plain, 2, 2]
+    assert ended(make("alibi")) == [*plain, 2]
+
+
+def test_an_end_token_that_has_an_id_and_no_name(make: Make) -> None:
+    with pytest.raises(UserError, match="has no end token"):
+        trusted_tokenizer(make("rotary", without="end_token_without_a_name"))
+    tokenizer = trusted_tokenizer(make("rotary"))
+    assert (tokenizer.eos_token, tokenizer.eos_token_id) == ("</s>", 2)
+    assert None not in tokenizer(["hello", "a"], padding=True)["input_ids"]
+
+
+def test_a_setting_that_is_given_twice(make: Make, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="multiple values for keyword argument 'clean_up_tokenization_spaces'"):
+        saved_again(trusted_tokenizer(make("rotary", without="setting_given_twice")), tmp_path)
+    tokenizer = trusted_tokenizer(make("rotary"))
+    assert saved_again(tokenizer, tmp_path)("hello")["input_ids"] == tokenizer("hello")["input_ids"]
 
 
 def config_beside(saved: Path, tmp_path: Path) -> Path:
@@ -464,6 +506,27 @@ def test_cached_generation_equals_uncached_and_single(make: Make, style: str, op
         for row, expected in zip(rows, together, strict=True):
             alone = answer(padded([row]), True)[0]
             assert alone == expected[: len(alone)]
+
+
+@pytest.mark.parametrize("style", ["rotary", "prefix"])
+def test_streaming_ends_as_generate_does(make: Make, style: str) -> None:
+    """What the vendors' `stream_chat` runs, with a mask in four dimensions where the tokenizer makes such."""
+    options = {"max_length": 16, "do_sample": False, "eos_token_id": 299, "pad_token_id": 0}
+    ids = torch.tensor([prompt(style)])
+    mask = torch.ones_like(ids)
+    if style == "prefix":
+        column = torch.arange(ids.shape[1])
+        seen = (column <= column[:, None]) | (column < ids[0].tolist().index(SOP))
+        mask = ~seen[None, None]
+    blind = load(make(style, without="streaming_asks_for_what_is_gone"))
+    with pytest.raises(AttributeError, match=r"_get_logits_warper|_eos_token_tensor"), torch.no_grad():
+        list(blind.stream_generate(ids, attention_mask=mask, **options))
+    model = load(make(style))
+    with torch.no_grad():
+        streamed = list(model.stream_generate(ids, attention_mask=mask, **options))
+        expected = model.generate(ids, attention_mask=mask, **options)
+    assert [row.shape[1] for row in streamed] == list(range(ids.shape[1] + 1, 17))
+    assert torch.equal(streamed[-1], expected)
 
 
 @pytest.mark.parametrize("style", CAUSAL)

@@ -38,13 +38,17 @@ from llmops.legacy.running import (
     generate_is_gone,
     logits_at_every_position,
     nothing_is_recomputed,
+    streaming_asks_for_what_is_gone,
 )
 from llmops.legacy.tokenizers import (
     batches_only_by_calling,
+    end_token_without_a_name,
     ids_beyond_the_vocabulary,
     ids_without_a_name,
     padding_side_not_accepted,
-    saved_without_bos_setting,
+    prompt_ended_twice,
+    setting_given_twice,
+    settings_not_saved,
     special_tokens_before_vocabulary,
     vocabulary_file_forgotten,
 )
@@ -58,11 +62,14 @@ MODEL_CLASSES = ("AutoModelForCausalLM", "AutoModelForSeq2SeqLM", "AutoModel")
 TOKENIZER_PATCHES: tuple[Patch, ...] = (
     special_tokens_before_vocabulary,
     padding_side_not_accepted,
+    end_token_without_a_name,
     ids_without_a_name,
     ids_beyond_the_vocabulary,
-    saved_without_bos_setting,
+    settings_not_saved,
     vocabulary_file_forgotten,
     batches_only_by_calling,
+    prompt_ended_twice,
+    setting_given_twice,
 )
 CONFIG_PATCHES: tuple[Patch, ...] = (
     names_of_today_missing,
@@ -86,6 +93,7 @@ MODEL_PATCHES: tuple[Patch, ...] = (
     logits_at_every_position,
     nothing_is_recomputed,
     cache_is_a_tuple,
+    streaming_asks_for_what_is_gone,
     masks_only_in_four_dimensions,
 )
 

@@ -7,12 +7,13 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import GenerationMixin
+from transformers import GenerationConfig, GenerationMixin, LogitsProcessorList
 from transformers.cache_utils import Cache
 
 from llmops.legacy.inspection import (
     around_forward,
     has_two_positions,
+    names_used,
     own_classes,
     own_definition,
     own_modules,
@@ -250,4 +251,28 @@ def logits_at_every_position(cls: type[Any]) -> bool:
     known = list(signature.parameters.values())
     place = len(known) - (known[-1].kind is inspect.Parameter.VAR_KEYWORD)
     cls.forward.__signature__ = signature.replace(parameters=[*known[:place], extra, *known[place:]])
+    return True
+
+
+def streaming_asks_for_what_is_gone(cls: Any) -> bool:
+    """`no attribute _get_logits_warper`, then `no attribute _eos_token_tensor`, in the vendors' `stream_chat`.
+
+    The library's processors hold what the warpers did, and want the end token's id as a tensor, which its own
+    `generate` makes before.
+    """
+    if "_get_logits_warper" not in names_used(getattr(cls, "stream_generate", None)):
+        return False
+
+    def _get_logits_warper(self: Any, generation_config: GenerationConfig) -> LogitsProcessorList:
+        return LogitsProcessorList()
+
+    def _get_logits_processor(
+        self: Any, generation_config: GenerationConfig, *args: Any, **kwargs: Any
+    ) -> LogitsProcessorList:
+        if not hasattr(generation_config, "_eos_token_tensor"):
+            self._prepare_special_tokens(generation_config, device=self.device)
+        return GenerationMixin._get_logits_processor(self, generation_config, *args, **kwargs)
+
+    cls._get_logits_warper = _get_logits_warper
+    cls._get_logits_processor = _get_logits_processor
     return True

@@ -99,22 +99,51 @@ def ids_without_a_name(cls: Any) -> bool:
     return True
 
 
-def saved_without_bos_setting(cls: Any) -> bool:
-    """A saved and reloaded tokenizer puts a bos before every text: save_pretrained leaves out add_bos_token."""
-    names = {"add_bos_token", "add_eos_token"} & set(parameters_of(cls.__init__))
+def settings_not_saved(cls: Any) -> bool:
+    """A saved and reloaded tokenizer gives other ids: what `save_pretrained` leaves out gets the default again.
+
+    It leaves out add_bos_token (Baichuan2: a bos before every text), and what a class does not hand to its base, such
+    as num_image_tokens (ChatGLM-6B of April 2023: every id shifted by 20,000).
+    """
+    names = [
+        name for name, parameter in inspect.signature(cls.__init__).parameters.items()
+        if isinstance(parameter.default, bool | int) and name != "vocab_file"
+    ]  # fmt: skip
     if not names:
         return False
-    save = cls.save_pretrained
+    build, save = cls.__init__, cls.save_pretrained
+
+    @functools.wraps(build)
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:  # noqa: N807
+        bound = inspect.signature(build).bind(self, *args, **kwargs)
+        bound.apply_defaults()
+        self._llmops_settings = {name: bound.arguments[name] for name in names}
+        build(self, *args, **kwargs)
 
     @functools.wraps(save)
     def save_pretrained(self: Any, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
         saved = save(self, save_directory, *args, **kwargs)
         path = Path(save_directory) / "tokenizer_config.json"
         settings = files.read_object(path, "the saved tokenizer's settings")
-        files.write_json(path, settings | {name: getattr(self, name) for name in sorted(names)})
+        current = {name: getattr(self, name, value) for name, value in self._llmops_settings.items()}
+        files.write_json(path, current | settings)
         return saved
 
-    cls.save_pretrained = save_pretrained
+    cls.__init__, cls.save_pretrained = __init__, save_pretrained
+    return True
+
+
+def end_token_without_a_name(cls: Any) -> bool:
+    """No eos token, and None among the ids of a batch: the first ChatGLM2 and CodeGeeX2 know its id and do not name it.
+
+    The id is that of the class's own `get_command("<eos>")`, the name that of its vocabulary.
+    """
+    if own_definition(cls, "get_command") is None or own_definition(cls, "eos_token") is not None:
+        return False
+    if '"<eos>"' not in inspect.getsource(inspect.unwrap(cls.__init__)):
+        return False
+    cls.eos_token = property(lambda self: self._convert_id_to_token(self.get_command("<eos>")))
+    cls.eos_token_id = property(lambda self: self.get_command("<eos>"))
     return True
 
 
@@ -158,4 +187,43 @@ def batches_only_by_calling(cls: Any) -> bool:
     if hasattr(cls, "batch_encode_plus"):
         return False
     cls.batch_encode_plus = cls.__call__
+    return True
+
+
+def prompt_ended_twice(cls: Any) -> bool:
+    """`tokenizer(text)` puts [gMASK] <sop> behind a text, and then the end once more (ChatGLM-6B of April 2023).
+
+    `build_inputs_with_special_tokens` lengthens the list that it is given, and the library calls it again.
+    """
+    owner = own_definition(cls, "build_inputs_with_special_tokens")
+    if owner is None or "token_ids_0 +=" not in inspect.getsource(owner.build_inputs_with_special_tokens):
+        return False
+    build = cls.build_inputs_with_special_tokens
+
+    @functools.wraps(build)
+    def build_inputs_with_special_tokens(
+        self: Any, token_ids_0: list[int], token_ids_1: list[int] | None = None
+    ) -> list[int]:
+        return build(self, list(token_ids_0), None if token_ids_1 is None else list(token_ids_1))
+
+    cls.build_inputs_with_special_tokens = build_inputs_with_special_tokens
+    return True
+
+
+def setting_given_twice(cls: Any) -> bool:
+    """`multiple values for keyword argument 'clean_up_tokenization_spaces'`: what was saved does not load.
+
+    The first CodeGeeX2 and ChatGLM2 of July 2023 hand their base a value of their own beside the one that was saved.
+    """
+    build = cls.__init__
+    name = "clean_up_tokenization_spaces"
+    if name in parameters_of(build) or f"{name}=" not in inspect.getsource(inspect.unwrap(build)):
+        return False
+
+    @functools.wraps(build)
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:  # noqa: N807
+        kwargs.pop(name, None)
+        build(self, *args, **kwargs)
+
+    cls.__init__ = __init__
     return True

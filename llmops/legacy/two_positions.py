@@ -42,17 +42,30 @@ def masks_only_in_four_dimensions(cls: type[Any]) -> bool:
 
     @functools.wraps(GenerationMixin.generate)
     def generate(self: Any, inputs: torch.Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
-        mask = kwargs.get("attention_mask")
-        if mask is not None and mask.dim() == 4:
-            kwargs["attention_mask"] = (~mask[:, 0, -1]).long()
-        positions = kwargs.get("position_ids")
-        if positions is not None and positions.dim() == 3:
-            del kwargs["position_ids"]
-        return GenerationMixin.generate(self, inputs, *args, **kwargs)
+        return GenerationMixin.generate(self, inputs, *args, **in_two_dimensions(kwargs))
 
+    stream = getattr(cls, "stream_generate", None)
+    if stream is not None:
+
+        @functools.wraps(stream)
+        def stream_generate(self: Any, *args: Any, **kwargs: Any) -> Any:
+            return stream(self, *args, **in_two_dimensions(kwargs))
+
+        cls.stream_generate = stream_generate
     cls.generate = generate
     around_forward(cls, make_masks)
     return True
+
+
+def in_two_dimensions(inputs: dict[str, Any]) -> dict[str, Any]:
+    """Inputs of a generation with the tokenizer's 4-D mask as a 2-D one, and without its positions."""
+    inputs = dict(inputs)
+    mask, positions = inputs.get("attention_mask"), inputs.get("position_ids")
+    if mask is not None and mask.dim() == 4:
+        inputs["attention_mask"] = (~mask[:, 0, -1]).long()
+    if positions is not None and positions.dim() == 3:
+        del inputs["position_ids"]
+    return inputs
 
 
 MASKS = (("gmask_token_id", 150001), ("mask_token_id", 150000))  # before "slim" the code had these ids, not the config

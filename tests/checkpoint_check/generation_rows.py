@@ -1,5 +1,7 @@
 """Rows of the table: generation."""
 
+import copy
+import inspect
 import json
 import subprocess
 import sys
@@ -8,7 +10,7 @@ from typing import Any
 
 import torch
 
-from checkpoint_check.subject import ENTRY, UNEQUAL, Subject, difference, within
+from checkpoint_check.subject import ENTRY, QUESTIONS, UNEQUAL, Subject, difference, within
 
 
 def answers(
@@ -76,6 +78,25 @@ def batch_generation(subject: Subject) -> str:
         assert a[:width] == b[:width] or subject.dtype != torch.float32, f"{a} together, {b} alone"
     assert len({tuple(row) for row in alone}) > 1, "every prompt gets the same answer: the row shows nothing"
     return f"{len(alone)} prompts of {', '.join(str(len(p)) for p in subject.prompts)} tokens"
+
+
+def vendors_chat(subject: Subject) -> str:
+    """The class's own `chat` answers, and its stream says the same; some leave out the last token of a stream."""
+    model, tokenizer = subject.model, subject.tokenizer
+    if "messages" in inspect.signature(model.chat).parameters:
+        settings = copy.deepcopy(model.generation_config)
+        settings.update(do_sample=False, max_new_tokens=12)
+        messages = [{"role": "user", "content": QUESTIONS[0]}]
+        whole = model.chat(tokenizer, messages, generation_config=settings)
+        *_, last = model.chat(tokenizer, messages, stream=True, generation_config=settings)
+    else:
+        options = {"do_sample": False, "max_length": len(subject.prompts[0]) + 16}
+        whole, _ = model.chat(tokenizer, QUESTIONS[0], history=[], **options)
+        *_, (last, *_) = model.stream_chat(tokenizer, QUESTIONS[0], history=[], **options)
+    whole, last = str(whole), str(last)
+    assert last, "the stream says nothing"
+    assert whole.startswith(last), f"{whole!r} from chat, {last!r} from its stream"
+    return f"{len(whole)} characters, {len(last)} from the stream"
 
 
 def zero3_generation(subject: Subject) -> str:

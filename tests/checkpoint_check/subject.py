@@ -35,6 +35,11 @@ class Subject:
     device: torch.device
     outputs: dict[str, Path] = field(default_factory=dict)
 
+    def open(self) -> None:
+        """Open all that every row needs. Raises UserError for what would fail them all alike: mode, package, file."""
+        self.opened.checkpoint.family()
+        _ = self.chat, self.model
+
     @cached_property
     def config(self) -> dict[str, Any]:
         """config.json."""

@@ -14,11 +14,17 @@ def vocabulary(subject: Subject) -> Any:
         import sentencepiece as spm
 
         pieces = spm.SentencePieceProcessor(model_file=str(paths[0]))
-        known = {pieces.id_to_piece(i): i for i in range(pieces.get_piece_size())}
+        first = first_id(subject)
+        known = {pieces.id_to_piece(i): first + i for i in range(pieces.get_piece_size())}
         return known.get
     from tokenizers import Tokenizer
 
     return Tokenizer.from_file(str(subject.folder / "tokenizer.json")).token_to_id
+
+
+def first_id(subject: Subject) -> int:
+    """The id of the vocabulary's first piece: in ChatGLM-6B ids of images can come before it."""
+    return getattr(getattr(subject.tokenizer, "sp_tokenizer", None), "num_image_tokens", 0)
 
 
 def special_ids(subject: Subject) -> str:
@@ -33,7 +39,8 @@ def special_ids(subject: Subject) -> str:
         said.append(f"{name} {index}")
         named = subject.config.get(f"{name}_token_id")
         if isinstance(named, int) and name != "pad":
-            assert named == index, f"{name} is {index}, in config.json {named}"
+            ends = name == "eos" and named in subject.chat.stop_ids()
+            assert named == index or ends, f"{name} is {index}, in config.json {named}"
     behind = getattr(
         getattr(tokenizer, "tokenizer", None), "special_tokens", {}
     )  # ChatGLM2 and 3 add them in their code
@@ -68,7 +75,8 @@ def round_trip(subject: Subject) -> str:
     pieces = spm.SentencePieceProcessor(model_file=str(paths[0]))
     for text in TEXTS:
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-        assert ids == pieces.encode(text), f"{text!r}: {ids}, sentencepiece {pieces.encode(text)}"
+        expected = [first_id(subject) + index for index in pieces.encode(text)]
+        assert ids == expected, f"{text!r}: {ids}, sentencepiece {expected}"
     return f"{len(TEXTS) + 1} texts, ids equal sentencepiece's"
 
 
@@ -78,6 +86,11 @@ def padded_texts(subject: Subject) -> str:
     batch = tokenizer(list(TEXTS), padding=True, return_tensors="pt")
     for text, row in zip(TEXTS, batch["input_ids"].tolist(), strict=True):
         ids = tokenizer(text)["input_ids"]
+        if not tokenizer.is_fast:
+            expected = tokenizer.build_inputs_with_special_tokens(
+                tokenizer(text, add_special_tokens=False)["input_ids"]
+            )
+            assert ids == expected, f"{text!r} became {ids}, expected {expected}"
         rest = [tokenizer.pad_token_id] * (len(row) - len(ids))
         assert row == (rest + ids if tokenizer.padding_side == "left" else ids + rest), f"{text!r} became {row}"
     return f"{tuple(batch['input_ids'].shape)}, padding on the {tokenizer.padding_side}"

@@ -8,6 +8,8 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from .modeling_streaming import Streaming
+
 
 class PrefixConfig(PretrainedConfig):
     model_type = "old_prefix"
@@ -127,7 +129,7 @@ class PrefixModel(PrefixPreTrainedModel):
         return hidden, (kept if use_cache else None)
 
 
-class PrefixForConditionalGeneration(PrefixPreTrainedModel):
+class PrefixForConditionalGeneration(Streaming, PrefixPreTrainedModel):
     def __init__(self, config):
         super().__init__(config)
         self.position_encoding_2d = config.position_encoding_2d

@@ -9,6 +9,8 @@ from torch.nn.utils import skip_init
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
+from .modeling_streaming import Streaming
+
 
 class RotaryConfig(PretrainedConfig):
     model_type = "old_rotary"
@@ -128,7 +130,7 @@ class OldModel(OldPreTrainedModel):
         return BaseModelOutputWithPast(last_hidden_state=hidden, past_key_values=kept)
 
 
-class OldForCausalLM(OldPreTrainedModel):
+class OldForCausalLM(Streaming, OldPreTrainedModel):
     def __init__(self, config):
         super().__init__(config)
         self.max_sequence_length = config.max_length

@@ -1,6 +1,6 @@
 """Written as in 2023: special ids behind the vocabulary, several ids without a name, a `_pad` of the old signature.
 
-Its `save_vocabulary` copies a file whose path `__init__` does not keep.
+Its `save_vocabulary` copies a file whose path `__init__` does not keep, and its end token has an id and no name.
 """
 
 import shutil
@@ -19,10 +19,11 @@ class CommandTokenizer(PreTrainedTokenizer):
     def __init__(self, vocab_file, padding_side="left", **kwargs):
         self.pieces = spm.SentencePieceProcessor(model_file=vocab_file)
         self.commands = {name: self.pieces.get_piece_size() + i for i, name in enumerate(COMMANDS)}
-        super().__init__(padding_side=padding_side, **kwargs)
+        self.special_tokens = {"<eos>": self.pieces.eos_id()}
+        super().__init__(padding_side=padding_side, clean_up_tokenization_spaces=False, **kwargs)
 
     def get_command(self, token):
-        return self.commands[token]
+        return self.special_tokens[token] if token in self.special_tokens else self.commands[token]
 
     @property
     def vocab_size(self):
@@ -36,14 +37,6 @@ class CommandTokenizer(PreTrainedTokenizer):
     def pad_token_id(self):
         return 0
 
-    @property
-    def eos_token(self):
-        return "</s>"
-
-    @property
-    def eos_token_id(self):
-        return 2
-
     def get_vocab(self):
         return {self._convert_id_to_token(i): i for i in range(self.vocab_size)} | self.added_tokens_encoder
 
@@ -54,7 +47,7 @@ class CommandTokenizer(PreTrainedTokenizer):
         return self.commands.get(token, self.pieces.piece_to_id(token))
 
     def _convert_id_to_token(self, index):
-        return "" if index < 3 or index >= self.pieces.get_piece_size() else self.pieces.id_to_piece(index)
+        return "" if index < 2 or index >= self.pieces.get_piece_size() else self.pieces.id_to_piece(index)
 
     def convert_tokens_to_string(self, tokens):
         return self.pieces.decode(tokens)
