@@ -249,6 +249,8 @@ def test_choice_of_family() -> None:
     assert choose_family("auto", {"model_type": "baichuan"}, "", False) is known["baichuan2_13b"]
     assert choose_family("auto", {"model_type": "chatglm", "position_encoding_2d": True}, "", False) is known["glm"]
     assert choose_family("auto", chatglm, "class ChatGLMTokenizer", False) is known["glm2"]
+    unnamed = {key: value for key, value in chatglm.items() if key != "model_type"}  # as ChatGLM2 first came
+    assert choose_family("auto", unnamed, "class ChatGLMTokenizer", False) is known["glm2"]
     assert choose_family("auto", chatglm, 'role_special_tokens = ["<|user|>"]', False) is known["glm3"]
     with pytest.raises(UserError, match="is for model_type chatglm, the checkpoint is 'llama'"):
         choose_family("glm3", {"model_type": "llama"}, "", True)

@@ -48,7 +48,8 @@ class Family:
     def misfit(self, config: dict[str, Any], tokenizer_text: str) -> str | None:
         """What of a checkpoint speaks against this family, or None."""
         model_type = config.get("model_type", "")
-        if self.model_types and model_type not in self.model_types:
+        unnamed = not model_type and self.config_has  # the first ChatGLM2 has no model_type: its other keys tell it
+        if self.model_types and model_type not in self.model_types and not unnamed:
             return f"is for model_type {' or '.join(self.model_types)}, the checkpoint is {model_type!r}"
         missing = [key for key in self.config_has if key not in config]
         if missing:
