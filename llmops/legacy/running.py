@@ -254,7 +254,7 @@ def logits_at_every_position(cls: type[Any]) -> bool:
     return True
 
 
-def streaming_asks_for_what_is_gone(cls: Any) -> bool:
+def streaming_asks_for_what_is_gone(cls: type[Any]) -> bool:
     """`no attribute _get_logits_warper`, then `no attribute _eos_token_tensor`, in the vendors' `stream_chat`.
 
     The library's processors hold what the warpers did, and want the end token's id as a tensor, which its own
