@@ -11,6 +11,7 @@ from job.calls import is_address, shown_address
 from job.settings import EVALUATE, FIVE, FLAGS, ROOT, SECRET_NAMES, SIMILAR, TRAIN, Settings
 from llmops import files
 from llmops.console import RunStopped, to_bool
+from llmops.translation import LANGUAGE_VARIABLE
 
 FindModel = Callable[[str, str], str]  # (the variable's name, its value) -> a folder
 FindData = Callable[[str, str], str]
@@ -53,7 +54,7 @@ def environment_of(settings: Settings) -> dict[str, str]:
         kept["TENSORBOARD"] = "false"  # its port would be the node's, for all jobs of it
     if settings.gpus_per_node == "0":
         kept["CUDA_VISIBLE_DEVICES"] = "-1"
-    return kept
+    return kept | {LANGUAGE_VARIABLE: "en"}  # its end is told to a platform; people hear it in their language
 
 
 def processes_of(settings: Settings) -> str:

@@ -13,6 +13,7 @@ from typing import BinaryIO
 
 from job.progress import without_brackets
 from llmops.machine.processes import die_with_parent
+from llmops.translation import spoken
 
 KEPT = 20_000  # characters of a command's messages: more than anybody is told
 LONGEST_PIECE = 8192  # of a line that does not end
@@ -79,7 +80,8 @@ class Output:
             if self.deaf:
                 return
             try:
-                sys.stderr.write(without_brackets(text) if self.platform else text)
+                told = spoken(text, sys.stderr.encoding)
+                sys.stderr.write(without_brackets(told) if self.platform else told)
                 sys.stderr.flush()
             except OSError:
                 self.deaf = True

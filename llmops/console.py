@@ -9,9 +9,12 @@ from importlib.util import find_spec
 from types import TracebackType
 from typing import Any, TypeVar
 
+from llmops.translation import spoken
+
 T = TypeVar("T")
 
 EXIT_USER_ERROR = 2
+FRAME = ("usage:", "\npositional arguments:\n", "\noptions:\n", "show this help message and exit")  # of --help
 EXIT_TERMINATED = 143  # 128 + SIGTERM
 
 
@@ -54,13 +57,20 @@ class Parser(argparse.ArgumentParser):
                 self.error(f"argument {flag}: found --, expected a value")
         return super().parse_known_args(args, namespace)
 
+    def format_help(self) -> str:
+        """As argparse's, its frame in the people's language; the settings' own words are English (docs/settings.md)."""
+        text = super().format_help()
+        for words in FRAME:
+            text = text.replace(words, spoken(words, sys.stdout.encoding), 1)
+        return text
+
     def error(self, message: str) -> None:  # type: ignore[override]
         raise UserError(f"{message}; --help lists every setting")
 
 
 def log(message: str) -> None:
-    """Write a line for people to stderr, whole, so that lines of several processes do not mix."""
-    sys.stderr.write(message + "\n")
+    """Write a line for people to stderr in their language, whole, so that lines of several processes do not mix."""
+    sys.stderr.write(spoken(message, sys.stderr.encoding) + "\n")
     sys.stderr.flush()
 
 
@@ -144,9 +154,9 @@ def progress(
     return iter(
         tqdm(
             items,
-            desc=description,
+            desc=spoken(description, sys.stderr.encoding),
             total=total,
-            unit=f" {unit}",
+            unit=f" {spoken(unit, sys.stderr.encoding)}",
             file=sys.stderr,
             disable=silent,
             delay=0 if terminal else 2,

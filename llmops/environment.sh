@@ -9,7 +9,16 @@ WINDOWS=$(grep -ls $'\r' "${BASH_SOURCE[@]}") || true # the scripts that are so
 #
 [ -z "$WINDOWS" ] || exit 2 #
 
-log() { printf '%s\n' "$*" >&2; }
+# log WORDS...: a line for people on stderr
+log() { printf '%s\n' "$(spoken "$*")" >&2; }
+
+# spoken WORDS...: a line in the language of the people here; in English where there is no Python to ask
+spoken() {
+    local wanted="${LLMOPS_LANG:-} ${LANGUAGE:-} ${LC_ALL:-} ${LC_MESSAGES:-} ${LANG:-}"
+    [[ ${wanted,,} == *zh* ]] &&
+        python3 -I -S "$(dirname -- "${BASH_SOURCE[0]}")/translation.py" "$*" 2>/dev/null || printf '%s' "$*"
+}
+
 die() {
     log "error: $*"
     exit 2
@@ -178,7 +187,8 @@ hand_to_platform() {
 # print_usage SCRIPT: the comment at its top, then its settings with their flags and defaults
 print_usage() {
     sed -n '2,/^[^#]/{/^# shellcheck /!s/^# \{0,1\}//p;}' "$1"
-    printf '%s\n\n' "Settings (flag, description, default):"
+    spoken "Settings (flag, description, default):"
+    printf '\n\n'
     sed -n '/^# --- settings/,/^# --- end/p' "$1" | awk '
         /^# --- settings/ { gsub(/^# --- settings(: )?| ?-+$/, ""); if ($0 != "") printf "%s\n", $0; next }
         /^[A-Z][A-Z0-9_]*=/ {
@@ -186,7 +196,9 @@ print_usage() {
             value = $0; if (!sub(/^[^:]*:-/, "", value)) sub(/^[^=]*="?/, "", value); sub(/(\}"|"| #).*/, "", value)
             printf "  --%-29s %s%s\n", tolower(name), text, value == "" ? "" : " [" value "]"
         }'
-    printf '\n%s\n' "In the environment the variable of --train_type is TRAIN_TYPE, and so on."
+    printf '\n'
+    spoken "In the environment the variable of --train_type is TRAIN_TYPE, and so on."
+    printf '\n'
 }
 
 # forward COMMAND...: run it as a child, pass SIGTERM and SIGINT on, wait for its good end; its exit status

@@ -75,14 +75,15 @@ def unreadable(path: Path, what: str, cure: str, error: OSError | ValueError) ->
         if path.is_symlink():
             return f"{what} {path} is a link to {os.readlink(path)}, which does not exist; mend or replace the link"
         return f"{what} {path} does not exist" + (f"; {cure}" if cure else "")
+    named = f"{what} {path}"
     sentences = {
-        errno.EACCES: f"cannot be read by user id {os.getuid()}; allow it (chmod, or start with another user)",
-        errno.ELOOP: "is a loop of links; replace it by the file itself",
-        errno.ENOTDIR: "does not exist: a part of the path is a file; check the path",
-        errno.ENAMETOOLONG: "cannot exist: the name is too long; check the path",
-        errno.ENXIO: "is a socket, expected a file",
+        errno.EACCES: f"{named} cannot be read by user id {os.getuid()}; allow it (chmod, or start with another user)",
+        errno.ELOOP: f"{named} is a loop of links; replace it by the file itself",
+        errno.ENOTDIR: f"{named} does not exist: a part of the path is a file; check the path",
+        errno.ENAMETOOLONG: f"{named} cannot exist: the name is too long; check the path",
+        errno.ENXIO: f"{named} is a socket, expected a file",
     }
-    return f"{what} {path} {sentences.get(error.errno or 0, f'cannot be read ({error.strerror})')}"
+    return sentences.get(error.errno or 0, f"{named} cannot be read ({error.strerror})")
 
 
 def read_bytes(path: Path, what: str = "the file", cure: str = "", limit: int = JSON_LIMIT) -> bytes:

@@ -16,6 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ["LLMOPS_LANG"] = "en"  # the tests read English sentences, whatever the developer's language is
 SIDE_BY_SIDE = "PYTEST_XDIST_WORKER" in os.environ
 if SIDE_BY_SIDE:  # each test on a core of its own
     os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -88,7 +89,7 @@ def tree_hash(folder: Path) -> dict[str, str]:
 
 def environment() -> dict[str, str]:
     """The environment of a user's shell: none of our settings, the Python of this test run first."""
-    names = ("HOME", "LANG", "TMPDIR", "LD_LIBRARY_PATH", *(["OMP_NUM_THREADS"] if SIDE_BY_SIDE else []))
+    names = ("HOME", "LANG", "LLMOPS_LANG", "TMPDIR", "LD_LIBRARY_PATH", *(["OMP_NUM_THREADS"] if SIDE_BY_SIDE else []))
     keep = {k: v for k, v in os.environ.items() if k in names}
     return keep | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "HF_HUB_OFFLINE": "1"}
 

@@ -183,10 +183,7 @@ def run(config: Config) -> None:
     log(f"\nchat format: {data.model.chat.name}\ntrain: {describe(data.train.meta)}")
     lengths = data.train.lengths
     marks = np.percentile(lengths, [0, 50, 90, 99, 100], method="nearest")
-    log(
-        "tokens per conversation: "
-        + ", ".join(f"{n} {m}" for n, m in zip(("min", "median", "90%", "99%", "max"), marks, strict=True))
-    )
+    log(f"tokens per conversation: min {marks[0]}, median {marks[1]}, 90% {marks[2]}, 99% {marks[3]}, max {marks[4]}")
     log(f"test: {len(data.test):,} conversations; retention: {len(data.retention):,}")
     if data.replay is not None:
         log(session.replay_words(config, data, step_size(config, process_count())))

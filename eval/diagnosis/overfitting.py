@@ -28,8 +28,8 @@ def judge_overfitting(curves: Mapping[str, Series], run: TrainingRun, limits: Th
         return Finding(risk, LOW, "not judged", missing="the losses ended as NaN or inf")
     numbers = rise_numbers(curves, run, limits)
     gl, lasting_gl, since = (numbers[n] for n in ("generalisation_loss", "lasting_gl", "evaluations_since_better"))
-    best = f"{evaluation.best:.4g} at {evaluation.best_x:g}"
-    turned = f"evaluation loss {evaluation.last:.4g} is {gl:.1f}% over its best, {best}"
+    best, place = evaluation.best, evaluation.best_x
+    turned = f"evaluation loss {evaluation.last:.4g} is {gl:.1f}% over its best, {best:.4g} at {place:g}"
     if gl < limits.gl_slight or numbers["rise_of_eval_loss"] < limits.floor * numbers["loss_at_start"]:
         return Finding(risk, LOW, turned, numbers)
     if numbers.get("gap_share", 1.0) < limits.gap:

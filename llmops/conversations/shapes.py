@@ -71,7 +71,7 @@ def first_key(row: Row, keys: tuple[str, ...]) -> str:
 
 def from_messages(row: Row) -> Conversation:
     """OpenAI's messages, and ms-swift's with the roles tool_call and tool_response and `loss` on a message."""
-    return assemble([*system_turn(row), *role_turns(row, "messages", "message")], tools_of(row))
+    return assemble([*system_turn(row), *role_turns(row, "messages")], tools_of(row))
 
 
 def from_sharegpt(row: Row) -> Conversation:
@@ -122,7 +122,7 @@ def from_prompt(row: Row) -> Conversation:
                 turn
                 if key == "completion"
                 else Turn(turn.label, turn.role, turn.content, turn.calls, False, turn.extra)
-                for turn in role_turns(row, key, f"{key}, message")
+                for turn in role_turns(row, key, f"{key}, ")
             ]
         else:
             turns.append(Turn(f"{key!r}", role, row[key]))
@@ -177,10 +177,10 @@ def history_turns(row: Row) -> list[Turn]:
     return turns
 
 
-def role_turns(row: Row, key: str, label: str) -> list[Turn]:
+def role_turns(row: Row, key: str, prefix: str = "") -> list[Turn]:
     """Turns of a list of {role, content}."""
     found = listed(row, key, "at least a user and an assistant message" if key == "messages" else "messages")
-    return [message_turn(f"{label} {number}", message) for number, message in enumerate(found, 1)]
+    return [message_turn(f"{prefix}message {number}", message) for number, message in enumerate(found, 1)]
 
 
 def message_turn(label: str, message: Any) -> Turn:

@@ -176,7 +176,7 @@ def check_places(text: str, allowed: set[str], where: str) -> None:
 
 def load_catalog(path: Path) -> Catalog:
     """Read intents.json. Raises UserError when it is not there or not one."""
-    values = files.read_object(path, f"the {INTENTS_NAME}", "faq/prepare.sh writes it, or pass --intents_file")
+    values = files.read_object(path, "the intents file", "faq/prepare.sh writes it, or pass --intents_file")
     checks = {
         "mode": is_mode, "intents": is_texts, "left_out": is_lists, "none_reply": is_text, "lists": is_lists,
         "decision": is_decision, "retrieval": is_retrieval,

@@ -24,6 +24,7 @@ from llmops.console import UserError, log
 from llmops.launcher.machine import READY, Plan, versions
 from llmops.machine.process_group import is_loopback
 from llmops.machine.processes import die_with_parent
+from llmops.translation import LANGUAGE_VARIABLE
 
 ROOT = Path(__file__).resolve().parents[2]
 OPTIONS = ("BatchMode=yes", "ConnectTimeout=10", "ServerAliveInterval=10", "ServerAliveCountMax=4")
@@ -212,4 +213,4 @@ def exported(folder: str) -> dict[str, str]:
                 if not equals:
                     raise UserError(f"{path}:{number}: found {files.shown(line)}; expected NAME=value")
                 found[name.strip()] = value.strip().strip('"')
-    return found
+    return found | {LANGUAGE_VARIABLE: "en"}  # what the machines say goes through the log here, in this one's language
