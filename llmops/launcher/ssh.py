@@ -155,7 +155,8 @@ class Led:
         if problems:
             more = " and more" if len(problems) > 3 else ""
             raise UserError("; ".join(problems[:3]) + more)
-        plan = replace(self.plan, address=self.plan.address or self._address(), variables=exported(self.plan.folder))
+        variables = exported(self.plan.folder) | {LANGUAGE_VARIABLE: "en"}  # what they say goes through the log here
+        plan = replace(self.plan, address=self.plan.address or self._address(), variables=variables)
         ready = f"{len(names)} machines are ready" if len(names) > 1 else "ready"
         log(f"{ready}: {', '.join(names)}; they meet at {plan.address}:{plan.port}")
         for number, machine in enumerate(self.machines):
@@ -213,4 +214,4 @@ def exported(folder: str) -> dict[str, str]:
                 if not equals:
                     raise UserError(f"{path}:{number}: found {files.shown(line)}; expected NAME=value")
                 found[name.strip()] = value.strip().strip('"')
-    return found | {LANGUAGE_VARIABLE: "en"}  # what the machines say goes through the log here, in this one's language
+    return found
