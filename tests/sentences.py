@@ -39,7 +39,8 @@ ELSEWHERE = {  # argparse makes lines of these words, json says them in C
 }  # fmt: skip
 PLACE = "\0"  # what an f-string puts in
 TO_CLIENTS = (  # what goes to programs and browsers over HTTP is English there, or has its Chinese in the pages
-    "serve/console/", "serve/openapi.py", "serve/model/asked.py", "serve/model/routes.py", "serve/model/exchange.py", "eval/similar/html_report.py"
+    "serve/console/", "serve/openapi.py", "serve/model/asked.py", "serve/model/routes.py", "serve/model/exchange.py",
+    "eval/similar/html_report.py",
 )  # fmt: skip
 CODE = re.compile(r"</|=>|;$|\{$|^<")  # of the pages that are written
 PROSE = re.compile(r"[A-Za-z]{2,}[,:]? +[A-Za-z(]|^[a-z]+:? ?\0")
