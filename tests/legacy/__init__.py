@@ -1,0 +1,1 @@
+"""Old remote-code checkpoints: every symptom, there without its patch, gone with it."""
