@@ -2,7 +2,6 @@
 
 import json
 import random
-import shutil
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -20,7 +19,6 @@ from llmops.embedding.folder import read_folder
 
 SCRIPT = ROOT / "eval" / "analyze_similar_questions_and_intents.py"
 SAMPLE = ROOT / "eval" / "eval_datasets" / "faq_similar" / "combine_data.json"
-POOLINGS = ("mean", "cls", "max", "mean_sqrt_len_tokens", "weightedmean", "lasttoken")
 TEXTS = [
     "怎么修改登录密码",
     "How do I reset my PIN?",
@@ -171,105 +169,6 @@ def test_the_lists_are_the_definition(capfd: pytest.CaptureFixture[str], tmp_pat
             assert (code, found["code"], found["msg"]) == (0, 0, "Success")
             assert found["data"] == wanted
         assert any(wanted.values())
-
-
-@pytest.mark.parametrize("threshold", [0.95, 0.6, 0.0, 1.0])
-@pytest.mark.parametrize("product", ["FloatProduct", "ByteProduct"])
-def test_the_search_is_exact(monkeypatch: pytest.MonkeyPatch, product: str, threshold: float) -> None:
-    """Several blocks, near and equal vectors, a component that dwarfs the others; both products, one double loop."""
-    draw = np.random.default_rng(0)
-    centres = draw.standard_normal((30, 48))
-    vectors = centres[draw.integers(0, 30, 300)] + 0.4 * draw.standard_normal((300, 48))
-    vectors[:, 0] += 4
-    vectors[200:220] = vectors[:20]
-    vectors = (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)
-    groups = np.sort(draw.integers(-1, 4, 300))
-    monkeypatch.setattr(search, "ROWS", 32)
-    monkeypatch.setattr(search, "COLUMNS", 64)
-    made = getattr(search, product)
-    monkeypatch.setattr(search, "choose_product", lambda vectors, threshold, device: made(vectors, threshold))
-    found = search.similar_pairs(vectors, threshold, groups, 10**6)
-    wanted = []
-    for i in range(300):
-        for j in range(i + 1, 300):
-            a, b = vectors[i].astype(float), vectors[j].astype(float)
-            cosine = round(float(a @ b / (np.linalg.norm(a) * np.linalg.norm(b))), 9)
-            if cosine >= threshold and (groups[i] != groups[j] or groups[i] < 0):
-                wanted.append((i, j, cosine))
-    assert [pair[:2] for pair in wanted] == list(zip(found.i.tolist(), found.j.tolist(), strict=True))
-    assert np.allclose(found.cosine, [pair[2] for pair in wanted], atol=2e-9)
-    assert wanted
-
-
-def test_bytes_propose_little_and_lose_nothing() -> None:
-    """The int8 margin is a bound, not a guess: no rounding error is larger, and it is small enough to be of use."""
-    draw = np.random.default_rng(1)
-    vectors = draw.standard_normal((400, 384)).astype(np.float32)
-    vectors[200:] = vectors[:200] + 0.4 * draw.standard_normal((200, 384)).astype(np.float32)
-    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
-    product = search.ByteProduct(vectors, 0.9)
-    exact = vectors.astype(float) @ vectors.astype(float).T
-    rounded = product.rows.numpy().astype(float) * product.step
-    assert (np.abs(exact - rounded @ rounded.T) <= product.error[:, None] + product.error * 1.02 + 1e-4).all()
-    assert product.error.max() < 0.02
-    i, j = product.propose(slice(0, 400), slice(0, 400))
-    proposed = set(zip(i.tolist(), j.tolist(), strict=True))
-    assert {tuple(pair) for pair in np.argwhere(exact >= 0.9).tolist()} <= proposed
-    assert all(exact[pair] > 0.9 - 0.045 for pair in proposed)
-
-
-@pytest.mark.parametrize(
-    ("pooling", "dense"), [("", ""), *((name, "") for name in POOLINGS), ("mean", "Tanh"), ("cls", "Identity")]
-)
-def test_vectors_are_those_of_one_text_at_a_time(tmp_path: Path, pooling: str, dense: str) -> None:
-    """Against plain transformers without batches and padding, pooled in float64 by the definitions."""
-    import torch
-    from safetensors.torch import load_file
-    from transformers import AutoModel, AutoTokenizer
-
-    folder = write_embedding_model(tmp_path / "model", pooling, dense)
-    made = encoder.Encoder(read_folder(folder), "cpu", "fp32", False)
-    made.tokens_per_batch = 40
-    found = made.encode(TEXTS)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    plain = AutoModel.from_pretrained(folder).eval()
-    for text, vector in zip(TEXTS, found, strict=True):
-        ids = tokenizer(text, truncation=True, max_length=24 if pooling else 64, return_tensors="pt")
-        with torch.no_grad():
-            hidden = plain(**ids).last_hidden_state[0].double().numpy()
-        weights = np.arange(1, len(hidden) + 1)[:, None]
-        wanted = {
-            "": hidden.mean(0), "mean": hidden.mean(0), "cls": hidden[0], "max": hidden.max(0), "lasttoken": hidden[-1],
-            "mean_sqrt_len_tokens": hidden.sum(0), "weightedmean": (hidden * weights).sum(0) / weights.sum(),
-        }[pooling]  # fmt: skip
-        if pooling == "mean_sqrt_len_tokens":
-            wanted = wanted / len(hidden) ** 0.5
-        if dense:
-            layer = load_file(folder / "2_Dense" / "model.safetensors")
-            wanted = layer["linear.weight"].double().numpy() @ wanted + layer["linear.bias"].double().numpy()
-            wanted = np.tanh(wanted) if dense == "Tanh" else wanted
-        assert np.abs(vector - wanted / np.linalg.norm(wanted)).max() < 1e-5
-
-
-def test_vectors_are_sentence_transformers(tmp_path: Path) -> None:
-    """Also those of several poolings, with a prompt that is left out of them, and of cut vectors."""
-    import sentence_transformers as library
-
-    cases = [(name, "", {}) for name in POOLINGS] + [("mean", "Tanh", {}), ("", "", {})]
-    cases += [("cls", "", {"pooling_mode": ["cls", "max"], "include_prompt": False})]
-    for number, (pooling, dense, more) in enumerate(cases):
-        folder = write_embedding_model(tmp_path / f"model{number}", pooling, dense)
-        if more:
-            settings = {"word_embedding_dimension": 32} | more
-            (folder / "1_Pooling" / "config.json").write_text(json.dumps(settings))
-            general = {"prompts": {"q": "怎么 "}, "default_prompt_name": "q", "truncate_dim": 24}
-            (folder / "config_sentence_transformers.json").write_text(json.dumps(general))
-        wanted = library.SentenceTransformer(str(folder), device="cpu").encode(TEXTS, normalize_embeddings=True)
-        made = encoder.Encoder(read_folder(folder), "cpu", "fp32", False)
-        made.tokens_per_batch = 60
-        found = made.encode(TEXTS)
-        assert found.shape == wanted.shape == (len(TEXTS), 24 if more else 20 if dense else 32)
-        assert np.abs(found - wanted).max() < 1e-5, pooling
 
 
 def test_banking77_with_a_real_model(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -467,147 +366,6 @@ def test_nothing_found_is_an_answer_too(capfd: pytest.CaptureFixture[str], tmp_p
     assert (code, found["data"]) == (0, {"mismatched_intents": [], "similar_intents": []})
     assert any("没有发现" in text for text in Page(page.read_text(encoding="utf-8")).texts)
     assert plot.is_file()
-
-
-def save_dense(path: Path, inputs: int, outputs: int) -> None:
-    """The weights of a dense layer."""
-    import torch
-    from safetensors.torch import save_file
-
-    save_file({"linear.weight": torch.ones(outputs, inputs), "linear.bias": torch.ones(outputs)}, path)
-
-
-def add_module(kind: str, path: Path) -> None:
-    """A module that is code of the folder's, or whose width does not fit."""
-    modules = json.loads((path / "modules.json").read_text())
-    if kind == "CODE":
-        modules[1]["type"] = "modeling.Pooling"
-        (path / "modeling.py").write_text("raise SystemExit('this code was run')")
-    else:
-        (path / "3_Dense").mkdir()
-        (path / "3_Dense" / "config.json").write_text('{"in_features": 9, "out_features": 4}')
-        save_dense(path / "3_Dense" / "model.safetensors", 9, 4)
-        more = {"idx": 3, "name": "3", "path": "3_Dense", "type": "sentence_transformers.models.Dense"}
-        modules.append(more)
-    (path / "modules.json").write_text(json.dumps(modules))
-
-
-def make_wrong(kind: str, model: Path, folder: Path) -> Path:
-    """A file or a model folder that cannot be used."""
-    good = SAMPLE.read_text(encoding="utf-8").splitlines(keepends=True)
-    files = {
-        "EMPTY": "", "TEXT": "hello\n", "DEEP": "[" * 100_000, "ONE": '{"question": "退款", "intent": "退款"}\n',
-        "NO_INTENT": '{"question": "退款", "output": "好"}\n', "BROKEN": good[0] + good[1][:30] + "\n" + good[2],
-        "NUMBER": "[1, 2]", "ARRAY": "[" + good[0] + ", {", "OBJECT": "{}",
-    }  # fmt: skip
-    path = folder / kind.lower()
-    if kind in files:
-        path.write_text(files[kind], encoding="utf-8")
-    elif kind == "GBK":
-        path.write_bytes("退款".encode("gbk"))
-    elif kind == "FOLDER":
-        path.mkdir()
-    else:
-        shutil.copytree(model, path)
-        (path / "modules.json").unlink() if kind == "CAUSAL" else None
-        config = json.loads((path / "config.json").read_text())
-        if kind == "CAUSAL":
-            (path / "config.json").write_text(json.dumps(config | {"architectures": ["LlamaForCausalLM"]}))
-        elif kind == "T5":
-            (path / "config.json").write_text(json.dumps(config | {"is_encoder_decoder": True}))
-        elif kind == "STATIC":
-            (path / "modules.json").write_text('[{"path": "", "type": "sentence_transformers.models.StaticEmbedding"}]')
-        elif kind == "NO_WEIGHTS":
-            (path / "model.safetensors").unlink()
-        elif kind == "CUT":
-            whole = (path / "model.safetensors").read_bytes()
-            (path / "model.safetensors").write_bytes(whole[: len(whole) // 2])
-        elif kind == "LAYERS":
-            (path / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 3}))
-        elif kind == "POOLING":
-            (path / "1_Pooling" / "config.json").write_text('{"pooling_mode": "sum"}')
-        elif kind in ("CODE", "WIDTH"):
-            add_module(kind, path)
-    return path
-
-
-@pytest.mark.parametrize(
-    ("arguments", "phrase"),
-    [
-        (["--data_file_path", "/no/data.json"], "the data file /no/data.json does not exist"),
-        (["--data_file_path", "FOLDER"], "is a folder"),
-        (["--data_file_path", "EMPTY"], "has no usable record"),
-        (["--data_file_path", "TEXT"], "text:1: broken JSON"),
-        (["--data_file_path", "DEEP"], "nested too deeply"),
-        (["--data_file_path", "BROKEN"], "broken:2: broken JSON"),
-        (["--data_file_path", "ARRAY"], "broken JSON"),
-        (["--data_file_path", "NUMBER"], "found a JSON int, expected an object"),
-        (["--data_file_path", "OBJECT"], "no question (keys found: none)"),
-        (["--data_file_path", "GBK"], "not UTF-8"),
-        (["--data_file_path", "NO_INTENT"], "no intent (keys found: 'question', 'output')"),
-        (["--data_file_path", "ONE"], "one question only"),
-        (["--similarity_threshold", "1.2"], "--similarity_threshold is 1.2, expected a number from 0 to 1"),
-        (["--intent_similarity_threshold", "-1"], "--intent_similarity_threshold is -1.0"),
-        (["--similarity_threshold", "nan"], "--similarity_threshold is nan"),
-        (["--similarity_threshold", "high"], "invalid float value: 'high'"),
-        (["--model_path", "/no/model"], "the model folder /no/model does not exist"),
-        (["--model_path", "FOLDER"], "holds no model"),
-        (["--model_path", "CAUSAL"], "a model that generates text (LlamaForCausalLM)"),
-        (["--model_path", "T5"], "encoder-decoder"),
-        (["--model_path", "STATIC"], "consists of StaticEmbedding"),
-        (["--model_path", "POOLING"], "the pooling is"),
-        (["--model_path", "CODE"], "code of its own (modeling.Pooling), which is not run"),
-        (["--model_path", "WIDTH"], "cannot be multiplied (1x32 and 9x4)"),
-        (["--model_path", "NO_WEIGHTS"], "holds no weights"),
-        (["--model_path", "CUT"], "the embedding model"),
-        (["--model_path", "LAYERS"], "its weights lack"),
-        (["--model_path", "builtin:magic"], "expected a folder or builtin:ngram"),
-        (["--gpu_id", "-2"], "--gpu_id is -2"),
-        (["--max_pairs", "0"], "--max_pairs is 0"),
-        (["--report", "/no/folder/page.html"], "--report /no/folder/page.html cannot be written"),
-        (["--cache_dir", "ONE/below"], "the cache folder"),
-        (["--nonsense", "1"], "unrecognized arguments: --nonsense"),
-        (
-            ["--model_path", "builtin:ngram", "--similarity_threshold", "0.1", "--max_pairs", "5"],
-            "more than --max_pairs",
-        ),
-    ],
-)
-def test_wrong_input_is_one_sentence(
-    capfd: pytest.CaptureFixture[str], model: Path, tmp_path: Path, arguments: list[str], phrase: str
-) -> None:
-    given = []
-    for argument in arguments:
-        name, _, below = argument.partition("/")
-        made = make_wrong(name, model, tmp_path) if name.replace("5", "").replace("_", "").isupper() else None
-        given.append(argument if made is None else str(made / below))
-    code, found, errors = call(
-        capfd, "--data_file_path", SAMPLE, "--model_path", model, "--cache_dir", tmp_path / "cache", *given
-    )
-    assert code == 2
-    assert found == {"code": 2, "msg": found["msg"], "data": {"mismatched_intents": [], "similar_intents": []}}
-    assert phrase in found["msg"]
-    assert f"error: {found['msg']}" in errors
-    assert "Traceback" not in errors
-
-
-def test_repeated_questions_are_counted_before_they_are_listed(
-    capfd: pytest.CaptureFixture[str], tmp_path: Path
-) -> None:
-    rows = [{"question": "退款", "intent": intent} for intent in ("甲", "乙") for _ in range(3000)]
-    data = write(tmp_path / "d.jsonl", rows)
-    code, found, _ = call(capfd, "--data_file_path", data, "--model_path", ngrams.NAME, "--max_pairs", "1000000")
-    assert code == 2
-    assert "9000000 pairs of questions" in found["msg"]
-
-
-def test_bad_lines_can_be_passed_over(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    rows = [{"question": "退款", "intent": "甲"}, {"question": ""}, {"question": "退款", "intent": "乙"}]
-    data = write(tmp_path / "d.jsonl", rows)
-    arguments = ("--data_file_path", data, "--model_path", ngrams.NAME, "--skip_bad_lines", "true")
-    _, found, errors = call(capfd, *arguments)
-    assert [entry["lineNumbers"] for entry in found["data"]["mismatched_intents"]] == [[0, 2]]
-    assert "1 bad lines" in errors
 
 
 def test_help_loads_nothing() -> None:
