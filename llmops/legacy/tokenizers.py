@@ -107,7 +107,7 @@ def settings_not_saved(cls: Any) -> bool:
     """
     names = [
         name for name, parameter in inspect.signature(cls.__init__).parameters.items()
-        if isinstance(parameter.default, bool | int) and name != "vocab_file"
+        if isinstance(parameter.default, bool | int)
     ]  # fmt: skip
     if not names:
         return False
@@ -126,7 +126,7 @@ def settings_not_saved(cls: Any) -> bool:
         path = Path(save_directory) / "tokenizer_config.json"
         settings = files.read_object(path, "the saved tokenizer's settings")
         current = {name: getattr(self, name, value) for name, value in self._llmops_settings.items()}
-        files.write_json(path, current | settings)
+        files.write_json(path, settings | current)
         return saved
 
     cls.__init__, cls.save_pretrained = __init__, save_pretrained
