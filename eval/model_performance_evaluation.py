@@ -30,6 +30,7 @@ from llmops.conversations import data_files
 from llmops.conversations.data_files import list_files, read_chunks, read_conversations
 from llmops.conversations.records import Problem, problems_error
 from llmops.formats.families import families
+from llmops.keyboard import instead
 from llmops.machine import cpu_kernels
 from llmops.machine.sharing import Processes
 
@@ -131,7 +132,7 @@ def read_metrics(texts: Sequence[str]) -> tuple[str, ...]:
     unknown = [name for name in names if name.lower() not in known]
     if unknown or not names:
         found = ", ".join(map(repr, unknown)) or "nothing"
-        raise UserError(f"--evaluation_metrics: found {found}, expected some of {', '.join(METRICS)}")
+        raise UserError(f"--evaluation_metrics: found {found}, expected some of {', '.join(METRICS)}{instead(found)}")
     return tuple(dict.fromkeys(known[name.lower()] for name in names))
 
 

@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -9,6 +10,7 @@ from importlib.util import find_spec
 from types import TracebackType
 from typing import Any, TypeVar
 
+from llmops.keyboard import instead, mistyped_flag
 from llmops.translation import spoken
 
 T = TypeVar("T")
@@ -50,11 +52,14 @@ class Parser(argparse.ArgumentParser):
     """argparse whose errors are one UserError."""
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """As argparse's; a value that is -- alone is refused, of which argparse makes an empty list."""
+        """As argparse's; refused are a value that is -- alone, which it makes an empty list, and full-width marks."""
         for argument in sys.argv[1:] if args is None else args:
             flag, _, value = argument.partition("=")
             if flag.startswith("--") and value == "--":
                 self.error(f"argument {flag}: found --, expected a value")
+            mistyped = mistyped_flag(argument, self._option_string_actions)
+            if mistyped:
+                self.error(mistyped)
         return super().parse_known_args(args, namespace)
 
     def format_help(self) -> str:
@@ -65,7 +70,8 @@ class Parser(argparse.ArgumentParser):
         return text
 
     def error(self, message: str) -> None:  # type: ignore[override]
-        raise UserError(f"{message}; --help lists every setting")
+        value = re.search("'(.*)'", message)
+        raise UserError(f"{message}{instead(value[1]) if value else ''}; --help lists every setting")
 
 
 def log(message: str) -> None:

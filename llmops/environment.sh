@@ -61,6 +61,7 @@ read_settings() {
         name=${1#--}
         name=${name^^}
         if [[ $1 != --* ]] || ! one_of "$name" "${NAMES[@]}"; then
+            check_marks "$1"
             die "unknown argument $1; bash ${script##*/} --help lists every setting"
         fi
         [ $# -ge 2 ] || die "$1 needs a value; bash ${script##*/} --help lists every setting"
@@ -68,6 +69,25 @@ read_settings() {
         shift 2
     done
     check_settings
+}
+
+# check_marks ARGUMENT: ends with a sentence where a flag has dashes or an equals sign of another keyboard
+check_marks() {
+    local dashes=($'\xe2\x80\x93' $'\xe2\x80\x94' $'\xef\xbc\x8d' $'\xe2\x88\x92') equals=$'\xef\xbc\x9d'
+    local flag=${1%%=*} mark name place rest
+    flag=${flag%%"$equals"*}
+    rest=${1#"$flag"}
+    name=$flag
+    for mark in "${dashes[@]}" -; do name=${name//"$mark"/}; done
+    one_of "${name^^}" "${NAMES[@]}" || return 0
+    for mark in "${dashes[@]}" "$equals"; do
+        place=${1%%"$mark"*}
+        [ "${#place}" -le "${#flag}" ] || continue
+        [ "$place" != "$1" ] || continue
+        place=$((${#place} + 1))
+        rest=--$name${rest/#"$equals"/=}
+        die "found $mark as character $place of $1; write $rest"
+    done
 }
 
 # show_environment SCRIPT: a line edited to NAME="value" instead of NAME="${NAME:-value}" has hidden the variable that the
@@ -146,12 +166,19 @@ check_number() {
 
 # check_devices: CUDA_VISIBLE_DEVICES is empty, -1 (none), or GPUs by number or by UUID, each once
 check_devices() {
-    local device seen=() value=${CUDA_VISIBLE_DEVICES//[[:space:]]/}
+    local device wide seen=() value=${CUDA_VISIBLE_DEVICES//[[:space:]]/}
     CUDA_VISIBLE_DEVICES=$value
     if [ -z "$value" ] || [ "$value" = -1 ]; then return; fi
     while IFS= read -r -d , device; do
-        [[ $device =~ ^([0-9]{1,4}|(GPU|MIG)-[0-9A-Za-z/-]+)$ ]] ||
-            die "$(shown_setting CUDA_VISIBLE_DEVICES), expected GPUs such as 0,1 (numbers from 0 or UUIDs), or -1 for none"
+        if [[ ! $device =~ ^([0-9]{1,4}|(GPU|MIG)-[0-9A-Za-z/-]+)$ ]]; then
+            wide=${value%%，*}
+            wide=$((${#wide} + 1))
+            case $value in
+            *，*) wide="; write , and not the full-width ， (character $wide of $value)" ;;
+            *) wide="" ;;
+            esac
+            die "$(shown_setting CUDA_VISIBLE_DEVICES), expected GPUs such as 0,1 (numbers from 0 or UUIDs), or -1 for none$wide"
+        fi
         ! one_of "$device" ${seen[@]+"${seen[@]}"} || die "$(shown_setting CUDA_VISIBLE_DEVICES), which names $device twice"
         seen+=("$device")
     done <<<"$value,"

@@ -7,9 +7,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from llmops.keyboard import FULL_WIDTH
+
 MAX_DEPTH = 64  # of lists and objects within each other
 JSON_BLANK = re.compile(r"[ \t\r\n]*")
-FULL_WIDTH = dict(zip("：，“”｛｝［］", ':,""{}[]', strict=True))  # of Chinese keyboards, and JSON's
+MARKS = {wide: mark for wide, mark in FULL_WIDTH.items() if mark in ':,"{}[]'}  # of JSON
 SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
@@ -75,7 +77,7 @@ def decoding(line: int = 0) -> Iterator[None]:
         yield
     except json.JSONDecodeError as error:
         found = error.doc[error.pos : error.pos + 1]
-        wide = f"; write {FULL_WIDTH[found]} and not the full-width {found}" if found in FULL_WIDTH else ""
+        wide = f"; write {MARKS[found]} and not the full-width {found}" if found in MARKS else ""
         problem = f"broken JSON: {error.msg} (column {error.colno}){wide}"
         raise BadJson(problem, error.lineno, error.colno) from error
     except RecursionError as error:

@@ -11,6 +11,7 @@ from pathlib import Path
 from llmops import files
 from llmops.console import Parser, UserError, log, to_bool
 from llmops.formats.families import families
+from llmops.keyboard import instead
 from llmops.machine import cpu_kernels
 from llmops.models.checkpoints import Checkpoint
 
@@ -179,7 +180,9 @@ def check_names(text: str) -> tuple[str, ...]:
     names = tuple(name.strip().lower() for name in text.split(",") if name.strip())
     wrong = [name for name in names if not re.fullmatch(r"[a-z0-9_.-]+", name)]
     if wrong:
-        raise UserError(f"--allowed_hosts has {files.shown(wrong[0])}, expected names such as models.example.org")
+        raise UserError(
+            f"--allowed_hosts has {files.shown(wrong[0])}, expected names such as models.example.org{instead(text)}"
+        )
     return names
 
 

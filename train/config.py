@@ -17,6 +17,7 @@ from llmops.console import Parser, UserError, to_bool
 from llmops.conversations import data_files
 from llmops.conversations.records import LEARN
 from llmops.formats.families import families
+from llmops.keyboard import instead
 from llmops.machine import cpu_kernels
 from llmops.models.chat_model import ChatModel
 from llmops.models.checkpoints import Checkpoint
@@ -326,7 +327,9 @@ def tracker_problems(names: Sequence[str]) -> list[str]:
     problems = []
     for name in names:
         if name not in TRACKERS:
-            problems.append(f"--report_to {files.plain(name)} is no tracker; expected some of {', '.join(TRACKERS)}")
+            problems.append(
+                f"--report_to {files.plain(name)} is no tracker; expected some of {', '.join(TRACKERS)}{instead(name)}"
+            )
         elif find_spec(name) is None:
             problems.append(f"--report_to {name} needs the package {name}, which is not here: pip install {name}")
     return problems

@@ -22,6 +22,7 @@ from llmops import files, json_text
 from llmops.console import UserError, log, progress
 from llmops.conversations import shapes
 from llmops.conversations.records import BadRow, Conversation, Problem, problems_error
+from llmops.keyboard import instead
 from llmops.loading import loading
 
 CURE = "put it there or name another file"
@@ -142,7 +143,7 @@ def problems_of(text: str, what: str, cure: str) -> list[str]:
             if files.is_folder(path):
                 check_folder(path, what)
             else:
-                files.open_regular(path, what, cure).close()
+                files.open_regular(path, what, cure + instead(str(path))).close()
         except UserError as error:
             problems.append(str(error))
     return problems

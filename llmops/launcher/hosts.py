@@ -5,6 +5,7 @@ from pathlib import Path
 
 from llmops import files
 from llmops.console import UserError
+from llmops.keyboard import instead
 
 LINE = re.compile(r"(\S+)\s+slots\s*=\s*(\d{1,9})(?:\s+max[_-]slots\s*=\s*\d+)?")
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")  # what ssh takes for an option, a user or a port is none
@@ -53,7 +54,7 @@ def choose(hosts: dict[str, int], include: str, exclude: str) -> dict[str, list[
     for part in filter(None, map(str.strip, given.split("@"))):
         name, colon, listed = part.partition(":")
         if name not in hosts:
-            raise UserError(f"--{option} names {files.shown(name)}; the hostfile has {', '.join(hosts)}")
+            raise UserError(f"--{option} names {files.shown(name)}; the hostfile has {', '.join(hosts)}{instead(part)}")
         numbers = set(range(hosts[name]))
         if colon:
             texts = [text.strip() for text in listed.split(",")]
@@ -61,7 +62,7 @@ def choose(hosts: dict[str, int], include: str, exclude: str) -> dict[str, list[
             if wrong:
                 raise UserError(
                     f"--{option} {files.shown(part)}: {files.shown(wrong[0])} is no slot of {name}, which has "
-                    f"{hosts[name]}, from 0; expected such as {name}:0"
+                    f"{hosts[name]}, from 0; expected such as {name}:0{instead(part)}"
                 )
             numbers = {int(text) for text in texts}
         named.setdefault(name, set()).update(numbers)

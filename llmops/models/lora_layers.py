@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from llmops.console import UserError
+from llmops.keyboard import instead
 
 
 def linear_layers(model: torch.nn.Module) -> list[str]:
@@ -30,6 +31,6 @@ def choose_lora_layers(model: torch.nn.Module, wanted: str, defaults: Sequence[s
     if missing:
         raise UserError(
             f"--lora_module_name: no layer is called {', '.join(missing)}; "
-            f"this model's layers are {', '.join(existing)}"
+            f"this model's layers are {', '.join(existing)}{instead(wanted)}"
         )
     return names
