@@ -65,12 +65,12 @@ def run(config: Config) -> dict[str, Any]:
         if rank == 0:
             say_finished(config, results)
             if config.merge_lora:
-                from train import session
+                from train import outcome
 
-                session.merge(config)
+                outcome.merge(config)
         return results
     # 2. from here on the heavy libraries
-    from train import held_out, session
+    from train import held_out, outcome, session
 
     devices.check_gpu()
     with OutputFolder(config, rank), watch_launcher(), Peers(REMAINS) as peers:
@@ -79,10 +79,10 @@ def run(config: Config) -> dict[str, Any]:
             held_out.write(Path(config.output_path), data.test, config.train_files)
         trainer, schedule = session.build_trainer(config, data, peers)
         session.train(config, trainer, schedule, rank)
-        results = session.finish(config, trainer, rank)
+        results = outcome.finish(config, trainer, rank)
         del trainer, schedule, data
         if config.merge_lora and rank == 0:
-            session.merge(config)
+            outcome.merge(config)
     return results
 
 
