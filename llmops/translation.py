@@ -17,13 +17,16 @@ import sys
 from functools import lru_cache
 from itertools import islice
 from pathlib import Path
-from typing import Iterator, Mapping, NamedTuple  # noqa: UP035
+from typing import Callable, Iterator, Mapping, NamedTuple  # noqa: UP035
 
 LANGUAGE_VARIABLE = "LLMOPS_LANG"
 TABLE = Path(__file__).with_name("chinese.json")
 JOINT, CHINESE_JOINT = "; ", "；"  # between sentences that are one message
 TELLING = 8  # characters of its own from which on a template cannot be mistaken
-MOST_SPLITS = 100  # of a sentence among the places of one template
+MOST_SPLITS = 30  # of a sentence among the places of one template
+MOST_WORDS = 30  # of a sentence that a template of few characters may take apart
+DEEPEST = 6  # sentences within one another
+MOST_PARTS = 6  # with joints between them that may be one sentence
 
 
 class Reading(NamedTuple):
@@ -61,19 +64,20 @@ def in_chinese(line: str) -> str:
     return line.replace(body, sentences(body).chinese, 1) if body else line
 
 
-@lru_cache(maxsize=4096)
-def sentences(text: str) -> Reading:
+@lru_cache(maxsize=1 << 15)
+def sentences(text: str, depth: int = 0) -> Reading:
     """One or more sentences with JOINT between them, read so that the table knows as much of them as can be.
 
-    A sentence may have joints of its own, so every run of parts is tried as one.
+    A sentence may have joints of its own, or in what stands in its places: runs of MOST_PARTS, and all parts together,
+    are tried as one. `depth`: how many sentences it stands in.
     """
     parts = text.split(JOINT)
     readings = [Reading(0, "")]  # of the first 0, 1, 2 ... parts
     for end in range(1, len(parts) + 1):
         tried = []
-        for start in range(end):
+        for start in [*range(max(0, end - MOST_PARTS), end), *([0] if MOST_PARTS < end == len(parts) else [])]:
             part = JOINT.join(parts[start:end])
-            found = sentence(part) or (Reading(0, part) if end - start == 1 else None)
+            found = sentence(part, depth) or (Reading(0, part) if end - start == 1 else None)
             if found:
                 before = readings[start]
                 joint = CHINESE_JOINT if before.known or found.known else JOINT
@@ -83,29 +87,33 @@ def sentences(text: str) -> Reading:
     return readings[-1]
 
 
-@lru_cache(maxsize=4096)
-def sentence(text: str) -> Reading | None:
+@lru_cache(maxsize=1 << 15)
+def sentence(text: str, depth: int = 0) -> Reading | None:
     """A sentence by the entry that knows most of it."""
-    readings = [reading for entry in entries() if (reading := entry.read(text))]
+    if depth > DEEPEST:
+        return None
+    joints = text.count(JOINT)
+    candidates = (entry for entry in entries() if entry.longest in text and entry.may_have(joints))
+    readings = [reading for entry in candidates if (reading := entry.read(text, depth))]
     return max(readings, key=lambda reading: reading.known, default=None)
 
 
-def series(text: str) -> Reading:
+def series(text: str, depth: int) -> Reading:
     """Phrases with commas between them."""
-    readings = [sentences(part) for part in text.split(", ")]
+    readings = [sentences(part, depth) for part in text.split(", ")]
     return Reading(sum(reading.known for reading in readings), "，".join(reading.chinese for reading in readings))
 
 
-def with_conjunctions(text: str) -> Reading:
+def with_conjunctions(text: str, depth: int) -> Reading:
     """Names, with "or" and "and" between them, that are not words of the table."""
     return Reading(0, re.sub(" (or|and) ", lambda found: {"or": " 或 ", "and": " 和 "}[found[1]], text))
 
 
-READERS = {
-    "text": lambda text: sentences(text.strip()),
+READERS: dict[str, Callable[[str, int], Reading]] = {
+    "text": lambda text, depth: sentences(text.strip(), depth),
     "series": series,
     "list": with_conjunctions,
-    "": lambda text: Reading(0, text),
+    "": lambda text, depth: Reading(0, text),
 }
 
 
@@ -120,15 +128,27 @@ class Entry:
         self.readers = {name: READERS[kind or ""] for name, kind in kinds}
         self.texts = {name for name, read in self.readers.items() if read in (READERS["text"], READERS["series"])}
         self.frame = re.sub(r":(text|series|list)\}", "}", chinese)
+        self.longest = max(self.literals, key=len)
+        self.joints = sum(literal.count(JOINT) for literal in self.literals)
+        self.leads = bool(self.literals[0]) and not self.literals[-1]  # words before a place: that may be of any length
         self.known = sum(len(literal.replace(" ", "")) for literal in self.literals)
         self.has_letters = any(character.isalpha() for literal in self.literals for character in literal)
         self.is_telling = self.known >= TELLING or not self.names
 
-    def read(self, text: str) -> Reading | None:
+    def may_have(self, joints: int) -> bool:
+        """Whether a text of this template may have so many joints: more than its own stand in its places."""
+        more = joints - self.joints
+        if more <= 0 or self.is_telling or self.leads:
+            return more >= 0
+        return more == 1 and not self.literals[-1] and any(map(str.strip, self.literals))
+
+    def read(self, text: str, depth: int = 0) -> Reading | None:
         """A text that is of this template; None for others, and where too little of it is known to be sure."""
+        if text.count(" ") > MOST_WORDS and not (self.is_telling or self.leads):
+            return None
         best: Reading | None = None
         for places in islice(self.matches(text), MOST_SPLITS if self.texts else 1):
-            filled = {name: read(places[name]) for name, read in self.readers.items()}
+            filled = {name: read(places[name], depth + 1) for name, read in self.readers.items()}
             known = self.known + sum(reading.known for reading in filled.values())
             if self._is_sure(places, filled) and (best is None or known > best.known):
                 chinese = self.frame.format(**{name: reading.chinese for name, reading in filled.items()})
@@ -137,8 +157,6 @@ class Entry:
 
     def _is_sure(self, places: Mapping[str, str], filled: Mapping[str, Reading]) -> bool:
         """Whether this sentence is meant: by its words, by a sentence in it, or by one word beside single words."""
-        if not self.known and any(JOINT in f"{place} " for place in places.values()):
-            return False  # blanks alone do not go through a joint
         if self.is_telling or any(reading.known and " " in places[name] for name, reading in filled.items()):
             return True
         return self.has_letters and not any(" " in places[name] for name in places if name not in self.texts)

@@ -272,3 +272,17 @@ def test_the_table_costs_nothing_in_english() -> None:
         "import llmops.translation as t; assert not t.entries.cache_info().misses; assert 'torch' not in sys.modules"
     )
     subprocess.run([PYTHON, "-c", code], cwd=ROOT, env=os.environ, check=True)
+
+
+def test_long_and_strange_messages_are_read_in_time() -> None:
+    """A process of its own that is given 20 seconds, far more than it takes; some of these once took minutes."""
+    code = (
+        "from llmops.translation import in_chinese\n"
+        "many = '; '.join(f'train.jsonl:{i}: found 3, expected an object' for i in range(50))\n"
+        "assert in_chinese(many).count('应为对象') == 50\n"
+        "words = '/some/path with words, that says nothing (and has brackets): or colons, ' * 4\n"
+        "assert in_chinese('error: ' + words.strip()) == '错误：' + words.strip()\n"
+        "for text in ('x ' * 2000 + '; ' + 'y; ' * 300, 'a: b: c: ' * 500, '; ' * 500, 'a (b); ' * 200):\n"
+        "    in_chinese(text)\n"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=20, check=True)
