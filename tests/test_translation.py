@@ -6,8 +6,10 @@ import re
 import string
 import subprocess
 import sys
+import time
 from collections import Counter
 from pathlib import Path
+from random import Random
 
 import pytest
 from conftest import ROOT, environment
@@ -127,6 +129,31 @@ def test_blanks_and_line_ends_stay(monkeypatch: pytest.MonkeyPatch) -> None:
     assert translation.spoken("\n  copy it again\r\nx\n") == "\n  请重新复制\r\nx\n"
     assert translation.spoken("copy it again", "ascii") == "copy it again"
     assert translation.spoken("copy it again", "gbk") == "请重新复制"
+
+
+def test_an_odd_text_takes_no_time() -> None:
+    """A text that could be read in thousands of ways is given up; one of many problems is not."""
+    words = (
+        "the",
+        "of",
+        "a file",
+        "is",
+        "model",
+        "with",
+        "and",
+        "in",
+        "expected:",
+        "(x)",
+        ",",
+        "training data",
+        "/a/b",
+    )
+    odd = " ".join(Random(0).choice(words) for _ in range(1000))
+    started = time.monotonic()
+    chinese(odd)
+    assert time.monotonic() - started < 10  # seconds; without bounds sixty words took twenty
+    many = "; ".join(f"--x{number} is {number}, expected at least 3" for number in range(40))
+    assert chinese(many) == "；".join(f"--x{number} 为 {number}，应不小于 3" for number in range(40))
 
 
 def run(command: list[str], **variables: str) -> subprocess.CompletedProcess[bytes]:
