@@ -211,6 +211,8 @@ def run(config: Config, processes: Processes) -> "Findings | None":
     merge, seconds = int(found.merge.sum()), time.monotonic() - compared
     log(f"{len(found.a)} pairs reach {config.similarity_threshold} and differ in their intents ({seconds:.1f} s):")
     log(f"  {len(found.a) - merge} with different intents (mismatched_intents), {merge} with similar_intents")
+    if len(found.a):
+        log("  lineNumbers count records from 0; a file's lines count from 1")
     # 4. for people
     present(found, config)
     log(f"done in {time.monotonic() - started:.1f} s")

@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from llmops.models.checkpoints import Checkpoint
 from train import choices, estimates
 from train.choices import Choices, Room, resolve
 from train.config import Config
+from train.course import USUAL
 from train.steps import Split
 from train.training_log import TokenCounter, TrainingLog
 
@@ -69,23 +71,28 @@ def test_as_few_layers_are_recomputed_as_fit(
     assert best.split.tokens >= Lengths.lengths.max()
 
 
+def of_memory(*given: Any) -> Choices:
+    """What `resolve` chooses, but for the course."""
+    return replace(resolve(*given), course=USUAL)
+
+
 def test_what_was_asked_and_what_was_chosen_before(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(choices, "free_memory", lambda _: 2.0**33)
-    assert resolve(config, torch.float32, Lengths(), CPU, 1) == Choices(0, Split(4, 2048))
+    assert of_memory(config, torch.float32, Lengths(), CPU, 1) == Choices(0, Split(4, 2048))
     monkeypatch.setattr(choices, "free_memory", lambda _: 1.0)
-    assert resolve(config, torch.float32, Lengths(), CPU, 1) == Choices(1, Split(4, 2048))
+    assert of_memory(config, torch.float32, Lengths(), CPU, 1) == Choices(1, Split(4, 2048))
     asked = replace(config, gradient_checkpointing="3", micro_batch_tokens=700)
-    assert resolve(asked, torch.float32, Lengths(), CPU, 1) == Choices(3, Split(0, 700))
+    assert of_memory(asked, torch.float32, Lengths(), CPU, 1) == Choices(3, Split(0, 700))
     monkeypatch.setattr(choices, "free_memory", lambda _: 2.0**36)
-    on_gpu = resolve(config, torch.bfloat16, Lengths(), GPU, 1)
+    on_gpu = of_memory(config, torch.bfloat16, Lengths(), GPU, 1)
     assert on_gpu.recompute == 0
     assert on_gpu.split == Split(0, int(np.sort(Lengths.lengths)[-16:].sum()))  # a whole step, as it fits
     record = Choices(2, Split(0, 5000)).to_json()
     (Path(config.output_path) / "finetune_config.json").write_text(json.dumps({"resolved": record}))
-    assert resolve(config, torch.bfloat16, Lengths(), GPU, 1) == Choices(2, Split(0, 5000))
-    assert resolve(replace(config, gradient_checkpointing="true"), torch.float32, Lengths(), GPU, 1).recompute == 1
+    assert of_memory(config, torch.bfloat16, Lengths(), GPU, 1) == Choices(2, Split(0, 5000))
+    assert of_memory(replace(config, gradient_checkpointing="true"), torch.float32, Lengths(), GPU, 1).recompute == 1
     anew = replace(config, overwrite_output_path=True)
-    assert resolve(anew, torch.bfloat16, Lengths(), GPU, 1) == on_gpu
+    assert of_memory(anew, torch.bfloat16, Lengths(), GPU, 1) == on_gpu
 
 
 def test_tied_weights_count_once_and_lora_has_the_models_dtype(tmp_path: Path, config: Config) -> None:
@@ -135,6 +142,7 @@ def test_log_lines_are_strict_json_after_an_overflow(tmp_path: Path) -> None:
 
     lines = [json.loads(line, parse_constant=refuse) for line in (tmp_path / "log.txt").read_text().splitlines()]
     assert lines[0]["chosen"] == {
+        "num_train_epochs": 3, "epochs_between_evaluations": 1, "learning_rate": 1e-4,
         "gradient_checkpointing": 0, "micro_batch_rows": 4, "micro_batch_tokens": 0, "cpu_kernels": "default",
     }  # fmt: skip
     assert lines[1]["grad_norm"] is None

@@ -326,7 +326,6 @@ def test_held_out_part_and_skipped_lines(train_run: Run, small_data: Path, check
 
 def test_a_run_of_few_steps_is_warned_about(train_run: Run, small_data: Path) -> None:
     settings = ("--num_train_epochs", "1", "--dry_run", "true")
-    assert "warning: 6 optimizer steps will hardly change what the model answers; --num_train_epochs 4 makes 24" in (
-        train_run(*settings).stderr
-    )
+    said = "warning: 6 optimizer steps will hardly change what the model answers; without --num_train_epochs there are"
+    assert said in train_run(*settings).stderr
     assert "optimizer step" not in train_run(*settings, "--num_train_epochs", "4").stderr

@@ -207,6 +207,7 @@ def test_the_commands_as_written(model: Path, tmp_path: Path) -> None:
         cwd=tmp_path,
     )  # fmt: skip
     found = json.loads(bare.stdout)
+    assert "lineNumbers count records from 0" in bare.stderr
     assert [entry["lineNumbers"] for entry in found["data"]["mismatched_intents"]] == [[4, 5], [14, 15]]
     assert found["data"]["similar_intents"] == [{"intentPair": ["APP 下载", "app下载"], "lineNumbers": [18, 19]}]
     assert list(found) == ["code", "msg", "data"]

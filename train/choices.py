@@ -1,8 +1,8 @@
-"""What a run chooses by itself: gradient checkpointing, the split of a step into micro-batches, the kernels.
+"""What a run chooses by itself: its course, gradient checkpointing, the split of steps into micro-batches, kernels.
 
 Chosen once by the first process, written down in output_path and kept when the run is continued, because the split
-decides which numbers dropout draws; chosen anew with another number of processes, which have other parts of a step and
-other memory. `docs/speed.md` says what is chosen when.
+decides which numbers dropout draws; what memory decides is chosen anew with another number of processes, which have
+other parts of a step. `docs/speed.md` says what is chosen when.
 """
 
 import math
@@ -18,9 +18,10 @@ import torch
 from llmops import files
 from llmops.machine import cpu_kernels
 from train.config import Config
+from train.course import BETWEEN, NUMBER, RATE, USUAL, Course, choose
 from train.dataset import TokenDataset
 from train.estimates import GIB, Shape, memory_parts, model_shape, state_parts
-from train.replay import Joined
+from train.replay import Joined, replayed
 from train.run_folder import CONFIG_NAME, PROCESSES, RECORD, STEP_SETTINGS, step_size
 from train.steps import Split
 
@@ -31,6 +32,7 @@ EVERY = (0, 4, 2, 1)  # none, each fourth, each second, each layer recomputed
 RESERVE = 2 * GIB  # of a GPU: the context, NCCL, kernels' work space
 USABLE = 0.9  # of the rest; the allocator loses some to fragments
 SAMPLE = 512  # conversations that tell how much of a conversation is learned
+LASTING = ("cpu_kernels", NUMBER, BETWEEN, RATE)  # choices that stay with another number of processes
 
 
 @dataclass(frozen=True)
@@ -40,11 +42,13 @@ class Choices:
     recompute: int
     split: Split
     kernel: str = cpu_kernels.DEFAULT
+    course: Course = USUAL
 
     def to_json(self) -> dict[str, Any]:
         """As they are written down."""
         split = {f"micro_batch_{name}": value for name, value in asdict(self.split).items()}
-        return {"gradient_checkpointing": self.recompute} | split | {"cpu_kernels": self.kernel}
+        kernel = {"cpu_kernels": self.kernel}
+        return self.course.to_json() | {"gradient_checkpointing": self.recompute} | split | kernel
 
     def words(self) -> str:
         """For people."""
@@ -59,7 +63,8 @@ class Choices:
 def read_record(config: Config, processes: int) -> dict[str, Any]:
     """What an earlier start of this run chose; empty when there was none.
 
-    Without the choices that memory and a process's part of a step decide, when these are others now.
+    Without the choices that memory and a process's part of a step decide, when these are others now. A run of an
+    earlier version has the epochs of its settings, which had a number there in any case.
     """
     path = Path(config.output_path) / CONFIG_NAME
     if config.overwrite_output_path or not path.is_file():
@@ -71,7 +76,8 @@ def read_record(config: Config, processes: int) -> dict[str, Any]:
     same = record.get(PROCESSES, processes) == processes and all(
         saved.get(name, getattr(config, name)) == getattr(config, name) for name in STEP_SETTINGS
     )
-    return record if same else {"cpu_kernels": record.get("cpu_kernels", "")}
+    record = {NUMBER: saved.get(NUMBER)} | record
+    return record if same else {name: record[name] for name in LASTING if name in record}
 
 
 def resolve(
@@ -81,7 +87,10 @@ def resolve(
     record = read_record(config, processes)
     cpu_kernels.settle(config.cpu_kernels)
     kernel = cpu_kernels.choose(device, dtype, record.get("cpu_kernels", ""))
-    return replace(fitting(config, dtype, data, device, processes, record), kernel=kernel)
+    size = step_size(config, processes)
+    own = len(data.train if isinstance(data, Joined) else data)
+    course = choose(config, math.ceil(own / (size - replayed(size, config.replay_ratio))), record)
+    return replace(fitting(config, dtype, data, device, processes, record), kernel=kernel, course=course)
 
 
 def fitting(

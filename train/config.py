@@ -93,7 +93,9 @@ class Config:
         1024, "longest conversation in tokens; longer ones are cut, in faq they are errors", min=8
     )
     learning_rate: float = setting(0.0, "peak learning rate; 0: 1e-4 for lora, 1e-5 for all, twice that for faq", min=0)
-    num_train_epochs: float = setting(3.0, "passes over the training data", min=0)
+    num_train_epochs: float = setting(
+        0.0, "passes over the training data; 0: 3, and for small data as many as make 40 steps", min=0
+    )
     max_steps: int = setting(-1, "stop after this many optimizer steps; -1: by epochs")
     zero_stage: str = setting("2", "DeepSpeed ZeRO: 2, 3 or 3_offload", list(DS_FILES))
     ds_file: str = setting("", "your own DeepSpeed JSON instead of train/ds_zero*.json")
@@ -313,8 +315,8 @@ def find_problems(config: Config) -> list[str]:
     layers = config.gradient_checkpointing.lower()
     if layers not in RECOMPUTE_WORDS and not (layers.isascii() and layers.isdecimal()):
         problems.append(f"--gradient_checkpointing is {layers}, expected auto, true, false or a whole number from 1")
-    if config.max_steps == 0 or (config.max_steps < 0 and config.num_train_epochs == 0):
-        problems.append("nothing to train: --max_steps and --num_train_epochs are 0")
+    if config.max_steps == 0:
+        problems.append("nothing to train: --max_steps is 0")
     problems += tracker_problems(config.trackers)
     problems += path_problems(config)
     if files.is_file(config.deepspeed_file):

@@ -26,12 +26,13 @@ from train import attention, session
 from train.batches import PackedCollator, PaddedCollator, target_losses, to_device
 from train.choices import Choices, free_memory, resolve
 from train.config import Config
+from train.course import Course, course_words
 from train.encoding import describe
 from train.estimates import GIB, Shape, empty_model, memory_parts, model_shape
 from train.replay import Joined, ReplayOrder, replayed
 from train.run_folder import step_size
 from train.session import Data
-from train.steps import Split, StepCollator, StepSampler, few_steps
+from train.steps import Split, StepCollator, StepSampler
 
 EXAMPLES = 3
 SAMPLED_STEPS = 20
@@ -75,7 +76,6 @@ class Sample:
         order = np.random.default_rng(config.seed).permutation(len(data.train)).tolist()
         again = ReplayOrder(data.learned, config.seed, lambda: 0) if isinstance(data.learned, Joined) else ()
         sampler = StepSampler(order, size, again, replayed(size, config.replay_ratio))
-        self.per_epoch = len(sampler)
         steps = list(islice(sampler, SAMPLED_STEPS))
         collate = PackedCollator() if config.packing and not config.neftune_noise_alpha else PaddedCollator(0)
         self.batches = [
@@ -218,7 +218,7 @@ def estimate(config: Config, data: Data) -> None:
     sample = Sample(config, data, choices.split, processes)
     tell_memory(config, shape, choices, sample, processes, device)
     rates = measured_rates(config, shape, dtype, device, sample, choices.recompute)
-    tell_time(config, data, sample, rates, processes, on_gpu)
+    tell_time(config, data, choices.course, sample, rates, processes, on_gpu)
     log("nothing was trained (--dry_run true)")
 
 
@@ -244,14 +244,16 @@ def tell_memory(
         log(f"  {torch.cuda.get_device_name(device)} has {capacity / GIB:.0f} GiB: {verdict}")
 
 
-def tell_time(config: Config, data: Data, sample: Sample, rates: Rates, processes: int, on_gpu: bool) -> None:
+def tell_time(
+    config: Config, data: Data, course: Course, sample: Sample, rates: Rates, processes: int, on_gpu: bool
+) -> None:
     """The time of all steps and of the evaluations between them."""
     per_step = step_size(config, processes)
-    per_epoch = sample.per_epoch
-    steps = config.max_steps if config.max_steps > 0 else math.ceil(config.num_train_epochs * per_epoch)
-    tokens = int(data.train.lengths.sum()) / per_epoch if data.replay is None else sample.per_step
+    steps = config.max_steps if config.max_steps > 0 else course.all_steps
+    tokens = int(data.train.lengths.sum()) / course.steps if data.replay is None else sample.per_step
     computed = steps * tokens * sample.share
-    evaluations = 1 + math.ceil(steps / per_epoch) + (steps // config.eval_steps if config.eval_steps else 0)
+    own = math.ceil(steps / (course.steps * course.between))
+    evaluations = 1 + own + (steps // config.eval_steps if config.eval_steps else 0)
     held_out = int(data.test.lengths.sum() + data.retention.lengths.sum()) * evaluations
     devices = processes if on_gpu else 1  # processes on a CPU share its cores
     training = computed * rates.train / devices + steps * rates.step
@@ -261,6 +263,6 @@ def tell_time(config: Config, data: Data, sample: Sample, rates: Rates, processe
         f"time: {steps:,} steps of {per_step} conversations, {computed:,.0f} tokens{saved}: about "
         f"{duration(training)}, and {duration(evaluating)} for {evaluations} evaluations; from {rates.source}"
     )
-    few = few_steps(steps, per_epoch)
-    if few and config.max_steps < 0:
-        log(few)
+    said = course_words(config, course)
+    if said:
+        log(said)

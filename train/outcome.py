@@ -13,6 +13,7 @@ from llmops.machine import devices
 from llmops.models.chat_model import ChatModel
 from train import checkpointing, ownership
 from train.config import Config
+from train.course import judges
 from train.run_folder import LOG_NAME, PICTURE_NAME, RESULTS_NAME
 from train.trainer import ChatTrainer, barrier
 from train.training_log import ACCURACY, plot, read_log
@@ -23,7 +24,9 @@ def finish(config: Config, trainer: ChatTrainer, rank: int) -> dict[str, Any]:
     output = Path(config.output_path)
     state = trainer.state
     evaluated = {int(line["step"]): line for line in state.log_history if "eval_loss" in line}
-    step = state.best_global_step if config.load_best_model_at_end and state.best_global_step else state.global_step
+    step = state.global_step
+    if config.load_best_model_at_end and state.best_global_step and judges(config, len(trainer.eval_dataset)):
+        step = state.best_global_step
     if rank == 0:
         step = whole_step(output, step, set(evaluated))
     losses = [line["loss"] for line in state.log_history if "loss" in line]

@@ -36,6 +36,7 @@ from train import attention, checkpointing, elastic, states
 from train.batches import PackedCollator, PaddedCollator, cross_entropy_name
 from train.choices import Choices, resolve
 from train.config import Config
+from train.course import course_words, judges
 from train.dataset import TokenDataset
 from train.estimates import add_lora
 from train.replay import Joined, replayed
@@ -50,7 +51,7 @@ from train.run_folder import (
     step_size,
 )
 from train.source import Source
-from train.steps import Split, few_steps
+from train.steps import Split
 from train.token_cache import load_or_encode
 from train.trainer import ChatTrainer, Schedule, barrier
 from train.training_log import ConsoleServer, TensorBoardServer, TokenCounter, TrainingLog
@@ -106,6 +107,8 @@ def prepare_data(config: Config, encodes: bool) -> Data:
         train, test = train.split(config.eval_ratio, config.seed)
         if encodes:
             log(f"no test file: {len(test):,} of {len(train) + len(test):,} conversations are held out")
+            if not judges(config, len(test)):
+                log("that is too few to choose by, so the last weights are kept")
     replay = load(config.replay_files, False, general=True) if config.replay_files else None
     return Data(train, test, load([config.retention_path], False, general=True), model, replay)
 
@@ -186,8 +189,8 @@ def training_arguments(config: Config, dtype: torch.dtype, choices: Choices, ste
         output_dir=config.output_path,
         per_device_train_batch_size=math.ceil(step / processes),
         per_device_eval_batch_size=config.per_device_eval_batch_size,
-        learning_rate=config.peak_learning_rate,
-        num_train_epochs=config.num_train_epochs,
+        learning_rate=choices.course.rate,
+        num_train_epochs=choices.course.epochs,
         max_steps=config.max_steps,
         lr_scheduler_type=config.lr_scheduler_type
         if config.lr_scheduler_type != "constant"
@@ -285,10 +288,9 @@ def build_trainer(config: Config, data: Data, peers: Peers | None = None) -> tup
             log(f"the run's steps keep their {step} conversations, now dealt to {world}")
         if data.replay is not None:
             log(replay_words(config, data, step))
-        per_epoch = math.ceil(len(data.train) / (step - replayed(step, config.replay_ratio)))
-        few = few_steps(math.ceil(config.num_train_epochs * per_epoch), per_epoch)
-        if few and config.max_steps < 0:
-            log(few)
+        said = course_words(config, choices.course)
+        if said:
+            log(said)
     tokens = TokenCounter()
     output = Path(config.output_path)
     trainer = ChatTrainer(
@@ -299,7 +301,7 @@ def build_trainer(config: Config, data: Data, peers: Peers | None = None) -> tup
         with_accuracy=config.scenario == "faq" or config.metric_for_best == "accuracy",
     )  # fmt: skip
     trainer.chosen = chosen
-    schedule = Schedule(config.eval_steps, trainer.evaluate_and_compare, output / STOP_NAME)
+    schedule = Schedule(config.eval_steps, choices.course.between, trainer.evaluate_and_compare, output / STOP_NAME)
     for replaced in (DefaultFlowCallback, PrinterCallback):
         trainer.remove_callback(replaced)
     trainer.add_callback(TrainingLog(output, speaks, arguments.local_process_index == 0, tokens, chosen))

@@ -31,20 +31,6 @@ class Split:
     tokens: int = 0
 
 
-FEW_STEPS = 20
-
-
-def few_steps(steps: int, per_epoch: int) -> str:
-    """What to say of a run of so few optimizer steps that it hardly changes a model; empty for others."""
-    if steps >= FEW_STEPS:
-        return ""
-    epochs = math.ceil(FEW_STEPS / per_epoch)
-    return (
-        f"warning: {steps} optimizer step{'s' if steps > 1 else ''} will hardly change what the model answers; "
-        f"--num_train_epochs {epochs} makes {epochs * per_epoch} of this data (docs/training.md, Small data)"
-    )
-
-
 class Order(Protocol):
     """Indices in an order whose length is known."""
 

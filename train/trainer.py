@@ -311,12 +311,13 @@ class ChatTrainer(Trainer):
 class Schedule(TrainerCallback):
     """When to log, evaluate, save and stop; replaces the Trainer's DefaultFlowCallback.
 
-    Evaluation before the first step; evaluation and a checkpoint at every epoch and every N steps; a checkpoint when
-    asked to end.
+    Evaluation before the first step; evaluation and a checkpoint at every `epochs`-th epoch, at the last step and
+    every N steps; a checkpoint when asked to end.
     """
 
-    def __init__(self, eval_steps: int, evaluate: Callable[[], Any], stop_file: Path) -> None:
+    def __init__(self, eval_steps: int, epochs: int, evaluate: Callable[[], Any], stop_file: Path) -> None:
         self.eval_steps = eval_steps
+        self.epochs = epochs
         self.stop_file = stop_file
         self.evaluate = evaluate
         self.signal = 0
@@ -336,7 +337,7 @@ class Schedule(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """The losses before the first step; after a resume the evaluation that the end by signal left out."""
-        due = float(state.epoch or 0).is_integer() or (self.eval_steps and state.global_step % self.eval_steps == 0)
+        due = (state.epoch or 0) % self.epochs == 0 or (self.eval_steps and state.global_step % self.eval_steps == 0)
         due = due or state.global_step >= state.max_steps
         done = any(line["step"] == state.global_step and "eval_loss" in line for line in state.log_history)
         if due and not done:
@@ -358,8 +359,9 @@ class Schedule(TrainerCallback):
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Every epoch, unless this very step was just evaluated or the run is ending by a signal."""
-        if not self.signal:
+        """Unless this very step was just evaluated or the run is ending by a signal."""
+        due = round(state.epoch or 0) % self.epochs == 0 or state.global_step >= state.max_steps
+        if due and not self.signal:
             self._evaluate_and_save(state, control)
 
     def _evaluate_and_save(self, state: TrainerState, control: TrainerControl) -> None:

@@ -179,7 +179,7 @@ class Runs:
         touched = changed(folder)
         step = int(tail.line.get("step", 0))
         state = state_of(folder, step, bool(results), touched, tail, locks)
-        epoch, epochs = number(tail.line.get("epoch")), number(settings.get("num_train_epochs"))
+        epoch, epochs = number(tail.line.get("epoch")), epochs_of(settings)
         steps = whole_steps(step, epoch, epochs, settings, results)
         remaining = number(tail.line.get("remaining")) if state in RUNNING else None
         if remaining is not None:
@@ -291,6 +291,13 @@ def state_of(folder: Path, step: int, finished: bool, touched: float, tail: Tail
     if finished:
         return "finished"
     return "stopped" if asked or in_order else "interrupted"
+
+
+def epochs_of(settings: Mapping[str, Any]) -> float | None:
+    """How many epochs a run was given, or chose where it was given none."""
+    resolved = settings.get("resolved")
+    found = resolved if isinstance(resolved, dict) else {}
+    return number(settings.get("num_train_epochs")) or number(found.get("num_train_epochs"))
 
 
 def whole_steps(
