@@ -8,9 +8,11 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import TYPE_CHECKING, Any
 
-from llmops.console import log
+from llmops import files
+from llmops.console import UserError, log
 from llmops.intents.classifiers import Asked, Classifiers
 
 if TYPE_CHECKING:
@@ -19,15 +21,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Baseline:
-    """A classifier's answers to the test questions: rows as faq/predict writes them, what they cost in seconds.
+    """Another way's answers to the test questions: rows as faq/predict writes them, what they cost in seconds.
 
-    `values` (n, classes): probabilities, -1 where a row's list lacks the intent.
+    `seconds` None: not known. `values` (n, classes): probabilities, -1 where a row's list lacks the intent.
     """
 
     name: str
     features: str
     rows: list[dict[str, Any]]
-    seconds: float
+    seconds: float | None
     values: "np.ndarray | None" = None
 
 
@@ -58,14 +60,13 @@ def compare(classifiers: Classifiers, folds: "np.ndarray", test: Sequence[Asked]
     return [*found, most]
 
 
-def advice(
-    right: Sequence[bool], best: Baseline, figures: dict[str, float], joined: Sequence[bool] | None = None
-) -> str:
+def advice(right: Sequence[bool], best: Baseline, figures: dict[str, Any], joined: Sequence[bool] | None = None) -> str:
     """Which to use, in one sentence; `right`: per test question, whether the tuned model has its intent; `joined`:
     whether model and linear classifier together have it."""
     theirs = [row["intent"] == row["reference"] for row in best.rows]
-    what = f"the {best.name} on {best.features} ({figures['accuracy']:.1%}, in "
-    what += f"{1000 * figures['seconds_per_question']:.2g} ms a question)"
+    cost = figures["seconds_per_question"]
+    what = f"the {best.name} on {best.features} ({figures['accuracy']:.1%}"
+    what += ")" if cost is None else f", in {1000 * cost:.2g} ms a question)"
     ours = sum(right) / len(right)
     above = beyond_chance(right, theirs)
     if joined and beyond_chance(joined, theirs) > 0 and beyond_chance(joined, right) > 0:
@@ -79,6 +80,17 @@ def advice(
     if above < 0:
         return f"Use {what}: the tuned model's {ours:.1%} are below it, so it is not worth its training here."
     return f"Use {what}: the tuned model's {ours:.1%} differ from it by no more than chance, and cost more."
+
+
+def untuned(rows: list[dict[str, Any]], tuned: Sequence[dict[str, Any]]) -> Baseline:
+    """The base model's answers beside the tuned one's. Raises UserError where they are to other questions."""
+    for number, (row, other) in enumerate(zip_longest(rows, tuned, fillvalue={}), 1):
+        if any(row.get(key) != other.get(key) for key in ("question", "reference")):
+            raise UserError(
+                f"--untuned: line {number} answers {files.shown(row.get('question'))}, where the first file answers "
+                f"{files.shown(other.get('question'))}; expected predictions of the base model for the same questions"
+            )
+    return Baseline("untuned model", "the same prompts", rows, None)
 
 
 def beyond_chance(ours: Sequence[bool], theirs: Sequence[bool]) -> int:

@@ -25,6 +25,7 @@ CANDIDATES="${CANDIDATES:-all}"                  # list all intents, or only the
 CANDIDATE_EXAMPLES="${CANDIDATE_EXAMPLES:-0}"    # with CANDIDATES=K: show each with N of its most similar questions
 CANDIDATE_ORDER="${CANDIDATE_ORDER:-}"           # empty: similarity with examples, number without; random: for score.sh --join
 EMBEDDING_MODEL="${EMBEDDING_MODEL:-}"           # sentence embedding model: finds candidates, score's baselines use it
+UNTUNED="${UNTUNED:-true}"                       # let the base model answer, too: what training added
 SKIP_BAD_LINES="${SKIP_BAD_LINES:-false}"        # drop and count bad records instead of stopping
 OVERWRITE="${OVERWRITE:-false}"                  # replace files in MOUNT_PATH/datasets that prepare did not write
 TRUST_REMOTE_CODE="${TRUST_REMOTE_CODE:-false}"  # run Python code that the checkpoint's folder ships
@@ -58,7 +59,16 @@ for constrain in true false; do
         --output_file "$OUTPUT_PATH/$name" --constrain "$constrain" --mode "$MODE" \
         --cuda_visible_devices "$CUDA_VISIBLE_DEVICES" --trust_remote_code "$TRUST_REMOTE_CODE"
 done
+untuned=
+if [ "$UNTUNED" = true ]; then
+    log "the base model answers the same questions"
+    untuned=$OUTPUT_PATH/predictions_untuned.jsonl
+    forward bash "$HERE/faq/predict.sh" --model_name_or_path "$MODEL_NAME_OR_PATH" --embedding_model "" \
+        --intents_file "$OUTPUT_PATH/intents.json" --input_file "$MOUNT_PATH/datasets/test.jsonl" \
+        --output_file "$untuned" --constrain true --mode "$MODE" \
+        --cuda_visible_devices "$CUDA_VISIBLE_DEVICES" --trust_remote_code "$TRUST_REMOTE_CODE"
+fi
 log "4. score"
 exec bash "$HERE/faq/score.sh" --predictions "$OUTPUT_PATH/predictions.jsonl" \
     --unconstrained "$OUTPUT_PATH/predictions_unconstrained.jsonl" --train_file "$MOUNT_PATH/datasets/train.jsonl" \
-    --embedding_model "$EMBEDDING_MODEL"
+    --embedding_model "$EMBEDDING_MODEL" --untuned "$untuned"

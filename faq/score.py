@@ -46,6 +46,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="what the model learned from, train.jsonl, for baselines and advice",
     )
     add("--embedding_model", default="", help="folder of a sentence embedding model for the baselines; empty: n-grams")
+    add("--untuned", default="", help="predictions of the base model for the same questions, as one more baseline")
     add("--precision", type=float, default=0.95, help="how often an automated answer should be right")
     add("--automate", type=float, default=0.0, help="instead of --precision: the share of questions to automate")
     add("--keep_threshold", type=to_bool, default=False, metavar="true|false",
@@ -63,10 +64,9 @@ def check(arguments: argparse.Namespace) -> None:
         problems.append(f"--precision is {arguments.precision}, expected a share above 0 and up to 1, such as 0.95")
     if not 0 <= arguments.automate <= 1:
         problems.append(f"--automate is {arguments.automate}, expected a share from 0 to 1")
-    if (arguments.embedding_model or arguments.suspects_file or arguments.join) and not arguments.train_file:
-        problems.append(
-            "--embedding_model, --suspects_file and --join need the --train_file that the model learned from"
-        )
+    wanting = [name for name in ("embedding_model", "suspects_file", "join", "untuned") if getattr(arguments, name)]
+    if wanting and not arguments.train_file:
+        problems.append(f"--{' and --'.join(wanting)} need the --train_file that the model learned from")
     if arguments.join and not arguments.keep_threshold:
         problems.append("--join is kept with --keep_threshold true; pass both")
     if problems:
@@ -250,7 +250,7 @@ def compare(
 ) -> tuple[dict[str, Any], dict[str, list[dict[str, Any]]], list[dict[str, Any]]]:
     """(what the comparison adds to the JSON, other ways' rows under their names, training questions to look at)."""
     from faq.advice import SHOWN, advise
-    from faq.baselines import advice, compare, say_leaks
+    from faq.baselines import advice, compare, say_leaks, untuned
     from llmops.embedding.folder import read_folder
     from llmops.intents.classifiers import Asked, Classifiers, check_variant, read_asked
     from llmops.intents.retrieval import Features
@@ -265,13 +265,15 @@ def compare(
         classifiers = Classifiers(train, catalog, Features(folder))
         folds = classifiers.out_of_fold()
         baselines = compare(classifiers, folds, test)
+    if arguments.untuned:
+        baselines.append(untuned(read_predictions(Path(arguments.untuned)), rows))
     figures = []
     for baseline in baselines:
         found = score(baseline.rows, catalog.none)
         figures.append(
             {"name": baseline.name, "features": baseline.features}
             | {key: found[key] for key in FIGURES}
-            | {"seconds_per_question": round(baseline.seconds / len(rows), 6)}
+            | {"seconds_per_question": round(baseline.seconds / len(rows), 6) if baseline.seconds is not None else None}
         )
     best = max(range(len(baselines)), key=lambda k: figures[k]["accuracy"])
     linear = next((baseline for baseline in baselines if baseline.values is not None), None)

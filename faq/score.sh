@@ -16,6 +16,7 @@ HERE=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
 MOUNT_PATH="${MOUNT_PATH:-$HERE/mnt}"  # folder with output_path/
 PREDICTIONS="${PREDICTIONS:-}"         # output of predict.sh; empty: MOUNT_PATH/output_path/predictions.jsonl
 UNCONSTRAINED="${UNCONSTRAINED:-}"     # the same with --constrain false, to compare
+UNTUNED="${UNTUNED:-}"                 # the same of the base model (--model_name_or_path ... --intents_file ...), as a baseline
 INTENTS_FILE="${INTENTS_FILE:-}"       # intents.json of prepare.sh; empty: beside PREDICTIONS
 PICTURE="${PICTURE:-}"                 # PNG of the confusions; empty: beside PREDICTIONS
 TRAIN_FILE="${TRAIN_FILE:-}"           # what the model learned from; empty: MOUNT_PATH/datasets/train.jsonl if it is there
