@@ -84,7 +84,8 @@ def advice(right: Sequence[bool], best: Baseline, figures: dict[str, Any], joine
 
 def untuned(rows: list[dict[str, Any]], tuned: Sequence[dict[str, Any]]) -> Baseline:
     """The base model's answers beside the tuned one's. Raises UserError where they are to other questions."""
-    for number, (row, other) in enumerate(zip_longest(rows, tuned, fillvalue={}), 1):
+    nothing: dict[str, Any] = {}
+    for number, (row, other) in enumerate(zip_longest(rows, tuned, fillvalue=nothing), 1):
         if any(row.get(key) != other.get(key) for key in ("question", "reference")):
             raise UserError(
                 f"--untuned: line {number} answers {files.shown(row.get('question'))}, where the first file answers "
