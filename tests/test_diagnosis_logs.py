@@ -218,8 +218,8 @@ def test_memory_is_bounded_and_the_extremes_exact() -> None:
         curve.extend(places, places, [None] * len(chunk), chunk)
     cells = curve.all_cells()
     assert CELLS <= len(cells) <= 2 * CELLS + 1
-    assert sum(cell.count for cell in cells) == len(values)
-    assert sum(cell.mean * cell.count for cell in cells) == pytest.approx(sum(values))
+    assert sum(cell.size for cell in cells) == len(values)
+    assert sum(cell.mean * cell.size for cell in cells) == pytest.approx(sum(values))
     lowest = min(cells, key=lambda cell: cell.low)
     assert (lowest.low, lowest.low_place.step) == (1.0, 61_803)
     assert (cells[-1].last, cells[-1].place.step) == (values[-1], 99_999)

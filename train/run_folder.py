@@ -91,7 +91,7 @@ def earlier_run(config: Config, processes: int | None = None) -> dict[str, Any] 
     if saved is None:
         return None
     now = config.to_json() | {"train_sha256": data_digest(config)}
-    if not config.num_train_epochs and NUMBER not in (saved.get(RECORD) or {}):
+    if not config.num_train_epochs and saved.get(NUMBER) and NUMBER not in (saved.get(RECORD) or {}):
         now["num_train_epochs"] = EPOCHS  # a run of version 0.2, whose default that was
     differing = [key for key in now if key in saved and key not in RESTARTABLE and saved[key] != now[key]]
     step = step_of(output, saved)
