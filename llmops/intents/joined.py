@@ -5,38 +5,31 @@ evenly by the others. faq/score fits the two weights and keeps them in intents.j
 """
 
 from collections.abc import Sequence
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmops.console import UserError, stdout_to_stderr
 from llmops.intents.catalog import Catalog
 from llmops.intents.classifiers import Classifiers, read_asked
-from llmops.intents.retrieval import Features
+from llmops.intents.retrieval import FLOOR, Features
 
 if TYPE_CHECKING:
     import numpy as np
-
-FLOOR = 1e-6  # the least probability that counts
 
 
 class Joint:
     """The linear classifier beside a model, with the weights of both that the catalog keeps."""
 
     def __init__(self, classifiers: Classifiers) -> None:
-        self.classifiers = classifiers
+        self.classifiers, self.fitted = classifiers, classifiers.fit()
         catalog = classifiers.catalog
         self.weights = [catalog.decision["model"], catalog.decision["linear"]]
-
-    @cached_property
-    def _fitted(self) -> Any:
-        return self.classifiers.fit()
 
     def values(self, questions: Sequence[str], catalog: Catalog, variants: Sequence[int | None]) -> "np.ndarray":
         """The classifier's probabilities (n, classes), -1 where a question's candidate list lacks the intent."""
         found, features = self.classifiers, self.classifiers.features
         inputs = features.joined(questions, features.vectors(questions), found.names)
-        return found.masked(self._fitted.predict_proba(inputs), variants, catalog)
+        return found.masked(self.fitted.predict_proba(inputs), variants, catalog)
 
     def ranked(self, rows: Sequence[dict[str, Any]], values: "np.ndarray", count: int) -> list[list[tuple[str, float]]]:
         """The `count` best (intent, probability) of both together for every row, the most probable first.

@@ -1,6 +1,7 @@
 """Rows that are answered together, by model id: requests join and leave a running batch between two steps."""
 
 import time
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
@@ -114,7 +115,7 @@ def deliver(events: Sequence[tuple[Callable[[Any], None], Any]]) -> None:
         tell(event)
 
 
-class Lane:
+class Lane(ABC):
     """One model id: who waits for a place, and how the next tokens are chosen.
 
     `budget`: tokens of all rows together that memory holds. `activate` makes the weights this model's.
@@ -134,22 +135,22 @@ class Lane:
         self.waiting: deque[Answer] = deque()
 
     @property
+    @abstractmethod
     def going(self) -> list[Answer]:
         """The answers that are being written."""
-        raise NotImplementedError
 
     @property
     def known_bytes(self) -> int:
         """Memory of known beginnings of prompts."""
         return 0
 
+    @abstractmethod
     def turn(self, out: Outbox) -> bool:
         """Do some work; whether there was any."""
-        raise NotImplementedError
 
+    @abstractmethod
     def clear(self) -> list[Answer]:
         """Forget what runs; the answers that are not done."""
-        raise NotImplementedError
 
     def fail(self, error: ApiError, out: Outbox) -> None:
         """Refuse everything that waits or runs."""
