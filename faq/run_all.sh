@@ -71,4 +71,4 @@ fi
 log "4. score"
 exec bash "$HERE/faq/score.sh" --predictions "$OUTPUT_PATH/predictions.jsonl" \
     --unconstrained "$OUTPUT_PATH/predictions_unconstrained.jsonl" --train_file "$MOUNT_PATH/datasets/train.jsonl" \
-    --embedding_model "$EMBEDDING_MODEL" --untuned "$untuned"
+    --embedding_model "$EMBEDDING_MODEL" --untuned_file "$untuned"

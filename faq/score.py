@@ -46,7 +46,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="what the model learned from, train.jsonl, for baselines and advice",
     )
     add("--embedding_model", default="", help="folder of a sentence embedding model for the baselines; empty: n-grams")
-    add("--untuned", default="", help="predictions of the base model for the same questions, as one more baseline")
+    add("--untuned_file", default="", help="predictions of the base model for the same questions, as one more baseline")
     add("--precision", type=float, default=0.95, help="how often an automated answer should be right")
     add("--automate", type=float, default=0.0, help="instead of --precision: the share of questions to automate")
     add("--keep_threshold", type=to_bool, default=False, metavar="true|false",
@@ -64,7 +64,7 @@ def check(arguments: argparse.Namespace) -> None:
         problems.append(f"--precision is {arguments.precision}, expected a share above 0 and up to 1, such as 0.95")
     if not 0 <= arguments.automate <= 1:
         problems.append(f"--automate is {arguments.automate}, expected a share from 0 to 1")
-    wanting = [name for name in ("embedding_model", "suspects_file", "join", "untuned") if getattr(arguments, name)]
+    wanting = [name for name in ("embedding_model", "suspects_file", "join", "untuned_file") if getattr(arguments, name)]
     if wanting and not arguments.train_file:
         problems.append(f"--{' and --'.join(wanting)} need the --train_file that the model learned from")
     if arguments.join and not arguments.keep_threshold:
@@ -265,8 +265,8 @@ def compare(
         classifiers = Classifiers(train, catalog, Features(folder))
         folds = classifiers.out_of_fold()
         baselines = compare(classifiers, folds, test)
-    if arguments.untuned:
-        baselines.append(untuned(read_predictions(Path(arguments.untuned)), rows))
+    if arguments.untuned_file:
+        baselines.append(untuned(read_predictions(Path(arguments.untuned_file)), rows))
     figures = []
     for baseline in baselines:
         found = score(baseline.rows, catalog.none)

@@ -233,22 +233,22 @@ def test_the_untuned_model_beside_the_others(tmp_path: Path, capsys: pytest.Capt
     train = write(tmp_path / "train.jsonl", [{"question": q, "intent": i} for q, i in questions()[:48]])
     write_catalog(tmp_path / "intents.json")
     tuned, before = write(tmp_path / "tuned.jsonl", predictions(2)), write(tmp_path / "before.jsonl", predictions(9))
-    assert score.main([tuned, "--train_file", train, "--untuned", before]) == 0
+    assert score.main([tuned, "--train_file", train, "--untuned_file", before]) == 0
     row = json.loads(capsys.readouterr().out)["baselines"][-1]
     alone = [p["intent"] == p["reference"] for p in predictions(9)]
     assert (row["name"], row["features"], row["seconds_per_question"]) == ("untuned model", "the same prompts", None)
     assert row["accuracy"] == round(sum(alone) / len(alone), 4) < 1
     other = write(tmp_path / "other.jsonl", [*predictions(9)[:-1], predictions(9)[0]])
     for wrong, line in ((other, 24), (write(tmp_path / "short.jsonl", predictions(9)[:-1]), 24)):
-        assert score.main([tuned, "--train_file", train, "--untuned", wrong]) == 2
-        assert f"--untuned: line {line} answers" in capsys.readouterr().err
+        assert score.main([tuned, "--train_file", train, "--untuned_file", wrong]) == 2
+        assert f"--untuned_file: line {line} answers" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("arguments", "phrase"),
     [
         (["--precision", "0"], "--precision is 0.0"),
-        (["--untuned", "x", "--join", "true"], "--join and --untuned need the --train_file"),
+        (["--untuned_file", "x", "--join", "true"], "--join and --untuned_file need the --train_file"),
         (["--automate", "1.5"], "--automate is 1.5"),
         (["--embedding_model", "x"], "need the --train_file"),
         (["--train_file", "TRAIN", "--embedding_model", "/no/model"], "the model folder /no/model does not exist"),
