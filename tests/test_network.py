@@ -119,6 +119,26 @@ def test_a_port_that_is_taken_is_one_sentence() -> None:
             process_group.listen(taken.getsockname()[1])
 
 
+@pytest.mark.parametrize("grouped", [True, False])
+def test_a_process_leaves_with_its_code_and_nothing_unsaid(grouped: bool) -> None:
+    group = "dist.init_process_group('gloo', init_method='loopback://', rank=0, world_size=1)" if grouped else ""
+    code = f"""
+import atexit, os
+import torch.distributed as dist
+from llmops.machine import process_group
+os.environ |= {{"RANK": "0", "WORLD_SIZE": "1", "MASTER_PORT": "0"}}
+process_group.register()
+{group}
+atexit.register(print, "the last word")
+print("said", dist.is_initialized())
+process_group.leave(7)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False, env=bare_environment()
+    )
+    assert (done.returncode, done.stdout) == (7, f"said {grouped}\nthe last word\n"), done.stderr
+
+
 def test_an_address_that_tensorboard_cannot_use_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     port = process_group.free_port()
     for host, phrase in (

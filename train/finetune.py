@@ -16,7 +16,7 @@ from llmops import files
 from llmops.console import log, run_main, stdout_to_stderr
 from llmops.conversations import data_files
 from llmops.intents.questions import INTENTS_NAME, refuse_exported, refuse_unfinished
-from llmops.machine import devices
+from llmops.machine import devices, process_group
 from llmops.machine.peers import Peers, watch_launcher
 from train import deepspeed_file
 from train.config import Config, parse
@@ -108,4 +108,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    process_group.leave(main())

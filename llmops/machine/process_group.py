@@ -3,15 +3,17 @@
 torch's own store listens on every address of the machine, without a login. torch is imported when it is needed.
 """
 
+import atexit
 import errno
 import ipaddress
 import os
 import socket
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from llmops.console import RunStopped, UserError
 
@@ -126,3 +128,20 @@ def listen(port: int) -> int:
         reason = "is taken" if error.errno == errno.EADDRINUSE else f"cannot be used ({error.strerror})"
         raise UserError(f"port {port}, where the processes meet, {reason}; choose another --master_port") from error
     return server.detach()
+
+
+def leave(code: int) -> NoReturn:
+    """End this process with `code`; one that belongs to a group, without taking its interpreter down first.
+
+    gloo's threads let go of the tensors of a collective a little later, and need the interpreter for it: where that is
+    being taken down meanwhile, the process ends by SIGABRT ("terminate called without an active exception").
+    """
+    if "torch.distributed" in sys.modules:
+        import torch.distributed as dist
+
+        if dist.is_initialized():
+            atexit._run_exitfuncs()
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+    sys.exit(code)
