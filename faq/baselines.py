@@ -88,8 +88,9 @@ def untuned(rows: list[dict[str, Any]], tuned: Sequence[dict[str, Any]]) -> Base
     for number, (row, other) in enumerate(zip_longest(rows, tuned, fillvalue=nothing), 1):
         if any(row.get(key) != other.get(key) for key in ("question", "reference")):
             raise UserError(
-                f"--untuned_file: line {number} answers {files.shown(row.get('question'))}, where the first file answers "
-                f"{files.shown(other.get('question'))}; expected predictions of the base model for the same questions"
+                f"--untuned_file: line {number} answers {files.shown(row.get('question'))}, where the first file "
+                f"answers {files.shown(other.get('question'))}; expected predictions of the base model for the same "
+                "questions"
             )
     return Baseline("untuned model", "the same prompts", rows, None)
 

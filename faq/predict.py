@@ -11,7 +11,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -44,6 +44,7 @@ class Config:
     input_file: str
     question: tuple[str, ...]
     output_file: str
+    unconstrained_file: str
     embedding_model: str
     join_file: str
     mode: str
@@ -84,6 +85,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--input_file", default="", help="questions: test.jsonl of prepare.py, or JSON or csv as prepare.py reads it")
     add("--question", action="append", default=[], help="a question; may be given several times")
     add("--output_file", default="", help="write the predictions there instead of to stdout")
+    add("--unconstrained_file", default="",
+        help="answer without holding to known intents, too, and write that there")  # fmt: skip
     add("--embedding_model", default="",
         help="the model that finds candidates, if it was moved since faq/prepare --candidates")  # fmt: skip
     add("--join_file", default="",
@@ -108,24 +111,29 @@ def check(config: Config) -> Path:
         raise UserError(f"{model} holds no model; expected the output_path of chat_main.sh or a checkpoint folder")
     if bool(config.input_file) == bool(config.question):
         raise UserError("give either --input_file or --question")
-    if (
-        config.output_file
-        and config.input_file
-        and files.real(Path(config.output_file)) == files.real(Path(config.input_file))
-    ):
-        raise UserError(f"--output_file is the input file {config.input_file}; choose another one")
-    if config.output_file and files.same_or_inside(Path(config.output_file), model):
-        refuse_model_file(Path(config.output_file))
+    for name in ("output_file", "unconstrained_file"):
+        check_output(f"--{name}", getattr(config, name), config, model)
+    if config.unconstrained_file:
+        if not (config.constrain and config.output_file):
+            raise UserError("--unconstrained_file goes with --output_file and --constrain true; leave it out")
+        if files.real(Path(config.unconstrained_file)) == files.real(Path(config.output_file)):
+            raise UserError(f"--unconstrained_file is the --output_file {config.output_file}; choose another one")
     if config.intents_file:
         return Path(config.intents_file)
     beside = model / INTENTS_NAME
     return beside if files.is_file(beside) or model.name != "merged" else model.parent / INTENTS_NAME
 
 
-def refuse_model_file(path: Path) -> None:
-    """Raise UserError for an output file in the model's folder that would replace a part of the model."""
-    if files.is_folder(path) or (os.path.exists(path) and path.suffix != ".jsonl"):
-        raise UserError(f"--output_file {path} is a part of the model; choose another name, such as predictions.jsonl")
+def check_output(flag: str, name: str, config: Config, model: Path) -> None:
+    """Raise UserError for a file to write that is the input, or would replace a part of the model."""
+    if not name:
+        return
+    path = Path(name)
+    if config.input_file and files.real(path) == files.real(Path(config.input_file)):
+        raise UserError(f"{flag} is the input file {config.input_file}; choose another one")
+    replaces = files.is_folder(path) or (os.path.exists(path) and path.suffix != ".jsonl")
+    if replaces and files.same_or_inside(path, model):
+        raise UserError(f"{flag} {path} is a part of the model; choose another name, such as predictions.jsonl")
 
 
 def read_queries(config: Config, catalog: Catalog) -> list[Query]:
@@ -271,11 +279,19 @@ def kept_prediction(value: Any) -> dict[str, Any] | None:
     return value if good and isinstance(value["prediction"].get("intent"), str) else None
 
 
-def run(config: Config, processes: Processes) -> list[dict[str, Any]]:
-    """Load the model, answer every question; the predictions in the order of the questions, in the first process.
+@dataclass(frozen=True)
+class Opened:
+    """What is asked, and the model that answers."""
 
-    Each is kept beside --output_file as soon as it is known; the same command goes on there.
-    """
+    catalog: Catalog
+    queries: list[Query]
+    model: ChatModel
+    generator: "Generator"
+    dtype: str
+
+
+def open_all(config: Config, processes: Processes) -> tuple[Opened, "Joint | None"]:
+    """Read the questions, load the model; and the classifier that it is joined with."""
     cpu_kernels.settle(config.cpu_kernels)
     # 1. what is asked
     catalog = load_catalog(check(config))
@@ -300,10 +316,18 @@ def run(config: Config, processes: Processes) -> list[dict[str, Any]]:
     how = f"prompts computed anew each time, because {generator.plain_because}" if generator.plain_because else ""
     if processes.first:
         log(f"{chat.name}; {len(queries)} questions, {len(catalog.intents)} intents" + (f"; {how}" if how else ""))
-    # 3. answer what no earlier run has
+    return Opened(catalog, queries, model, generator, str(dtype)), joint
+
+
+def answer(config: Config, processes: Processes, opened: Opened) -> list[dict[str, Any]]:
+    """The predictions in the order of the questions, in the first process.
+
+    Each is kept beside --output_file as soon as it is known; the same command goes on there.
+    """
+    catalog, queries, model = opened.catalog, opened.queries, opened.model
     output = Path(config.output_file)
     keeper = Kept(output.parent if config.output_file else None, processes.rank, kept_prediction)
-    keys, name = keys_of(config, catalog, queries, model, str(dtype)), f".{output.name}"
+    keys, name = keys_of(config, catalog, queries, model, opened.dtype), f".{output.name}"
 
     def earlier() -> dict[int, dict[str, Any]]:
         kept = keeper.kept(name)
@@ -314,7 +338,7 @@ def run(config: Config, processes: Processes) -> list[dict[str, Any]]:
         log(f"{len(found)} of {len(queries)} predictions are beside {config.output_file} already")
     started, fresh = time.monotonic(), {}
     mine = processes.share([i for i in range(len(queries)) if i not in found])
-    todo = predict(config, catalog, [queries[i] for i in mine], model, generator) if mine else iter(())
+    todo = predict(config, catalog, [queries[i] for i in mine], model, opened.generator) if mine else iter(())
     with keeper.appender(name) as keep:
         for k, predicted in progress(todo, "predicting", len(mine), "questions", not processes.first):
             fresh[mine[k]] = predicted
@@ -326,10 +350,31 @@ def run(config: Config, processes: Processes) -> list[dict[str, Any]]:
     seconds = time.monotonic() - started
     log(f"{len(fresh)} questions in {seconds:.1f} s, {len(fresh) / seconds:.1f} questions/s")
     found |= fresh
-    rows = [{"question": query.question} | found[i] | query.known for i, query in enumerate(queries)]
-    if joint and config.constrain:
-        rows = joined(joint, catalog, rows, queries)
-    return [decide(catalog, row) for row in rows]
+    return [{"question": query.question} | found[i] | query.known for i, query in enumerate(queries)]
+
+
+def lines_of(predictions: list[dict[str, Any]]) -> str:
+    """One JSON object a line."""
+    return "".join(json_text.dumps(found) + "\n" for found in predictions)
+
+
+def write(output: Path, text: str) -> None:
+    """Write the file of predictions and drop what was kept beside it."""
+    files.write_text(output, text)
+    Kept(output.parent, 0, kept_prediction).drop(f".{output.name}")
+    log(f"predictions in {output}")
+
+
+def run(config: Config, processes: Processes) -> Iterator[tuple[Config, list[dict[str, Any]]]]:
+    """(settings, predictions) of what is asked; then of the same without holding to known intents, if that is, too."""
+    opened, joint = open_all(config, processes)
+    rows = answer(config, processes, opened)
+    if joint:
+        rows = joined(joint, opened.catalog, rows, opened.queries)
+    yield config, [decide(opened.catalog, row) for row in rows]
+    if config.unconstrained_file:
+        config = replace(config, constrain=False, output_file=config.unconstrained_file)
+        yield config, [decide(opened.catalog, row) for row in answer(config, processes, opened)]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -340,17 +385,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         config = Config(**(options | {"question": tuple(options["question"])}))
         processes = Processes()
         with stdout_to_stderr(), processes.connected():
-            predictions = run(config, processes)
-        if not processes.first:
-            return 0
-        text = "".join(json_text.dumps(found) + "\n" for found in predictions)
-        if not config.output_file:
-            files.write_stdout(text)
-            return 0
-        output = Path(config.output_file)
-        files.write_text(output, text)
-        Kept(output.parent, 0, kept_prediction).drop(f".{output.name}")
-        log(f"predictions in {config.output_file}")
+            for asked, predictions in run(config, processes):
+                if processes.first and asked.output_file:
+                    write(Path(asked.output_file), lines_of(predictions))
+        if processes.first and not config.output_file:
+            files.write_stdout(lines_of(predictions))
         return 0
 
     return run_main(body, speaks=os.environ.get("LOCAL_RANK", "0") == "0")

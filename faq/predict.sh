@@ -18,6 +18,7 @@ INTENTS_FILE="${INTENTS_FILE:-}"                 # intents.json of prepare.sh; e
 INPUT_FILE="${INPUT_FILE:-}"                     # questions: test.jsonl, or JSON or csv as prepare.sh reads it
 QUESTION="${QUESTION:-}"                         # one question, instead of a file
 OUTPUT_FILE="${OUTPUT_FILE:-}"                   # empty: stdout
+UNCONSTRAINED_FILE="${UNCONSTRAINED_FILE:-}"     # answer without CONSTRAIN, too, and write that there, to compare
 JOIN_FILE="${JOIN_FILE:-}"                       # join the model with a linear classifier on these: score.sh --join
 EMBEDDING_MODEL="${EMBEDDING_MODEL:-}"           # what finds candidates, if it was moved since prepare.sh --candidates
 MODE="${MODE:-}"                                 # chat format; empty: the mode of prepare.sh

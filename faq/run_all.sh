@@ -52,20 +52,17 @@ forward bash "$HERE/chat_main.sh" --scenario faq --mount_path "$MOUNT_PATH" --mo
     --skip_bad_lines "$SKIP_BAD_LINES" ${REST[@]+"${REST[@]}"} >&2
 trap - ERR
 log "3. predict"
-for constrain in true false; do
-    [ "$constrain" = true ] && name=predictions.jsonl || name=predictions_unconstrained.jsonl
-    forward bash "$HERE/faq/predict.sh" --model_name_or_path "$OUTPUT_PATH" --embedding_model "" \
-        --intents_file "" --input_file "$MOUNT_PATH/datasets/test.jsonl" \
-        --output_file "$OUTPUT_PATH/$name" --constrain "$constrain" --mode "$MODE" \
-        --cuda_visible_devices "$CUDA_VISIBLE_DEVICES" --trust_remote_code "$TRUST_REMOTE_CODE"
-done
+forward bash "$HERE/faq/predict.sh" --model_name_or_path "$OUTPUT_PATH" --embedding_model "" \
+    --intents_file "" --input_file "$MOUNT_PATH/datasets/test.jsonl" --constrain true \
+    --output_file "$OUTPUT_PATH/predictions.jsonl" --unconstrained_file "$OUTPUT_PATH/predictions_unconstrained.jsonl" \
+    --mode "$MODE" --cuda_visible_devices "$CUDA_VISIBLE_DEVICES" --trust_remote_code "$TRUST_REMOTE_CODE"
 untuned=
 if [ "$UNTUNED" = true ]; then
     log "the base model answers the same questions"
     untuned=$OUTPUT_PATH/predictions_untuned.jsonl
     forward bash "$HERE/faq/predict.sh" --model_name_or_path "$MODEL_NAME_OR_PATH" --embedding_model "" \
         --intents_file "$OUTPUT_PATH/intents.json" --input_file "$MOUNT_PATH/datasets/test.jsonl" \
-        --output_file "$untuned" --constrain true --mode "$MODE" \
+        --output_file "$untuned" --unconstrained_file "" --constrain true --mode "$MODE" \
         --cuda_visible_devices "$CUDA_VISIBLE_DEVICES" --trust_remote_code "$TRUST_REMOTE_CODE"
 fi
 log "4. score"

@@ -64,7 +64,9 @@ def check(arguments: argparse.Namespace) -> None:
         problems.append(f"--precision is {arguments.precision}, expected a share above 0 and up to 1, such as 0.95")
     if not 0 <= arguments.automate <= 1:
         problems.append(f"--automate is {arguments.automate}, expected a share from 0 to 1")
-    wanting = [name for name in ("embedding_model", "suspects_file", "join", "untuned_file") if getattr(arguments, name)]
+    wanting = [
+        name for name in ("embedding_model", "suspects_file", "join", "untuned_file") if getattr(arguments, name)
+    ]
     if wanting and not arguments.train_file:
         problems.append(f"--{' and --'.join(wanting)} need the --train_file that the model learned from")
     if arguments.join and not arguments.keep_threshold:

@@ -78,13 +78,22 @@ def test_a_file_of_questions(demo: Path, tmp_path: Path) -> None:
     table.write_text(
         "question,intent\n怎么申请退款,\n帮我看看物流到哪了,查询物流进度\n讲个笑话,不符合\n", encoding="utf-8"
     )
-    texts = []
-    for size in ("1", "64"):
-        done = faq("predict.sh", "--mount_path", str(demo), "--input_file", str(table), "--batch_size", size)
+    both, free = tmp_path / "both.jsonl", tmp_path / "free.jsonl"
+
+    def rows(*arguments: str) -> list[tuple[str, str, bool]]:
+        done = faq("predict.sh", "--mount_path", str(demo), "--input_file", str(table), *arguments)
         assert done.returncode == 0, done.stderr
-        texts.append([(row["question"], row["intent"]) for row in map(json.loads, done.stdout.splitlines())])
-    assert texts[0] == texts[1]
-    assert len(texts[0]) == 3
+        return told(done.stdout)
+
+    def told(lines: str) -> list[tuple[str, str, bool]]:
+        return [(row["question"], row["intent"], row["constrained"]) for row in map(json.loads, lines.splitlines())]
+
+    written = ("--output_file", str(both), "--unconstrained_file", str(free))
+    assert rows("--batch_size", "1", *written) == []
+    held, plain = told(both.read_text(encoding="utf-8")), told(free.read_text(encoding="utf-8"))
+    assert rows("--batch_size", "64") == held
+    assert rows("--constrain", "false") == plain
+    assert [len(held), *{row[2] for row in held}, *{row[2] for row in plain}] == [3, True, False]
 
 
 def test_train_lora_merge_predict(demo: Path, tmp_path: Path) -> None:
@@ -121,6 +130,8 @@ def test_train_lora_merge_predict(demo: Path, tmp_path: Path) -> None:
         (["--question", "x", "--intents_file", "/no/intents.json"], "/no/intents.json does not exist"),
         (["--question", "长" * 6000], "more than the model's 4096"),
         (["--input_file", "/no/file.jsonl"], "the data file /no/file.jsonl does not exist"),
+        (["--question", "x", "--unconstrained_file", "a.jsonl"], "--unconstrained_file goes with --output_file"),
+        (["--question", "x", "--unconstrained_file", "a", "--output_file", "./a"], "is the --output_file ./a; choose"),
     ],
 )
 def test_wrong_predictions_are_one_sentence(demo: Path, arguments: list[str], phrase: str) -> None:
