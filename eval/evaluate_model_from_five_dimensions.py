@@ -222,6 +222,8 @@ class Evaluation:
         self.outcomes[name] = outcome = judge(data, prepared, answers, scores, self.options.seed)
         engine.finish(name, rows_of(prepared.samples, answers, scores))
         log(f"{name}: {data.dimension.metric} {outcome.score:.4f} on {len(answers)} samples")
+        for note in outcome.notes:
+            log(f"  {note}")
 
     def _prepare_test(self, engine: Engine, data: Data) -> None:
         """The test file without answers, if a submission is about one."""

@@ -117,9 +117,10 @@ def sample_notes(report: dict[str, Any], total: int) -> list[str]:
     if drawn >= total and figure["samples"] >= FEW:
         return []
     low, high = figure["interval_95"]
-    part = f" drawn from {total} (limit {drawn})" if drawn < total else ""
     interval = f"{report['metric']} {figure['mean']:.3f}, 95% interval {low:.3f} to {high:.3f}"
-    return [f"{figure['samples']} samples{part}: {interval}"]
+    if drawn < total:
+        return [f"{figure['samples']} samples drawn from {total} (limit {drawn}): {interval}"]
+    return [f"{figure['samples']} samples: {interval}"]
 
 
 def prompt_notes(report: dict[str, Any], prepared: Prepared, score: float) -> list[str]:
@@ -134,10 +135,10 @@ def prompt_notes(report: dict[str, Any], prepared: Prepared, score: float) -> li
             f"make it {score * asked / everything:.3f})"
         )
     if counts["prompts_cut"]:
-        lost = f"; {counts['answers_cut_off']} of them lost their answer by it" if counts["answers_cut_off"] else ""
-        notes.append(
-            f"{counts['prompts_cut']} of {asked} prompts were longer than max_seq_len allows and were cut{lost}"
-        )
+        cut = [f"{counts['prompts_cut']} of {asked} prompts were longer than max_seq_len allows and were cut"]
+        if counts["answers_cut_off"]:
+            cut.append(f"{counts['answers_cut_off']} of them lost their answer by it")
+        notes.append("; ".join(cut))
     return notes
 
 
@@ -181,11 +182,13 @@ def floor_notes(report: dict[str, Any], score: float) -> list[str]:
     """A score that something without a model reaches, too."""
     metric, floor, ceiling = report["metric"], report["floor"], report["ceiling"]
     low = report["metrics"][metric]["interval_95"][0]
-    beside = f"{floor['what']!r} ({floor['score']:.3f}); the ceiling, {ceiling['what']}, is {ceiling['score']:.3f}"
+    base = f"{floor['what']!r} ({floor['score']:.3f})"
+    best = f"the ceiling, {ceiling['what']}, is {ceiling['score']:.3f}"
     if score <= floor["score"]:
-        return [f"{metric} {score:.3f} is not above the baseline {beside}"]
+        return ["; ".join([f"{metric} {score:.3f} is not above the baseline {base}", best])]
     if low <= floor["score"]:
-        return [f"{metric} {score:.3f} is above the baseline by less than the interval is wide: {beside}"]
+        less = f"{metric} {score:.3f} is above the baseline by less than the interval is wide: {base}"
+        return ["; ".join([less, best])]
     return []
 
 

@@ -26,6 +26,7 @@ TELLING = 8  # characters of its own from which on a template cannot be mistaken
 MOST_SPLITS = 30  # of a sentence among the places of one template
 MOST_WORDS = 30  # of a sentence that a template of few characters may take apart
 DEEPEST = 6  # sentences within one another
+PLURAL = re.compile("[a-z]{0,3}")  # what stands in a place whose name begins with _
 MOST_PARTS = 6  # with joints between them that may be one sentence
 
 
@@ -148,6 +149,8 @@ class Entry:
             return None
         best: Reading | None = None
         for places in islice(self.matches(text), MOST_SPLITS if self.texts else 1):
+            if not all(PLURAL.fullmatch(found) for name, found in places.items() if name.startswith("_")):
+                continue
             filled = {name: read(places[name], depth + 1) for name, read in self.readers.items()}
             known = self.known + sum(reading.known for reading in filled.values())
             if self._is_sure(places, filled) and (best is None or known > best.known):

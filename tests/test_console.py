@@ -268,6 +268,10 @@ def test_the_diagnosis_is_the_command_s(mount: Path, client: TestClient) -> None
     found = client.get("/console/api/diagnosis?run=done/output_path").json()
     assert found == json.loads(details.read_text()) | {"recommendations": answer["data"]["recommendations"]}
     assert {risk: finding["level"] for risk, finding in found["findings"].items()} == answer["data"]["current_risks"]
+    chinese = client.get("/console/api/diagnosis?run=done/output_path", headers={"accept-language": "zh-CN"}).json()
+    for risk, finding in chinese["findings"].items():
+        assert re.search("[\u4e00-\u9fff]", finding["missing"] or finding["reason"]), risk
+        assert finding["numbers"] == found["findings"][risk]["numbers"]
     (mount / "fresh" / "output_path" / "log.txt").write_text("")
     assert "no readable loss" in client.get("/console/api/diagnosis?run=fresh/output_path").json()["problem"]
 

@@ -19,6 +19,7 @@ from serve.console.radar import RADIUS, SIZE, radar
 from serve.console.routes import routes
 
 SCRIPT = "<script>alert(1)</script>"
+NOTE = "3 titles without keywords are left out"
 
 
 def five(folder: Path, model: str, scores: dict[str, float], answers: list[str]) -> None:
@@ -34,7 +35,7 @@ def five(folder: Path, model: str, scores: dict[str, float], answers: list[str])
     }  # fmt: skip
     told = {
         "command": "evaluate_model_from_five_dimensions", "model": f"/models/{model}", "settings": {}, "seconds": 1.5,
-        "evaluation_results": scores, "diagnosis": {DIMENSIONS[0]: [f"a note {SCRIPT}"]}, "dimensions": parts,
+        "evaluation_results": scores, "diagnosis": {DIMENSIONS[0]: [f"a note {SCRIPT}", NOTE]}, "dimensions": parts,
     }  # fmt: skip
     (folder / "eval_results.json").write_text(json.dumps(told))
     rows = [
@@ -122,8 +123,10 @@ def test_radar(mount: Path) -> None:
 def test_page_of_evaluations(client: TestClient) -> None:
     page = client.get("/evaluations?result=one/eval_results.json&result=two/eval_results.json").text
     assert page.count('class="area"') == 2
-    for text in ("0.500", "[0.250, 0.500]", "majority", "every answer right", "a note &lt;script&gt;"):
+    for text in ("0.500", "[0.250, 0.500]", "majority", "every answer right", "a note &lt;script&gt;", NOTE):
         assert text in page
+    chinese = client.get("/evaluations?result=one/eval_results.json", headers={"accept-language": "zh-CN"}).text
+    assert "舍去 3 个没有关键词的标题" in chinese
     assert "<script>alert" not in page
     assert client.get("/evaluations?result=../one/eval_results.json").status_code == 404
     assert client.get("/evaluations?result=eval_results.json").status_code == 422

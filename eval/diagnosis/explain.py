@@ -1,10 +1,12 @@
 """What was seen in a log, for people."""
 
+import unicodedata
 from collections.abc import Mapping
 
 from eval.diagnosis.criteria import LOW, Finding, Thresholds
 from eval.diagnosis.judge import Diagnosis
 from eval.diagnosis.training_run import LOSSES, TrainingRun
+from llmops.translation import spoken
 
 PASSED = {
     "best": "lines that tell a record again", "doubt": "lines whose loss may be an evaluation's",
@@ -59,7 +61,8 @@ def explain(diagnosis: Diagnosis, run: TrainingRun, thresholds: Thresholds) -> s
     """Several lines: what was read, then per risk the level, its reason and the numbers against the thresholds."""
     lines = [read_summary(diagnosis, run)]
     for risk, finding in diagnosis.findings.items():
-        lines += ["", f"{risk}: {finding.level} ({finding.reason})", *rows(risk, finding, diagnosis.axis, thresholds)]
+        reason = spoken(finding.reason)
+        lines += ["", f"{risk}: {finding.level} ({reason})", *rows(risk, finding, diagnosis.axis, thresholds)]
         if risk == "catastrophic_forgetting" and finding.level != LOW:
             lines.append(f"  {AGAINST_FORGETTING}")
     return "\n".join(lines)
@@ -83,6 +86,12 @@ def rows(risk: str, finding: Finding, axis: str, thresholds: Thresholds) -> list
     for name, words, limits in ROWS[risk]:
         if name in finding.numbers:
             against = ", ".join(f"{limit} {getattr(thresholds, limit):g}" for limit in limits)
-            shown = f"  {words.format(axis=axis):<54}{finding.numbers[name]:>12.5g}"
+            shown = f"  {padded(spoken(words.format(axis=axis)), 54)}{finding.numbers[name]:>12.5g}"
             lines.append(shown + (f"   ({against})" if against else ""))
     return lines
+
+
+def padded(text: str, width: int) -> str:
+    """Text with blanks after it, `width` columns of a terminal together: a Chinese character takes two."""
+    columns = sum(2 if unicodedata.east_asian_width(character) in "WF" else 1 for character in text)
+    return text + " " * (width - columns)

@@ -15,6 +15,7 @@ from typing import Any
 
 from llmops import files
 from llmops.console import UserError
+from serve.console.languages import told
 from serve.console.mount import LOG_NAME, Mounted, stamp_of
 
 COMMAND = Path(__file__).resolve().parents[2] / "eval" / "diagnosis_monitoring.py"
@@ -32,8 +33,23 @@ class Diagnoses:
         self.lock = threading.Lock()
         self.kept: dict[Path, tuple[object, float, Answer]] = {}
 
-    def of(self, name: str) -> Answer:
-        """{"axis", "findings", "recommendations"} of a run, or {"problem": sentence}. Raises mount.NotFound."""
+    def of(self, name: str, language: str) -> Answer:
+        """{"axis", "findings", "recommendations"} of a run, or {"problem": sentence}, the sentences in a language.
+
+        Raises mount.NotFound.
+        """
+        found = self._of(name)
+        if "problem" in found:
+            return {"problem": told(found["problem"], language)}
+        sentences = ("reason", "missing")
+        findings = {
+            risk: finding | {key: told(finding[key], language) for key in sentences if finding.get(key)}
+            for risk, finding in found["findings"].items()
+        }
+        return found | {"findings": findings}
+
+    def _of(self, name: str) -> Answer:
+        """The answer as the command gives it."""
         log = self.mounted.folder(name) / LOG_NAME
         if log.is_symlink() or not files.is_file(log):
             return {"problem": f"{name} has no {LOG_NAME} yet"}

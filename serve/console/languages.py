@@ -5,7 +5,7 @@ from pathlib import Path
 
 from starlette.requests import Request
 
-from llmops import files
+from llmops import files, translation
 
 ENGLISH, CHINESE = "en", "zh-CN"
 LANGUAGES = {ENGLISH: "English", CHINESE: "中文"}
@@ -39,3 +39,8 @@ def translator(language: str, chinese: dict[str, str]) -> Translate:
         return found.format(**values) if values else found
 
     return t
+
+
+def told(text: str, language: str) -> str:
+    """A sentence of the commands in a language: what stands in logs and results is English."""
+    return translation.in_chinese(text) if language == CHINESE else text

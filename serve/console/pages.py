@@ -49,7 +49,8 @@ class Pages:
         t = languages.translator(language, self.chinese)
         here = request.url.path + (f"?{request.url.query}" if request.url.query else "")
         text = self.environment.get_template(template).render(
-            t=t, language=language, languages=languages.LANGUAGES, here=here, path=request.url.path,
+            t=t, told=lambda text: languages.told(text, language),
+            language=language, languages=languages.LANGUAGES, here=here, path=request.url.path,
             ago=lambda moment: shown.ago(moment, t), **values,
         )  # fmt: skip
         headers = {"Cache-Control": "no-store", "Vary": "Accept-Language, Cookie"}

@@ -14,6 +14,7 @@ from serve.console import faq, shown
 from serve.console.curation import Curation
 from serve.console.diagnosis import Diagnoses
 from serve.console.evaluations import DIMENSIONS, FILTERS, Evaluations, labels_of
+from serve.console.languages import language_of
 from serve.console.mount import Mounted
 from serve.console.pages import Pages, whole_number
 from serve.console.radar import radar
@@ -51,7 +52,9 @@ class RunPages:
             pages.data("/console/api/runs", self.listed_json),
             pages.data("/console/api/run", self.one_json),
             pages.data("/console/api/log", self.log),
-            pages.data("/console/api/diagnosis", lambda request: self.diagnoses.of(named(request))),
+            pages.data(
+                "/console/api/diagnosis", lambda request: self.diagnoses.of(named(request), language_of(request))
+            ),
             pages.write("/console/api/stop", self.stop),
         ]
 
@@ -69,6 +72,10 @@ class RunPages:
             found = self.runs.several(names[(page - 1) * PER_PAGE : page * PER_PAGE])
         last = max(1, -(-total // PER_PAGE))
         return {"found": found, "total": total, "page": page, "last": last, "search": search, "state": state}
+
+    def diagnosis(self, request: Request) -> dict[str, Any]:
+        """The diagnosis of a run, its sentences in the reader's language."""
+        return self.diagnoses.of(named(request), language_of(request))
 
     def listed(self, request: Request) -> Response:
         """The list."""
