@@ -74,7 +74,7 @@ def commands() -> dict[str, Main]:
 
 def parser_of(command: str) -> argparse.ArgumentParser:
     """The argument parser of a command."""
-    module = "train.config" if command == "finetune" else commands()[command].__module__
+    module = "train.flags" if command == "finetune" else commands()[command].__module__
     return sys.modules[module].build_parser()
 
 
