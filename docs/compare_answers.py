@@ -24,7 +24,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from llmops import files, json_text
-from llmops.console import Parser, UserError, run_main
+from llmops.console import Parser, UserError, print_json, run_main
 from llmops.conversations import data_files
 from llmops.conversations.records import Message
 from llmops.machine import devices
@@ -109,7 +109,7 @@ def compare(args: argparse.Namespace) -> int:
             same[kind] += text.strip() == asked.answer.strip()
         if any(text.strip() != asked.answer.strip() for text in found.values()):
             different.append({"messages": asked.messages, "ours": asked.answer, **found})
-    files.print_json({"questions": len(rows_asked), "same": same, "different": different})
+    print_json({"questions": len(rows_asked), "same": same, "different": different})
     return int(min(same.values()) < args.least * len(rows_asked))
 
 

@@ -27,6 +27,7 @@ from llmops.console import (
     check_packages,
     has_gpu,
     log,
+    print_json,
     run_main,
     stdout_to_stderr,
     to_bool,
@@ -256,7 +257,7 @@ def say(found: "Findings", output_file: Path | None = None) -> int:
 def failure(code: int, message: str) -> None:
     """The documented JSON for what went wrong."""
     data: dict[str, list[str]] = {"mismatched_intents": [], "similar_intents": []}
-    files.print_json({"code": code, "msg": message, "data": data})
+    print_json({"code": code, "msg": message, "data": data})
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -25,7 +25,7 @@ from eval.diagnosis.refusal import no_loss
 from eval.diagnosis.sources import read_log
 from eval.diagnosis.training_run import LOSSES, TrainingRun
 from llmops import files, json_text, pictures
-from llmops.console import FailureJson, Parser, UserError, log, run_main, to_bool
+from llmops.console import FailureJson, Parser, UserError, log, print_json, run_main, to_bool
 
 SWITCHES = ("--explain", "--watch")
 LOG_NAMES = (
@@ -198,7 +198,7 @@ def say_failure(code: int, message: str) -> None:
 
 def say(answer: dict[str, Any]) -> None:
     """One JSON object on one line of stdout."""
-    files.print_json(answer)
+    print_json(answer)
 
 
 def details_json(diagnosis: Diagnosis) -> dict[str, Any]:

@@ -16,10 +16,10 @@ from eval.answers import LOCK_NAME, Answers, check_foreign
 from eval.prompts import Fitter, Prepared, Request
 from eval.rendering import Renderer
 from eval.samples import Answer, Sample
-from llmops import files
 from llmops.console import UserError, check_packages, has_gpu, log, progress
 from llmops.machine import cpu_kernels, devices
 from llmops.machine.kept import Record, fingerprint
+from llmops.machine.locks import lock
 from llmops.machine.sharing import Processes
 from llmops.models.chat_model import ChatModel
 from llmops.models.checkpoints import Checkpoint
@@ -90,7 +90,7 @@ def owned(output_path: str, names: Sequence[str], processes: Processes, others: 
         if output_path and processes.first:
             folder = Path(output_path)
             busy = f"another evaluation is writing into {folder}; wait for it, or choose another output_path"
-            stack.enter_context(files.lock(folder / LOCK_NAME, busy))
+            stack.enter_context(lock(folder / LOCK_NAME, busy))
             check_foreign(folder, names, others)
         yield
 

@@ -29,7 +29,7 @@ from eval.options import HELP, Options, read_json_argument, read_options
 from eval.prompts import Prepared
 from eval.samples import Answer, add_examples, draw, rows_of
 from llmops import files
-from llmops.console import Parser, Terminated, UserError, log, run_main, stdout_to_stderr, to_bool
+from llmops.console import Parser, Terminated, UserError, log, print_json, run_main, stdout_to_stderr, to_bool
 from llmops.machine.sharing import Processes
 
 DIMENSIONS: dict[str, Dimension] = {
@@ -330,7 +330,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         finally:
             printed = evaluation.printed() if processes.first else None  # it reads files that the first deletes
             if printed is not None:
-                files.print_json(printed)
+                print_json(printed)
                 if given.output_file:
                     files.write_json(Path(given.output_file), printed)
         return 0

@@ -25,7 +25,17 @@ from eval.metrics import METRICS, language
 from eval.prompts import Prepared
 from eval.samples import Answer, Sample, draw, rows_of, summarise
 from llmops import files, json_text
-from llmops.console import FailureJson, Parser, Terminated, UserError, log, run_main, stdout_to_stderr, to_bool
+from llmops.console import (
+    FailureJson,
+    Parser,
+    Terminated,
+    UserError,
+    log,
+    print_json,
+    run_main,
+    stdout_to_stderr,
+    to_bool,
+)
 from llmops.conversations import data_files
 from llmops.conversations.data_files import list_files, read_chunks, read_conversations
 from llmops.conversations.records import Problem, problems_error
@@ -333,7 +343,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def say(code: int, message: str, results: dict[str, float] | None = None) -> None:
         if speaks:
-            files.print_json(answer_json(code, message, results or {}))
+            print_json(answer_json(code, message, results or {}))
 
     def body() -> int:
         nonlocal speaks

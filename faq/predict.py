@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from llmops import files, json_text
-from llmops.console import Parser, UserError, has_gpu, log, progress, run_main, stdout_to_stderr, to_bool
+from llmops.console import Parser, UserError, has_gpu, log, progress, run_main, stdout_to_stderr, to_bool, write_stdout
 from llmops.conversations.records import Message
 from llmops.formats.families import families
 from llmops.intents.catalog import Catalog, load_catalog
@@ -389,7 +389,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 if processes.first and asked.output_file:
                     write(Path(asked.output_file), lines_of(predictions))
         if processes.first and not config.output_file:
-            files.write_stdout(lines_of(predictions))
+            write_stdout(lines_of(predictions))
         return 0
 
     return run_main(body, speaks=os.environ.get("LOCAL_RANK", "0") == "0")

@@ -29,7 +29,7 @@ from faq.examples import (
 )  # fmt: skip
 from faq.prepared import OUTPUTS
 from llmops import files, json_text
-from llmops.console import Parser, UserError, log, run_main, to_bool
+from llmops.console import Parser, UserError, log, print_json, run_main, to_bool
 from llmops.formats.families import families
 from llmops.intents.catalog import ORDERS, Catalog, wording_of
 from llmops.intents.questions import INTENTS_NAME
@@ -292,7 +292,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Parse, run, print."""
 
     def body() -> int:
-        files.print_json(run(Config(**vars(build_parser().parse_args(argv)))))
+        print_json(run(Config(**vars(build_parser().parse_args(argv)))))
         return 0
 
     return run_main(body)

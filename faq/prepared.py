@@ -14,6 +14,7 @@ from llmops import files
 from llmops.console import UserError, log
 from llmops.intents.catalog import load_catalog
 from llmops.intents.questions import INTENTS_NAME, PREPARED_NAME
+from llmops.machine.locks import lock
 
 OUTPUTS = ("train.jsonl", "test.jsonl", INTENTS_NAME)
 LOCK_NAME = ".prepare.lock"
@@ -120,4 +121,4 @@ def write_state(folder: Path, state: str, listed: Mapping[str, str]) -> None:
 
 def locked(folder: Path) -> AbstractContextManager[None]:
     """Keep another start out of the folder."""
-    return files.lock(folder / LOCK_NAME, f"another faq/prepare is writing to {folder}; wait for it and start again")
+    return lock(folder / LOCK_NAME, f"another faq/prepare is writing to {folder}; wait for it and start again")

@@ -22,7 +22,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from llmops import files, json_text, pictures
-from llmops.console import Parser, UserError, log, run_main, stdout_to_stderr, to_bool
+from llmops.console import Parser, UserError, log, print_json, run_main, stdout_to_stderr, to_bool
 from llmops.intents.catalog import Catalog, load_catalog, wording_of
 from llmops.intents.questions import INTENTS_NAME
 
@@ -337,7 +337,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Parse, run, print."""
 
     def body() -> int:
-        files.print_json(run(build_parser().parse_args(argv)))
+        print_json(run(build_parser().parse_args(argv)))
         return 0
 
     return run_main(body)

@@ -25,7 +25,7 @@ from job.state import TAKEN, Busy, Told, alone
 from job.tasks import Work, environment_of, plan
 from job.work import Output, Signals, run
 from llmops import files
-from llmops.console import FailureJson, RunStopped, UserError, run_main
+from llmops.console import FailureJson, RunStopped, UserError, print_json, run_main, write_stdout
 
 
 class Job:
@@ -112,7 +112,7 @@ class Job:
         printed = self.settings.folder / "printed.json"
         with ExitStack() as stack:
             if work.log and self.settings.platform_style:
-                stack.enter_context(Follower(work.log, lambda line: files.write_stdout(line + "\n")))
+                stack.enter_context(Follower(work.log, lambda line: write_stdout(line + "\n")))
             code = run(work.command, work.environment, printed, self.output, self.signals, self.held)
         if code:
             return failure(code, self.output.end)
@@ -139,7 +139,7 @@ class Job:
 
     def _print(self, state: str, outcome: Outcome) -> None:
         if not self.settings.platform_style:
-            files.print_json(describe(self.settings, state, outcome))
+            print_json(describe(self.settings, state, outcome))
 
 
 def failure(code: int, message: str) -> Outcome:

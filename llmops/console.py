@@ -1,4 +1,4 @@
-"""Messages for people on stderr, one error type for mistakes a user can fix, progress with ETA."""
+"""Messages for people on stderr, JSON for programs on stdout, errors that a user can mend, progress with ETA."""
 
 import argparse
 import os
@@ -10,6 +10,7 @@ from importlib.util import find_spec
 from types import TracebackType
 from typing import Any, TypeVar
 
+from llmops import json_text
 from llmops.keyboard import instead, mistyped_flag
 from llmops.translation import spoken
 
@@ -129,6 +130,24 @@ class FailureJson:
             self.say(1, str(error))
         elif isinstance(error, Exception) and not isinstance(error, Terminated):
             self.say(1, f"{type(error).__name__}: {error}")
+
+
+def print_json(value: Any) -> None:
+    """One JSON value on one line of stdout, made whole before the first byte goes out."""
+    write_stdout(json_text.dumps(value) + "\n")
+
+
+def write_stdout(text: str) -> None:
+    """Write to stdout at once and flush; a full disk behind it is a RunStopped, a reader that left ends quietly."""
+    try:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains again at its end
+        raise SystemExit(1) from None
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left in the buffer goes nowhere
+        raise RunStopped(f"stdout cannot be written ({error.strerror})") from error
 
 
 @contextmanager

@@ -9,7 +9,6 @@ import fcntl
 import json
 import os
 import stat
-import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -200,24 +199,6 @@ def parse_line(raw: bytes) -> tuple[Any, str | None]:
 # --- writing
 
 
-def print_json(value: Any) -> None:
-    """One JSON value on one line of stdout, made whole before the first byte goes out."""
-    write_stdout(json_text.dumps(value) + "\n")
-
-
-def write_stdout(text: str) -> None:
-    """Write to stdout at once and flush; a full disk behind it is a RunStopped, a reader that left ends quietly."""
-    try:
-        sys.stdout.write(text)
-        sys.stdout.flush()
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains again at its end
-        raise SystemExit(1) from None
-    except OSError as error:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left in the buffer goes nowhere
-        raise RunStopped(f"stdout cannot be written ({error.strerror})") from error
-
-
 @contextmanager
 def writing(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
     """A stream into a file that has its name only when it is complete and on the disk; else the old one stays.
@@ -362,26 +343,6 @@ def fsync_tree(folder: Path) -> None:
     for path in [*folder.rglob("*"), folder]:
         if not path.is_symlink():
             fsync_entry(path)
-
-
-@contextmanager
-def lock(path: Path, busy: str, wait: bool = False) -> Iterator[None]:
-    """Hold a lock file, alone among all processes and the nodes that share the file system; it stays when released.
-
-    `busy` is the error's sentence when somebody else holds it, unless one may `wait` for them.
-    """
-    try:
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
-    except OSError as error:
-        raise unwritable(path, error) from error
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError:
-            raise UserError(busy) from None
-        yield
-    finally:
-        os.close(descriptor)
 
 
 # --- places

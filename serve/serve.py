@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from llmops import files
-from llmops.console import has_gpu, log, run_main, stdout_to_stderr
+from llmops.console import has_gpu, log, print_json, run_main, stdout_to_stderr
 from serve.settings import Settings, read_settings
 
 if TYPE_CHECKING:
@@ -44,7 +43,7 @@ def run(settings: Settings) -> int:
 
     def ready() -> None:
         log(f"serving on {host} port {port}; open {url}/" + (f"?token={token}" if token else ""))
-        files.print_json({"url": url, "models": [name for name, _ in model.listed()] if model else []})
+        print_json({"url": url, "models": [name for name, _ in model.listed()] if model else []})
 
     server = Server(build_app(settings, model), settings.access, settings.limits.seconds, ready)
     server.run(sockets=[listener])

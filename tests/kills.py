@@ -22,7 +22,7 @@ from typing import Any
 
 import transformers
 from conftest import DEMO, FAST, ROOT, environment, read_messages, teach, tree_hash, write_jsonl
-from test_similar_questions import write_embedding_model
+from embedding_model import write_embedding_model
 
 from faq.prepared import OUTPUTS
 from llmops.models import tiny

@@ -9,7 +9,9 @@ import pytest
 from conftest import ROOT, chat_main
 
 from llmops.console import UserError
-from train.config import FAQ_DEFAULTS, Config, find_problems, parse
+from train.config import FAQ_DEFAULTS, Config
+from train.flags import parse
+from train.problems import find_problems
 
 SCRIPT = (ROOT / "chat_main.sh").read_text(encoding="utf-8")
 VARIABLES = dict(re.findall(r'^([A-Z_]+)="\$\{\1:-(.*)\}" ', SCRIPT, re.MULTILINE))

@@ -239,7 +239,8 @@ def test_adding_a_setting(project: Path) -> None:
     assert "4 passed" in tested
     told = ask_in(
         project,
-        "from train.config import Config, find_problems\n"
+        "from train.config import Config\n"
+        "from train.problems import find_problems\n"
         "good, bad = Config(adam_epsilon=1e-6), Config(adam_epsilon=-1.0)\n"
         "print(json.dumps([good.to_json()['adam_epsilon'], find_problems(bad)]))",
     )

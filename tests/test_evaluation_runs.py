@@ -18,9 +18,9 @@ from eval.answers import FIVE, LOCK_NAME, PERFORMANCE
 from eval.engine import Engine
 from eval.report import read_scores
 from eval.samples import Answer
-from llmops import files
 from llmops.console import RunStopped
 from llmops.machine.kept import appending
+from llmops.machine.locks import lock
 
 SCRIPT = Path(command.__file__)
 Call = tuple[int, Any, str]
@@ -271,7 +271,7 @@ def test_two_at_once_and_foreign_files_are_refused(
         path.parent.mkdir(parents=True)
         path.write_text(text, encoding="utf-8")
         refused(tmp_path / str(i), phrase)
-    with files.lock(tmp_path / "2" / LOCK_NAME, ""):
+    with lock(tmp_path / "2" / LOCK_NAME, ""):
         refused(tmp_path / "2", "another evaluation is writing into")
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT, environment
-from test_similar_questions import write_embedding_model
+from embedding_model import write_embedding_model
 
 from llmops.intents.questions import read_faq
 from llmops.models import tiny

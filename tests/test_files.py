@@ -14,6 +14,7 @@ from conftest import ROOT
 
 from llmops import files, json_text
 from llmops.console import RunStopped, UserError
+from llmops.machine.locks import lock
 
 DEEP = "[" * 90 + "]" * 90
 
@@ -206,12 +207,12 @@ def test_strict_json() -> None:
 
 def test_a_lock_keeps_others_out(tmp_path: Path) -> None:
     order = []
-    with files.lock(tmp_path / "lock", "busy"):
-        with pytest.raises(UserError, match="busy"), files.lock(tmp_path / "lock", "busy"):
+    with lock(tmp_path / "lock", "busy"):
+        with pytest.raises(UserError, match="busy"), lock(tmp_path / "lock", "busy"):
             pass
 
         def second() -> None:
-            with files.lock(tmp_path / "lock", "busy", wait=True):
+            with lock(tmp_path / "lock", "busy", wait=True):
                 order.append("second")
 
         thread = threading.Thread(target=second)

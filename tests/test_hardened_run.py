@@ -20,8 +20,9 @@ from deepspeed.runtime.zero.config import DeepSpeedZeroConfig, ZeroStageEnum
 
 from llmops.console import RunStopped
 from llmops.machine.process_group import free_port
-from train import checkpointing, session, states
+from train import checkpointing, states
 from train.config import Config
+from train.faults import explain_faults
 from train.steps import Split
 
 
@@ -175,13 +176,13 @@ def test_deepspeed_states_of_fp16_load(tmp_path: Path) -> None:
     ],
 )
 def test_faults_of_states_and_deepspeed_files_are_sentences(error: Exception, phrase: str) -> None:
-    with pytest.raises(RunStopped, match=phrase), session.explain_faults(Config(), Split()):
+    with pytest.raises(RunStopped, match=phrase), explain_faults(Config(), Split()):
         raise error
 
 
 def test_what_deepspeed_itself_refuses_is_a_sentence() -> None:
     refused = pytest.raises(RunStopped, match=r"DeepSpeed refuses .*reduce_scatter")
-    with refused, session.explain_faults(Config(), Split()):
+    with refused, explain_faults(Config(), Split()):
         DeepSpeedZeroConfig(reduce_scatter="maybe")
 
 

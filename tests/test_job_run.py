@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import torch
 from conftest import DEMO, ROOT, environment, read_log, read_messages, write_jsonl
+from embedding_model import write_embedding_model
 from job_platform import AUTH, PlatformServer, platform_server, read_progress, wait_for
-from test_similar_questions import write_embedding_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from job.progress import without_brackets

@@ -16,7 +16,7 @@ from llmops.console import UserError
 from llmops.intents.catalog import load_catalog
 from llmops.intents.questions import kind_of_data, read_faq
 from train import finetune
-from train.config import parse
+from train.flags import parse
 
 SAMPLES = ROOT / "eval" / "eval_datasets"
 LISTS = (("改密码", "查快递", "退货"), ("退货", "开发票"))

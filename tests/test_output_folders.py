@@ -13,7 +13,8 @@ from faq import prepared
 from llmops import pictures
 from llmops.console import RunStopped, UserError
 from train import checkpointing, ownership
-from train.config import Config, find_problems
+from train.config import Config
+from train.problems import find_problems
 from train.run_folder import OutputFolder, earlier_run, own_names
 
 Run = Callable[..., subprocess.CompletedProcess[str]]

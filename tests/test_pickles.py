@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from embedding_model import write_embedding_model
 from peft import LoraConfig, get_peft_model
-from test_similar_questions import write_embedding_model
 
 from llmops.console import UserError
 from llmops.embedding.encoder import Encoder

@@ -10,7 +10,9 @@ from conftest import ROOT, read_messages, write_jsonl
 from llmops.console import UserError
 from llmops.models.chat_model import ChatModel
 from llmops.models.checkpoints import Checkpoint
-from train.config import Config, find_problems, parse
+from train.config import Config
+from train.flags import parse
+from train.problems import find_problems
 from train.replay import Joined, ReplayOrder, replayed
 from train.source import Source
 from train.steps import StepSampler

@@ -1,24 +1,20 @@
-"""The model server: OpenAI's client against the real program; the engine's answers against transformers' own."""
+"""The model server over HTTP: OpenAI's client against the real program, what it refuses, what a kill leaves."""
 
-import asyncio
 import json
-import math
 import signal
 import socket
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import openai
 import pytest
+from serve_inside import QUESTIONS, opened, rendered, user
 from serve_process import TOKEN, Running, serving
 
-from serve.answers import ApiError
-from serve.settings import Limits, Model
-
-QUESTIONS = [f"Question {i}: what comes after {'number ' * (i % 5)}{i}?" for i in range(24)]
+from serve.settings import Model
 
 
 @pytest.fixture(scope="module")
@@ -39,37 +35,8 @@ def client(server: Running) -> Any:
 @pytest.fixture(scope="module")
 def service(checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     """The same in this process."""
-    from serve.model.service import open_service
-
-    found = open_service(Model(checkpoints["llama"]), Limits(rows=8), tmp_path_factory.mktemp("x") / "feedback.jsonl")
-    yield found
-    assert found.close()
-
-
-def user(text: str) -> list[dict[str, str]]:
-    """A question."""
-    return [{"role": "user", "content": text}]
-
-
-def answers(service: Any, prompts: Sequence[list[int]], **fields: Any) -> tuple[list[str], Any]:
-    """(the texts that one request's prompts get, its exchange), within this process."""
-    from serve.model.asked import read_completion
-    from serve.model.exchange import Exchange
-
-    async def run() -> tuple[list[str], Any]:
-        asked = read_completion({"prompt": [list(ids) for ids in prompts], **fields}, service.limits).asked
-        exchange = Exchange(service, asked, prompts)
-        texts = [""] * len(prompts)
-        async for place, event in exchange.told():
-            texts[place] += event.text
-        return texts, exchange
-
-    return asyncio.run(run())
-
-
-def rendered(service: Any, questions: Sequence[str]) -> list[list[int]]:
-    """Questions as token ids."""
-    return [service.model.chat.prompt(user(question)) for question in questions]
+    with opened(Model(checkpoints["llama"]), tmp_path_factory.mktemp("x") / "feedback.jsonl") as found:
+        yield found
 
 
 def test_the_client_lists_chats_and_streams(client: Any) -> None:
@@ -135,70 +102,6 @@ def test_company_changes_no_greedy_answer_over_http(server: Running) -> None:
     alone = [ask(question) for question in QUESTIONS]
     with ThreadPoolExecutor(24) as pool:
         assert list(pool.map(ask, QUESTIONS)) == alone
-
-
-def test_answers_are_those_of_transformers(service: Any) -> None:
-    """Prompts of all lengths together, more than there are rows, against `generate` on one prompt at a time."""
-    import torch
-
-    model = service.model.weights(torch.float32).eval()
-    prompts = [[*ids, *ids[3 : 3 + 40 * (i % 3)]] for i, ids in enumerate(rendered(service, QUESTIONS))]
-    expected = []
-    for ids in prompts:
-        out = model.generate(torch.tensor([ids]), max_new_tokens=10, do_sample=False)[0, len(ids) :]
-        expected.append(service.decode(out.tolist()))
-    for _ in range(2):  # the second time their beginnings are known
-        texts, exchange = answers(service, prompts, temperature=0, max_tokens=10)
-        assert texts == expected
-    assert exchange.usage()["prompt_tokens_details"]["cached_tokens"] > 0.5 * exchange.usage()["prompt_tokens"]
-
-
-def test_a_conversation_goes_on_from_what_is_known(service: Any) -> None:
-    ids = rendered(service, ["A long question. " * 30])[0]
-    _, first = answers(service, [ids], temperature=0, max_tokens=8)
-    longer = [*ids, *first.answers[0].ids, *rendered(service, ["And then?"])[0]]
-    known, again = answers(service, [longer], temperature=0, max_tokens=8)
-    assert again.answers[0].cached >= len(ids) - 16
-    service.engine.lanes["base"].prefixes = type(service.engine.lanes["base"].prefixes)(0)
-    fresh, third = answers(service, [longer], temperature=0, max_tokens=8)
-    assert third.answers[0].cached == 0
-    assert fresh == known
-    service.engine.lanes["base"].prefixes = type(service.engine.lanes["base"].prefixes)(1 << 20)
-
-
-def test_a_seed_decides_alone_and_in_company(service: Any) -> None:
-    prompts = rendered(service, QUESTIONS[:6])
-    for fields in ({"top_p": 0.9}, {"top_k": 5}, {"temperature": 1.5, "repetition_penalty": 1.2}, {}):
-        asked = {"max_tokens": 8, "seed": 7, **fields}
-        together = answers(service, prompts, **asked)[0]
-        assert [answers(service, [ids], **asked)[0][0] for ids in prompts[:2]] == together[:2]
-    assert answers(service, prompts, max_tokens=8, seed=8)[0] != together
-
-
-def test_sampling_keeps_and_draws_what_transformers_keeps() -> None:
-    import torch
-    from transformers import TopPLogitsWarper
-
-    from serve.model.asked import Sampling
-    from serve.model.sampling import Sampler
-
-    draw = torch.Generator().manual_seed(0)
-    for size, scale in ((50, 1.0), (3000, 0.5), (3000, 4.0)):
-        logits = torch.randn(1, size, generator=draw) * scale
-        for top_p in (0.05, 0.5, 0.95):
-            few, ids = Sampler(Sampling(top_p=top_p))._few(logits)
-            kept = TopPLogitsWarper(top_p)(None, logits)[0].isfinite().nonzero()[:, 0].tolist()
-            if ids is not None:
-                assert sorted(ids[few.isfinite()].tolist()) == kept
-    sampler = Sampler(Sampling(temperature=0.5, top_k=3, seed=1))
-    logits = torch.tensor([1.0, 2.0, 0.5, 1.5, -1.0])
-    count = [0] * 5
-    for _ in range(4000):
-        count[sampler.next([], logits)] += 1
-    weights = [math.exp(2 * value) for value in (1.0, 2.0, 1.5)]
-    expected = [weights[0], weights[1], 0, weights[2], 0]
-    for found, share in zip(count, expected, strict=True):
-        assert found / 4000 == pytest.approx(share / sum(weights), abs=0.03)
 
 
 def test_a_client_that_hangs_up_frees_its_row(server: Running) -> None:
@@ -277,126 +180,6 @@ def test_control_tokens_in_a_message_stay_text(server: Running, service: Any) ->
     assert usage["prompt_tokens"] == len(ids)
     ends = service.model.tokenizer.convert_tokens_to_ids("<|im_end|>")
     assert ids.count(ends) == 1
-
-
-def test_template_variables_reach_the_template(service: Any) -> None:
-    model = type(service.model)(service.model.checkpoint)
-    model.tokenizer.chat_template = model.tokenizer.chat_template + "{% if loud %}LOUD{% endif %}"
-    plain, loud = (model.chat_with(variables).prompt(user("x")) for variables in ({}, {"loud": True}))
-    assert service.decode(loud) == service.decode(plain) + "LOUD"
-
-
-def test_more_requests_than_the_queue_holds_are_refused(service: Any) -> None:
-    from serve.metrics import Metrics
-    from serve.model.engine import Engine
-
-    engine = Engine(Limits(rows=2, queue=1), Metrics())
-    engine.lanes = service.engine.lanes
-    engine.submit("base", [object()] * 3, print)  # type: ignore[list-item]
-    with pytest.raises(ApiError) as caught:
-        engine.submit("base", [object()], print)  # type: ignore[list-item]
-    assert (caught.value.status, caught.value.response.headers["retry-after"]) == (429, "1")
-
-
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-def test_a_fault_in_the_engine_refuses_what_waits_and_ends_the_server(service: Any, tmp_path: Path) -> None:
-    from serve import server as module
-    from serve.app import build_app
-    from serve.metrics import Metrics
-    from serve.model.engine import Engine
-    from serve.settings import Access, Settings
-
-    class Faulty:
-        refused = False
-
-        def turn(self, out: Any) -> bool:
-            raise KeyError("a fault")
-
-        def fail(self, error: ApiError, out: Any) -> None:
-            self.refused = error.status == 500
-
-    faulty, engine = Faulty(), Engine(Limits(), Metrics())
-    engine.start({}, [faulty])
-    engine._thread.join(10)
-    assert (faulty.refused, engine.alive) == (True, False)
-    with pytest.raises(ApiError):
-        engine.check()
-
-    class Dead:
-        alive = False
-        intents = None
-        metrics = Metrics()
-
-    async def run() -> None:
-        access = Access(port=0)
-        app = build_app(Settings(tmp_path, access))
-        app.state.model = Dead()
-        listener = module.bound(access)
-        await module.Server(app, access, 1, lambda: None).serve(sockets=[listener])
-
-    asyncio.run(asyncio.wait_for(run(), 10))
-
-
-def test_time_that_is_over_ends_an_answer_and_refuses_one_that_waits(service: Any) -> None:
-    limits, service.limits = service.limits, Limits(rows=8, seconds=0.3)
-    try:
-        prompts = rendered(service, QUESTIONS[:1])
-        _, exchange = answers(service, prompts, temperature=0, max_tokens=4000, stop="never there")
-        assert exchange.answers[0].finish in ("", "stop")
-        assert len(exchange.answers[0].ids) < 4000
-        service.limits = Limits(rows=8, seconds=-1)
-        with pytest.raises(ApiError) as caught:
-            answers(service, prompts, max_tokens=4)
-        assert (caught.value.status, caught.value.retry) == (503, 1)
-    finally:
-        service.limits = limits
-
-
-def test_known_beginnings_stay_within_their_memory() -> None:
-    import torch
-
-    from llmops.generation.shared_prefix import NOTHING, Prefix
-    from serve.model.prefixes import Prefixes, chain
-
-    def made(ids: list[int]) -> Prefix:
-        return Prefix(ids, [(torch.zeros(1, len(ids), 4), torch.zeros(1, len(ids), 4))])  # 32 bytes a token
-
-    kept = Prefixes(32 * 200)
-    kept.keep(made(list(range(64))))
-    assert kept.longest([*range(64), 1]).ids == list(range(64))
-    assert kept.longest([*range(50), 999]).ids == list(range(48))
-    assert kept.longest([*range(50), 999]) is kept.longest([*range(49), 1, 2])
-    assert kept.longest([5, *range(64)]) is NOTHING
-    assert kept.longest(list(range(64))).length == 48  # the last token has to be computed
-    kept.keep(made([*range(64), *range(40)]))
-    assert (len(kept), kept.bytes) == (1, 32 * 104)  # the longer one took the shorter one's place
-    kept.keep(made(list(range(64))))
-    assert len(kept) == 1
-    kept.keep(made(list(range(1000, 1090))))
-    assert kept.longest([*range(64), 7]).length == 64  # used: the other one is older now
-    kept.keep(made(list(range(2000, 2060))))
-    assert kept.bytes <= 32 * 200
-    assert kept.longest(list(range(1000, 1090))) is NOTHING
-    kept.keep(made(list(range(5000))))
-    assert kept.bytes <= 32 * 200
-    assert kept._blocks.keys() == {key for prefix in kept._kept.values() for key in chain(prefix.ids)}
-
-
-def test_text_comes_whole_whatever_the_tokens(service: Any) -> None:
-    from serve.model.text import Detokenizer
-
-    for text in ("naïve 世界 🦊🦊  two  blanks\n\n`x = [1]`", "早上八点", "a"):
-        ids = service.model.tokenizer(text)["input_ids"]
-        written = Detokenizer(service.decode)
-        assert "".join(written.push(token) for token in ids) + written.finish() == service.decode(ids)
-    stopping = Detokenizer(service.decode, ["世界", "never"])
-    ids = service.model.tokenizer("hello 世界 and more")["input_ids"]
-    said = ""
-    for token in ids:
-        said += stopping.push(token)
-        if stopping.stopped:
-            break
-    assert (said, stopping.stopped) == ("hello ", True)
 
 
 def test_the_description_is_true_whatever_comes(server: Running) -> None:

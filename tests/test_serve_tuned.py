@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from serve_adapter import INTENTS
-from test_serve_model import QUESTIONS, answers, rendered
+from serve_inside import QUESTIONS, answers, opened, rendered
 
 from llmops.console import UserError
 from llmops.models.chat_model import ChatModel
@@ -21,11 +21,8 @@ ASKED = ["我的包裹到哪了", "怎么退钱", "密码忘了", "要发票", "
 @pytest.fixture(scope="module")
 def service(adapter: Path) -> Iterator[Any]:
     """Both models."""
-    from serve.model.service import open_service
-
-    found = open_service(Model(adapter), Limits(rows=8), adapter / "fed" / "feedback.jsonl")
-    yield found
-    assert found.close()
+    with opened(Model(adapter), adapter / "fed" / "feedback.jsonl") as found:
+        yield found
 
 
 def greedy(model: Any, prompts: list[list[int]], service: Any) -> list[str]:

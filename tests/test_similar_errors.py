@@ -5,7 +5,8 @@ import shutil
 from pathlib import Path
 
 import pytest
-from test_similar_questions import SAMPLE, call, write, write_embedding_model
+from embedding_model import SAMPLE, write_embedding_model
+from similar_calls import call, write
 
 from llmops.embedding import ngrams
 

@@ -4,101 +4,25 @@ import json
 import random
 import subprocess
 import sys
-from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 from conftest import ROOT, SHARED, environment
+from embedding_model import SAMPLE, write_embedding_model
+from similar_calls import Row, call, write
 
-from eval import analyze_similar_questions_and_intents as command
-from eval.similar import html_report, search
+from eval.similar import search
 from llmops.embedding import encoder, ngrams
 from llmops.embedding.folder import read_folder
 
 SCRIPT = ROOT / "eval" / "analyze_similar_questions_and_intents.py"
-SAMPLE = ROOT / "eval" / "eval_datasets" / "faq_similar" / "combine_data.json"
-TEXTS = [
-    "怎么修改登录密码",
-    "How do I reset my PIN?",
-    "退款",
-    "我的快递 到哪里了",
-    "a",
-    "长" * 200,
-    "我要申请退款，多久到账",
-]
-Row = dict[str, Any]
-
-
-def write_embedding_model(folder: Path, pooling: str = "", dense: str = "", seed: int = 0) -> Path:
-    """A random two-layer BERT of width 32; with `pooling` in sentence-transformers' layout, else plain."""
-    import torch
-    from safetensors.torch import save_file
-    from tokenizers import BertWordPieceTokenizer
-    from transformers import BertConfig, BertModel, BertTokenizerFast
-
-    folder.mkdir(parents=True)
-    trained = BertWordPieceTokenizer(lowercase=True)
-    trained.train_from_iterator([*TEXTS, SAMPLE.read_text(encoding="utf-8")], vocab_size=600, show_progress=False)
-    tokenizer = BertTokenizerFast(tokenizer_object=trained._tokenizer, model_max_length=64)
-    tokenizer.save_pretrained(folder)
-    torch.manual_seed(seed)
-    config = BertConfig(
-        vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64,
-        max_position_embeddings=96, initializer_range=0.3,
-    )  # fmt: skip
-    BertModel(config).save_pretrained(folder)
-    if not pooling:
-        return folder
-    modules = ["Transformer", "Pooling", *(["Dense"] if dense else []), "Normalize"]
-    listed = [
-        {"idx": k, "name": str(k), "path": f"{k}_{kind}" if k else "", "type": f"sentence_transformers.models.{kind}"}
-        for k, kind in enumerate(modules)
-    ]
-    (folder / "modules.json").write_text(json.dumps(listed))
-    (folder / "sentence_bert_config.json").write_text('{"max_seq_length": 24, "do_lower_case": false}')
-    for entry in listed[1:]:
-        (folder / entry["path"]).mkdir()
-    settings = {"word_embedding_dimension": 32} | {
-        key: key in KEY_OF[pooling] for keys in KEY_OF.values() for key in keys
-    }
-    (folder / "1_Pooling" / "config.json").write_text(json.dumps(settings))
-    if dense:
-        settings = {"in_features": 32, "out_features": 20, "bias": True, "activation_function": f"torch.nn.{dense}"}
-        (folder / "2_Dense" / "config.json").write_text(json.dumps(settings))
-        weights = {"linear.weight": torch.randn(20, 32), "linear.bias": torch.randn(20)}
-        save_file(weights, folder / "2_Dense" / "model.safetensors")
-    return folder
-
-
-KEY_OF = {
-    "mean": ("pooling_mode_mean_tokens",), "cls": ("pooling_mode_cls_token",), "max": ("pooling_mode_max_tokens",),
-    "mean_sqrt_len_tokens": ("pooling_mode_mean_sqrt_len_tokens",), "lasttoken": ("pooling_mode_lasttoken",),
-    "weightedmean": ("pooling_mode_weightedmean_tokens",),
-}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny model in sentence-transformers' layout."""
     return write_embedding_model(tmp_path_factory.mktemp("models") / "tiny", "mean")
-
-
-def call(capfd: pytest.CaptureFixture[str], *arguments: str | Path) -> tuple[int, Row, str]:
-    """(exit code, the JSON, stderr) of a run in this process; stdout holds nothing but the JSON."""
-    capfd.readouterr()
-    code = command.main([str(argument) for argument in arguments])
-    captured = capfd.readouterr()
-    assert captured.out.endswith("\n")
-    assert "\n" not in captured.out[:-1]
-    return code, json.loads(captured.out), captured.err
-
-
-def write(path: Path, rows: list[Row]) -> Path:
-    """Write JSON lines."""
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    return path
 
 
 def expected(rows: list[Row], vector: dict[str, np.ndarray], threshold: float, intent_threshold: float) -> Row:
@@ -294,79 +218,6 @@ def test_vectors_are_computed_once(capfd: pytest.CaptureFixture[str], model: Pat
     other = write_embedding_model(tmp_path / "model", "mean", seed=1)
     _, _, errors = call(capfd, "--model_path", other, *arguments[2:], SAMPLE, "--cache_dir", cache)
     assert "\n0 of" in errors
-
-
-class Page(HTMLParser):
-    """Tags that are balanced, texts of the questions' cells, attributes that would fetch something."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.scripts, self.rows, self.groups = 0, 0, 0
-        self.fetches: list[str] = []
-        self.texts: list[str] = []
-        self.feed(text)
-        self.close()
-        assert not self.open
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        if tag not in ("meta", "input", "link", "img"):
-            self.open.append(tag)
-        self.scripts += tag == "script"
-        self.rows += tag == "tr"
-        self.groups += tag == "details"
-        self.fetches += [value or "" for name, value in attrs if name in ("src", "href")]
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        self.texts.append(data)
-
-
-def test_the_page_and_the_picture(
-    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    evil = "<script>alert(\"1\")</script> & '引号'"
-    rows = [{"question": q, "intent": f"{i}<b>", "output": evil} for q in (evil, "退款") for i in ("甲", "乙", "丙")]
-    rows += [{"question": "退款 ", "intent": "甲<B>", "output": ""}]
-    data, page, plot = write(tmp_path / "d.jsonl", rows), tmp_path / "page.html", tmp_path / "plot.png"
-    arguments = ("--data_file_path", data, "--model_path", ngrams.NAME, "--report", page, "--plot", plot)
-    code, found, _ = call(capfd, *arguments)
-    assert code == 0
-    total = sum(len(entries) for entries in found["data"].values())
-    assert total == 3 + 3 + 3
-    assert len(found["data"]["similar_intents"]) == 1
-    text = page.read_text(encoding="utf-8")
-    parsed = Page(text)
-    assert (parsed.scripts, parsed.fetches) == (1, [])
-    assert parsed.rows == total + parsed.groups
-    assert evil in parsed.texts
-    assert "http" not in text
-    assert "建议合并" in text
-    assert "只保留正确的一个" in text
-    assert plot.read_bytes().startswith(b"\x89PNG")
-    from matplotlib.image import imread
-
-    assert imread(plot)[..., :3].std() > 0.01
-    monkeypatch.setattr(html_report, "SHOWN", 4)
-    _, _, errors = call(capfd, *arguments)
-    parsed = Page(page.read_text(encoding="utf-8"))
-    assert parsed.rows == 4 + parsed.groups
-    assert any("共 9 对" in text for text in parsed.texts)
-    assert "the page shows 4 of 9 pairs" in errors
-    assert not list(tmp_path.glob("*.part"))
-
-
-def test_nothing_found_is_an_answer_too(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    rows = [{"question": q, "intent": q} for q in ("退款", "发票")]
-    data, page, plot = write(tmp_path / "d.jsonl", rows), tmp_path / "page.html", tmp_path / "plot.png"
-    code, found, _ = call(
-        capfd, "--data_file_path", data, "--model_path", ngrams.NAME, "--report", page, "--plot", plot
-    )
-    assert (code, found["data"]) == (0, {"mismatched_intents": [], "similar_intents": []})
-    assert any("没有发现" in text for text in Page(page.read_text(encoding="utf-8")).texts)
-    assert plot.is_file()
 
 
 def test_help_loads_nothing() -> None:

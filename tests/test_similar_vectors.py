@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_similar_questions import TEXTS, write_embedding_model
+from embedding_model import TEXTS, write_embedding_model
 
 from eval.similar import search
 from llmops.embedding import encoder

@@ -1,27 +1,23 @@
-"""Every setting of a fine-tuning run: one frozen dataclass, its argparse, all cross-field checks in one place.
+"""Every setting of a fine-tuning run, with its help and bounds, in one frozen dataclass; what is derived from it.
 
 Standard library only, so that `--help` and most errors are instant. The names are Hugging Face's and the field's.
+`train/flags.py` makes flags of the fields, `train/problems.py` says what is wrong with them.
 """
 
-import argparse
-import os
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from llmops import files
-from llmops.console import Parser, UserError, to_bool
+from llmops.console import to_bool
 from llmops.conversations import data_files
 from llmops.conversations.records import LEARN
 from llmops.formats.families import families
-from llmops.keyboard import instead
 from llmops.machine import cpu_kernels
 from llmops.models.chat_model import ChatModel
 from llmops.models.checkpoints import Checkpoint
-from train import deepspeed_file
 
 HERE = Path(__file__).resolve().parent
 DS_FILES = {"2": "ds_zero2.json", "3": "ds_zero3.json", "3_offload": "ds_zero3_offload.json"}
@@ -35,7 +31,6 @@ FAQ_DEFAULTS = {
     "gradient_accumulation_steps": 1,
     "per_device_eval_batch_size": 32,
 }
-TRACKERS = ("swanlab", "mlflow", "trackio", "wandb")  # each the name of its package, too
 RECOMPUTE_WORDS = {"auto": None, "true": 1, "yes": 1, "false": 0, "no": 0}
 PEAK_LEARNING_RATES = {
     "general": {"lora": 1e-4, "all": 1e-5},
@@ -259,175 +254,3 @@ RESTARTABLE = frozenset(
         "zero_stage",
     ]
 )
-
-
-def build_parser() -> argparse.ArgumentParser:
-    """One flag per field of Config; the defaults live in the dataclass alone."""
-    parser = Parser(
-        prog="finetune.py", description="Fine-tune a chat model with DeepSpeed, LoRA or full.", allow_abbrev=False
-    )
-    for item in fields(Config):
-        kind = to_bool if item.type in (bool, "bool") else item.type
-        if item.name == "lr_scheduler_type":  # CONSTANT_WITH_WARMUP, as the enumeration's names are written
-            kind = str.lower
-        default = str(item.default).lower() if kind is to_bool else item.default
-        shown = f" (default: {default})" if item.default != "" else ""
-        if item.name in FAQ_DEFAULTS:
-            shown = f" (default: {default}, faq: {FAQ_DEFAULTS[item.name]})"
-        choices = item.metadata["choices"]
-        parser.add_argument(
-            f"--{item.name}",
-            type=kind,
-            default=argparse.SUPPRESS,  # Config and FAQ_DEFAULTS have the defaults
-            metavar="true|false" if kind is to_bool else None,
-            choices=list(choices()) if callable(choices) else choices,
-            help=(item.metadata["help"] + shown).replace("%", "%%"),
-        )
-    parser.add_argument("--check", action="store_true", help="check settings, paths and data, then end")
-    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # launchers may add it
-    return parser
-
-
-def parse(argv: Sequence[str]) -> tuple[Config, bool]:
-    """(settings, only check them). Raises UserError that lists every problem of the settings at once."""
-    options = vars(build_parser().parse_args(argv))
-    options.pop("local_rank")
-    only_check = options.pop("check")
-    config = Config(**((FAQ_DEFAULTS if options.get("scenario") == "faq" else {}) | options))
-    problems = find_problems(config)
-    if problems:
-        raise UserError("; ".join(problems))
-    return config, only_check
-
-
-def find_problems(config: Config) -> list[str]:
-    """Everything wrong with the settings and the paths they name, one sentence each."""
-    problems = []
-    for item in fields(Config):
-        low, high, value = item.metadata["min"], item.metadata["max"], getattr(config, item.name)
-        if low is not None and not low <= value < float("inf"):
-            problems.append(f"--{item.name} is {value}, expected at least {low}")
-        elif high is not None and value > high:
-            problems.append(f"--{item.name} is {value}, expected at most {high}")
-    for name in ("lora_dropout", "warmup_ratio", "eval_ratio", "replay_ratio"):
-        if getattr(config, name) >= 1:
-            problems.append(f"--{name} is {getattr(config, name)}, expected less than 1")
-    layers = config.gradient_checkpointing.lower()
-    if layers not in RECOMPUTE_WORDS and not (layers.isascii() and layers.isdecimal()):
-        problems.append(f"--gradient_checkpointing is {layers}, expected auto, true, false or a whole number from 1")
-    if config.max_steps == 0:
-        problems.append("nothing to train: --max_steps is 0")
-    problems += tracker_problems(config.trackers)
-    problems += path_problems(config)
-    if files.is_file(config.deepspeed_file):
-        problems += deepspeed_file.find_problems(config)
-    return problems
-
-
-def tracker_problems(names: Sequence[str]) -> list[str]:
-    """Trackers that are not known, or whose package is not there."""
-    problems = []
-    for name in names:
-        if name not in TRACKERS:
-            problems.append(
-                f"--report_to {files.plain(name)} is no tracker; expected some of {', '.join(TRACKERS)}{instead(name)}"
-            )
-        elif find_spec(name) is None:
-            problems.append(f"--report_to {name} needs the package {name}, which is not here: pip install {name}")
-    return problems
-
-
-def path_problems(config: Config) -> list[str]:
-    """Missing files and folders, and an output path that cannot be written or holds the model."""
-    problems = []
-    model = Path(config.model_name_or_path)
-    if not files.is_folder(model):
-        problems.append(
-            f"the model folder {model} does not exist; put the base model there or pass --model_name_or_path "
-            "(nothing is downloaded)"
-        )
-    elif not files.is_file(model / "config.json"):
-        problems.append(f"the model folder {model} has no config.json; expected a Hugging Face checkpoint folder")
-    else:
-        problems += family_problem(config.checkpoint)
-    broken = data_files.problems_of(config.train_file, "the training data", "put it there or pass --train_file")
-    problems += broken
-    if config.test_file or not broken:
-        tested = config.test_file or ",".join(map(str, config.test_files))
-        cure = "leave --test_file out to hold out training data"
-        problems += data_files.problems_of(tested, "the test data", cure) if tested else []
-        if not tested and config.eval_ratio == 0:
-            problems.append("there is no test file and --eval_ratio is 0; give one of the two")
-    elif config.eval_ratio == 0:
-        problems.append("there is no test file and --eval_ratio is 0; give one of the two")
-    problems += replay_problems(config)
-    problems += file_problem(str(config.retention_path), "the retention file", "leave --retention_file out for ours")
-    problems += file_problem(str(config.deepspeed_file), "the DeepSpeed file", "leave --ds_file out for ours")
-    output = Path(config.output_path)
-    return problems + place_problem(output, model) + writable_problem(output)
-
-
-def replay_problems(config: Config) -> list[str]:
-    """What is wrong with the conversations that are to be replayed, and with their share."""
-    if not config.replay_ratio:
-        given = "--replay_file is given and --replay_ratio is 0; pass the share of each step that it gets, such as 0.25"
-        return [given] if config.replay_file else []
-    problems = data_files.problems_of(config.replay_file, "the replay file", "leave --replay_file out for ours") if (
-        config.replay_file) else []  # fmt: skip
-    if not problems and any(files.is_same(path, config.retention_path) for path in config.replay_files):
-        problems.append(
-            f"{config.retention_path} is learned again (--replay_file) and measures forgetting (--retention_file), so "
-            "it would measure nothing; choose another one for either"
-        )
-    if config.per_device_train_batch_size * config.gradient_accumulation_steps == 1:
-        problems.append("--replay_ratio needs steps of two conversations at least; raise --gradient_accumulation_steps")
-    return problems
-
-
-def file_problem(path: str, what: str, cure: str) -> list[str]:
-    """Why a file cannot be read, if it cannot."""
-    try:
-        files.open_regular(Path(path), what, cure).close()
-    except UserError as error:
-        return [str(error)]
-    return []
-
-
-def place_problem(output: Path, model: Path) -> list[str]:
-    """An output path that is the model's folder, lies in it or holds it: the run would write over its own base."""
-    if files.same_or_inside(output, model):
-        where = "is" if files.same_or_inside(model, output) else "lies in"
-    elif files.same_or_inside(model, output):
-        where = "holds"
-    else:
-        return []
-    return [
-        f"the output path {output} {where} the model folder {model}, whose files the run would replace; "
-        "choose another --output_path"
-    ]
-
-
-def family_problem(checkpoint: Checkpoint) -> list[str]:
-    """A `--mode` that does not fit, or code of the checkpoint's own that is not trusted: its files show both."""
-    try:
-        checkpoint.check_trust()
-        checkpoint.family()
-    except UserError as error:
-        return [str(error)]
-    return []
-
-
-def writable_problem(path: Path) -> list[str]:
-    """Whether `path` (or, before it exists, its nearest existing parent) can be written by this user."""
-    nearest = path
-    while not os.path.exists(nearest) and nearest != nearest.parent:
-        nearest = nearest.parent
-    if not files.is_folder(nearest):
-        return [f"the output path {path} lies under {nearest}, which is a file"]
-    if not os.access(nearest, os.W_OK | os.X_OK):
-        return [
-            f"{nearest} is not writable for user id {os.getuid()}; on the host, run "
-            f"`sudo chown -R {os.getuid()} {nearest.name}` on the mounted folder "
-            "or start the container with `--user $(id -u)`"
-        ]
-    return []

@@ -3,15 +3,11 @@
 DeepSpeed's documentation of these keys: https://www.deepspeed.ai/docs/config-json/
 """
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from llmops import files
 from llmops.console import UserError
-
-if TYPE_CHECKING:
-    from train.config import Config
+from train.config import Config
 
 WHAT = "the DeepSpeed file"
 AUTO = "auto"  # the Trainer fills in our setting

@@ -18,7 +18,7 @@ from llmops import files
 from llmops.console import UserError, has_gpu, log, progress, run_main
 from llmops.conversations.data_files import Read, read_conversations
 from llmops.conversations.records import Conversation, Message
-from train.config import writable_problem
+from train.problems import writable_problem
 
 MODEL_NAME = "tiny-chat-model"
 BASE_STEPS = 120

@@ -19,7 +19,8 @@ from llmops.intents.questions import INTENTS_NAME, refuse_exported, refuse_unfin
 from llmops.machine import devices, process_group
 from llmops.machine.peers import Peers, watch_launcher
 from train import deepspeed_file
-from train.config import Config, parse
+from train.config import Config
+from train.flags import parse
 from train.run_folder import OutputFolder, earlier_run, say_finished
 
 PLACE = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}  # of this process, as the launcher tells it

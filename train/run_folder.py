@@ -14,6 +14,7 @@ from llmops import files
 from llmops.console import UserError, log
 from llmops.conversations import data_files
 from llmops.intents.questions import INTENTS_NAME
+from llmops.machine.locks import lock
 from llmops.models import checkpoints
 from train import checkpointing, ownership
 from train.config import RESTARTABLE, Config
@@ -193,7 +194,7 @@ class OutputFolder:
             return
         files.make_folder(self.path, "the output path")
         busy = f"another run is writing to {self.path}; wait for it or choose another --output_path"
-        self.held.enter_context(files.lock(self.path / ".lock", busy))
+        self.held.enter_context(lock(self.path / ".lock", busy))
         refuse_foreign(self.config)  # again: nobody of ours writes here now
         own = own_names(self.path)
         if own and ownership.read_own(self.path) is None:

@@ -1,31 +1,26 @@
 """The stages of a run, in order: output folder, data, model and trainer, training, what is left behind."""
 
-import errno
 import math
 import os
-import pickle
 import time
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
 import deepspeed
-import pydantic
 import torch
 import torch.distributed as dist
 import transformers
-from safetensors import SafetensorError
 from torch.utils.tensorboard import SummaryWriter
 from transformers import DefaultFlowCallback, EarlyStoppingCallback, PrinterCallback, TrainingArguments, set_seed
 from transformers.integrations import TensorBoardCallback, get_reporting_integration_callbacks
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from llmops import files
-from llmops.console import RunStopped, UserError, log
+from llmops.console import UserError, log
 from llmops.conversations import data_files
 from llmops.generation.capacity import base_of
 from llmops.machine import cpu_kernels, devices, process_group
@@ -39,6 +34,7 @@ from train.config import Config
 from train.course import course_words, judges
 from train.dataset import TokenDataset
 from train.estimates import add_lora
+from train.faults import explain_faults
 from train.replay import Joined, replayed
 from train.run_folder import (
     CACHE_NAME,
@@ -51,7 +47,6 @@ from train.run_folder import (
     step_size,
 )
 from train.source import Source
-from train.steps import Split
 from train.token_cache import load_or_encode
 from train.trainer import ChatTrainer, Schedule, barrier
 from train.training_log import ConsoleServer, TensorBoardServer, TokenCounter, TrainingLog
@@ -361,46 +356,3 @@ def train(config: Config, trainer: ChatTrainer, schedule: Schedule, rank: int) -
         trainer.train(resume_from_checkpoint=checkpoint)
     schedule.end_if_signalled()
     trainer.seconds = time.monotonic() - started
-
-
-@contextmanager
-def explain_faults(config: Config, split: Split) -> Iterator[None]:
-    """Turn out of memory, a full disk, a foreign state and a refused DeepSpeed file into one sentence."""
-    try:
-        yield
-    except pickle.UnpicklingError as error:
-        raise RunStopped(f"a state of the checkpoint {states.refusal(error)}; remove that checkpoint") from error
-    except pydantic.ValidationError as error:  # DeepSpeed's judgement of its file
-        found = "; ".join(f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors())
-        raise RunStopped(f"DeepSpeed refuses {config.deepspeed_file} ({found}); mend it") from error
-    except ValueError as error:
-        if "mismatch TrainingArguments" not in str(error):
-            raise
-        found = "; ".join(line.removeprefix("- ds ") for line in str(error).splitlines() if line.startswith("- "))
-        raise RunStopped(
-            f'{config.deepspeed_file} says otherwise than the settings ({found}); write "auto" there'
-        ) from error
-    except (OSError, RuntimeError, MemoryError, SafetensorError) as error:
-        text = str(error)
-        memory = isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in text
-        full = getattr(error, "errno", None) == errno.ENOSPC or any(
-            mark in text for mark in ("No space left on device", "PytorchStreamWriter failed writing", "unexpected pos")
-        )
-        if memory:
-            raise RunStopped(
-                f"out of memory at {micro_batch(split)} and length {config.max_seq_len}; pass --micro_batch_tokens "
-                f"{max(256, (split.tokens or split.rows * config.max_seq_len) // 2)} (it changes nothing that is "
-                "learned) or --gradient_checkpointing true and start again to continue, use --zero_stage 3 or "
-                "3_offload, or lower --max_seq_len"
-            ) from error
-        if full:
-            raise RunStopped(
-                f"the disk of {config.output_path} is full; the checkpoints saved before are whole, free some space "
-                "and start again to continue"
-            ) from error
-        raise
-
-
-def micro_batch(split: Split) -> str:
-    """The largest micro-batch in words."""
-    return f"micro-batches of {split.tokens} tokens" if split.tokens else f"batch {split.rows}"

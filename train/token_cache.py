@@ -11,6 +11,7 @@ from typing import Any
 from llmops import files
 from llmops.console import RunStopped, UserError, log
 from llmops.formats.chat_format import ChatFormat
+from llmops.machine.locks import lock
 from train.dataset import TokenDataset
 from train.encoding import describe, encode_rows
 from train.source import Source
@@ -24,7 +25,7 @@ def load_or_encode(source: Source, chat: ChatFormat, cache: Path, encodes: bool 
             time.sleep(0.2)
         return TokenDataset(folder)
     files.make_folder(cache, "the folder for tokenised data")
-    with files.lock(cache / "lock", "", wait=True):  # nodes that share a file system
+    with lock(cache / "lock", "", wait=True):  # nodes that share a file system
         problem = damage(folder) if os.path.lexists(folder) else None
         if problem:
             log(f"warning: the tokenised data in {folder} is damaged ({problem}) and is made anew")

@@ -166,7 +166,7 @@ def make_run(folder: Path) -> None:
     from llmops.models.chat_model import ChatModel
     from llmops.models.checkpoints import Checkpoint
     from train import checkpointing, ownership
-    from train.config import parse
+    from train.flags import parse
     from train.run_folder import data_digest
     from train.source import Source
     from train.token_cache import load_or_encode

@@ -74,7 +74,7 @@ def commands() -> dict[str, Main]:
 
 def parser_of(command: str) -> argparse.ArgumentParser:
     """The argument parser of a command."""
-    module = "train.config" if command == "finetune" else commands()[command].__module__
+    module = "train.flags" if command == "finetune" else commands()[command].__module__
     return sys.modules[module].build_parser()
 
 
@@ -95,8 +95,7 @@ def resume(argv: Sequence[str]) -> int:
 
 def tokens(argv: Sequence[str]) -> int:
     """Tokenise, or take the tokens that are in the cache, and read all of them as training does."""
-    from llmops.console import run_main
-    from llmops.files import print_json
+    from llmops.console import print_json, run_main
     from llmops.models.chat_model import ChatModel
     from llmops.models.checkpoints import Checkpoint
     from train.encoding import describe
@@ -119,9 +118,8 @@ def tokens(argv: Sequence[str]) -> int:
 
 def encode(argv: Sequence[str]) -> int:
     """Read and tokenise conversations of any kind of file, as the start of a training does."""
-    from llmops.console import run_main
+    from llmops.console import print_json, run_main
     from llmops.conversations.data_files import list_files
-    from llmops.files import print_json
     from llmops.models.chat_model import ChatModel
     from llmops.models.checkpoints import Checkpoint
     from train.encoding import describe

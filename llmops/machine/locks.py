@@ -1,0 +1,30 @@
+"""A file that one process at a time holds, on this machine and on others that share the file system."""
+
+import fcntl
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from llmops import files
+from llmops.console import UserError
+
+
+@contextmanager
+def lock(path: Path, busy: str, wait: bool = False) -> Iterator[None]:
+    """Hold a lock file, alone among all processes and the nodes that share the file system; it stays when released.
+
+    `busy` is the error's sentence when somebody else holds it, unless one may `wait` for them.
+    """
+    try:
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+    except OSError as error:
+        raise files.unwritable(path, error) from error
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            raise UserError(busy) from None
+        yield
+    finally:
+        os.close(descriptor)

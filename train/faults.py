@@ -1,0 +1,58 @@
+"""Expected faults of a training, each as one sentence: memory, disk, a state or a DeepSpeed file that is refused."""
+
+import errno
+import pickle
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pydantic
+import torch
+from safetensors import SafetensorError
+
+from llmops.console import RunStopped
+from train import states
+from train.config import Config
+from train.steps import Split
+
+
+@contextmanager
+def explain_faults(config: Config, split: Split) -> Iterator[None]:
+    """Turn out of memory, a full disk, a foreign state and a refused DeepSpeed file into one sentence."""
+    try:
+        yield
+    except pickle.UnpicklingError as error:
+        raise RunStopped(f"a state of the checkpoint {states.refusal(error)}; remove that checkpoint") from error
+    except pydantic.ValidationError as error:  # DeepSpeed's judgement of its file
+        found = "; ".join(f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors())
+        raise RunStopped(f"DeepSpeed refuses {config.deepspeed_file} ({found}); mend it") from error
+    except ValueError as error:
+        if "mismatch TrainingArguments" not in str(error):
+            raise
+        found = "; ".join(line.removeprefix("- ds ") for line in str(error).splitlines() if line.startswith("- "))
+        raise RunStopped(
+            f'{config.deepspeed_file} says otherwise than the settings ({found}); write "auto" there'
+        ) from error
+    except (OSError, RuntimeError, MemoryError, SafetensorError) as error:
+        text = str(error)
+        memory = isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in text
+        full = getattr(error, "errno", None) == errno.ENOSPC or any(
+            mark in text for mark in ("No space left on device", "PytorchStreamWriter failed writing", "unexpected pos")
+        )
+        if memory:
+            raise RunStopped(
+                f"out of memory at {micro_batch(split)} and length {config.max_seq_len}; pass --micro_batch_tokens "
+                f"{max(256, (split.tokens or split.rows * config.max_seq_len) // 2)} (it changes nothing that is "
+                "learned) or --gradient_checkpointing true and start again to continue, use --zero_stage 3 or "
+                "3_offload, or lower --max_seq_len"
+            ) from error
+        if full:
+            raise RunStopped(
+                f"the disk of {config.output_path} is full; the checkpoints saved before are whole, free some space "
+                "and start again to continue"
+            ) from error
+        raise
+
+
+def micro_batch(split: Split) -> str:
+    """The largest micro-batch in words."""
+    return f"micro-batches of {split.tokens} tokens" if split.tokens else f"batch {split.rows}"
