@@ -20,7 +20,10 @@ os.environ["LLMOPS_LANG"] = "en"  # the tests read English sentences, whatever t
 SIDE_BY_SIDE = "PYTEST_XDIST_WORKER" in os.environ
 if SIDE_BY_SIDE:  # each test on a core of its own
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-LONGEST = ("test_finetune.py", "test_demo.py", "test_generation.py", "test_faq.py", "test_faq_guide.py")  # start first
+LONGEST = (  # start first
+    "test_cluster.py", "test_finetune.py", "test_demo.py", "test_faq_guide.py", "test_faq.py", "test_fuzz.py",
+    "test_pretrained.py", "test_job_run.py",
+)  # fmt: skip
 MODULES_CACHE = tempfile.TemporaryDirectory(prefix="llmops-modules.")  # code of test checkpoints is not kept
 os.environ["HF_MODULES_CACHE"] = MODULES_CACHE.name
 VECTORS_CACHE = tempfile.TemporaryDirectory(prefix="llmops-cache.")  # nor are their vectors
