@@ -3,7 +3,6 @@
 Answers depend on the model and the prompts only, not on the batch size.
 """
 
-import os
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -116,10 +115,7 @@ class Engine:
 
     def __init__(self, settings: Settings, processes: Processes) -> None:
         checkpoint = check(settings)
-        if not has_gpu():
-            os.environ.setdefault("DS_ACCELERATOR", "cpu")
-            if "OMP_WAIT_POLICY" not in os.environ:  # as tune_cpu in llmops/environment.sh, which says why
-                os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+        devices.tune_cpu()
         import transformers
 
         transformers.logging.set_verbosity_error()

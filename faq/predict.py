@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from llmops import files, json_text
-from llmops.console import Parser, UserError, has_gpu, log, progress, run_main, stdout_to_stderr, to_bool, write_stdout
+from llmops.console import Parser, UserError, log, progress, run_main, stdout_to_stderr, to_bool, write_stdout
 from llmops.conversations.records import Message
 from llmops.formats.families import families
 from llmops.intents.catalog import Catalog, load_catalog
@@ -298,8 +298,7 @@ def open_all(config: Config, processes: Processes) -> tuple[Opened, "Joint | Non
     queries = read_queries(config, catalog)
     joint = read_joint(config, catalog) if processes.first else None
     # 2. from here on the heavy libraries
-    if not has_gpu():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    devices.tune_cpu()
     import torch
     import transformers
 

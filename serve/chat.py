@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Any
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from llmops.console import Parser, UserError, has_gpu, log, run_main, stdout_to_stderr, to_bool
+from llmops.console import Parser, UserError, log, run_main, stdout_to_stderr, to_bool
 from llmops.conversations.records import Message
+from llmops.machine import devices
 from serve.answers import ApiError
 from serve.settings import Limits, add_model_settings, check_model
 
@@ -145,8 +146,7 @@ def run(given: argparse.Namespace) -> int:
     settings = check_model(given)
     if settings is None:
         raise UserError("--model_name_or_path is none; expected a model's folder")
-    if not has_gpu():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    devices.tune_cpu()
     with stdout_to_stderr():
         from serve.model.service import open_service
 

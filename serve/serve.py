@@ -4,14 +4,14 @@ python serve/serve.py --help        every setting
 Prints one JSON object on stdout when it is ready: {"url", "models"}. Without a model it needs no torch.
 """
 
-import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from llmops.console import has_gpu, log, print_json, run_main, stdout_to_stderr
+from llmops.console import log, print_json, run_main, stdout_to_stderr
+from llmops.machine import devices
 from serve.settings import Settings, read_settings
 
 if TYPE_CHECKING:
@@ -22,8 +22,7 @@ def open_model(settings: Settings) -> "Service | None":
     """The model behind its engine, ready to answer; None without one."""
     if settings.model is None:
         return None
-    if not has_gpu():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    devices.tune_cpu()
     with stdout_to_stderr():
         from serve.model.service import open_service
 

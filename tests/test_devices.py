@@ -2,11 +2,14 @@
 
 import os
 import shutil
+import subprocess
+import sys
 from datetime import timedelta
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import ROOT, environment
 
 from eval.engine import choose_device
 from llmops.console import UserError, has_gpu
@@ -97,6 +100,35 @@ def test_a_process_finds_ninja_and_shares_the_cores(monkeypatch: pytest.MonkeyPa
     on_cpu = {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "1"}  # the launcher's number of this process
     devices.prepare_process(on_cpu)
     assert on_cpu["CUDA_VISIBLE_DEVICES"] == "-1"
+
+
+FAULTS = """
+import os, resource
+from llmops.machine import devices
+if os.environ.pop("TUNED"):
+    devices.tune_cpu()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(20):
+    bytes([1]) * (64 << 20)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before, os.environ.get("GOMP_SPINCOUNT", ""))
+"""
+
+
+def test_a_command_that_python_was_given_keeps_its_memory() -> None:
+    def faults(**variables: str) -> tuple[int, str]:
+        done = subprocess.run(
+            [sys.executable, "-c", FAULTS], cwd=ROOT, env=environment() | {"CUDA_VISIBLE_DEVICES": "-1"} | variables,
+            capture_output=True, text=True, check=True,
+        )  # fmt: skip
+        count, spins = done.stdout.rstrip("\n").split(" ")
+        return int(count), spins
+
+    (plain, _), (tuned, spins) = faults(TUNED=""), faults(TUNED="yes")
+    assert tuned < plain / 10
+    assert spins == "1000"
+    chosen, spins = faults(TUNED="yes", MALLOC_MMAP_THRESHOLD_="65536", OMP_WAIT_POLICY="active")
+    assert chosen > plain / 2
+    assert spins == ""
 
 
 def test_the_cpu_can_be_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
