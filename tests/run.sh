@@ -24,6 +24,7 @@ cd "$HERE"
 bash tests/lint.sh "$bin"
 # A pretrained model for tests/real_model; without an index they are skipped and say so.
 "$PYTHON" tests/real_model/fetch.py >&2 || log "no pretrained model can be fetched; the tests in tests/real_model will be skipped"
-# A test mostly waits for a Python that imports torch: as many files side by side as there are cores (8 at most).
-workers=$(nproc)
+# A test mostly waits for a Python that imports torch, and some for a clock: a file more side by side than there are cores
+# (8 at most).
+workers=$(($(nproc) + 1))
 exec "$PYTHON" -m pytest -n "$((workers < 8 ? workers : 8))" --dist loadfile --no-loadscope-reorder "$@"
