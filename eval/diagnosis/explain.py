@@ -1,5 +1,6 @@
 """What was seen in a log, for people."""
 
+import sys
 import unicodedata
 from collections.abc import Mapping
 
@@ -61,7 +62,7 @@ def explain(diagnosis: Diagnosis, run: TrainingRun, thresholds: Thresholds) -> s
     """Several lines: what was read, then per risk the level, its reason and the numbers against the thresholds."""
     lines = [read_summary(diagnosis, run)]
     for risk, finding in diagnosis.findings.items():
-        reason = spoken(finding.reason)
+        reason = spoken(finding.reason, sys.stderr.encoding)
         lines += ["", f"{risk}: {finding.level} ({reason})", *rows(risk, finding, diagnosis.axis, thresholds)]
         if risk == "catastrophic_forgetting" and finding.level != LOW:
             lines.append(f"  {AGAINST_FORGETTING}")
@@ -86,7 +87,8 @@ def rows(risk: str, finding: Finding, axis: str, thresholds: Thresholds) -> list
     for name, words, limits in ROWS[risk]:
         if name in finding.numbers:
             against = ", ".join(f"{limit} {getattr(thresholds, limit):g}" for limit in limits)
-            shown = f"  {padded(spoken(words.format(axis=axis)), 54)}{finding.numbers[name]:>12.5g}"
+            label = spoken(words.format(axis=axis), sys.stderr.encoding)
+            shown = f"  {padded(label, 54)}{finding.numbers[name]:>12.5g}"
             lines.append(shown + (f"   ({against})" if against else ""))
     return lines
 

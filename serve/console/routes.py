@@ -52,9 +52,7 @@ class RunPages:
             pages.data("/console/api/runs", self.listed_json),
             pages.data("/console/api/run", self.one_json),
             pages.data("/console/api/log", self.log),
-            pages.data(
-                "/console/api/diagnosis", lambda request: self.diagnoses.of(named(request), language_of(request))
-            ),
+            pages.data("/console/api/diagnosis", self.diagnosis),
             pages.write("/console/api/stop", self.stop),
         ]
 
