@@ -140,8 +140,8 @@ def tune_cpu() -> None:
     if has_gpu():
         return
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    if "OMP_WAIT_POLICY" not in os.environ:
-        os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+    if "OMP_WAIT_POLICY" not in os.environ and "GOMP_SPINCOUNT" not in os.environ:
+        os.environ.update(OMP_WAIT_POLICY="active", GOMP_SPINCOUNT="1000")
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # other C libraries have none
     if mallopt and not any(name.startswith("MALLOC_") for name in os.environ):
         for option, value in KEEP_MEMORY.items():
