@@ -26,7 +26,7 @@ import psutil
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
-from llmops.console import log
+from llmops.console import UserError, log, run_main
 
 TOKEN = "token-of-the-benchmark"
 TOPICS = ("the sea", "bread", "a bicycle", "winter", "chess", "a library", "rain", "the moon", "trains", "glass",
@@ -159,6 +159,8 @@ def ours(options: argparse.Namespace) -> None:
             print(json.dumps({"server": "ours", "unit": "tokens/s"} | found | memory), flush=True)
         if "intents" in model and options.what in ("all", "intents"):
             intents(port, options)
+        elif options.what == "intents":
+            raise UserError(f"{options.model} has no intents.json: take a model of the FAQ scenario")
 
 
 def intents(port: int, options: argparse.Namespace) -> None:
@@ -233,4 +235,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_main(main))

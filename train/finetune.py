@@ -6,7 +6,8 @@ python train/finetune.py --check ...   settings, paths and data only; needs no t
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,22 @@ def check(config: Config) -> int:
     return 0
 
 
+@contextmanager
+def without_mlflow() -> Iterator[None]:
+    """Within the block mlflow counts as not installed: DeepSpeed imports it for its autotuner, which is not used here.
+
+    It takes over a second of every start; a tracker that was asked for imports it later.
+    """
+    if "mlflow" in sys.modules:
+        yield
+        return
+    sys.modules["mlflow"] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        del sys.modules["mlflow"]
+
+
 def run(config: Config) -> dict[str, Any]:
     """Train as configured; the results that train_results.json holds. Runs in every process."""
     # 1. who am I, is there something to do
@@ -71,7 +88,8 @@ def run(config: Config) -> dict[str, Any]:
                 outcome.merge(config)
         return results
     # 2. from here on the heavy libraries
-    from train import held_out, outcome, session
+    with without_mlflow():
+        from train import held_out, outcome, session
 
     devices.check_gpu()
     with OutputFolder(config, rank), watch_launcher(), Peers(REMAINS) as peers:
@@ -97,7 +115,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         with stdout_to_stderr():
             if config.dry_run:
                 devices.prepare_process(os.environ)
-                from train import dry_run
+                with without_mlflow():
+                    from train import dry_run
 
                 devices.check_gpu()
                 dry_run.run(config)
