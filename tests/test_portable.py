@@ -13,6 +13,8 @@ from peft import LoraConfig
 from transformers import AutoConfig, AutoTokenizer
 
 from llmops.models import portable
+from llmops.models.chat_model import ChatModel
+from llmops.models.checkpoints import Checkpoint
 
 TEXTS = ["你好，世界！ Hello  world\n\n123", "<|im_start|>user\nhi<|im_end|>\n", "\t  多 个 空格"]
 
@@ -88,6 +90,32 @@ def test_a_template_that_only_the_training_had_is_kept(base: Path) -> None:
     portable.make_portable(folder, base)
     assert settings(folder, "tokenizer_config.json")["chat_template"] == "{{ messages }}"
     assert AutoTokenizer.from_pretrained(folder).chat_template == "{{ messages }}"
+
+
+def test_the_template_of_a_named_mode_goes_before_the_tokenizers_own(base: Path) -> None:
+    own = (base / "chat_template.jinja").read_text(encoding="utf-8")
+    folder = saved(base)
+    learned = Checkpoint(base, mode="llama2").named_template
+    assert learned not in ("", own)
+    portable.make_portable(folder, base, template=learned)
+    assert settings(folder, "tokenizer_config.json")["chat_template"] == learned
+    assert AutoTokenizer.from_pretrained(folder).chat_template == learned
+    assert Checkpoint(base).named_template == ""
+
+
+def test_a_model_is_asked_as_it_was_trained(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    """Of a mode that was named in the training; the folder of the weights, a checkpoint of it, and what is merged."""
+    asked = [{"role": "user", "content": "你好"}]
+    base, run = checkpoints["qwen2"], tmp_path / "run"
+    for folder in (run, run / "checkpoint-2"):
+        shutil.copytree(base, folder, dirs_exist_ok=True)
+    (run / "finetune_config.json").write_text('{"mode": "qwen1.5"}', encoding="utf-8")
+    expected = ChatModel(Checkpoint(base, mode="qwen1.5")).chat.prompt(asked)
+    assert expected != ChatModel(Checkpoint(base)).chat.prompt(asked)
+    for folder in (run, run / "checkpoint-2"):
+        assert ChatModel(Checkpoint(folder)).chat.prompt(asked) == expected
+    (run / "finetune_config.json").write_text('{"mode": "one of yours that is gone"}', encoding="utf-8")
+    assert ChatModel(Checkpoint(run)).chat.prompt(asked) == ChatModel(Checkpoint(base)).chat.prompt(asked)
 
 
 @pytest.mark.parametrize(

@@ -103,7 +103,18 @@ class Checkpoint:
         check_files(base, ["tokenizer_config.json"])
         found = sorted([*base.glob("tokenizer_config.json"), *base.glob("tokenization_*.py")])
         text = "".join(files.read_bytes(path, "the checkpoint's file").decode("utf-8", "replace") for path in found)
-        return choose_family(self.mode, self.config, text, has_template)
+        return choose_family(self.chosen_mode, self.config, text, has_template)
+
+    @cached_property
+    def chosen_mode(self) -> str:
+        """`mode`; where that is auto, the one that was named when the model was trained: it learned that format."""
+        told = recorded(self.folder, "mode") if self.mode == OWN else None
+        return told if isinstance(told, str) and told in families() else self.mode
+
+    @property
+    def named_template(self) -> str:
+        """The chat template of a mode that was named, now or when the model was trained; empty without one."""
+        return "" if self.chosen_mode == OWN else families()[self.chosen_mode].chat_template
 
     @cached_property
     def lora_layers(self) -> Sequence[str] | None:
@@ -143,11 +154,15 @@ def run_settings(folder: Path) -> Path | None:
     return next((place / RUN_SETTINGS for place in places if files.is_file(place / RUN_SETTINGS)), None)
 
 
+def recorded(folder: Path, name: str) -> Any:
+    """A setting of the run that made a folder; None without one."""
+    path = run_settings(folder)
+    return files.read_object(path, "the settings of the run").get(name) if path else None
+
+
 def recorded_thinking(folder: Path) -> bool | None:
     """What the run that made a folder told the template about thinking."""
-    path = run_settings(folder)
-    told = files.read_object(path, "the settings of the run").get("enable_thinking") if path else None
-    return {"true": True, "false": False}.get(str(told).lower())
+    return {"true": True, "false": False}.get(str(recorded(folder, "enable_thinking")).lower())
 
 
 def check_files(folder: Path, patterns: Sequence[str]) -> None:

@@ -33,12 +33,13 @@ LORA_SETTINGS = (
 )  # fmt: skip
 
 
-def make_portable(folder: Path, base: Path, tokenizer: Path | None = None) -> None:
+def make_portable(folder: Path, base: Path, tokenizer: Path | None = None, template: str = "") -> None:
     """Mend the files of a model or an adapter that was just saved in `folder`, trained from `base`.
 
     `tokenizer`: the folder that its tokenizer was loaded from (`base`). Its vocabulary must be the same as there.
+    `template`: the chat template that it learned, where that is not the tokenizer's own.
     """
-    copy_tokenizer(folder, tokenizer or base)
+    copy_tokenizer(folder, tokenizer or base, template)
     if files.is_file(folder / CONFIG):
         write_config(folder, base)
         copy(base, folder, [*COMPANIONS, GENERATION])
@@ -60,11 +61,11 @@ def copy(source: Path, target: Path, patterns: Sequence[str]) -> None:
         shutil.copyfile(path, target / path.name)
 
 
-def copy_tokenizer(folder: Path, source: Path) -> None:
+def copy_tokenizer(folder: Path, source: Path, learned: str = "") -> None:
     """Put the tokenizer of `source` in the place of what a library wrote of it: byte for byte, where that is readable.
 
-    The chat template stands in tokenizer_config.json and in chat_template.jinja; it is that of `source`, or where that
-    has none the one that was written with the tokenizer.
+    The chat template stands in tokenizer_config.json and in chat_template.jinja; it is the `learned` one, else that of
+    `source`, or where that has none the one that was written with the tokenizer.
     """
     written = files.read_text(folder / TEMPLATE) if files.is_file(folder / TEMPLATE) else None
     for path in {path for pattern in TOKENIZER_FILES for path in folder.glob(pattern)}:
@@ -74,10 +75,12 @@ def copy_tokenizer(folder: Path, source: Path) -> None:
     settings = files.read_object(path, "the tokenizer's settings") if files.is_file(path) else {}
     mended = tokenizer_settings(settings)
     template = files.read_text(source / TEMPLATE) if files.is_file(source / TEMPLATE) else None
-    template = template or mended.get("chat_template") or written
+    if learned:
+        mended["chat_template"] = learned
+    template = learned or template or mended.get("chat_template") or written
     if isinstance(template, str):
         mended.setdefault("chat_template", template)
-        if not files.is_file(folder / TEMPLATE):
+        if learned or not files.is_file(folder / TEMPLATE):
             files.write_text(folder / TEMPLATE, template)
     if mended != settings:
         files.write_json(folder / TOKENIZER_CONFIG, mended)
