@@ -25,6 +25,9 @@ QUESTIONS = ("query", "question", "prompt", "problem")
 ANSWERS = ("response", "answer", "target", "completion")
 ONE_TEXT = "text alone is for pretraining; expected a question with its answer"
 PREFERENCE = "two answers to choose between are preference data, which this does not learn; keep the better one"
+JUDGEMENT = "a mark of good and bad answers is preference data, which this does not learn; keep the good ones, unmarked"
+REJECTED = ("rejected_response", "rejected_messages")  # of ms-swift, beside the answer that is better
+JUDGED = ("label", "kto_tag")  # of ms-swift and LLaMA-Factory: whether the answer is good
 EXPECTED = 'expected {"messages": [{"role", "content"}, ...]} or another shape of docs/training.md'
 Row = dict[str, Any]
 
@@ -40,13 +43,19 @@ def convert(row: Any) -> tuple[Conversation, str]:
 
 def shape_of(row: Row) -> tuple[str, Callable[[Row], Conversation]]:
     """The shape of a row's keys. Raises BadRow for keys of none."""
+    for key, other in (("chosen", "rejected"), ("completion", "label")):
+        if key in row and other in row:
+            raise BadRow(f"found {key!r} and {other!r}: {PREFERENCE}")
+    for key in REJECTED:
+        if key in row:
+            raise BadRow(f"there is {key!r}: {PREFERENCE}")
+    for key in JUDGED:
+        if isinstance(row.get(key), bool):
+            raise BadRow(f"{key!r} is {files.shown(row[key])}: {JUDGEMENT}")
     if "messages" in row:
         return "messages", from_messages
     if "conversations" in row or "conversation" in row:
         return "ShareGPT", from_sharegpt
-    for key, other in (("chosen", "rejected"), ("response", "rejected_response"), ("completion", "label")):
-        if key in row and other in row:
-            raise BadRow(f"found {key!r} and {other!r}: {PREFERENCE}")
     if "intent" not in row:
         if "instruction" in row and "output" in row:
             return "Alpaca", from_alpaca
