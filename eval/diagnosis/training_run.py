@@ -117,7 +117,7 @@ class TrainingRun:
         if values and not placed and self._section == "summary":
             self.passed["summary"] += 1
             return {}
-        if "loss" in values and not placed and self._section == "eval":
+        if "loss" in values and self._section == "eval" and not (placed and self._goes_on(reading)):
             del values["loss"]
             self.passed["doubt"] += 1
         if (
@@ -128,9 +128,18 @@ class TrainingRun:
         ):
             del values["loss"]  # a mean over steps that were told before
             self.passed["summary"] += 1
-        if placed and "eval_loss" not in values:
+        if placed and "loss" in values and "eval_loss" not in values:
             self._section = ""
+        elif "eval_loss" in values and self._section == "eval":
+            self._section = "after eval"
         return values
+
+    def _goes_on(self, reading: Reading) -> bool:
+        """Whether a loss with a place lies behind what was told last: one that begins anew may be an evaluation's."""
+        if reading.step is not None and self._raw_step is not None:
+            newer = reading.epoch is not None and self._epoch is not None and reading.epoch > self._epoch
+            return newer or reading.step > self._raw_step
+        return True
 
     def _last(self, name: str) -> float | None:
         curve = self.curves[name]
