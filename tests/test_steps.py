@@ -4,7 +4,9 @@ import json
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,7 +18,7 @@ from llmops.models.chat_model import ChatModel
 from llmops.models.checkpoints import Checkpoint
 from train import attention
 from train.batches import PackedCollator, PaddedCollator, Sample, target_losses
-from train.steps import Split, StepCollator, StepSampler, by_length, by_prompt, plan_step
+from train.steps import Ahead, Split, StepCollator, StepSampler, by_length, by_prompt, plan_step
 
 LORA = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -68,6 +70,34 @@ def test_the_split_changes_nothing(checkpoints: dict[str, Path], trained: str, p
             assert loss == pytest.approx(expected_loss, rel=1e-6)
             assert (found - expected).norm() <= 1e-6 * expected.norm(), (split, world)
     assert {16, 8, 4, 1} <= counts
+
+
+def test_a_step_is_made_ready_ahead_of_time() -> None:
+    """By a thread, as on a GPU: the same steps with the masks of FlexAttention, then the end, then what goes wrong."""
+    samples = many()
+
+    def steps(bad: bool = False) -> Iterator[dict[str, Any]]:
+        data: Any = [*samples[:-1], {"ids": samples[-1]["ids"]}] if bad else samples
+        order = StepSampler(range(len(samples)), 4)
+        collate = StepCollator(PackedCollator(flex=True), Split(tokens=300), 0, 1)
+        return iter(torch.utils.data.DataLoader(data, batch_sampler=order, collate_fn=collate))
+
+    ahead, plain = Ahead(steps(), torch.device("cpu")), list(steps())
+    for step in plain:
+        found = next(ahead)
+        assert found["learned"] == step["learned"]
+        for one, other in zip(found["batches"], step["batches"], strict=True):
+            assert torch.equal(one["input_ids"], other["input_ids"])
+            assert torch.equal(one["layout"].tiles.to_dense(), other["layout"].tiles.to_dense())
+    with pytest.raises(StopIteration):
+        next(ahead)
+    ahead.close()
+    broken = Ahead(steps(bad=True), torch.device("cpu"))
+    for _ in plain[:-1]:
+        next(broken)
+    with pytest.raises(KeyError, match="learned"):
+        next(broken)
+    broken.close()
 
 
 @pytest.mark.parametrize("padded", [True, False])

@@ -8,6 +8,7 @@ because ZeRO exchanges gradients (and in stage 3 weights) in every one of them.
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any, Protocol
@@ -81,6 +82,31 @@ class StepCollator:
             batch = self.collate([samples[i] for i in group or [shortest]])
             batches.append(batch if group else batch | {"weight": 0.0, "tokens": 0})
         return {"batches": batches, "learned": sum(int(sample["learned"][1:].sum()) for sample in samples)}
+
+
+class Ahead:
+    """The items of an iterator, of which a thread makes the next one ready while this one is in use.
+
+    A thread and no process: what it makes need not be pickled (FlexAttention's masks cannot be), no signal reaches it,
+    and tensors pass without a file descriptor each. What it raises is raised for the item that was being made.
+    """
+
+    def __init__(self, items: Iterator[dict[str, Any]], device: torch.device) -> None:
+        self.items = items
+        begin: dict[str, Any] = {}
+        if device.type == "cuda":  # a new thread would lock its pages for the first GPU
+            begin = {"initializer": torch.cuda.set_device, "initargs": (device,)}
+        self._thread = ThreadPoolExecutor(1, "ahead", **begin)
+        self._next = self._thread.submit(next, items)
+
+    def __next__(self) -> dict[str, Any]:
+        item = self._next.result()
+        self._next = self._thread.submit(next, self.items)
+        return item
+
+    def close(self) -> None:
+        """End the thread; an item that it has ready is lost."""
+        self._thread.shutdown(cancel_futures=True)
 
 
 def plan_step(samples: Sequence[Sample], split: Split, world: int, share: bool, padded: bool) -> list[list[Group]]:

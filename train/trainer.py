@@ -38,7 +38,7 @@ from train.batches import (
 )
 from train.dataset import TokenDataset
 from train.replay import Joined, ReplayOrder, replayed
-from train.steps import Split, StepCollator, StepSampler
+from train.steps import Ahead, Split, StepCollator, StepSampler
 from train.training_log import ACCURACY, TokenCounter
 
 if TYPE_CHECKING:
@@ -123,6 +123,7 @@ class ChatTrainer(Trainer):
         self.output = Path(self.args.output_dir)
         self.seconds = 0.0
         self._staging = False
+        self._ahead: Ahead | None = None
         self.ended = False  # the checkpoint that this start goes on from was the last one
         self.asked_to_end: Callable[[], bool] = lambda: False
 
@@ -134,7 +135,7 @@ class ChatTrainer(Trainer):
         return int((self.state.epoch or 0) + 1e-6)
 
     def get_train_dataloader(self) -> torch.utils.data.DataLoader[Any]:
-        """One item per optimizer step, the same conversations in every process; on a GPU a worker makes them ready."""
+        """One item per optimizer step, the same conversations in every process."""
         args, on_gpu = self.args, self.args.device.type == "cuda"
         data: Any = self.train_dataset if self.replay is None else Joined(self.train_dataset, self.replay)
         again = () if self.replay is None else ReplayOrder(data, args.seed, self._epoch)
@@ -142,15 +143,17 @@ class ChatTrainer(Trainer):
             data,
             batch_sampler=StepSampler(self._get_train_sampler(), self.step_size, again, self.replayed),
             collate_fn=StepCollator(self.data_collator, self.split, args.process_index, args.world_size),
-            num_workers=1 if on_gpu else 0,
             pin_memory=on_gpu,
         )
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[dict[str, Any]], num_batches: int, device: torch.device
     ) -> tuple[list[dict[str, Any]], None]:
-        """The next step; it knows its number of learned tokens itself."""
-        return [next(epoch_iterator)], None
+        """The next step; it knows its number of learned tokens itself. On a GPU the one after it is made meanwhile."""
+        if device.type != "cuda":
+            return [next(epoch_iterator)], None
+        self._ahead = self._ahead or Ahead(epoch_iterator, device)
+        return [next(self._ahead)], None
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """Not counted: the Trainer's estimate knows neither shared prefixes nor LoRA."""
@@ -265,7 +268,12 @@ class ChatTrainer(Trainer):
         if self.ended or self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
             return
-        super()._run_epoch(*args, **kwargs)
+        try:
+            super()._run_epoch(*args, **kwargs)
+        finally:
+            if self._ahead:
+                self._ahead.close()
+            self._ahead = None
 
     def _get_output_dir(self, trial: Any) -> str:
         return str(self.output / checkpointing.STAGING) if self._staging else super()._get_output_dir(trial)
