@@ -39,6 +39,10 @@ RECOMMENDATIONS = {
     ("catastrophic_forgetting", HIGH): "建议回退到上个版本并调整参数。",
     ("catastrophic_forgetting", MEDIUM): "建议降低学习率，用--replay_ratio混入通用数据，并继续观察保留集损失。",
 }
+MORE_OF_IT = {  # underfitting, where the model forgets as well: a higher rate would cost more of what it knew
+    HIGH: "建议增大训练周期数，增大模型容量或LoRA秩，检查数据质量，不要提高学习率，并重新训练。",
+    MEDIUM: "建议适当增加训练周期数，不要提高学习率，并继续观察训练损失和保留集损失。",
+}
 DIVERGED = "建议降低学习率，检查数据和数值精度（fp16可换成bf16），并重新训练：损失没有下降。"
 
 
@@ -180,15 +184,23 @@ def check_losses(path: str, reader: LogReader) -> None:
 def answer_json(diagnosis: Diagnosis) -> dict[str, Any]:
     """The documented shape."""
     levels = {risk: diagnosis.findings[risk].level for risk in RISKS}
-    advice = {risk: advice_for(diagnosis.findings[risk]) for risk in RISKS}
+    forgets = levels["catastrophic_forgetting"] != LOW
+    advice = {risk: advice_for(diagnosis.findings[risk], forgets) for risk in RISKS}
     return {"code": 0, "msg": "Monitoring Report", "data": {"current_risks": levels, "recommendations": advice}}
 
 
-def advice_for(finding: Finding) -> str:
-    """What to do about a risk; a training that made nothing better is no case for more of it."""
+def advice_for(finding: Finding, forgets: bool) -> str:
+    """What to do about a risk, of a model that `forgets` or not; no two sentences of one answer contradict each other.
+
+    A training that made nothing better is no case for more of it.
+    """
     if finding.level == LOW:
         return "-"
-    return DIVERGED if finding.diverged else RECOMMENDATIONS[finding.risk, finding.level]
+    if finding.diverged:
+        return DIVERGED
+    if forgets and finding.risk == "underfitting":
+        return MORE_OF_IT[finding.level]
+    return RECOMMENDATIONS[finding.risk, finding.level]
 
 
 def say_failure(code: int, message: str) -> None:

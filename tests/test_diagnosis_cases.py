@@ -64,6 +64,12 @@ CASES: dict[str, tuple[str, tuple[str, str]]] = {
         ),
         ("Low", "Low"),
     ),
+    "2c the evaluation has stopped after a late fall": (
+        trainer(
+            fall(160, 3.1, 1.85, 2), [3, 2.9, 2.8, 2.75, 2.7, 2.65, 2.6, 2.1, 1.9, 1.9, 1.9, 1.9, 1.9, 1.9], 3,
+        ),
+        ("Low", "Low"),
+    ),
     "2b the evaluation has turned: 1.552, then 1.573 to 1.578": (
         trainer(
             [*fall(80, 2.2, 1.83, 8), *fall(80, 1.62, 1.6, 1), *fall(80, 1.47, 1.46, 1)],
@@ -136,6 +142,20 @@ def test_advice_never_contradicts_itself(seed: int, tmp_path: Path, capfd: pytes
     over, under, _ = levels(answer)
     advice = answer["data"]["recommendations"]["underfitting"]
     assert over == "Low" or under == "Low" or "提高学习率" not in advice
+
+
+def test_a_model_that_forgets_is_not_told_to_learn_faster(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    for kept, faster in ((1.0, True), (1.3, False), (1.6, False)):
+        rows = [
+            {"step": i, "loss": 3 - i / 40, "eval_loss": 3 - i / 40, "retention_loss": 1 + (kept - 1) * i / 40}
+            for i in range(0, 41, 5)
+        ]
+        (tmp_path / "log.txt").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        answer = call(capfd, str(tmp_path / "log.txt"))[1]
+        assert levels(answer)[1] != "Low"
+        assert (levels(answer)[2] == "Low") is faster
+        advice = answer["data"]["recommendations"]["underfitting"]
+        assert ("，提高学习率" in advice or "或提高学习率" in advice) is faster
 
 
 def test_a_real_still_falling_run_is_underfitted(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

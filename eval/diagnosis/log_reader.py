@@ -15,6 +15,7 @@ SPLIT_RECORD = re.compile(rb"\{[ \t]*\n")  # JSON that is written over several l
 RECORD = re.compile(rb"\{[^{}]*\}")
 COLORS = re.compile(rb"\x1b\[[0-9;?]*[A-Za-z]")
 BAR = b"%|"
+LOSS_WORDS = (b"oss", b"OSS", "损失".encode(), "损失".encode("gbk"))
 HEAD = 4096
 # what is said of a log without a loss: marks in its first bytes or in any line, and what it is then
 SIGNS = {
@@ -88,7 +89,7 @@ class LogReader:
         if block.count(b"{") > 2 * count:
             block = parted(block)
         if BAR in block:  # progress bars without a loss say nothing
-            lines = [x for x in block.split(b"\n") if x and (BAR not in x or b"oss" in x) and not x.isspace()]
+            lines = [x for x in block.split(b"\n") if x and (BAR not in x or has_loss_word(x)) and not x.isspace()]
             block = b"\n".join([*lines, b""])
         if self._table:
             block = self._read_table(self._table, block)
@@ -186,6 +187,11 @@ class LogReader:
                 self._table, self.tables, reading = table, self.tables + 1, None
         if reading:
             self.run.add(reading)
+
+
+def has_loss_word(line: bytes) -> bool:
+    """Whether a loss may stand in a line."""
+    return any(word in line for word in LOSS_WORDS)
 
 
 def parted(text: bytes) -> bytes:

@@ -78,7 +78,10 @@ def judge_underfitting(
         return Finding(risk, LOW, "the evaluation loss has turned: more of this training is no cure", numbers)
     missing = ""
     if begin is None:
-        verdict, reason = judge_descent(steady, most, seen_before(train, run.epochs_of("loss")), limits)
+        stopped = evaluated and not annealed(curves["lr"])
+        stopped = stopped and persistence(evaluation, limits.min_delta) >= limits.patience
+        seen = seen_before(train, run.epochs_of("loss"))
+        verdict, reason = judge_descent(steady, most, seen, stopped, limits)
     else:
         missing = f"the log begins in the middle of the run, at {begin:g}: what was learned before is not in it"
         verdict, reason = LOW, "judged on what is there: it ended flat"
@@ -91,10 +94,14 @@ def judge_underfitting(
     return Finding(risk, verdict, reason, numbers, missing, diverged=most.gain < 0)
 
 
-def judge_descent(steady: Descent, most: Descent, seen: bool, limits: Thresholds) -> tuple[str, str]:
+def judge_descent(
+    steady: Descent, most: Descent, seen: bool, stopped: bool, limits: Thresholds
+) -> tuple[str, str]:  # fmt: skip
     """(level, reason) of a run whose start is known and whose evaluation loss has not turned.
 
-    A training loss alone (`steady` is it) may fall by memorising: it needs more, and never makes more than Medium.
+    A training loss alone (`steady` is it) may fall by memorising (`seen`): it needs more, and never makes more than
+    Medium. Where evaluations have `stopped` getting better, and no schedule made them, nothing was still falling at
+    the end.
     """
     alone = steady.name == "training"
     little = f"the {most.name} loss fell by {most.gain:.1%} only, {most.start:.4g} to {most.end:.4g}"
@@ -102,14 +109,14 @@ def judge_descent(steady: Descent, most: Descent, seen: bool, limits: Thresholds
     if steady.unfinished(limits):
         if most.gain < limits.gain_high:
             return HIGH, little
-        steep = steady.late >= limits.late_high and steady.gain < limits.gain_enough
+        steep = steady.late >= limits.late_high and steady.gain < limits.gain_enough and not stopped
         if steep and not alone:
             return HIGH, f"{falling}: it was still falling steeply at the end"
         if most.gain < limits.gain_medium and not alone:
             return MEDIUM, little
         if steep and not seen:
             return MEDIUM, f"{falling}: it was still falling at the end (never more than Medium without an evaluation)"
-        if steady.gain < limits.gain_enough and not alone:
+        if steady.gain < limits.gain_enough and not alone and not stopped:
             return MEDIUM, f"{falling}: it was still falling at the end"
     lost = f"the {most.name} loss lost {most.gain:.0%} of its start ({most.start:.4g} to {most.end:.4g})"
     return LOW, f"{lost}; {falling}"
@@ -164,6 +171,11 @@ def recent_fall(evaluation: Series) -> float:
     return 1 - evaluation.last / then if then > 0 else 0.0
 
 
+def annealed(rates: Series) -> bool:
+    """Whether the learning rate was lowered to nothing: then losses are flat at the end, whatever was left to learn."""
+    return len(rates) > 1 and rates.y[-1] <= 0.01 * max(rates.y)
+
+
 def still_falling(evaluation: Series, rates: Series, numbers: Mapping[str, float], limits: Thresholds) -> bool:
     """Whether the last evaluations were still getting better, by much.
 
@@ -172,7 +184,7 @@ def still_falling(evaluation: Series, rates: Series, numbers: Mapping[str, float
     Under one that is still on its way down, or still rises, it does.
     """
     late = rates.y[-max(2, len(rates) // 4) :]
-    if len(late) > 1 and (max(late) - min(late) <= 0.01 * max(late) or late[-1] <= 0.01 * max(rates.y)):
+    if len(late) > 1 and (max(late) - min(late) <= 0.01 * max(late) or annealed(rates)):
         return False
     better = persistence(evaluation, limits.min_delta) < limits.patience
     better = better and evaluation.last <= evaluation.best * (1 + limits.min_delta)
