@@ -208,6 +208,9 @@ def score_predictions(config: Config, pairs: Sequence[tuple[str, str]]) -> dict[
     log(
         f"{config.dataset_path}: {len(pairs):,} answers with their gold; they are scored as they are, no model is asked"
     )
+    pairs = draw(pairs, config.limit, config.seed)
+    if config.settings.output_path:
+        log("--output_path has no effect: no report is written of answers that another program gave")
     scores = [
         {name: value for metric in config.metrics for name, value in METRICS[metric](answer, [gold]).items()}
         for answer, gold in pairs

@@ -4,10 +4,12 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from eval import metrics
 from llmops.conversations.records import Message
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -128,8 +130,8 @@ def add_examples(loaded: Loaded, count: int, seed: int) -> Loaded:
     return replace(loaded, samples=samples, examples={}, notes=notes)
 
 
-def draw(samples: Sequence[Sample], limit: int, seed: int) -> list[Sample]:
-    """`limit` samples drawn with `seed`, in the order of the data; all of them for 0."""
+def draw(samples: Sequence[T], limit: int, seed: int) -> list[T]:
+    """`limit` of the samples drawn with `seed`, in the order of the data; all of them for 0."""
     import random
 
     if not limit or limit >= len(samples):

@@ -139,6 +139,10 @@ def test_answers_with_gold_are_scored(tmp_path: Path, capsys: pytest.CaptureFixt
     assert model_performance_evaluation.main(arguments) == 0
     printed = json.loads(capsys.readouterr().out)
     assert printed["data"]["evaluation_results"]["Acc"] == 0.5
+    assert model_performance_evaluation.main([*arguments, "--limit", "1", "--output_path", str(tmp_path / "out")]) == 0
+    told = capsys.readouterr()
+    assert json.loads(told.out)["data"]["evaluation_results"]["Acc"] in (0.0, 1.0)
+    assert "--output_path has no effect" in told.err
     lines(data, [{"answer": "退货", "gold": "退货"}, {"answer": "退货"}])
     assert model_performance_evaluation.main(arguments) == 2
     assert f'{data}:2: found no texts under \\"answer\\" and \\"gold\\"' in capsys.readouterr().out
