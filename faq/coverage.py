@@ -140,9 +140,10 @@ def out_of_scope(rows: Sequence[dict[str, Any]], none: str) -> dict[str, float] 
 def best_intent(row: dict[str, Any], none: str) -> float:
     """The probability of a row's best intent: that of its answer, or of the runner-up where the answer is 不符合.
 
-    A classifier's rows have no runner-up, and always the probability of their best intent.
+    What a threshold made 不符合 counts as it was before. A classifier's rows have a runner-up only where 不符合 was the
+    likeliest of its classes.
     """
-    if row["intent"] != none or "proposed" in row or "runner_up" not in row:
+    if row.get("proposed", row["intent"]) != none or "runner_up" not in row:
         return float(row["probability"])
     return float(row["runner_up"]["probability"]) if row["runner_up"] else 0.0
 

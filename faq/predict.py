@@ -49,6 +49,7 @@ class Config:
     join_file: str
     mode: str
     constrain: bool
+    use_threshold: bool
     reuse_prefix: bool
     batch_size: int
     max_new_tokens: int
@@ -85,14 +86,13 @@ def build_parser() -> argparse.ArgumentParser:
     add("--input_file", default="", help="questions: test.jsonl of prepare.py, or JSON or csv as prepare.py reads it")
     add("--question", action="append", default=[], help="a question; may be given several times")
     add("--output_file", default="", help="write the predictions there instead of to stdout")
-    add("--unconstrained_file", default="",
-        help="answer without holding to known intents, too, and write that there")  # fmt: skip
-    add("--embedding_model", default="",
-        help="the model that finds candidates, if it was moved since faq/prepare --candidates")  # fmt: skip
-    add("--join_file", default="",
-        help="join the model with a linear classifier on these questions, as faq/score --join kept it")  # fmt: skip
+    add("--unconstrained_file", default="", help="answer without constraint, too, and write that there")
+    add("--embedding_model", default="", help="what finds candidates, if it was moved since faq/prepare --candidates")
+    add("--join_file", default="", help="join with a linear classifier on these questions, as faq/score --join kept")
     add("--mode", default="", choices=["", *families()], help="chat format; empty: the mode in the intents file")
     add("--constrain", type=to_bool, default=True, metavar="true|false", help="answer known intents only")
+    add("--use_threshold", type=to_bool, default=True, metavar="true|false",
+        help="hold to what faq/score kept, a threshold and --join; false: what the model alone says")  # fmt: skip
     add("--reuse_prefix", type=to_bool, default=True, metavar="true|false",
         help="compute what all prompts share once; false: each prompt anew")  # fmt: skip
     add("--batch_size", type=int, default=0, help="questions per pass; 0: as the mode's template says")
@@ -295,6 +295,8 @@ def open_all(config: Config, processes: Processes) -> tuple[Opened, "Joint | Non
     cpu_kernels.settle(config.cpu_kernels)
     # 1. what is asked
     catalog = load_catalog(check(config))
+    if not config.use_threshold:
+        catalog = replace(catalog, decision={})
     queries = read_queries(config, catalog)
     joint = read_joint(config, catalog) if processes.first else None
     # 2. from here on the heavy libraries

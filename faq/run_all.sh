@@ -53,7 +53,7 @@ forward bash "$HERE/chat_main.sh" --scenario faq --mount_path "$MOUNT_PATH" --mo
 trap - ERR
 log "3. predict"
 forward bash "$HERE/faq/predict.sh" --model_name_or_path "$OUTPUT_PATH" --embedding_model "" \
-    --intents_file "" --input_file "$MOUNT_PATH/datasets/test.jsonl" --constrain true \
+    --intents_file "" --input_file "$MOUNT_PATH/datasets/test.jsonl" --constrain true --use_threshold false --join_file "" \
     --output_file "$OUTPUT_PATH/predictions.jsonl" --unconstrained_file "$OUTPUT_PATH/predictions_unconstrained.jsonl" \
     --mode "$MODE" --cuda_visible_devices "$CUDA_VISIBLE_DEVICES" --trust_remote_code "$TRUST_REMOTE_CODE"
 untuned=
@@ -62,7 +62,8 @@ if [ "$UNTUNED" = true ]; then
     untuned=$OUTPUT_PATH/predictions_untuned.jsonl
     forward bash "$HERE/faq/predict.sh" --model_name_or_path "$MODEL_NAME_OR_PATH" --embedding_model "" \
         --intents_file "$OUTPUT_PATH/intents.json" --input_file "$MOUNT_PATH/datasets/test.jsonl" \
-        --output_file "$untuned" --unconstrained_file "" --constrain true --mode "$MODE" \
+        --output_file "$untuned" --unconstrained_file "" --constrain true --use_threshold false --join_file "" \
+        --mode "$MODE" \
         --cuda_visible_devices "$CUDA_VISIBLE_DEVICES" --trust_remote_code "$TRUST_REMOTE_CODE"
 fi
 log "4. score"

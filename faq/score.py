@@ -268,7 +268,7 @@ def compare(
         folds = classifiers.out_of_fold()
         baselines = compare(classifiers, folds, test)
     if arguments.untuned_file:
-        baselines.append(untuned(read_predictions(Path(arguments.untuned_file)), rows))
+        baselines.append(untuned(unthresholded(read_predictions(Path(arguments.untuned_file))), rows))
     figures = []
     for baseline in baselines:
         found = score(baseline.rows, catalog.none)
@@ -285,19 +285,24 @@ def compare(
     if len(alone) == len(rows) and linear and linear.values is not None and len(rows) >= FEWEST_JUDGED:
         from faq.joined import join
 
-        plain = [row | {"intent": row.pop("proposed", row["intent"])} for row in map(dict, rows)]
-        ways[JOINED], weights = join(plain, linear.values, classifiers.classes, catalog.none)
+        ways[JOINED], weights = join(unthresholded(rows), linear.values, classifiers.classes, catalog.none)
         found = score(ways[JOINED], catalog.none)
         kept = {key: found[key] for key in FIGURES}
         compared["joined"] = {"weights": {"model": weights[0], "linear": weights[1]}} | kept
         compared["joined"]["inputs"] = classifiers.inputs.shape[1]
-    right, together = ([row["intent"] == row["reference"] for row in found] for found in (rows, ways.get(JOINED, [])))
+    judged = (unthresholded(rows), ways.get(JOINED, []))  # as the classifiers: no threshold for precision is theirs
+    right, together = ([row["intent"] == row["reference"] for row in found] for found in judged)
     compared["recommendation"] = advice(right, baselines[best], figures[best], together)
     log(compared["recommendation"])
     data = advise(classifiers, folds)
     suspects = data.pop("suspects")
     compared["training_data"] = data | {"suspects": len(suspects), "first_suspects": suspects[:SHOWN]}
     return compared, ways, suspects
+
+
+def unthresholded(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The predictions as they were before a kept threshold made some of them 不符合."""
+    return [row | {"intent": row.pop("proposed", row["intent"])} for row in map(dict, rows)]
 
 
 def report_coverage(

@@ -112,7 +112,7 @@ one_of() {
 # The settings of all commands that are true or false; a command's own list is what it has of these.
 BOOLEANS=(ALLOW_SPECIAL_TOKENS AUTH BASE_TOO CHAT_TEMPLATE COMPARE CONSOLE CONSTRAIN DRY_RUN EXPLAIN EXPORT_OFFICIAL
     LOAD_BEST_MODEL_AT_END MERGE_LORA NO_SSH OVERWRITE OVERWRITE_OUTPUT_PATH PACKING RESUME REUSE_PREFIX SKIP_BAD_LINES
-    TENSORBOARD TRUST_REMOTE_CODE UNTUNED WATCH)
+    TENSORBOARD TRUST_REMOTE_CODE UNTUNED USE_THRESHOLD WATCH)
 
 # check_settings: what this shell itself acts on, however it was set; the rest is checked by the Python program it is for.
 # After it a boolean is true or false, with the words that llmops/console.py takes.

@@ -144,6 +144,9 @@ def test_out_of_scope_against_counting() -> None:
         row("退款", 0.6, "不符合", **second), row("不符合", 0.98, "不符合", runner_up=None),
         row("不符合", 0.3, "不符合"),  # a classifier's
     ]  # fmt: skip
+    for kept in rows[1], rows[5]:  # a threshold that was kept changes nothing
+        kept["proposed"] = kept["intent"]
+    rows[1]["intent"] = "不符合"
     inside, outside = [0.9, 0.7, 0.4, 0.25], [0.6, 0.0, 0.3]
     pairs = [(a > b) + (a == b) / 2 for a in inside for b in outside]
     found = coverage.out_of_scope(rows, "不符合")
@@ -151,6 +154,21 @@ def test_out_of_scope_against_counting() -> None:
     assert found == {"questions": 3, "auroc": round(sum(pairs) / 12, 4), "fpr_at_95_recall": round(2 / 3, 4)}
     assert coverage.out_of_scope(rows[:4], "不符合") is None
     assert coverage.out_of_scope(rows[4:], "不符合") is None
+
+
+def test_a_classifier_tells_the_best_intent_beside_none_of_them() -> None:
+    train = [Asked(q, i, None, k) for k, (q, i) in enumerate(questions()[:60], 1)]
+    train += [Asked(f"今天{word}怎么样", "不符合", None, 99) for word in ("天气", "心情", "股票", "球赛")]
+    found = Classifiers(train, Catalog("auto", wording_of("auto"), INTENTS), Features(None))
+    place = found.classes.index("不符合")
+    values = np.array([np.roll([0.6, 0.2, 0.15, 0.05], place), np.roll([0.2, 0.7, 0.06, 0.04], place)])
+    none, intent = found.answers(values, [Asked("a", "退款"), Asked("b", "退款")], 0.0)
+    assert (none["intent"], none["runner_up"]["probability"]) == ("不符合", 0.2)
+    assert none["runner_up"]["intent"] != "不符合"
+    assert intent["intent"] != "不符合"
+    assert "runner_up" not in intent
+    assert coverage.best_intent(none, "不符合") == 0.2
+    assert coverage.best_intent(intent, "不符合") == 0.7
 
 
 def test_shuffled_labels_are_found() -> None:
@@ -341,6 +359,9 @@ def test_joined_predictions(tmp_path: Path, capsys: pytest.CaptureFixture[str], 
     assert found["joined"]["accuracy"] > found["results"][0]["accuracy"] + 0.3
     assert predict.main([*common, "--output_file", both]) == 2
     assert "pass --join_file" in capsys.readouterr().err
+    assert predict.main([*common, "--use_threshold", "false", "--output_file", str(tmp_path / "alone.jsonl")]) == 0
+    plain = [json.loads(line) for line in (tmp_path / "alone.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert not any("proposed" in row or "model_intent" in row for row in plain)
     assert predict.main([*common, "--join_file", train, "--output_file", both]) == 0
     rows = score.read_predictions(Path(both))
     assert np.mean([row["proposed"] == row["reference"] for row in rows]) == pytest.approx(

@@ -125,13 +125,22 @@ class Classifiers:
         return masked
 
     def answers(self, values: "np.ndarray", test: Sequence[Asked], threshold: float) -> list[dict[str, Any]]:
-        """Rows as faq/predict writes them."""
-        best, top = self.best(values, [asked.variant for asked in test])
-        return [
+        """Rows as faq/predict writes them; the runner-up where 不符合 is the likeliest class."""
+        variants = [asked.variant for asked in test]
+        best, top = self.best(values, variants)
+        rows: list[dict[str, Any]] = [
             {"question": asked.question, "intent": self.classes[k] if value >= threshold else self.catalog.none,
              "probability": float(value), "reference": asked.intent}
             for asked, k, value in zip(test, best, top, strict=True)
         ]  # fmt: skip
+        if self.catalog.none in self.classes:
+            place = self.classes.index(self.catalog.none)
+            others = values.copy()
+            others[:, place] = -1
+            for row, k, second, value in zip(rows, best, *self.best(others, variants), strict=True):
+                if k == place:
+                    row["runner_up"] = {"intent": self.classes[second], "probability": max(0.0, float(value))}
+        return rows
 
 
 def best_cut(top: "np.ndarray", kept_right: Sequence[bool], none_right: Sequence[bool]) -> float:
