@@ -78,6 +78,9 @@ CASES: dict[str, tuple[str, tuple[str, str]]] = {
         ("Medium", "Low"),
     ),
     "3a a log that begins in the middle": (trainer(fall(33, 0.955, 0.94, 1), [], 2.0, first_epoch=1.0), ("Low", "Low")),
+    "3c the same in a long run, told often": (
+        "".join(f"{{'loss': {0.95 - i * 5e-6:.6f}, 'step': {1000 + 10 * i}}}\n" for i in range(1900)), ("Low", "Low"),
+    ),
     "3b a staircase of epochs": (staircase(), ("Low", "Low")),
     "4a nine percent over six epochs while the training loss halves": (
         trainer(
@@ -108,6 +111,7 @@ def test_each_case_says_why(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -
         (tmp_path / "log.txt").write_text(text, encoding="utf-8")
         said[name.split(" ")[0]] = call(capfd, str(tmp_path / "log.txt"), "--explain")[2]
     assert "begins in the middle of the run, at 1.03" in said["3a"]
+    assert "begins in the middle of the run, at 1000" in said["3c"]
     assert "more of this training is no cure" in said["2b"]
     assert "evaluation loss 1.578 is 1.7% over its best, 1.552" in said["2b"]
     assert "2.1% over its best, 1.65 at 5" in said["4b"]

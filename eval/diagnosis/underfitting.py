@@ -84,7 +84,7 @@ def judge_underfitting(
         verdict, reason = judge_descent(steady, most, seen, stopped, limits)
     else:
         missing = f"the log begins in the middle of the run, at {begin:g}: what was learned before is not in it"
-        verdict, reason = LOW, "judged on what is there: it ended flat"
+        verdict, reason = LOW, f"judged on what is there: the {most.name} loss went {most.start:.4g} to {most.end:.4g}"
     if verdict == LOW and min(descent.end for descent in found) >= limits.high_loss:
         verdict = MEDIUM
         reason = f"the losses ended at {most.end:.4g} and more: a perplexity of {math.exp(min(most.end, 700)):.0f}"
@@ -144,11 +144,14 @@ def descend_training(train: Series, rates: Series) -> Descent:
 
 
 def begins_late(train: Series, evaluation: Series) -> float | None:
-    """Where the log begins when that is far from the beginning of the run, else None."""
+    """Where the log begins when that is far from the beginning of the run: by its length, or by how often it tells a
+    loss; else None.
+    """
     curve = train if len(train) >= len(evaluation) else evaluation
     first = min(c.x[0] for c in (train, evaluation) if len(c))
     spacing = median(after - before for before, after in pairwise(curve.x)) if len(curve) > 1 else 0.0
-    return first if spacing > 0 and first > 5 * spacing and first > 0.1 * curve.last_x else None
+    far = first > 5 * spacing and (first > 0.1 * curve.last_x or first > 50 * spacing)
+    return first if spacing > 0 and far else None
 
 
 def seen_before(train: Series, epochs: Sequence[float | None]) -> bool:
