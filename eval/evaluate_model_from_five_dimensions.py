@@ -65,6 +65,7 @@ def build_parser() -> argparse.ArgumentParser:
     names.add_argument("--output_file", default="", metavar="FILE.json", help="write what is printed there, too")
     names.add_argument("--gpu_nums", type=int, default=None, metavar="N",
         help="0: the CPU; several share the samples when the .sh starts so many processes (NUM_PROCESSES)")  # fmt: skip
+    names.add_argument("--local_rank", type=int, help=same)  # which DeepSpeed's launcher adds
     return parser
 
 

@@ -170,7 +170,15 @@ def test_its_flags(tmp_path: Path) -> None:
     """The names beside ours, on the four commands; its name of a schedule."""
     log = str(tmp_path / "log.txt")
     assert diagnosis_monitoring.parse([f"--log_path={log}"]).log_path == log
-    named = ["--model_name_or_path", "m", "--gpu_nums", "0", "--evaluation_dimensions", '["inference_ability"]']
+    named = [
+        "--local_rank=0",
+        "--model_name_or_path",
+        "m",
+        "--gpu_nums",
+        "0",
+        "--evaluation_dimensions",
+        '["inference_ability"]',
+    ]
     found = five.parse([*named, "--output_file", "o.json", "--options", "{}"])
     assert (found.model, found.dimensions, found.options) == ("m", '["inference_ability"]', "{}")
     assert (found.gpu_nums, found.output_file) == (0, "o.json")
