@@ -14,6 +14,7 @@ from starlette.testclient import TestClient
 from eval import analyze_similar_questions_and_intents as similar
 from llmops import files, json_text
 from llmops.intents.questions import read_faq
+from serve.console import curation
 from serve.console.cleaning import Edits, clean
 from serve.console.routes import routes
 
@@ -129,6 +130,68 @@ def test_a_decision_is_on_the_disk_and_a_cut_line_is_passed_over(mount: Path, cl
     decide(client, pairs[2], action="keep")
     assert [pair["decision"] is not None for pair in all_pairs(state_of(client))[:4]] == [True, False, True, False]
     assert kept.read_text(encoding="utf-8").count("\n") == 7
+
+
+def test_decisions_about_what_is_not_there_any_more(tmp_path: Path) -> None:
+    folder = tmp_path / "faq"
+    folder.mkdir()
+    texts = [("a1", "A"), ("a2", "A"), ("b1", "B"), ("b2", "B"), ("c", "C"), ("d", "D")]
+    rows = [{"question": question, "intent": intent} for question, intent in texts]
+
+    def put(rows: list[dict[str, str]]) -> None:
+        """The data, and a report of the same pairs."""
+        text = "".join(json_text.dumps(row) + "\n" for row in rows)
+        (folder / "combine_data.json").write_text(text, encoding="utf-8")
+        at = {row["question"]: i for i, row in enumerate(rows)}
+        pair = {"intent1": "A", "intent2": "B", "questionPair": ["a2", "b2"], "lineNumbers": [at["a2"], at["b2"]]}
+        alike = [
+            {"intentPair": [one[0].upper(), other[0].upper()], "lineNumbers": [at[one], at[other]]}
+            for one, other in (("a1", "b1"), ("c", "d"))
+            if one in at
+        ]
+        report = {"data": {"mismatched_intents": [pair], "similar_intents": alike}}
+        (folder / "similar.json").write_text(json.dumps(report), encoding="utf-8")
+
+    def written(client: TestClient) -> tuple[list[str], dict[str, Any]]:
+        assert client.post(WRITE, json=NAMES).status_code == 200
+        changes = next(folder.glob("*.changes.json"))
+        cleaned = next(folder.glob("*.cleaned.jsonl"))
+        return [row["question"] for row in lines(cleaned)], json.loads(changes.read_text(encoding="utf-8"))
+
+    put(rows)
+    with TestClient(Starlette(routes=routes(tmp_path))) as client:
+        by_question = {pair["sides"][0]["question"]: pair for pair in all_pairs(state_of(client))}
+        decide(client, by_question["a2"], action="drop", side=1)
+        decide(client, by_question["a1"], action="drop", side=0)
+        decide(client, by_question["c"], action="merge", side=1)
+        found, told = written(client)
+        assert (found, told["not_applied"]) == (["a2", "b1", "c", "d"], 0)
+        put([{"question": "a0", "intent": "A"}, *rows[:4]])  # one line more before, two fewer behind
+        assert [pair["decision"] for pair in all_pairs(state_of(client))] == [None, None]
+        found, told = written(client)
+        assert found == ["a0", "a1", "a2", "b1", "b2"]
+        assert (told["decisions"], told["not_applied"], told["dropped"]) == (3, 3, 0)
+        assert [one["action"] for one in told["decisions_not_applied"]] == ["drop", "drop", "merge"]
+        put(rows)  # nothing was lost
+        assert written(client)[1]["not_applied"] == 0
+        kept = next(folder.glob("*.decisions.jsonl"))
+        old = [{key: value for key, value in line.items() if key != "texts"} for line in lines(kept)]
+        kept.write_text("".join(json.dumps(line) + "\n" for line in old))  # they did not say what the records held
+        assert written(client)[0] == ["a1", "a2", "b1", "c", "d"]
+
+
+def test_a_pair_that_is_not_in_the_data_is_not_decided_about(
+    mount: Path, client: TestClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(curation, "FIRST", 1)
+    report = mount / "faq" / "similar.json"
+    told = json.loads(report.read_text(encoding="utf-8"))
+    pairs = told["data"]["mismatched_intents"]
+    pairs.append(pairs[0] | {"lineNumbers": [20, 21]})  # beyond those that tell at once
+    report.write_text(json.dumps(told), encoding="utf-8")
+    strange = next(pair for pair in all_pairs(state_of(client)) if pair["sides"][0]["record"] == 20)
+    answer = client.post(DECIDE, json=NAMES | {"pair": strange["key"], "action": "drop", "side": 0})
+    assert (answer.status_code, "is not there" in answer.text) == (422, True)
 
 
 def test_decisions_do_not_meet(tmp_path: Path) -> None:

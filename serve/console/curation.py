@@ -2,8 +2,8 @@
 
 Decisions are lines of `DATA.decisions.jsonl` beside the data, each on the disk before the page hears of it. A pair is
 known by its questions, intents and records, so decisions outlast a new report with another threshold. The last line of
-a pair counts; `undo` takes it back. Nothing is ever changed but these files: the decisions, the cleaned copy, its
-changes.
+a pair counts; `undo` takes it back. A decision is carried out only where the data still has what it is about. Nothing
+is ever changed but these files: the decisions, the cleaned copy, its changes.
 """
 
 import hashlib
@@ -114,12 +114,8 @@ class Curation:
         pairs = self.pairs(self.mounted.file(report))
         path = self.mounted.file(data)
         found = self.data(path)
-        strange = next((pair for pair in pairs[:FIRST] if not fits(pair, found)), None)
-        if strange:
-            raise UserError(
-                f"{report} is not about {data}: its pair of the records {strange.records[0]} and {strange.records[1]} "
-                "is not there; choose the file that the report was made of, or make the report again"
-            )
+        for pair in pairs[:FIRST]:
+            refuse_strange(pair, found, report, data)
         return pairs, found, path
 
     def data_for(self, report: str) -> str:
@@ -144,7 +140,7 @@ class Curation:
     def state(self, report: str, data: str) -> dict[str, Any]:
         """Groups with their pairs and decisions, the most pairs first, for the page."""
         pairs, found, path = self.open(report, data)
-        decided = self.decisions(path)
+        decided = {key: one for key, one in self.decisions(path).items() if is_shown(one, found)}
         groups: dict[tuple[str, str], list[Pair]] = {}
         for pair in pairs[:MOST_SHOWN]:
             groups.setdefault(pair.group, []).append(pair)
@@ -179,6 +175,8 @@ class Curation:
             raise UserError(f"{report} has no pair {files.shown(key)}; load the page again")
         if action not in ACTIONS:
             raise UserError(f"action is {files.shown(action)}, expected one of {', '.join(ACTIONS)}")
+        if action != "undo":
+            refuse_strange(pair, found, report, data)  # a pair that `open` did not look at
         decision: Decision = {
             "pair": pair.key, "action": action, "group": list(pair.group), "records": list(pair.records),
             "questions": list(pair.questions), "intents": list(pair.intents),
@@ -195,6 +193,8 @@ class Curation:
                 if intent == pair.intents[side]:
                     raise UserError(f"the question has the intent {files.shown(intent)} already")
                 decision["intent"] = intent
+        if pair.alike and action != "undo":
+            decision["texts"] = [list(found.records[index].questions) for index in pair.records]
         decision["time"] = datetime.now(UTC).isoformat(timespec="seconds")
         with self.lock:
             files.append_line(decisions_path(path), decision)
@@ -205,26 +205,56 @@ class Curation:
         _, found, path = self.open(text_of(body, "report"), text_of(body, "data"))
         with self.lock:
             decided = self.decisions(path)
-            cleaned = cleaning.clean(path, edits_of(decided, found))
-            summary = cleaning.write(path, cleaned, cleaned_path(path), changes_path(path), len(decided))
+            edits, unfit = edits_of(decided, found)
+            cleaned = cleaning.clean(path, edits)
+            summary = cleaning.write(path, cleaned, cleaned_path(path), changes_path(path), len(decided), unfit)
         return summary | {"changes": changes_path(path).name}
 
 
-def edits_of(decided: dict[str, Decision], data: Data) -> cleaning.Edits:
-    """What the decisions of a data file come to, in the order in which they were made."""
-    edits = cleaning.Edits()
+def edits_of(decided: dict[str, Decision], data: Data) -> tuple[cleaning.Edits, list[Decision]]:
+    """(what decisions come to, in the order in which they were made; those that the data has nothing for any more)."""
+    edits, unfit, intents = cleaning.Edits(), list[Decision](), {None, *data.intents}
     for decision in decided.values():
-        if decision["action"] == "merge":
-            edits.merge(decision["intents"][decision["side"]], decision["intent"])
-        elif decision["action"] in ("relabel", "drop"):
-            index, question = decision["records"][decision["side"]], decision["questions"][decision["side"]]
-            record = data.records.get(index)
-            for text in record.questions if record and question is None else [question]:
-                if decision["action"] == "drop":
+        action, side = decision["action"], decision.get("side", 0)
+        if action == "keep":
+            continue
+        fit = decision["intents"][side] in intents if action == "merge" else is_about(decision, side, data)
+        if not fit or decision.get("intent") not in intents:
+            unfit.append(decision)
+        elif action == "merge":
+            edits.merge(decision["intents"][side], decision["intent"])
+        else:
+            index, question = decision["records"][side], decision["questions"][side]
+            for text in data.records[index].questions if question is None else [question]:
+                if action == "drop":
                     edits.dropped.add((index, text))
                 else:
                     edits.relabelled[index, text] = decision["intent"]
-    return edits
+    return edits, unfit
+
+
+def is_about(decision: Decision, side: int, data: Data) -> bool:
+    """Whether the record of a side still has the intent and the questions that it had when it was decided about."""
+    record, question = data.records.get(decision["records"][side]), decision["questions"][side]
+    if record is None or record.intent != decision["intents"][side]:
+        return False
+    if question is not None:
+        return question in record.questions
+    return "texts" in decision and decision["texts"][side] == list(record.questions)
+
+
+def is_shown(decision: Decision, data: Data) -> bool:
+    """Whether a pair counts as decided: a merge is about its intents, any other decision about its two records."""
+    return decision["action"] == "merge" or all(is_about(decision, side, data) for side in (0, 1))
+
+
+def refuse_strange(pair: Pair, found: Data, report: str, data: str) -> None:
+    """Raise UserError for a pair that is not in the data."""
+    if not fits(pair, found):
+        raise UserError(
+            f"{report} is not about {data}: its pair of the records {pair.records[0]} and {pair.records[1]} "
+            "is not there; choose the file that the report was made of, or make the report again"
+        )
 
 
 def shown_pair(pair: Pair, data: Data, decision: Decision | None) -> dict[str, Any]:
@@ -264,9 +294,10 @@ def is_decision(value: Any) -> bool:
         return False
     kinds = {"group": str, "records": int, "questions": str | None, "intents": str}
     pairs = all(is_two(value.get(name), kind) for name, kind in kinds.items())
+    texts = "texts" not in value or is_two(value["texts"], list)
     sided = value["action"] in ("keep", "undo") or is_side(value.get("side"))
     aimed = value["action"] not in ("merge", "relabel") or isinstance(value.get("intent"), str)
-    return pairs and sided and aimed
+    return pairs and texts and sided and aimed
 
 
 def text_of(body: dict[str, Any], name: str) -> str:

@@ -198,7 +198,9 @@ document.addEventListener("keydown", (event) => {
 at("write").addEventListener("click", async () => {
   try {
     const found = await post("/console/api/curator/write", { report, data });
-    say(t("{file} is written: {relabelled} relabelled, {merged} merged, {dropped} dropped; {changes} says what changed.", { ...found, file: found.cleaned }));
+    const done = t("{file} is written: {relabelled} relabelled, {merged} merged, {dropped} dropped; {changes} says what changed.", { ...found, file: found.cleaned });
+    const unfit = t("{n} decisions are about what the data does not have any more and were not applied.", { n: found.not_applied });
+    say(found.not_applied ? `${done} ${unfit}` : done, found.not_applied > 0);
   } catch (error) {
     say(error.message, true);
   }
