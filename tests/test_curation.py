@@ -93,7 +93,7 @@ def test_a_session(mount: Path, client: TestClient) -> None:
     assert decisions[pairs[5]["key"]]["pair"] == gone["key"]  # of the same group: the merge decides it, too
     assert written.status_code == 200, written.text
 
-    cleaned = mount / "faq" / "combine_data.cleaned.jsonl"
+    cleaned = mount / "faq" / "combine_data.json.cleaned.jsonl"
     before, after = read_faq(DATA).records, read_faq(cleaned).records
     was = {(question, record.intent) for record in before for question in record.questions}
     now = {(question, record.intent) for record in after for question in record.questions}
@@ -106,7 +106,7 @@ def test_a_session(mount: Path, client: TestClient) -> None:
     assert now == expected
     replies = {record.intent: record.reply for record in before}
     assert {r.reply for r in after if label[0]["question"] in r.questions} == {replies[label[1]["intent"]]}
-    told = json.loads((mount / "faq" / "combine_data.changes.json").read_text(encoding="utf-8"))
+    told = json.loads((mount / "faq" / "combine_data.json.changes.json").read_text(encoding="utf-8"))
     assert (told["relabelled"], told["dropped"], told["decisions"]) == (1, 1, 4)
     assert told["merged"] == sum(len(r.questions) for r in before if r.intent == merged)
     assert told["questions_before"] - told["dropped"] == told["questions_after"] == sum(len(r.questions) for r in after)
@@ -116,7 +116,7 @@ def test_a_session(mount: Path, client: TestClient) -> None:
 def test_a_decision_is_on_the_disk_and_a_cut_line_is_passed_over(mount: Path, client: TestClient) -> None:
     pairs = all_pairs(state_of(client))
     decide(client, pairs[0], action="keep")
-    kept = mount / "faq" / "combine_data.decisions.jsonl"
+    kept = mount / "faq" / "combine_data.json.decisions.jsonl"
     with kept.open("a") as stream:
         line = json.loads(kept.read_text(encoding="utf-8")) | {"pair": pairs[3]["key"]}
         for harm in (
@@ -180,6 +180,24 @@ def test_decisions_about_what_is_not_there_any_more(tmp_path: Path) -> None:
         assert written(client)[0] == ["a1", "a2", "b1", "c", "d"]
 
 
+def test_data_files_that_differ_in_their_ending_share_nothing(mount: Path, client: TestClient) -> None:
+    folder = mount / "faq"
+    first, second = all_pairs(state_of(client))[:2]
+    decide(client, first, action="drop", side=0)
+    (folder / "combine_data.json.decisions.jsonl").rename(folder / "combine_data.decisions.jsonl")  # as it was called
+    decide(client, second, action="keep")
+    assert [pair["decision"] is not None for pair in all_pairs(state_of(client))[:3]] == [True, True, False]
+    other = NAMES | {"data": "faq/combine_data.jsonl"}
+    (folder / "combine_data.jsonl").write_bytes(DATA.read_bytes())
+    assert not any(pair["decision"] for pair in all_pairs(client.get(STATE, params=other).json()))
+    assert [pair["decision"] is not None for pair in all_pairs(state_of(client))[:3]] == [False, True, False]
+    written = [client.post(WRITE, json=names).json() for names in (NAMES, other)]
+    assert [one["cleaned"] for one in written] == [
+        "combine_data.json.cleaned.jsonl", "combine_data.jsonl.cleaned.jsonl",
+    ]  # fmt: skip
+    assert [one["decisions"] for one in written] == [1, 0]
+
+
 def test_a_pair_that_is_not_in_the_data_is_not_decided_about(
     mount: Path, client: TestClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -233,7 +251,7 @@ def test_a_report_about_other_data_is_refused(mount: Path, client: TestClient) -
 
 
 def test_a_file_of_somebody_else_is_not_replaced(mount: Path, client: TestClient) -> None:
-    target = mount / "faq" / "combine_data.cleaned.jsonl"
+    target = mount / "faq" / "combine_data.json.cleaned.jsonl"
     target.write_text("mine\n")
     decide(client, all_pairs(state_of(client))[0], action="keep")
     answer = client.post(WRITE, json=NAMES)
@@ -244,7 +262,11 @@ def test_a_file_of_somebody_else_is_not_replaced(mount: Path, client: TestClient
 def test_links_are_not_written_through(mount: Path, client: TestClient) -> None:
     outside = mount.parent / "outside.jsonl"
     outside.write_text("mine\n")
-    for name in ("combine_data.decisions.jsonl", "combine_data.cleaned.jsonl", "combine_data.changes.json"):
+    for name in (
+        "combine_data.json.decisions.jsonl",
+        "combine_data.json.cleaned.jsonl",
+        "combine_data.json.changes.json",
+    ):
         (mount / "faq" / name).symlink_to(outside)
     pair = all_pairs(state_of(client))[0]
     assert client.post(DECIDE, json=NAMES | {"pair": pair["key"], "action": "keep"}).status_code == 422

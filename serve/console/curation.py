@@ -11,6 +11,7 @@ import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from itertools import chain
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeGuard
 
@@ -18,7 +19,7 @@ from llmops import files, json_text
 from llmops.console import UserError
 from llmops.intents.questions import FaqRecord, read_faq
 from serve.console import cleaning
-from serve.console.mount import Cached, Mounted, NotFound
+from serve.console.mount import DATA_SUFFIXES, Cached, Mounted, NotFound
 
 TOLD = ("pair", "action", "side", "intent", "intents")  # of a decision, to the page
 ACTIONS = ("keep", "merge", "relabel", "drop", "undo")
@@ -160,7 +161,8 @@ class Curation:
     def decisions(self, path: Path) -> dict[str, Decision]:
         """The decision that counts of every pair of a data file that has one."""
         kept: dict[str, Decision] = {}
-        for line in lines_of(decisions_path(path)):
+        older = older_decisions(path)
+        for line in chain(lines_of(older) if older else (), lines_of(decisions_path(path))):
             kept.pop(line["pair"], None)  # the later one stands later
             if line["action"] != "undo":
                 kept[line["pair"]] = line
@@ -310,14 +312,21 @@ def text_of(body: dict[str, Any], name: str) -> str:
 
 def decisions_path(data: Path) -> Path:
     """Where the decisions about a data file are."""
-    return data.with_name(f"{data.stem}.decisions.jsonl")
+    return data.with_name(f"{data.name}.decisions.jsonl")
+
+
+def older_decisions(data: Path) -> Path | None:
+    """Where an older version wrote them; None where they may be about another data file of that name."""
+    alike = [data.with_name(data.stem + suffix) for suffix in DATA_SUFFIXES]
+    alone = sum(files.is_file(path) for path in alike) <= 1
+    return data.with_name(f"{data.stem}.decisions.jsonl") if data in alike and alone else None
 
 
 def cleaned_path(data: Path) -> Path:
     """Where its cleaned copy is."""
-    return data.with_name(f"{data.stem}.cleaned.jsonl")
+    return data.with_name(f"{data.name}.cleaned.jsonl")
 
 
 def changes_path(data: Path) -> Path:
     """Where it says what the cleaned copy changed."""
-    return data.with_name(f"{data.stem}.changes.json")
+    return data.with_name(f"{data.name}.changes.json")

@@ -52,7 +52,7 @@ def test_a_running_training(server: Running, mount: Path, visit: Callable[..., A
 
 
 def test_a_curator_s_session(mount: Path, visit: Callable[..., Any]) -> None:
-    decisions = mount / "faq" / "combine_data.decisions.jsonl"
+    decisions = mount / "faq" / "combine_data.json.decisions.jsonl"
 
     def kept() -> list[dict[str, Any]]:
         lines = decisions.read_text(encoding="utf-8").splitlines() if decisions.exists() else []
@@ -81,9 +81,9 @@ def test_a_curator_s_session(mount: Path, visit: Callable[..., Any]) -> None:
         assert len(kept()) == 20
         page.keyboard.press("ArrowUp")
         page.get_by_role("button", name="Write the cleaned file").click()
-        page.get_by_text("combine_data.cleaned.jsonl is written").wait_for()
+        page.get_by_text("combine_data.json.cleaned.jsonl is written").wait_for()
         assert again.said
-    cleaned = read_faq(mount / "faq" / "combine_data.cleaned.jsonl").records
+    cleaned = read_faq(mount / "faq" / "combine_data.json.cleaned.jsonl").records
     intents = {question: record.intent for record in cleaned for question in record.questions}
     gone = {line["intents"][line["side"]]: line["intent"] for line in kept() if line["action"] == "merge"}
     dropped = {line["questions"][line["side"]] for line in kept() if line["action"] == "drop"}
