@@ -164,3 +164,66 @@ def test_chat(conversations: Any, tmp_path: Path, visit: Callable[..., Any]) -> 
         page.locator(".bubble").nth(3).wait_for()  # the conversation is still there
         page.get_by_role("button", name="New conversation").click()
         assert page.locator(".bubble").count() == 0
+
+
+TOLD_BY_HAND = """
+const real = window.fetch;
+window.asked = [];
+window.fetch = (address, options) => {
+  if (address === "/v1/models") return Promise.resolve(Response.json({ data: [{ id: "base" }] }));
+  if (address !== "/v1/chat/completions") return real(address, options);
+  window.asked.push(JSON.parse(options.body).messages.map((message) => message.content));
+  const start = (stream) => {
+    const write = (text) => stream.enqueue(new TextEncoder().encode(`data: ${text}\\n\\n`));
+    window.tell = (content) => write(JSON.stringify({ choices: [{ delta: { content } }] }));
+    window.end = () => write("[DONE]");
+    options.signal.addEventListener("abort", () => stream.error(options.signal.reason));
+  };
+  return Promise.resolve(new Response(new ReadableStream({ start })));
+};
+"""
+
+
+def test_a_chat_goes_on_after_a_question_without_an_answer(server: Running, visit: Callable[..., Any]) -> None:
+    page = visit(server)
+    page.add_init_script(TOLD_BY_HAND)
+    page.goto(f"{server.url}/chat")
+
+    def asked(question: str) -> list[str]:
+        """What the server is told with a question."""
+        page.locator("#send:enabled").wait_for()
+        page.locator("#question").fill(question)
+        page.locator("#question").press("Enter")
+        page.wait_for_function("question => window.asked.at(-1)?.at(-1) === question", arg=question)
+        return page.evaluate("window.asked.at(-1)")
+
+    def told(*pieces: str) -> None:
+        """A whole answer."""
+        for piece in pieces:
+            page.evaluate("piece => window.tell(piece)", piece)
+        page.evaluate("window.end()")
+
+    assert asked("one") == ["one"]
+    told()
+    page.get_by_text("No answer came").wait_for()
+    assert asked("two") == ["two"]
+    told(" ", "\n")
+    assert asked("three") == ["three"]
+    page.get_by_role("button", name="Stop").click()
+    assert asked("four") == ["four"]
+    told("y", "es")
+    assert asked("five") == ["four", "yes", "five"]
+    page.evaluate("window.tell('part')")
+    page.get_by_text("part", exact=True).wait_for()
+    page.get_by_role("button", name="New conversation").click()
+    assert asked("six") == ["six"]
+    told("fine")
+    assert asked("seven") == ["six", "fine", "seven"]
+    page.evaluate("window.tell('half')")
+    page.get_by_text("half", exact=True).wait_for()
+    page.get_by_role("button", name="Stop").click()  # what was said counts
+    assert asked("eight") == ["six", "fine", "seven", "half", "eight"]
+    page.get_by_role("button", name="Stop").click()
+    page.locator("#send:enabled").wait_for()
+    page.reload()
+    assert page.locator(".bubble .said").all_inner_texts() == ["six", "fine", "seven", "half"]
