@@ -19,7 +19,7 @@ from llmops import files, json_text
 from llmops.console import UserError
 from llmops.intents.questions import FaqRecord, read_faq
 from serve.console import cleaning
-from serve.console.mount import DATA_SUFFIXES, Cached, Mounted, NotFound
+from serve.console.mount import DATA_SUFFIXES, KEPT_BYTES, Cached, Mounted, NotFound
 
 TOLD = ("pair", "action", "side", "intent", "intents")  # of a decision, to the page
 ACTIONS = ("keep", "merge", "relabel", "drop", "undo")
@@ -107,7 +107,7 @@ class Curation:
 
     def __init__(self, mounted: Mounted) -> None:
         self.mounted = mounted
-        self.pairs, self.data = Cached(read_pairs), Cached(read_data)
+        self.pairs, self.data = Cached(read_pairs, KEPT_BYTES), Cached(read_data, KEPT_BYTES)
         self.lock = threading.Lock()
 
     def open(self, report: str, data: str) -> tuple[list[Pair], Data, Path]:

@@ -4,6 +4,7 @@ Nothing outside the folder is ever opened: names with `..`, absolute ones and li
 there was nothing. The walk follows no links and leaves out what holds no file that a page shows.
 """
 
+import math
 import os
 import threading
 import time
@@ -23,7 +24,9 @@ REST = 50  # and at least so many times as long as the walk took: a training bes
 DEEPEST = 8  # folders below the mount
 MOST_FOLDERS = 50_000
 CACHED = 4096  # parsed files that are kept
-PASSED = ("cache", "tensorboard", "merged", "samples")
+KEPT_BYTES = 64 << 20  # of files whose whole content is kept, in sum; the one that was used last is kept in any case
+SAMPLES = "samples"
+PASSED = ("cache", "tensorboard", "merged", SAMPLES)
 PASSED_STARTS = (".", "checkpoint-", "global_step")
 SETTLED = 2_000_000_000  # nanoseconds: a folder that changed just now may change within the same tick of its clock
 PAIRS_HEAD = 4096  # bytes that tell whether a JSON file holds the pairs of similar questions
@@ -47,25 +50,31 @@ class Found:
 
 
 class Cached(Generic[T]):
-    """What was made of files, kept while they have the same size and time of change; safe between threads."""
+    """What was made of files, kept while they have the same size and time of change; safe between threads.
 
-    def __init__(self, make: Callable[[Path], T], most: int = CACHED) -> None:
-        self.make, self.most = make, most
+    Those that were not used for longest go first, when the files together have more than `most_bytes`.
+    """
+
+    def __init__(self, make: Callable[[Path], T], most_bytes: float = math.inf) -> None:
+        self.make, self.most_bytes = make, most_bytes
         self.kept: dict[Path, tuple[tuple[int, int, int], T]] = {}
         self.lock = threading.Lock()
 
     def __call__(self, path: Path) -> T:
         stamp = stamp_of(path)
         with self.lock:
-            known = self.kept.get(path)
-        if known and stamp and known[0] == stamp:
-            return known[1]
+            known = self.kept.pop(path, None)
+            if known and known[0] == stamp:
+                self.kept[path] = known  # the last one now
+                return known[1]
         value = self.make(path)
         if stamp:
             with self.lock:
-                while len(self.kept) >= self.most:
-                    self.kept.pop(next(iter(self.kept)))
+                self.kept.pop(path, None)
                 self.kept[path] = (stamp, value)
+                size = sum(kept[0][2] for kept in self.kept.values())
+                while len(self.kept) > 1 and (len(self.kept) > CACHED or size > self.most_bytes):
+                    size -= self.kept.pop(next(iter(self.kept)))[0][2]
         return value
 
 
