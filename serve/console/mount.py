@@ -25,8 +25,8 @@ DEEPEST = 8  # folders below the mount
 MOST_FOLDERS = 50_000
 CACHED = 4096  # parsed files that are kept
 KEPT_BYTES = 64 << 20  # of files whose whole content is kept, in sum; the one that was used last is kept in any case
-SAMPLES = "samples"
-PASSED = ("cache", "tensorboard", "merged", SAMPLES)
+OF_A_RUN = ("cache", "tensorboard", "merged")  # folders that a run makes beside its settings
+SAMPLES = "samples"  # the one that an evaluation makes beside its results
 PASSED_STARTS = (".", "checkpoint-", "global_step")
 SETTLED = 2_000_000_000  # nanoseconds: a folder that changed just now may change within the same tick of its clock
 PAIRS_HEAD = 4096  # bytes that tell whether a JSON file holds the pairs of similar questions
@@ -196,7 +196,7 @@ def listing_of(folder: str, known: Listing | None) -> Listing:
                 if not json_text.encodable(entry.name):
                     continue
                 if entry.is_dir(follow_symlinks=False):
-                    if entry.name not in PASSED and not entry.name.startswith(PASSED_STARTS):
+                    if not entry.name.startswith(PASSED_STARTS):
                         folders.append(entry.name)
                 elif entry.is_file(follow_symlinks=False):
                     names.append(entry.name)
@@ -206,7 +206,9 @@ def listing_of(folder: str, known: Listing | None) -> Listing:
     for name in names:
         if kind := kind_of(folder, name):
             kinds.setdefault(kind, []).append(name)
-    return Listing(-1 if growing else changed, RUN_SETTINGS in names or LOG_NAME in names, kinds, tuple(folders))
+    passed = (OF_A_RUN if RUN_SETTINGS in names else ()) + ((SAMPLES,) if "evaluations" in kinds else ())
+    below = tuple(name for name in folders if name not in passed)
+    return Listing(-1 if growing else changed, RUN_SETTINGS in names or LOG_NAME in names, kinds, below)
 
 
 def kind_of(folder: str, name: str) -> str:
