@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from conftest import ROOT
 from starlette.applications import Starlette
@@ -14,8 +15,9 @@ from starlette.testclient import TestClient
 from eval import analyze_similar_questions_and_intents as similar
 from llmops import files, json_text
 from llmops.intents.questions import read_faq
-from serve.console import curation
+from serve.console import pairs as pairs_module
 from serve.console.cleaning import Edits, clean
+from serve.console.mount import Mounted
 from serve.console.routes import routes
 
 DATA = ROOT / "eval" / "eval_datasets" / "faq_similar" / "combine_data.json"
@@ -180,6 +182,77 @@ def test_decisions_about_what_is_not_there_any_more(tmp_path: Path) -> None:
         assert written(client)[0] == ["a1", "a2", "b1", "c", "d"]
 
 
+def write_suspects(folder: Path) -> list[dict[str, Any]]:
+    """Suspects as faq/score writes them of prompts that are made already, and the raw data; two of them are one."""
+    rows = [{"question": "q0", "intent": "A"}, {"input": ["q1", "q2"], "intent": "A", "output": "a"},
+            {"question": "q3", "intent": "B", "output": "b"}]  # fmt: skip
+    said = [
+        {
+            "messages": [{"role": "user", "content": f"{row} {q}"}, {"role": "assistant", "content": intent}],
+            "question": q,
+        }
+        for row, q, intent in ((0, "q0", "A"), (1, "q0", "A"), (2, "q1", "A"), (3, "q2", "A"), (4, "q3", "B"))
+    ]
+    suspects = [
+        {"line": line, "question": q, "intent": i, "suggested": "BA"[i == "B"], "probability": 0.75}
+        for line, q, i in ((1, "q0", "A"), (2, "q0", "A"), (4, "q2", "A"), (5, "q3", "B"))
+    ]
+    for name, written in (("raw.json", rows), ("train.jsonl", said), ("suspects.jsonl", suspects)):
+        (folder / name).write_text("".join(json_text.dumps(row) + "\n" for row in written), encoding="utf-8")
+    return suspects
+
+
+def test_suspects(tmp_path: Path) -> None:
+    write_suspects(tmp_path)
+    names = {"report": "suspects.jsonl", "data": "raw.json"}
+    with TestClient(Starlette(routes=routes(tmp_path))) as client:
+        assert "report=suspects.jsonl" in client.get("/curator").text
+        assert 'data-data="raw.json"' in client.get("/curator?report=suspects.jsonl").text  # not the prompts
+        found = all_pairs(client.get(STATE, params=names).json())
+        assert [(p["sides"][0]["question"], p["suggested"], p["probability"], len(p["sides"])) for p in found] == [
+            ("q0", "B", 0.75, 1), ("q2", "B", 0.75, 1), ("q3", "A", 0.75, 1),
+        ]  # fmt: skip
+        for pair, what in zip(
+            found, ({"action": "drop", "side": 0}, {"action": "relabel", "side": 0}, {"action": "keep"}), strict=True
+        ):
+            assert client.post(DECIDE, json=names | {"pair": pair["key"]} | what).status_code == 200
+        for what in ({"action": "drop", "side": 1}, {"action": "merge", "side": 0}):
+            answer = client.post(DECIDE, json=names | {"pair": found[0]["key"]} | what)
+            assert (answer.status_code, "a suspect is one question" in answer.text) == (422, True)
+        found = all_pairs(client.get(STATE, params=names).json())
+        assert [pair["decision"]["action"] for pair in found] == ["drop", "relabel", "keep"]
+        told = client.post(WRITE, json=names).json()
+        assert (told["dropped"], told["relabelled"], told["not_applied"]) == (1, 1, 0)
+        assert lines(tmp_path / "raw.json.cleaned.jsonl") == [
+            {"input": ["q1"], "intent": "A", "output": "a"}, {"input": ["q2"], "intent": "B", "output": "b"},
+            {"question": "q3", "intent": "B", "output": "b"},
+        ]  # fmt: skip
+        answer = client.get(STATE, params=names | {"data": "train.jsonl"})
+        assert "choose the raw questions with intents" in answer.json()["error"]["message"]
+        with (tmp_path / "suspects.jsonl").open("a") as stream:
+            stream.write('{"line": 9, "question": "q3", "intent": "B"}\n')
+        answer = client.get(STATE, params=names)
+        assert "suspects.jsonl:5: no question with an intent, a suggested one" in answer.json()["error"]["message"]
+
+
+def test_suspects_of_the_command(tmp_path: Path) -> None:
+    """Its lines are known as what they are."""
+    from faq.advice import suspects
+    from llmops.intents.classifiers import Asked
+
+    class Known:
+        """What `suspects` reads of Classifiers."""
+
+        own = (Asked("q0", "A", None, 1), Asked("q1", "B", None, 2))
+        classes, labels = ("A", "B"), np.array([0, 1])
+
+    found = suspects(Known(), np.array([[0.01, 0.99], [0.1, 0.9]]))  # type: ignore[arg-type]
+    path = tmp_path / "suspects.jsonl"
+    path.write_text("".join(json_text.dumps(row) + "\n" for row in found))
+    assert Mounted(tmp_path).look().pairs == ["suspects.jsonl"]
+    assert pairs_module.read_report(path).suspects == [pairs_module.Suspect("q0", "A", "B", 0.99)]
+
+
 def test_data_files_that_differ_in_their_ending_share_nothing(mount: Path, client: TestClient) -> None:
     folder = mount / "faq"
     first, second = all_pairs(state_of(client))[:2]
@@ -201,7 +274,7 @@ def test_data_files_that_differ_in_their_ending_share_nothing(mount: Path, clien
 def test_a_pair_that_is_not_in_the_data_is_not_decided_about(
     mount: Path, client: TestClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(curation, "FIRST", 1)
+    monkeypatch.setattr(pairs_module, "FIRST", 1)
     report = mount / "faq" / "similar.json"
     told = json.loads(report.read_text(encoding="utf-8"))
     pairs = told["data"]["mismatched_intents"]

@@ -1,4 +1,4 @@
-"""A curator's work on the pairs that the similar-questions command found: groups, decisions, the cleaned file.
+"""A curator's work on pairs of similar questions, and on suspects: groups, decisions, the cleaned file.
 
 Decisions are lines of `DATA.decisions.jsonl` beside the data, each on the disk before the page hears of it. A pair is
 known by its questions, intents and records, so decisions outlast a new report with another threshold. The last line of
@@ -6,100 +6,25 @@ a pair counts; `undo` takes it back. A decision is carried out only where the da
 is ever changed but these files: the decisions, the cleaned copy, its changes.
 """
 
-import hashlib
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from itertools import chain
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeGuard
 
-from llmops import files, json_text
+from llmops import files
 from llmops.console import UserError
-from llmops.intents.questions import FaqRecord, read_faq
 from serve.console import cleaning
 from serve.console.mount import DATA_SUFFIXES, KEPT_BYTES, Cached, Mounted, NotFound
+from serve.console.pairs import Data, Pair, is_two, pairs_in, read_data, read_report, refuse_strange
 
 TOLD = ("pair", "action", "side", "intent", "intents")  # of a decision, to the page
 ACTIONS = ("keep", "merge", "relabel", "drop", "undo")
 MOST_SHOWN = 5_000  # pairs that a page has
 MOST_BYTES = 64 << 20  # of a data file that is looked at by itself
 MOST_LOOKED_AT = 20
-FIRST = 50  # pairs that tell whether a report is about a data file
 Decision = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Pair:
-    """Two questions with different intents; `questions` None for a whole record, where the report names none."""
-
-    key: str
-    records: tuple[int, int]
-    questions: tuple[str | None, str | None]
-    intents: tuple[str, str]
-    alike: bool
-
-    @property
-    def group(self) -> tuple[str, str]:
-        """The two intents in one order."""
-        return min(self.intents), max(self.intents)
-
-
-@dataclass(frozen=True)
-class Data:
-    """The records of a data file by index, and its intents in their order."""
-
-    records: dict[int, FaqRecord]
-    intents: list[str]
-
-
-def read_pairs(path: Path) -> list[Pair]:
-    """The pairs of a report, as the command wrote them. Raises UserError for another file."""
-    cure = "the similar-questions command writes it with --output_file"
-    found = files.read_object(path, "the pairs", cure).get("data")
-    listed = found if isinstance(found, dict) else {}
-    pairs: dict[str, Pair] = {}
-    for key, alike, names in (
-        ("mismatched_intents", False, ("intent1", "intent2")),
-        ("similar_intents", True, ("intentPair",)),
-    ):
-        rows = listed.get(key)
-        if not isinstance(rows, list):
-            raise UserError(f"{path.name} has no list {key!r}; {cure}")
-        for number, row in enumerate(rows):
-            pair = pair_of(row, alike, names) if isinstance(row, dict) else None
-            if pair is None:
-                raise UserError(f"{path.name}: {key}[{number}] is {files.shown(row)}, expected a pair; {cure}")
-            pairs.setdefault(pair.key, pair)
-    return list(pairs.values())
-
-
-def pair_of(row: dict[str, Any], alike: bool, names: tuple[str, ...]) -> Pair | None:
-    """A row of a report, or None for what is none."""
-    intents = row.get(names[0]) if len(names) == 1 else [row.get(name) for name in names]
-    questions = [None, None] if alike else row.get("questionPair")
-    records = row.get("lineNumbers")
-    if not (is_two(intents, str) and is_two(questions, str | None) and is_two(records, int)):
-        return None
-    told = json_text.dumps([records, questions, intents])
-    key = hashlib.sha256(told.encode()).hexdigest()[:16]
-    return Pair(key, tuple(records), tuple(questions), tuple(intents), alike)
-
-
-def read_data(path: Path) -> Data:
-    """The records of a data file; bad lines are passed over, as the command may have done."""
-    records = read_faq(path, skip_bad_lines=True).records
-    return Data({r.index: r for r in records}, list(dict.fromkeys(r.intent for r in records)))
-
-
-def fits(pair: Pair, data: Data) -> bool:
-    """Whether a pair's records are in the data as the pair says."""
-    found = [data.records.get(index) for index in pair.records]
-    return all(
-        record is not None and record.intent == intent and (question is None or question in record.questions)
-        for record, intent, question in zip(found, pair.intents, pair.questions, strict=True)
-    )
 
 
 class Curation:
@@ -107,21 +32,19 @@ class Curation:
 
     def __init__(self, mounted: Mounted) -> None:
         self.mounted = mounted
-        self.pairs, self.data = Cached(read_pairs, KEPT_BYTES), Cached(read_data, KEPT_BYTES)
+        self.reports, self.data = Cached(read_report, KEPT_BYTES), Cached(read_data, KEPT_BYTES)
         self.lock = threading.Lock()
 
     def open(self, report: str, data: str) -> tuple[list[Pair], Data, Path]:
         """(pairs, data, its path) of names. Raises NotFound, and UserError where they do not belong together."""
-        pairs = self.pairs(self.mounted.file(report))
+        told = self.reports(self.mounted.file(report))
         path = self.mounted.file(data)
         found = self.data(path)
-        for pair in pairs[:FIRST]:
-            refuse_strange(pair, found, report, data)
-        return pairs, found, path
+        return pairs_in(told, found, report, data), found, path
 
     def data_for(self, report: str) -> str:
         """The name of the data that a report is about, looked for near the report first; "" where none is."""
-        pairs = self.pairs(self.mounted.file(report))[:FIRST]
+        told = self.reports(self.mounted.file(report))
         parents = [place.as_posix() for place in PurePosixPath(report).parents]
 
         def distance(name: str) -> int:
@@ -129,13 +52,14 @@ class Curation:
             return next(i for i, place in enumerate(parents) if place == "." or name.startswith(f"{place}/"))
 
         near = sorted(self.mounted.look().data, key=lambda name: (distance(name), name.count("/"), name))
-        for name in near[:MOST_LOOKED_AT] if pairs else ():
+        for name in near[:MOST_LOOKED_AT] if told.pairs or told.suspects else ():
             try:
                 path = self.mounted.file(name)
-                if path.stat().st_size <= MOST_BYTES and all(fits(pair, self.data(path)) for pair in pairs):
+                if path.stat().st_size <= MOST_BYTES:
+                    pairs_in(told, self.data(path), report, name)
                     return name
             except (UserError, NotFound, OSError):
-                continue  # not FAQ data, or gone meanwhile
+                continue  # not FAQ data, not what the report is about, or gone meanwhile
         return ""
 
     def state(self, report: str, data: str) -> dict[str, Any]:
@@ -183,8 +107,12 @@ class Curation:
             "pair": pair.key, "action": action, "group": list(pair.group), "records": list(pair.records),
             "questions": list(pair.questions), "intents": list(pair.intents),
         }  # fmt: skip
+        if pair.probability is not None:
+            decision["suspect"] = True
         if action in ("merge", "relabel", "drop"):
             side = body.get("side")
+            if pair.probability is not None and (action == "merge" or side != 0):
+                raise UserError("a suspect is one question, side 0: it is kept, gets another intent or is dropped")
             if not is_side(side):
                 raise UserError(f"side is {files.shown(side)}, expected 0 (the left question) or 1 (the right one)")
             decision["side"] = side
@@ -246,29 +174,22 @@ def is_about(decision: Decision, side: int, data: Data) -> bool:
 
 
 def is_shown(decision: Decision, data: Data) -> bool:
-    """Whether a pair counts as decided: a merge is about its intents, any other decision about its two records."""
-    return decision["action"] == "merge" or all(is_about(decision, side, data) for side in (0, 1))
-
-
-def refuse_strange(pair: Pair, found: Data, report: str, data: str) -> None:
-    """Raise UserError for a pair that is not in the data."""
-    if not fits(pair, found):
-        raise UserError(
-            f"{report} is not about {data}: its pair of the records {pair.records[0]} and {pair.records[1]} "
-            "is not there; choose the file that the report was made of, or make the report again"
-        )
+    """Whether a pair counts as decided: a merge is about its intents, any other decision about its records."""
+    sides = (0,) if decision.get("suspect") else (0, 1)
+    return decision["action"] == "merge" or all(is_about(decision, side, data) for side in sides)
 
 
 def shown_pair(pair: Pair, data: Data, decision: Decision | None) -> dict[str, Any]:
     """A pair as the page has it."""
-    found = [data.records[index] for index in pair.records if index in data.records]
+    found = [(pair.questions[i], data.records[pair.records[i]]) for i in pair.sides if pair.records[i] in data.records]
     sides = [
         {"question": question or " / ".join(record.questions), "intent": record.intent, "reply": record.reply,
          "record": record.index, "whole": question is None}
-        for question, record in zip(pair.questions, found, strict=False)
+        for question, record in found
     ]  # fmt: skip
     told = {name: decision[name] for name in TOLD if name in decision} if decision else None
-    return {"key": pair.key, "sides": sides, "decision": told}
+    suspect = {} if pair.probability is None else {"suggested": pair.intents[1], "probability": pair.probability}
+    return {"key": pair.key, "sides": sides, "decision": told} | suspect
 
 
 def lines_of(path: Path) -> Iterator[Decision]:
@@ -278,11 +199,6 @@ def lines_of(path: Path) -> Iterator[Decision]:
     for line in files.json_lines(path, "the decisions"):
         if line.problem is None and is_decision(line.value):
             yield line.value
-
-
-def is_two(values: Any, kind: Any) -> TypeGuard[list[Any]]:
-    """Whether a value is a list of two of a kind."""
-    return isinstance(values, list) and len(values) == 2 and all(isinstance(value, kind) for value in values)
 
 
 def is_side(value: Any) -> TypeGuard[int]:

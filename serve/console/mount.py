@@ -29,7 +29,7 @@ OF_A_RUN = ("cache", "tensorboard", "merged")  # folders that a run makes beside
 SAMPLES = "samples"  # the one that an evaluation makes beside its results
 PASSED_STARTS = (".", "checkpoint-", "global_step")
 SETTLED = 2_000_000_000  # nanoseconds: a folder that changed just now may change within the same tick of its clock
-PAIRS_HEAD = 4096  # bytes that tell whether a JSON file holds the pairs of similar questions
+HEAD = 4096  # bytes that tell whether a file is a report for the curator
 DATA_SUFFIXES = (".jsonl", ".json", ".csv")
 
 
@@ -217,16 +217,30 @@ def kind_of(folder: str, name: str) -> str:
         return ""
     if name.startswith("eval_results") and name.endswith(".json"):
         return "evaluations"
+    path = Path(folder, name)
+    if holds_suspects(path) or (name.endswith(".json") and holds_pairs(path)):
+        return "pairs"
     if name.endswith(".jsonl") and "predictions" in name:
         return "predictions"
-    return "pairs" if name.endswith(".json") and holds_pairs(Path(folder, name)) else "data"
+    return "data"
 
 
 def holds_pairs(path: Path) -> bool:
     """Whether a file begins as the similar-questions command writes it."""
+    head = head_of(path)
+    return head.lstrip().startswith(b"{") and b'"mismatched_intents"' in head
+
+
+def holds_suspects(path: Path) -> bool:
+    """Whether a file begins as faq/score writes its suspects."""
+    head = head_of(path)
+    return head.startswith(b'{"line":') and b'"suggested":' in head
+
+
+def head_of(path: Path) -> bytes:
+    """The first bytes of a file; none where it cannot be read."""
     try:
         with open(path, "rb") as stream:
-            head = stream.read(PAIRS_HEAD)
+            return stream.read(HEAD)
     except OSError:
-        return False
-    return head.lstrip().startswith(b"{") and b'"mismatched_intents"' in head
+        return b""

@@ -92,6 +92,33 @@ def test_a_curator_s_session(mount: Path, visit: Callable[..., Any]) -> None:
     assert intents == {q: gone.get(i, i) for q, i in expected.items() if q not in dropped}
 
 
+def test_a_curator_s_suspects(tmp_path: Path, visit: Callable[..., Any]) -> None:
+    rows = [{"question": f"q{i}", "intent": "AB"[i % 2]} for i in range(5)]
+    suspects = [
+        {"line": i + 1, "question": f"q{i}", "intent": "AB"[i % 2], "suggested": "BA"[i % 2], "probability": 0.75}
+        for i in range(4)
+    ]
+    for name, written in (("faq.json", rows), ("suspects.jsonl", suspects)):
+        (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in written))
+    with serving("--mount_path", str(tmp_path)) as running:
+        page = visit(running, "/curator?report=suspects.jsonl")
+        page.get_by_text("probability 75%").wait_for()
+        assert page.locator("#actions button").all_inner_texts() == [
+            "Keep k", "It is B l", "Another intent … e", "Drop 1", "Undo u",
+        ]  # fmt: skip
+        for key in ("r", "l", "1", "k"):  # the first is no key here
+            page.keyboard.press(key)
+        page.get_by_text("3 of 4 looked at", exact=True).wait_for()
+        page.keyboard.press("e")
+        assert page.locator("#other label:visible").count() == 2  # its question, the intent
+        page.locator("#other-intent").fill("A")
+        page.get_by_role("button", name="Relabel", exact=True).click()
+        page.get_by_text("4 of 4 looked at", exact=True).wait_for()
+        assert serious_faults(page) == {}
+        page.get_by_role("button", name="Write the cleaned file").click()
+        page.get_by_text("faq.json.cleaned.jsonl is written: 2 relabelled, 0 merged, 1 dropped").wait_for()
+
+
 def write_adapter(folder: Path, texts: list[str]) -> None:
     """A LoRA adapter with random weights on a tiny model, and the intents that it is asked about."""
     import torch
