@@ -165,6 +165,46 @@ def test_nothing_outside_the_mount(mount: Path, client: TestClient, name: str) -
     assert not (outside / "STOP").exists()
 
 
+def test_folders_that_are_named_as_a_run_s_own(mount: Path) -> None:
+    names = [f"{name}/output_path" for name in ("cache", "merged", "samples", "tensorboard")]
+    for name in names:
+        make_run(mount / name, 3)
+    inside = ("cache/train-0d60a9262e0b51e9067c/log.txt", "merged/log.txt", "tensorboard/events/log.txt")
+    for name in inside:
+        path = mount / "done" / "output_path" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    evaluation = mount / "evaluation"
+    (evaluation / "samples").mkdir(parents=True)
+    (evaluation / "eval_results.json").write_text("{}")
+    (evaluation / "samples" / "a.jsonl").touch()
+    found = Mounted(mount).look()
+    assert set(names) <= set(found.runs)
+    assert [name for name in found.runs if name.startswith("done/")] == ["done/output_path"]
+    assert "evaluation/samples/a.jsonl" not in found.data
+
+
+def test_little_of_large_files_is_kept(tmp_path: Path) -> None:
+    sizes = {"a": 40, "b": 30, "c": 30, "d": 200, "e": 1}
+    for name, size in sizes.items():
+        (tmp_path / name).write_bytes(b"x" * size)
+    made: list[str] = []
+
+    def make(path: Path) -> str:
+        made.append(path.name)
+        return path.name
+
+    cached = mount_module.Cached(make, 100)
+    for asked, new in (
+        ("abc", "abc"), ("aabb", ""), ("e", "e"), ("ab", ""), ("c", "c"), ("d", "d"), ("dd", ""), ("e", "e"),
+    ):  # fmt: skip
+        made.clear()
+        assert [cached(tmp_path / name) for name in asked] == list(asked)
+        assert "".join(made) == new, asked
+        kept = sum(sizes[path.name] for path in cached.kept)
+        assert kept <= 100 or len(cached.kept) == 1
+
+
 def test_what_comes_while_the_console_runs(mount: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(mount_module, "STALE", 0.0)
     monkeypatch.setattr(mount_module, "REST", 0)

@@ -12,6 +12,7 @@ from starlette.applications import Starlette
 from starlette.testclient import TestClient
 
 from faq.score import score
+from serve.console import evaluations
 from serve.console.evaluations import DIMENSIONS, Evaluations, labels_of
 from serve.console.faq import intents_of, matrix_of, read_predictions
 from serve.console.mount import Mounted
@@ -183,6 +184,11 @@ def test_wrong_questions(client: TestClient, mount: Path) -> None:
     assert "predictions.jsonl:1: no question with an intent" in client.get("/faq").text
 
 
+def test_predictions_that_are_too_large(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(evaluations, "BIGGEST", 100)
+    assert "predictions.jsonl has more than 0 MiB" in client.get("/faq").text
+
+
 def test_an_empty_mount(tmp_path: Path) -> None:
     with TestClient(Starlette(routes=routes(tmp_path / "not-there"))) as client:
         for path in ("/", "/evaluations", "/faq", "/curator", "/compare"):
@@ -192,7 +198,7 @@ def test_an_empty_mount(tmp_path: Path) -> None:
 def test_demo_files_are_what_is_tested_here() -> None:
     """The names above are the commands' own."""
     from eval import answers
-    from serve.console import evaluations, runs
+    from serve.console import runs
     from train import run_folder
 
     assert (evaluations.FIVE, evaluations.PERFORMANCE, evaluations.SAMPLES) == (

@@ -135,17 +135,21 @@ def first_key(raw: Row, keys: Sequence[str]) -> str:
     return next((key for key in keys if isinstance(raw.get(key), str)), keys[0])
 
 
-def write(path: Path, cleaned: Cleaned, target: Path, changes: Path, decisions: int) -> Row:
-    """Write the rows, then what changed; the summary that is in it. Raises UserError over a file of somebody else."""
+def write(path: Path, cleaned: Cleaned, target: Path, changes: Path, decisions: int, unfit: Sequence[Row]) -> Row:
+    """Write the rows, then what changed; the summary that is in it. Raises UserError over a file of somebody else.
+
+    `unfit`: those of the decisions that were not applied.
+    """
     if (target.exists() and not changes.exists()) or target.is_symlink() or changes.is_symlink():
         raise UserError(f"{target.name} is there and was not written here; move it away, then write again")
     kinds = Counter(change["change"] for change in cleaned.changes)
     summary = {
-        "data": path.name, "cleaned": target.name, "decisions": decisions, "rows": len(cleaned.rows),
+        "data": path.name, "cleaned": target.name, "decisions": decisions, "not_applied": len(unfit),
+        "rows": len(cleaned.rows),
         "questions_before": cleaned.questions_before, "questions_after": cleaned.questions_after,
         "bad_lines_left_out": cleaned.bad_lines,
         **{kind: kinds[kind] for kind in ("relabelled", "merged", "dropped")},
     }  # fmt: skip
-    files.write_json(changes, summary | {"changes": cleaned.changes})
+    files.write_json(changes, summary | {"changes": cleaned.changes, "decisions_not_applied": list(unfit)})
     files.write_text(target, "".join(json_text.dumps(row) + "\n" for row in cleaned.rows))
     return summary

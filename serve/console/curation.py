@@ -1,104 +1,30 @@
-"""A curator's work on the pairs that the similar-questions command found: groups, decisions, the cleaned file.
+"""A curator's work on pairs of similar questions, and on suspects: groups, decisions, the cleaned file.
 
 Decisions are lines of `DATA.decisions.jsonl` beside the data, each on the disk before the page hears of it. A pair is
 known by its questions, intents and records, so decisions outlast a new report with another threshold. The last line of
-a pair counts; `undo` takes it back. Nothing is ever changed but these files: the decisions, the cleaned copy, its
-changes.
+a pair counts; `undo` takes it back. A decision is carried out only where the data still has what it is about. Nothing
+is ever changed but these files: the decisions, the cleaned copy, its changes.
 """
 
-import hashlib
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass
 from datetime import UTC, datetime
+from itertools import chain
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeGuard
 
-from llmops import files, json_text
+from llmops import files
 from llmops.console import UserError
-from llmops.intents.questions import FaqRecord, read_faq
 from serve.console import cleaning
-from serve.console.mount import Cached, Mounted, NotFound
+from serve.console.mount import DATA_SUFFIXES, KEPT_BYTES, Cached, Mounted, NotFound
+from serve.console.pairs import Data, Pair, is_two, pairs_in, read_data, read_report, refuse_strange
 
 TOLD = ("pair", "action", "side", "intent", "intents")  # of a decision, to the page
 ACTIONS = ("keep", "merge", "relabel", "drop", "undo")
 MOST_SHOWN = 5_000  # pairs that a page has
 MOST_BYTES = 64 << 20  # of a data file that is looked at by itself
 MOST_LOOKED_AT = 20
-FIRST = 50  # pairs that tell whether a report is about a data file
 Decision = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Pair:
-    """Two questions with different intents; `questions` None for a whole record, where the report names none."""
-
-    key: str
-    records: tuple[int, int]
-    questions: tuple[str | None, str | None]
-    intents: tuple[str, str]
-    alike: bool
-
-    @property
-    def group(self) -> tuple[str, str]:
-        """The two intents in one order."""
-        return min(self.intents), max(self.intents)
-
-
-@dataclass(frozen=True)
-class Data:
-    """The records of a data file by index, and its intents in their order."""
-
-    records: dict[int, FaqRecord]
-    intents: list[str]
-
-
-def read_pairs(path: Path) -> list[Pair]:
-    """The pairs of a report, as the command wrote them. Raises UserError for another file."""
-    cure = "the similar-questions command writes it with --output_file"
-    found = files.read_object(path, "the pairs", cure).get("data")
-    listed = found if isinstance(found, dict) else {}
-    pairs: dict[str, Pair] = {}
-    for key, alike, names in (
-        ("mismatched_intents", False, ("intent1", "intent2")),
-        ("similar_intents", True, ("intentPair",)),
-    ):
-        rows = listed.get(key)
-        if not isinstance(rows, list):
-            raise UserError(f"{path.name} has no list {key!r}; {cure}")
-        for number, row in enumerate(rows):
-            pair = pair_of(row, alike, names) if isinstance(row, dict) else None
-            if pair is None:
-                raise UserError(f"{path.name}: {key}[{number}] is {files.shown(row)}, expected a pair; {cure}")
-            pairs.setdefault(pair.key, pair)
-    return list(pairs.values())
-
-
-def pair_of(row: dict[str, Any], alike: bool, names: tuple[str, ...]) -> Pair | None:
-    """A row of a report, or None for what is none."""
-    intents = row.get(names[0]) if len(names) == 1 else [row.get(name) for name in names]
-    questions = [None, None] if alike else row.get("questionPair")
-    records = row.get("lineNumbers")
-    if not (is_two(intents, str) and is_two(questions, str | None) and is_two(records, int)):
-        return None
-    told = json_text.dumps([records, questions, intents])
-    key = hashlib.sha256(told.encode()).hexdigest()[:16]
-    return Pair(key, tuple(records), tuple(questions), tuple(intents), alike)
-
-
-def read_data(path: Path) -> Data:
-    """The records of a data file; bad lines are passed over, as the command may have done."""
-    records = read_faq(path, skip_bad_lines=True).records
-    return Data({r.index: r for r in records}, list(dict.fromkeys(r.intent for r in records)))
-
-
-def fits(pair: Pair, data: Data) -> bool:
-    """Whether a pair's records are in the data as the pair says."""
-    found = [data.records.get(index) for index in pair.records]
-    return all(
-        record is not None and record.intent == intent and (question is None or question in record.questions)
-        for record, intent, question in zip(found, pair.intents, pair.questions, strict=True)
-    )
 
 
 class Curation:
@@ -106,25 +32,19 @@ class Curation:
 
     def __init__(self, mounted: Mounted) -> None:
         self.mounted = mounted
-        self.pairs, self.data = Cached(read_pairs), Cached(read_data)
+        self.reports, self.data = Cached(read_report, KEPT_BYTES), Cached(read_data, KEPT_BYTES)
         self.lock = threading.Lock()
 
     def open(self, report: str, data: str) -> tuple[list[Pair], Data, Path]:
         """(pairs, data, its path) of names. Raises NotFound, and UserError where they do not belong together."""
-        pairs = self.pairs(self.mounted.file(report))
+        told = self.reports(self.mounted.file(report))
         path = self.mounted.file(data)
         found = self.data(path)
-        strange = next((pair for pair in pairs[:FIRST] if not fits(pair, found)), None)
-        if strange:
-            raise UserError(
-                f"{report} is not about {data}: its pair of the records {strange.records[0]} and {strange.records[1]} "
-                "is not there; choose the file that the report was made of, or make the report again"
-            )
-        return pairs, found, path
+        return pairs_in(told, found, report, data), found, path
 
     def data_for(self, report: str) -> str:
         """The name of the data that a report is about, looked for near the report first; "" where none is."""
-        pairs = self.pairs(self.mounted.file(report))[:FIRST]
+        told = self.reports(self.mounted.file(report))
         parents = [place.as_posix() for place in PurePosixPath(report).parents]
 
         def distance(name: str) -> int:
@@ -132,19 +52,20 @@ class Curation:
             return next(i for i, place in enumerate(parents) if place == "." or name.startswith(f"{place}/"))
 
         near = sorted(self.mounted.look().data, key=lambda name: (distance(name), name.count("/"), name))
-        for name in near[:MOST_LOOKED_AT] if pairs else ():
+        for name in near[:MOST_LOOKED_AT] if told.pairs or told.suspects else ():
             try:
                 path = self.mounted.file(name)
-                if path.stat().st_size <= MOST_BYTES and all(fits(pair, self.data(path)) for pair in pairs):
+                if path.stat().st_size <= MOST_BYTES:
+                    pairs_in(told, self.data(path), report, name)
                     return name
             except (UserError, NotFound, OSError):
-                continue  # not FAQ data, or gone meanwhile
+                continue  # not FAQ data, not what the report is about, or gone meanwhile
         return ""
 
     def state(self, report: str, data: str) -> dict[str, Any]:
         """Groups with their pairs and decisions, the most pairs first, for the page."""
         pairs, found, path = self.open(report, data)
-        decided = self.decisions(path)
+        decided = {key: one for key, one in self.decisions(path).items() if is_shown(one, found)}
         groups: dict[tuple[str, str], list[Pair]] = {}
         for pair in pairs[:MOST_SHOWN]:
             groups.setdefault(pair.group, []).append(pair)
@@ -164,7 +85,8 @@ class Curation:
     def decisions(self, path: Path) -> dict[str, Decision]:
         """The decision that counts of every pair of a data file that has one."""
         kept: dict[str, Decision] = {}
-        for line in lines_of(decisions_path(path)):
+        older = older_decisions(path)
+        for line in chain(lines_of(older) if older else (), lines_of(decisions_path(path))):
             kept.pop(line["pair"], None)  # the later one stands later
             if line["action"] != "undo":
                 kept[line["pair"]] = line
@@ -179,12 +101,18 @@ class Curation:
             raise UserError(f"{report} has no pair {files.shown(key)}; load the page again")
         if action not in ACTIONS:
             raise UserError(f"action is {files.shown(action)}, expected one of {', '.join(ACTIONS)}")
+        if action != "undo":
+            refuse_strange(pair, found, report, data)  # a pair that `open` did not look at
         decision: Decision = {
             "pair": pair.key, "action": action, "group": list(pair.group), "records": list(pair.records),
             "questions": list(pair.questions), "intents": list(pair.intents),
         }  # fmt: skip
+        if pair.probability is not None:
+            decision["suspect"] = True
         if action in ("merge", "relabel", "drop"):
             side = body.get("side")
+            if pair.probability is not None and (action == "merge" or side != 0):
+                raise UserError("a suspect is one question, side 0: it is kept, gets another intent or is dropped")
             if not is_side(side):
                 raise UserError(f"side is {files.shown(side)}, expected 0 (the left question) or 1 (the right one)")
             decision["side"] = side
@@ -195,6 +123,8 @@ class Curation:
                 if intent == pair.intents[side]:
                     raise UserError(f"the question has the intent {files.shown(intent)} already")
                 decision["intent"] = intent
+        if pair.alike and action != "undo":
+            decision["texts"] = [list(found.records[index].questions) for index in pair.records]
         decision["time"] = datetime.now(UTC).isoformat(timespec="seconds")
         with self.lock:
             files.append_line(decisions_path(path), decision)
@@ -205,38 +135,61 @@ class Curation:
         _, found, path = self.open(text_of(body, "report"), text_of(body, "data"))
         with self.lock:
             decided = self.decisions(path)
-            cleaned = cleaning.clean(path, edits_of(decided, found))
-            summary = cleaning.write(path, cleaned, cleaned_path(path), changes_path(path), len(decided))
+            edits, unfit = edits_of(decided, found)
+            cleaned = cleaning.clean(path, edits)
+            summary = cleaning.write(path, cleaned, cleaned_path(path), changes_path(path), len(decided), unfit)
         return summary | {"changes": changes_path(path).name}
 
 
-def edits_of(decided: dict[str, Decision], data: Data) -> cleaning.Edits:
-    """What the decisions of a data file come to, in the order in which they were made."""
-    edits = cleaning.Edits()
+def edits_of(decided: dict[str, Decision], data: Data) -> tuple[cleaning.Edits, list[Decision]]:
+    """(what decisions come to, in the order in which they were made; those that the data has nothing for any more)."""
+    edits, unfit, intents = cleaning.Edits(), list[Decision](), {None, *data.intents}
     for decision in decided.values():
-        if decision["action"] == "merge":
-            edits.merge(decision["intents"][decision["side"]], decision["intent"])
-        elif decision["action"] in ("relabel", "drop"):
-            index, question = decision["records"][decision["side"]], decision["questions"][decision["side"]]
-            record = data.records.get(index)
-            for text in record.questions if record and question is None else [question]:
-                if decision["action"] == "drop":
+        action, side = decision["action"], decision.get("side", 0)
+        if action == "keep":
+            continue
+        fit = decision["intents"][side] in intents if action == "merge" else is_about(decision, side, data)
+        if not fit or decision.get("intent") not in intents:
+            unfit.append(decision)
+        elif action == "merge":
+            edits.merge(decision["intents"][side], decision["intent"])
+        else:
+            index, question = decision["records"][side], decision["questions"][side]
+            for text in data.records[index].questions if question is None else [question]:
+                if action == "drop":
                     edits.dropped.add((index, text))
                 else:
                     edits.relabelled[index, text] = decision["intent"]
-    return edits
+    return edits, unfit
+
+
+def is_about(decision: Decision, side: int, data: Data) -> bool:
+    """Whether the record of a side still has the intent and the questions that it had when it was decided about."""
+    record, question = data.records.get(decision["records"][side]), decision["questions"][side]
+    if record is None or record.intent != decision["intents"][side]:
+        return False
+    if question is not None:
+        return question in record.questions
+    return "texts" in decision and decision["texts"][side] == list(record.questions)
+
+
+def is_shown(decision: Decision, data: Data) -> bool:
+    """Whether a pair counts as decided: a merge is about its intents, any other decision about its records."""
+    sides = (0,) if decision.get("suspect") else (0, 1)
+    return decision["action"] == "merge" or all(is_about(decision, side, data) for side in sides)
 
 
 def shown_pair(pair: Pair, data: Data, decision: Decision | None) -> dict[str, Any]:
     """A pair as the page has it."""
-    found = [data.records[index] for index in pair.records if index in data.records]
+    found = [(pair.questions[i], data.records[pair.records[i]]) for i in pair.sides if pair.records[i] in data.records]
     sides = [
         {"question": question or " / ".join(record.questions), "intent": record.intent, "reply": record.reply,
          "record": record.index, "whole": question is None}
-        for question, record in zip(pair.questions, found, strict=False)
+        for question, record in found
     ]  # fmt: skip
     told = {name: decision[name] for name in TOLD if name in decision} if decision else None
-    return {"key": pair.key, "sides": sides, "decision": told}
+    suspect = {} if pair.probability is None else {"suggested": pair.intents[1], "probability": pair.probability}
+    return {"key": pair.key, "sides": sides, "decision": told} | suspect
 
 
 def lines_of(path: Path) -> Iterator[Decision]:
@@ -246,11 +199,6 @@ def lines_of(path: Path) -> Iterator[Decision]:
     for line in files.json_lines(path, "the decisions"):
         if line.problem is None and is_decision(line.value):
             yield line.value
-
-
-def is_two(values: Any, kind: Any) -> TypeGuard[list[Any]]:
-    """Whether a value is a list of two of a kind."""
-    return isinstance(values, list) and len(values) == 2 and all(isinstance(value, kind) for value in values)
 
 
 def is_side(value: Any) -> TypeGuard[int]:
@@ -264,9 +212,10 @@ def is_decision(value: Any) -> bool:
         return False
     kinds = {"group": str, "records": int, "questions": str | None, "intents": str}
     pairs = all(is_two(value.get(name), kind) for name, kind in kinds.items())
+    texts = "texts" not in value or is_two(value["texts"], list)
     sided = value["action"] in ("keep", "undo") or is_side(value.get("side"))
     aimed = value["action"] not in ("merge", "relabel") or isinstance(value.get("intent"), str)
-    return pairs and sided and aimed
+    return pairs and texts and sided and aimed
 
 
 def text_of(body: dict[str, Any], name: str) -> str:
@@ -279,14 +228,21 @@ def text_of(body: dict[str, Any], name: str) -> str:
 
 def decisions_path(data: Path) -> Path:
     """Where the decisions about a data file are."""
-    return data.with_name(f"{data.stem}.decisions.jsonl")
+    return data.with_name(f"{data.name}.decisions.jsonl")
+
+
+def older_decisions(data: Path) -> Path | None:
+    """Where an older version wrote them; None where they may be about another data file of that name."""
+    alike = [data.with_name(data.stem + suffix) for suffix in DATA_SUFFIXES]
+    alone = sum(files.is_file(path) for path in alike) <= 1
+    return data.with_name(f"{data.stem}.decisions.jsonl") if data in alike and alone else None
 
 
 def cleaned_path(data: Path) -> Path:
     """Where its cleaned copy is."""
-    return data.with_name(f"{data.stem}.cleaned.jsonl")
+    return data.with_name(f"{data.name}.cleaned.jsonl")
 
 
 def changes_path(data: Path) -> Path:
     """Where it says what the cleaned copy changed."""
-    return data.with_name(f"{data.stem}.changes.json")
+    return data.with_name(f"{data.name}.changes.json")

@@ -8,18 +8,16 @@ from typing import Any
 
 from llmops import files
 from llmops.console import UserError
-from serve.console.mount import Cached, Mounted
+from serve.console.mount import KEPT_BYTES, SAMPLES, Cached, Mounted
 from serve.console.runs import number, text
 
 FIVE, PERFORMANCE = "evaluate_model_from_five_dimensions", "model_performance_evaluation"  # eval/answers.py's
 DIMENSIONS = (
     "inference_ability", "reading_comprehension", "chinese_language_skill", "command_compliance", "innovation_capacity",
 )  # fmt: skip
-SAMPLES = "samples"
 PERFORMANCE_SAMPLES = "model_performance"
 CURE = "the evaluation commands write such a file"
-BIGGEST = 256 << 20  # bytes of a file of samples
-KEPT_SETS = 6
+BIGGEST = 256 << 20  # bytes of a file of samples or predictions
 FILTERS = ("all", "right", "wrong", "differ", "better", "worse")
 
 
@@ -127,12 +125,17 @@ def metric_scores(found: dict[str, Any]) -> dict[str, Score]:
     return scores
 
 
-def read_samples(path: Path) -> list[dict[str, Any]]:
-    """The rows behind a score. Raises UserError for a file that is too large or no file of samples."""
+def refuse_large(path: Path) -> None:
+    """Raise UserError for a file that is too large."""
     if path.stat().st_size > BIGGEST:
         raise UserError(
             f"{path.name} has more than {BIGGEST >> 20} MiB, too much for a page; look at it with other tools"
         )
+
+
+def read_samples(path: Path) -> list[dict[str, Any]]:
+    """The rows behind a score. Raises UserError for a file that is too large or no file of samples."""
+    refuse_large(path)
     rows: list[dict[str, Any]] = []
     for line in files.json_lines(path, "the samples", CURE):
         row = line.value
@@ -179,7 +182,7 @@ class Evaluations:
     def __init__(self, mounted: Mounted) -> None:
         self.mounted = mounted
         self.results = Cached(read_result)
-        self.rows = Cached(read_samples, KEPT_SETS)
+        self.rows = Cached(read_samples, KEPT_BYTES)
 
     def all(self) -> Iterator[tuple[str, Result | None]]:
         """(name, result) of every results file; None for one that cannot be read."""

@@ -9,13 +9,12 @@ from typing import Any
 from llmops import files
 from llmops.console import UserError
 from llmops.intents.questions import INTENTS_NAME
-from serve.console.evaluations import section
-from serve.console.mount import Cached, Mounted, NotFound
+from serve.console.evaluations import refuse_large, section
+from serve.console.mount import KEPT_BYTES, Cached, Mounted, NotFound
 from serve.console.runs import number, text
 
 CURE = "faq/predict.sh --output_file writes such a file"
 MOST_IN_MATRIX = 24
-KEPT = 8
 
 
 @dataclass(frozen=True)
@@ -52,7 +51,8 @@ class Matrix:
 
 
 def read_predictions(path: Path) -> list[Prediction]:
-    """The lines of a file of predictions. Raises UserError for another file."""
+    """The lines of a file of predictions. Raises UserError for one that is too large, or another file."""
+    refuse_large(path)
     found: list[Prediction] = []
     for line in files.json_lines(path, "the predictions", CURE):
         row = section(line.value)
@@ -79,7 +79,7 @@ class Faq:
 
     def __init__(self, mounted: Mounted) -> None:
         self.mounted = mounted
-        self.predictions, self.candidates = Cached(read_predictions, KEPT), Cached(read_candidates)
+        self.predictions, self.candidates = Cached(read_predictions, KEPT_BYTES), Cached(read_candidates)
 
     def open(self, name: str) -> tuple[list[Prediction], list[str]]:
         """(predictions, candidate intents of the model that made them, where they are known)."""

@@ -4,6 +4,7 @@ Nothing outside the folder is ever opened: names with `..`, absolute ones and li
 there was nothing. The walk follows no links and leaves out what holds no file that a page shows.
 """
 
+import math
 import os
 import threading
 import time
@@ -23,10 +24,12 @@ REST = 50  # and at least so many times as long as the walk took: a training bes
 DEEPEST = 8  # folders below the mount
 MOST_FOLDERS = 50_000
 CACHED = 4096  # parsed files that are kept
-PASSED = ("cache", "tensorboard", "merged", "samples")
+KEPT_BYTES = 64 << 20  # of files whose whole content is kept, in sum; the one that was used last is kept in any case
+OF_A_RUN = ("cache", "tensorboard", "merged")  # folders that a run makes beside its settings
+SAMPLES = "samples"  # the one that an evaluation makes beside its results
 PASSED_STARTS = (".", "checkpoint-", "global_step")
 SETTLED = 2_000_000_000  # nanoseconds: a folder that changed just now may change within the same tick of its clock
-PAIRS_HEAD = 4096  # bytes that tell whether a JSON file holds the pairs of similar questions
+HEAD = 4096  # bytes that tell whether a file is a report for the curator
 DATA_SUFFIXES = (".jsonl", ".json", ".csv")
 
 
@@ -47,25 +50,31 @@ class Found:
 
 
 class Cached(Generic[T]):
-    """What was made of files, kept while they have the same size and time of change; safe between threads."""
+    """What was made of files, kept while they have the same size and time of change; safe between threads.
 
-    def __init__(self, make: Callable[[Path], T], most: int = CACHED) -> None:
-        self.make, self.most = make, most
+    Those that were not used for longest go first, when the files together have more than `most_bytes`.
+    """
+
+    def __init__(self, make: Callable[[Path], T], most_bytes: float = math.inf) -> None:
+        self.make, self.most_bytes = make, most_bytes
         self.kept: dict[Path, tuple[tuple[int, int, int], T]] = {}
         self.lock = threading.Lock()
 
     def __call__(self, path: Path) -> T:
         stamp = stamp_of(path)
         with self.lock:
-            known = self.kept.get(path)
-        if known and stamp and known[0] == stamp:
-            return known[1]
+            known = self.kept.pop(path, None)
+            if known and known[0] == stamp:
+                self.kept[path] = known  # the last one now
+                return known[1]
         value = self.make(path)
         if stamp:
             with self.lock:
-                while len(self.kept) >= self.most:
-                    self.kept.pop(next(iter(self.kept)))
+                self.kept.pop(path, None)
                 self.kept[path] = (stamp, value)
+                size = sum(kept[0][2] for kept in self.kept.values())
+                while len(self.kept) > 1 and (len(self.kept) > CACHED or size > self.most_bytes):
+                    size -= self.kept.pop(next(iter(self.kept)))[0][2]
         return value
 
 
@@ -187,7 +196,7 @@ def listing_of(folder: str, known: Listing | None) -> Listing:
                 if not json_text.encodable(entry.name):
                     continue
                 if entry.is_dir(follow_symlinks=False):
-                    if entry.name not in PASSED and not entry.name.startswith(PASSED_STARTS):
+                    if not entry.name.startswith(PASSED_STARTS):
                         folders.append(entry.name)
                 elif entry.is_file(follow_symlinks=False):
                     names.append(entry.name)
@@ -197,7 +206,9 @@ def listing_of(folder: str, known: Listing | None) -> Listing:
     for name in names:
         if kind := kind_of(folder, name):
             kinds.setdefault(kind, []).append(name)
-    return Listing(-1 if growing else changed, RUN_SETTINGS in names or LOG_NAME in names, kinds, tuple(folders))
+    passed = (OF_A_RUN if RUN_SETTINGS in names else ()) + ((SAMPLES,) if "evaluations" in kinds else ())
+    below = tuple(name for name in folders if name not in passed)
+    return Listing(-1 if growing else changed, RUN_SETTINGS in names or LOG_NAME in names, kinds, below)
 
 
 def kind_of(folder: str, name: str) -> str:
@@ -206,16 +217,30 @@ def kind_of(folder: str, name: str) -> str:
         return ""
     if name.startswith("eval_results") and name.endswith(".json"):
         return "evaluations"
+    path = Path(folder, name)
+    if holds_suspects(path) or (name.endswith(".json") and holds_pairs(path)):
+        return "pairs"
     if name.endswith(".jsonl") and "predictions" in name:
         return "predictions"
-    return "pairs" if name.endswith(".json") and holds_pairs(Path(folder, name)) else "data"
+    return "data"
 
 
 def holds_pairs(path: Path) -> bool:
     """Whether a file begins as the similar-questions command writes it."""
+    head = head_of(path)
+    return head.lstrip().startswith(b"{") and b'"mismatched_intents"' in head
+
+
+def holds_suspects(path: Path) -> bool:
+    """Whether a file begins as faq/score writes its suspects."""
+    head = head_of(path)
+    return head.startswith(b'{"line":') and b'"suggested":' in head
+
+
+def head_of(path: Path) -> bytes:
+    """The first bytes of a file; none where it cannot be read."""
     try:
         with open(path, "rb") as stream:
-            head = stream.read(PAIRS_HEAD)
+            return stream.read(HEAD)
     except OSError:
-        return False
-    return head.lstrip().startswith(b"{") and b'"mismatched_intents"' in head
+        return b""

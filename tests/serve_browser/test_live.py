@@ -52,7 +52,7 @@ def test_a_running_training(server: Running, mount: Path, visit: Callable[..., A
 
 
 def test_a_curator_s_session(mount: Path, visit: Callable[..., Any]) -> None:
-    decisions = mount / "faq" / "combine_data.decisions.jsonl"
+    decisions = mount / "faq" / "combine_data.json.decisions.jsonl"
 
     def kept() -> list[dict[str, Any]]:
         lines = decisions.read_text(encoding="utf-8").splitlines() if decisions.exists() else []
@@ -81,15 +81,42 @@ def test_a_curator_s_session(mount: Path, visit: Callable[..., Any]) -> None:
         assert len(kept()) == 20
         page.keyboard.press("ArrowUp")
         page.get_by_role("button", name="Write the cleaned file").click()
-        page.get_by_text("combine_data.cleaned.jsonl is written").wait_for()
+        page.get_by_text("combine_data.json.cleaned.jsonl is written").wait_for()
         assert again.said
-    cleaned = read_faq(mount / "faq" / "combine_data.cleaned.jsonl").records
+    cleaned = read_faq(mount / "faq" / "combine_data.json.cleaned.jsonl").records
     intents = {question: record.intent for record in cleaned for question in record.questions}
     gone = {line["intents"][line["side"]]: line["intent"] for line in kept() if line["action"] == "merge"}
     dropped = {line["questions"][line["side"]] for line in kept() if line["action"] == "drop"}
     labels = {line["questions"][line["side"]]: line["intent"] for line in kept() if line["action"] == "relabel"}
     expected = {question: record.intent for record in read_faq(DATA).records for question in record.questions} | labels
     assert intents == {q: gone.get(i, i) for q, i in expected.items() if q not in dropped}
+
+
+def test_a_curator_s_suspects(tmp_path: Path, visit: Callable[..., Any]) -> None:
+    rows = [{"question": f"q{i}", "intent": "AB"[i % 2]} for i in range(5)]
+    suspects = [
+        {"line": i + 1, "question": f"q{i}", "intent": "AB"[i % 2], "suggested": "BA"[i % 2], "probability": 0.75}
+        for i in range(4)
+    ]
+    for name, written in (("faq.json", rows), ("suspects.jsonl", suspects)):
+        (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in written))
+    with serving("--mount_path", str(tmp_path)) as running:
+        page = visit(running, "/curator?report=suspects.jsonl")
+        page.get_by_text("probability 75%").wait_for()
+        assert page.locator("#actions button").all_inner_texts() == [
+            "Keep k", "It is B l", "Another intent … e", "Drop 1", "Undo u",
+        ]  # fmt: skip
+        for key in ("r", "l", "1", "k"):  # the first is no key here
+            page.keyboard.press(key)
+        page.get_by_text("3 of 4 looked at", exact=True).wait_for()
+        page.keyboard.press("e")
+        assert page.locator("#other label:visible").count() == 2  # its question, the intent
+        page.locator("#other-intent").fill("A")
+        page.get_by_role("button", name="Relabel", exact=True).click()
+        page.get_by_text("4 of 4 looked at", exact=True).wait_for()
+        assert serious_faults(page) == {}
+        page.get_by_role("button", name="Write the cleaned file").click()
+        page.get_by_text("faq.json.cleaned.jsonl is written: 2 relabelled, 0 merged, 1 dropped").wait_for()
 
 
 def write_adapter(folder: Path, texts: list[str]) -> None:
@@ -164,3 +191,66 @@ def test_chat(conversations: Any, tmp_path: Path, visit: Callable[..., Any]) -> 
         page.locator(".bubble").nth(3).wait_for()  # the conversation is still there
         page.get_by_role("button", name="New conversation").click()
         assert page.locator(".bubble").count() == 0
+
+
+TOLD_BY_HAND = """
+const real = window.fetch;
+window.asked = [];
+window.fetch = (address, options) => {
+  if (address === "/v1/models") return Promise.resolve(Response.json({ data: [{ id: "base" }] }));
+  if (address !== "/v1/chat/completions") return real(address, options);
+  window.asked.push(JSON.parse(options.body).messages.map((message) => message.content));
+  const start = (stream) => {
+    const write = (text) => stream.enqueue(new TextEncoder().encode(`data: ${text}\\n\\n`));
+    window.tell = (content) => write(JSON.stringify({ choices: [{ delta: { content } }] }));
+    window.end = () => write("[DONE]");
+    options.signal.addEventListener("abort", () => stream.error(options.signal.reason));
+  };
+  return Promise.resolve(new Response(new ReadableStream({ start })));
+};
+"""
+
+
+def test_a_chat_goes_on_after_a_question_without_an_answer(server: Running, visit: Callable[..., Any]) -> None:
+    page = visit(server)
+    page.add_init_script(TOLD_BY_HAND)
+    page.goto(f"{server.url}/chat")
+
+    def asked(question: str) -> list[str]:
+        """What the server is told with a question."""
+        page.locator("#send:enabled").wait_for()
+        page.locator("#question").fill(question)
+        page.locator("#question").press("Enter")
+        page.wait_for_function("question => window.asked.at(-1)?.at(-1) === question", arg=question)
+        return page.evaluate("window.asked.at(-1)")
+
+    def told(*pieces: str) -> None:
+        """A whole answer."""
+        for piece in pieces:
+            page.evaluate("piece => window.tell(piece)", piece)
+        page.evaluate("window.end()")
+
+    assert asked("one") == ["one"]
+    told()
+    page.get_by_text("No answer came").wait_for()
+    assert asked("two") == ["two"]
+    told(" ", "\n")
+    assert asked("three") == ["three"]
+    page.get_by_role("button", name="Stop").click()
+    assert asked("four") == ["four"]
+    told("y", "es")
+    assert asked("five") == ["four", "yes", "five"]
+    page.evaluate("window.tell('part')")
+    page.get_by_text("part", exact=True).wait_for()
+    page.get_by_role("button", name="New conversation").click()
+    assert asked("six") == ["six"]
+    told("fine")
+    assert asked("seven") == ["six", "fine", "seven"]
+    page.evaluate("window.tell('half')")
+    page.get_by_text("half", exact=True).wait_for()
+    page.get_by_role("button", name="Stop").click()  # what was said counts
+    assert asked("eight") == ["six", "fine", "seven", "half", "eight"]
+    page.get_by_role("button", name="Stop").click()
+    page.locator("#send:enabled").wait_for()
+    page.reload()
+    assert page.locator(".bubble .said").all_inner_texts() == ["six", "fine", "seven", "half"]

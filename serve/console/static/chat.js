@@ -6,7 +6,7 @@ const KEPT = "llmops.chat"; // this tab's conversation outlives a reload
 const NAMES = { base: t("Base model"), tuned: t("Tuned model") };
 const ORDER = ["base", "tuned"];
 let models = [];
-let talks = new Map(); // model id -> {messages, place}
+let talks = new Map(); // model id -> {messages, place, column}; messages are questions that got an answer, and it
 let running = null; // AbortController of the answers that are written
 
 function kept() {
@@ -65,8 +65,10 @@ async function* events(response) {
   }
 }
 
-async function answer(id, signal) {
+/** Let a model answer. The question is told again only where an answer came: two in a row are no conversation. */
+async function answer(id, question, signal) {
   const talk = talks.get(id);
+  const { messages } = talk; // a new conversation has a list of its own
   const message = { role: "assistant", content: "" };
   const shown = bubble(message);
   const text = shown.querySelector(".said");
@@ -75,9 +77,10 @@ async function answer(id, signal) {
   talk.place.setAttribute("aria-busy", "true");
   const started = performance.now();
   let tokens = 0;
+  let failed = false;
   try {
     const response = await fetch("/v1/chat/completions", {
-      method: "POST", signal, headers: { "Content-Type": "application/json" }, body: JSON.stringify(request(id, talk.messages)),
+      method: "POST", signal, headers: { "Content-Type": "application/json" }, body: JSON.stringify(request(id, [...messages, question])),
     });
     if (!response.ok) throw new Error((await response.json().catch(() => ({}))).error?.message ?? `${response.status} ${response.statusText}`);
     for await (const event of events(response)) {
@@ -96,17 +99,22 @@ async function answer(id, signal) {
     if (error.name !== "AbortError") {
       shown.classList.add("wrong");
       text.textContent = `${message.content} ${error.message}`.trim();
-      talk.failed = true;
+      failed = true;
     }
   } finally {
     talk.place.removeAttribute("aria-busy");
   }
-  if (message.content && !talk.failed) talk.messages.push(message);
-  else if (!talk.failed) shown.remove();
+  if (failed) return;
+  if (message.content.trim()) messages.push(question, message);
+  else {
+    text.textContent = t("No answer came; the question is not told again.");
+    text.classList.add("quiet");
+  }
 }
 
-async function intents(question) {
+async function intents(question, round) {
   const found = await post("/v1/intents", { questions: [question], top: 5 });
+  if (running !== round) return; // there is a new conversation
   const [first] = found.data;
   at("intents").hidden = false;
   at("bars").replaceChildren(
@@ -121,28 +129,32 @@ async function send() {
   const question = at("question").value.trim();
   if (!question || running) return;
   if (!at("settings").reportValidity()) return;
-  running = new AbortController();
+  const round = new AbortController();
+  running = round;
   at("question").value = "";
   at("send").disabled = true;
   at("halt").hidden = false;
+  const message = { role: "user", content: question };
   for (const talk of talks.values()) {
-    if (talk.failed) talk.messages.pop(); // a question that got no answer is not told again
-    talk.failed = false;
-    const message = { role: "user", content: question };
-    talk.messages.push(message);
     talk.place.append(bubble(message));
     talk.place.scrollTop = talk.place.scrollHeight;
   }
   const knows = models.some((model) => model.intents);
   await Promise.all([
-    ...[...talks.keys()].map((id) => answer(id, running.signal)),
-    knows ? intents(question).catch((error) => say(error.message, true)) : null,
+    ...[...talks.keys()].map((id) => answer(id, message, round.signal)),
+    knows ? intents(question, round).catch((error) => say(error.message, true)) : null,
   ]);
+  if (running !== round) return;
+  ready();
+  keep();
+  at("question").focus();
+}
+
+/** Nothing is being answered any more. */
+function ready() {
   running = null;
   at("send").disabled = false;
   at("halt").hidden = true;
-  keep();
-  at("question").focus();
 }
 
 at("compose").addEventListener("submit", (event) => {
@@ -157,8 +169,9 @@ at("question").addEventListener("keydown", (event) => {
 at("halt").addEventListener("click", () => running?.abort());
 at("anew").addEventListener("click", () => {
   running?.abort();
+  ready();
   for (const talk of talks.values()) {
-    talk.messages.length = 0;
+    talk.messages = [];
     talk.place.replaceChildren();
   }
   at("intents").hidden = true;

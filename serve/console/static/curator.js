@@ -20,9 +20,17 @@ function soon(act) {
 
 const isOpen = (pair) => !pair.decision;
 const left = () => pairs[current].sides[0].intent;
-const right = () => pairs[current].sides[1].intent;
+const right = () => pairs[current].suggested ?? pairs[current].sides[1].intent;
+const suspects = state.groups.some((group) => group.pairs.some((pair) => pair.suggested !== undefined)); // one question each
 
-const ACTIONS = [
+const OF_SUSPECTS = [
+  ["k", t("Keep"), () => decide({ action: "keep" })],
+  ["l", () => t("It is {intent}", { intent: right() }), () => decide({ action: "relabel", side: 0 })],
+  ["e", t("Another intent …"), another],
+  ["1", t("Drop"), () => decide({ action: "drop", side: 0 })],
+  ["u", t("Undo"), undo],
+];
+const OF_PAIRS = [
   ["k", t("Keep both"), () => decide({ action: "keep" })],
   ["l", () => t("Left is {intent}", { intent: right() }), () => decide({ action: "relabel", side: 0 })],
   ["r", () => t("Right is {intent}", { intent: left() }), () => decide({ action: "relabel", side: 1 })],
@@ -33,6 +41,7 @@ const ACTIONS = [
   ["2", t("Drop right"), () => decide({ action: "drop", side: 1 })],
   ["u", t("Undo"), undo],
 ];
+const ACTIONS = suspects ? OF_SUSPECTS : OF_PAIRS;
 const MOVES = [
   ["↓", t("Next pair"), () => move(current + 1)],
   ["↑", t("Pair before"), () => move(current - 1)],
@@ -78,6 +87,7 @@ function undo() {
 function another() {
   const { sides } = pairs[current];
   sides.forEach((side, i) => (at(`other-${i}`).textContent = side.question));
+  at("other-1").closest("label").hidden = sides.length < 2;
   at("other-intent").value = "";
   at("other").showModal();
   at("other-intent").focus();
@@ -112,7 +122,17 @@ function told(pair) {
   if (decision.action === "merge") return t("{gone} goes into {intent}.", { gone: decision.intents[decision.side], intent: decision.intent });
   if (decision.action === "relabel") return t("“{question}” gets the intent {intent}.", { question, intent: decision.intent });
   if (decision.action === "drop") return t("“{question}” is left out.", { question });
-  return t("Both are right as they are.");
+  return suspects ? t("It is right as it is.") : t("Both are right as they are.");
+}
+
+/** What stands beside a suspect. */
+function suggestion({ suggested, probability }) {
+  return el(
+    "div",
+    { class: "sidecard" },
+    el("p", { class: "quiet small" }, t("Suggested by a classifier that did not see it, probability {n}%", { n: (100 * probability).toFixed(0) })),
+    el("p", {}, el("span", { class: "intent" }, suggested)),
+  );
 }
 
 function show() {
@@ -126,12 +146,13 @@ function show() {
         el(
           "div",
           { class: "sidecard" },
-          el("p", { class: "quiet small" }, `${i ? t("Right") : t("Left")} · ${t("record {n}", { n: side.record })}${side.whole ? ` · ${t("all its questions")}` : ""}`),
+          el("p", { class: "quiet small" }, `${suspects ? "" : `${i ? t("Right") : t("Left")} · `}${t("record {n}", { n: side.record })}${side.whole ? ` · ${t("all its questions")}` : ""}`),
           el("p", { class: "question" }, side.question),
           el("p", {}, el("span", { class: "intent" }, side.intent)),
           side.reply ? el("p", { class: "reply quiet small" }, side.reply) : null,
         ),
       ),
+      suspects ? suggestion(pair) : null,
     ),
     el("p", { class: "verdict" }, badge(pair.decision), " ", told(pair)),
   );
@@ -145,7 +166,7 @@ function show() {
         "li",
         {},
         el("button", { type: "button", "aria-current": i === current ? "true" : null, onclick: () => soon(() => move(i)) },
-          el("span", { class: "two" }, el("span", {}, one.sides[0].question), el("span", {}, one.sides[1].question)), badge(one.decision)),
+          el("span", { class: "two" }, el("span", {}, one.sides[0].question), el("span", {}, suspects ? one.suggested : one.sides[1].question)), badge(one.decision)),
       ),
     ),
   );
@@ -181,7 +202,7 @@ at("open-only").addEventListener("change", () => groups(pairs[current]?.number))
 at("help").addEventListener("click", () => at("keys").showModal());
 at("key-list").replaceChildren(
   ...[...ACTIONS, ...MOVES].map(([key, words]) =>
-    el("div", {}, el("dt", {}, el("kbd", {}, key)), el("dd", {}, { l: t("left question gets the right one's intent"), r: t("right question gets the left one's intent"), m: t("merge the intents, the left name stays"), "Shift+M": t("merge the intents, the right name stays") }[key] ?? words)),
+    el("div", {}, el("dt", {}, el("kbd", {}, key)), el("dd", {}, { l: suspects ? t("it gets the suggested intent") : t("left question gets the right one's intent"), r: t("right question gets the left one's intent"), m: t("merge the intents, the left name stays"), "Shift+M": t("merge the intents, the right name stays") }[key] ?? words)),
   ),
 );
 
@@ -198,7 +219,9 @@ document.addEventListener("keydown", (event) => {
 at("write").addEventListener("click", async () => {
   try {
     const found = await post("/console/api/curator/write", { report, data });
-    say(t("{file} is written: {relabelled} relabelled, {merged} merged, {dropped} dropped; {changes} says what changed.", { ...found, file: found.cleaned }));
+    const done = t("{file} is written: {relabelled} relabelled, {merged} merged, {dropped} dropped; {changes} says what changed.", { ...found, file: found.cleaned });
+    const unfit = t("{n} decisions are about what the data does not have any more and were not applied.", { n: found.not_applied });
+    say(found.not_applied ? `${done} ${unfit}` : done, found.not_applied > 0);
   } catch (error) {
     say(error.message, true);
   }
