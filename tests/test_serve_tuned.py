@@ -215,6 +215,40 @@ def test_a_threshold_that_was_kept_decides(service: Any) -> None:
         kept.clear()
 
 
+def test_questions_that_cannot_be_answered_leave_the_others_and_the_server(
+    service: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+
+    requests = [("/v1/intents", {"questions": [text]}) for text in (ASKED[0], "很长" * 100, ASKED[1])]
+    passes, read = service.intents.generator.passes, service.intents.generator.passes.read
+
+    def little_memory(prompts: Any, prefixes: Any) -> Any:
+        if max(map(len, prompts)) > 300:
+            raise torch.OutOfMemoryError
+        return read(prompts, prefixes)
+
+    def intents(told: list[tuple[int, Any]]) -> list[str]:
+        return [body["data"][0]["intent"] for status, body in told if status == 200]
+
+    expected = intents(ask(service, *requests))
+    assert len(expected) == 3
+    monkeypatch.setattr(passes, "read", little_memory)
+    told = ask(service, *requests)
+    assert intents(told) == [expected[0], expected[2]]
+    assert (told[1][0], told[1][1]["error"]["code"]) == (503, "memory")
+    assert "does not suffice for one prompt of" in told[1][1]["error"]["message"]
+    monkeypatch.setattr(passes, "read", read)
+    hook = passes.model.get_output_embeddings().register_forward_hook(lambda *given: given[2] * float("nan"))
+    try:
+        told = ask(service, *requests)
+    finally:
+        hook.remove()
+    assert [status for status, _ in told] == [500] * 3
+    assert "no numbers (NaN)" in told[0][1]["error"]["message"]
+    assert intents(ask(service, *requests)) == expected
+
+
 @pytest.mark.parametrize(
     ("body", "param"),
     [
