@@ -91,6 +91,21 @@ def test_template_variables_reach_the_template(service: Any) -> None:
     assert service.decode(loud) == service.decode(plain) + "LOUD"
 
 
+def test_tokens_that_the_model_has_not_are_refused_whatever_its_configuration_says(
+    checkpoints: dict[str, Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from llmops.models.checkpoints import Checkpoint
+
+    monkeypatch.setattr(Checkpoint, "vocabulary", None)  # as where the sizes stand in text_config
+    with opened(Model(checkpoints["llama"]), tmp_path / "feedback.jsonl") as silent:
+        known = silent.model.tokenizer.vocab_size
+        for token in (2_000_000_000, silent.vocabulary):
+            with pytest.raises(ApiError, match="tokens that the model does not know") as caught:
+                answers(silent, [[1, token]], max_tokens=2)
+            assert caught.value.status == 400
+        assert answers(silent, [[1, known - 1]], max_tokens=2)[1].answers[0].done
+
+
 def test_more_requests_than_the_queue_holds_are_refused(service: Any) -> None:
     from serve.metrics import Metrics
     from serve.model.engine import Engine
