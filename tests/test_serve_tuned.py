@@ -135,6 +135,29 @@ def ask(service: Any, *requests: tuple[str, dict[str, Any]]) -> list[tuple[int, 
     return asyncio.run(run())
 
 
+def test_logprobs_are_bounded_and_written_beside_the_loop(service: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    import threading
+
+    places, text = set[str](), service.token_text
+
+    def token_text(token: int) -> str:
+        places.add(threading.current_thread().name)
+        return text(token)
+
+    monkeypatch.setattr(service, "token_text", token_text)
+    body = {"prompt": ["A book"] * 3, "max_tokens": 4, "logprobs": 2, "temperature": 0}
+    chat = {"messages": [{"role": "user", "content": "x"}], "max_tokens": 4, "logprobs": True, "top_logprobs": 2}
+    told = ask(service, ("/v1/completions", body), ("/v1/chat/completions", chat))
+    assert [status for status, _ in told] == [200] * 2
+    assert len(told[0][1]["choices"][2]["logprobs"]["top_logprobs"][0]) == 2
+    assert places == {"render_0"}
+    much = {"prompt": [[1, 2]] * 128, "logprobs": 20, "temperature": 0}
+    ((status, found),) = ask(service, ("/v1/completions", much))
+    assert (status, found["error"]["param"]) == (400, "logprobs")
+    assert "100000 are told at most" in found["error"]["message"]
+    assert ask(service, ("/v1/completions", much | {"max_tokens": 1}))[0][0] == 200
+
+
 def test_intents_are_those_of_predict(service: Any, adapter: Path) -> None:
     import torch
 
