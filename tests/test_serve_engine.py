@@ -91,6 +91,48 @@ def test_template_variables_reach_the_template(service: Any) -> None:
     assert service.decode(loud) == service.decode(plain) + "LOUD"
 
 
+def test_a_prompt_that_memory_cannot_hold_is_refused_and_the_others_are_answered(
+    service: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+
+    from serve.model.asked import read_completion
+    from serve.model.exchange import Exchange
+
+    lane, prefix = service.engine.lanes["base"], service.engine.lanes["base"].passes.prefix
+    reads: list[int] = []
+
+    def little_memory(ids: Any, known: Any) -> Any:
+        reads.append(len(ids))
+        if len(ids) > 200:
+            raise torch.OutOfMemoryError
+        return prefix(ids, known)
+
+    async def one(ids: list[int], tokens: int) -> str:
+        body = {"prompt": ids, "temperature": 0, "max_tokens": tokens}
+        asked = read_completion(body, service.limits).asked
+        return "".join([event.text async for _, event in Exchange(service, asked, [ids]).told()])
+
+    async def all_of(prompts: list[list[int]], tokens: int) -> list[Any]:
+        return await asyncio.gather(*(one(ids, tokens) for ids in prompts), return_exceptions=True)
+
+    few = rendered(service, QUESTIONS[:7])
+    long = rendered(service, ["A long question. " * 100])[0]
+    expected = asyncio.run(all_of(few, 60))
+    monkeypatch.setattr(lane, "at_once", 64)
+    monkeypatch.setattr(lane.passes, "prefix", little_memory)
+    for prompts in ([long], [*few[:1], long], [*few, long]):
+        *told, refused = asyncio.run(all_of(prompts, 60))
+        assert told == expected[: len(told)]
+        assert isinstance(refused, ApiError)
+        assert (refused.status, refused.code, refused.retry) == (503, "memory", 1)
+    assert sum(count > 200 for count in reads) < 12  # it is not tried again until its time is over
+    assert lane.rows < 8
+    for _ in range(5):
+        assert asyncio.run(all_of(few, 2)) == asyncio.run(all_of(few, 2))
+    assert lane.rows == 8
+
+
 def test_tokens_that_the_model_has_not_are_refused_whatever_its_configuration_says(
     checkpoints: dict[str, Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
