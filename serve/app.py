@@ -12,7 +12,7 @@ from starlette.responses import PlainTextResponse, Response
 from starlette.routing import BaseRoute, Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from serve.answers import ApiError, json_response
+from serve.answers import RETRY_SECONDS, ApiError, json_response
 from serve.metrics import CONTENT_TYPE, Metrics
 from serve.openapi import description
 from serve.security import Guard
@@ -65,7 +65,7 @@ def health(request: Request) -> Response:
     model = request.app.state.model
     if request.app.state.draining or (model and not model.alive):
         status = "ending" if request.app.state.draining else "failed"
-        return json_response({"status": status}, 503)
+        return json_response({"status": status}, 503, {"retry-after": str(RETRY_SECONDS)})
     return json_response({"status": "ok"})
 
 

@@ -17,6 +17,7 @@ from conftest import ROOT, environment
 from serve_process import TOKEN, Running, serving
 from starlette.responses import PlainTextResponse
 from starlette.routing import Route
+from starlette.testclient import TestClient
 
 
 @pytest.fixture(scope="module")
@@ -49,6 +50,18 @@ def test_a_token_is_asked_for(server: Running) -> None:
     assert denied.headers["www-authenticate"] == "Bearer"
     assert server.ask("GET", "/health", token=None).json == {"status": "ok"}
     assert server.ask("GET", "/", token=None, accept="text/html").body.startswith(b"the token is missing")
+
+
+def test_a_server_that_ends_says_when_to_ask_again(tmp_path: Path) -> None:
+    from serve.app import build_app
+    from serve.settings import Access, Settings
+
+    app = build_app(Settings(tmp_path, Access()))
+    with TestClient(app, base_url="http://localhost") as client:
+        assert client.get("/health").status_code == 200
+        app.state.draining = True
+        answer = client.get("/health")
+    assert (answer.status_code, answer.headers["retry-after"]) == (503, "1")
 
 
 def test_the_page_gets_its_cookie_from_an_address_with_the_token(server: Running) -> None:
