@@ -199,6 +199,57 @@ def test_a_fault_in_the_engine_refuses_what_waits_and_ends_the_server(service: A
     asyncio.run(asyncio.wait_for(run(), 10))
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_what_is_handed_over_while_the_engine_fails_is_refused_too(service: Any) -> None:
+    import threading
+    from collections import deque
+
+    from serve.metrics import Metrics
+    from serve.model.engine import Engine
+
+    refusing, handed = threading.Event(), threading.Event()
+
+    class Slow(deque[Any]):
+        def extend(self, more: Any) -> None:
+            handed.set()
+            refusing.wait(0.5)  # the engine fails meanwhile
+            super().extend(more)
+
+        def append(self, one: Any) -> None:
+            self.extend([one])
+
+    class Faulty:
+        going: tuple[Any, ...] = ()
+
+        def __init__(self) -> None:
+            self.waiting: deque[Any] = deque()
+            self.refused: list[Any] = []
+
+        def turn(self, out: Any) -> bool:
+            handed.wait(5)
+            raise KeyError("a fault")
+
+        def fail(self, error: ApiError, out: Any) -> None:
+            self.refused += self.waiting
+            refusing.set()
+
+    for hand_over in ("submit", "ask"):
+        refusing.clear()
+        handed.clear()
+        engine, faulty = Engine(Limits(), Metrics()), Faulty()
+        engine._inbox = Slow()
+        engine.start({"base": faulty}, [])  # type: ignore[dict-item]
+        if hand_over == "submit":
+            engine.submit("base", ["x"], print)  # type: ignore[list-item]
+        else:
+            faulty.waiting = Slow()
+            engine.ask(faulty.waiting, "x", print)
+        engine._thread.join(10)
+        assert faulty.refused == ["x"], hand_over
+        with pytest.raises(ApiError):
+            engine.check()
+
+
 def test_time_that_is_over_ends_an_answer_and_refuses_one_that_waits(service: Any) -> None:
     limits, service.limits = service.limits, Limits(rows=8, seconds=0.3)
     try:
