@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote, urlencode, urlsplit
 
+from anyio import CapacityLimiter, to_thread
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
@@ -69,9 +70,12 @@ class Pages:
 
         return Route(path, in_thread(answer), methods=["GET"])
 
-    def data(self, path: str, handler: Callable[[Request], Any]) -> Route:
-        """A route that answers with JSON, its errors in the shape of the model server's."""
-        return Route(path, in_thread(lambda request: as_json(lambda: handler(request))), methods=["GET"])
+    def data(self, path: str, handler: Callable[[Request], Any], most: int = 0) -> Route:
+        """A route that answers with JSON, its errors in the shape of the model server's.
+
+        `most`: so many threads of its own; who waits for one keeps no other page from being answered.
+        """
+        return Route(path, in_thread(lambda request: as_json(lambda: handler(request)), most), methods=["GET"])
 
     def write(self, path: str, handler: Callable[[dict[str, Any]], Any]) -> Route:
         """A route that takes a JSON object. A form of another site cannot send one: its type is refused."""
@@ -105,11 +109,12 @@ class Kept(StaticFiles):
         return found
 
 
-def in_thread(handler: Handler) -> Callable[[Request], Any]:
-    """A handler that reads files, off the event loop."""
+def in_thread(handler: Handler, most: int = 0) -> Callable[[Request], Any]:
+    """A handler that reads files, off the event loop; in at most so many threads, or in those that all share."""
+    limiter = CapacityLimiter(most) if most else None
 
     async def endpoint(request: Request) -> Response:
-        return await run_in_threadpool(handler, request)
+        return await to_thread.run_sync(handler, request, limiter=limiter)
 
     return endpoint
 
