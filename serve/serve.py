@@ -38,10 +38,13 @@ def run(settings: Settings) -> int:
     model = open_model(settings)
     host, port = listener.getsockname()[:2]
     shown = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)
-    url, token = f"http://{shown}:{port}", settings.access.token
+    url, token, kept = f"http://{shown}:{port}", settings.access.token, settings.access.token_place
 
     def ready() -> None:
-        log(f"serving on {host} port {port}; open {url}/" + (f"?token={token}" if token else ""))
+        if kept:  # logs are read by more people than the token is for
+            log(f"serving on {host} port {port}; open {url}/?token=TOKEN with the token of {kept} instead of TOKEN")
+        else:
+            log(f"serving on {host} port {port}; open {url}/" + (f"?token={token}" if token else ""))
         print_json({"url": url, "models": [name for name, _ in model.listed()] if model else []})
 
     server = Server(build_app(settings, model), settings.access, settings.limits.seconds, ready)

@@ -269,6 +269,20 @@ def test_a_token_file_is_made_for_its_owner_alone_and_read_again(
     assert read_settings([]).access.token == "from-the-environment"
 
 
+def test_a_token_is_printed_only_where_it_is_kept_nowhere_else(tmp_path: Path) -> None:
+    def first_line(*arguments: str, **variables: str) -> str:
+        with serving("--mount_path", str(tmp_path), *arguments, **variables) as running:
+            assert running.end() == 0
+        return next(line for line in running.said if line.startswith("serving on"))
+
+    assert re.search(r"open http://127\.0\.0\.1:\d+/\?token=[\w-]{32}\n", first_line(LLMOPS_TOKEN=""))
+    assert first_line().endswith("/?token=TOKEN with the token of LLMOPS_TOKEN instead of TOKEN\n")
+    path = tmp_path / "token"
+    for _ in range(2):  # made, and read
+        assert f"with the token of {path} instead" in first_line("--token_file", str(path))
+    assert "?token" not in first_line("--auth", "false")
+
+
 def test_the_shell_starts_it_and_keeps_the_token_out_of_the_command_line(tmp_path: Path) -> None:
     process = subprocess.Popen(
         ["bash", str(ROOT / "serve" / "serve.sh"), "--mount_path", str(tmp_path), "--port", "0", "--token", TOKEN],
