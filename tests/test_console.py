@@ -321,8 +321,14 @@ def test_language(client: TestClient) -> None:
     assert 'lang="en"' in client.get("/", headers={"accept-language": "fr-FR, en;q=0.5, zh;q=0.1"}).text
     answer = client.get("/console/language/zh-CN?next=/%3Fq%3Ddone", follow_redirects=False)
     assert answer.headers["location"] == "/?q=done"
+    answer = client.get("/console/language/zh-CN?next=/runs/a%20b//c", follow_redirects=False)
+    assert answer.headers["location"] == "/runs/a%20b//c"
     assert 'lang="zh-CN"' in client.get("/").text  # by the cookie
-    for foreign in ("https://other.example/", "//other.example", "/\\other.example", "javascript:alert(1)"):
+    for foreign in (
+        "https://other.example/", "//other.example", "/\\other.example", "javascript:alert(1)", "//////other.example",
+        "///other.example", "/\t/other.example", "\t//other.example", "/a\r\nx: y", "", "other.example",
+        "/\\/other.example", "/a\\..\\\\other.example",
+    ):  # fmt: skip
         place = client.get("/console/language/en", params={"next": foreign}, follow_redirects=False).headers["location"]
         assert place == "/"
 

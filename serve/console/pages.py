@@ -1,9 +1,10 @@
 """What all pages share: templates, language, answers for what is not there or cannot be done."""
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote, urlencode, urlsplit
+from urllib.parse import quote, urlencode
 
 from anyio import CapacityLimiter, to_thread
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
@@ -19,6 +20,7 @@ from serve.console import languages, shown
 from serve.console.mount import NotFound
 
 HERE = Path(__file__).parent
+OWN_PAGE = re.compile(r"/(?!/)[^\\\x00-\x1f\x7f]*")  # browsers read //x and /\x as another site's, and pass over tabs
 YEAR = 365 * 24 * 3600
 Handler = Callable[[Request], Response]
 STATUS_MISSING, STATUS_WRONG, STATUS_FULL = 404, 422, 507
@@ -142,10 +144,8 @@ def failure(status: int, message: str) -> Response:
 def set_language(request: Request) -> Response:
     """Remember a language in a cookie and go back to a page of ours."""
     language = request.path_params["language"]
-    target = urlsplit(request.query_params.get("next", "/"))
-    same = not target.scheme and not target.netloc and target.path.startswith("/") and "\\" not in target.path
-    place = target.path.replace("//", "/") + (f"?{target.query}" if target.query else "") if same else "/"
-    answer = RedirectResponse(place, 303)
+    place = request.query_params.get("next", "/")
+    answer = RedirectResponse(place if OWN_PAGE.fullmatch(place) else "/", 303)
     if language in languages.LANGUAGES:
         answer.set_cookie(languages.COOKIE, language, max_age=YEAR, samesite="strict", httponly=True)
     return answer
