@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
+from starlette.middleware.errors import ServerErrorMiddleware
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 from starlette.routing import BaseRoute, Route
@@ -44,7 +45,11 @@ def build_app(settings: Settings, model: "Service | None" = None) -> Starlette:
     routes += console_routes(settings)
     app = Starlette(
         routes=routes,
-        middleware=[Middleware(Counting, metrics=metrics), Middleware(Guard, access=settings.access)],
+        middleware=[
+            Middleware(Counting, metrics=metrics),
+            Middleware(Guard, access=settings.access),
+            Middleware(ServerErrorMiddleware, handler=failed),  # within: these answers have the headers and are counted
+        ],
         exception_handlers={ApiError: refuse, HTTPException: refuse_http, 500: failed},
     )
     app.state.model, app.state.settings, app.state.draining = model, settings, False

@@ -107,6 +107,25 @@ def test_every_answer_has_the_headers(server: Running) -> None:
         assert "access-control-allow-origin" not in answer.headers
 
 
+def test_a_fault_of_ours_has_the_headers_and_is_counted(tmp_path: Path) -> None:
+    from serve.app import build_app
+    from serve.settings import Access, Settings
+
+    def faulty(request: Any) -> Any:
+        raise KeyError("secret")
+
+    app = build_app(Settings(tmp_path, Access()))
+    app.router.routes.insert(0, Route("/faulty", faulty))
+    with TestClient(app, base_url="http://localhost", raise_server_exceptions=False) as client:
+        answer = client.get("/faulty")
+        counted = client.get("/metrics").text
+    assert (answer.status_code, answer.json()["error"]["type"]) == (500, "server_error")
+    assert "secret" not in answer.text
+    assert "default-src 'self'" in answer.headers["content-security-policy"]
+    assert answer.headers["x-content-type-options"] == "nosniff"
+    assert 'llmops_requests_total{path="/faulty",status="500"} 1' in counted
+
+
 def test_a_path_that_is_not_there_is_an_error_in_openais_shape(server: Running) -> None:
     for path in ("/v1/nothing", "/../etc/passwd", "/%2e%2e/%2e%2e/etc/passwd", "/<script>alert(1)</script>"):
         answer = server.ask("GET", path)
