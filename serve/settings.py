@@ -140,7 +140,7 @@ def read_settings(argv: list[str] | None = None) -> Settings:
     limits = Limits(
         given.max_rows, given.max_queue, given.max_tokens, given.request_seconds, int(given.prefix_cache_mb * 2**20)
     )
-    feedback = Path(given.feedback_file) if given.feedback_file else None
+    feedback = files.real(Path(given.feedback_file)) if given.feedback_file else None  # a link is not followed later
     mount = Path(given.mount_path)
     if os.path.exists(mount) and not files.is_folder(mount):
         raise UserError(f"--mount_path {mount} is a file, expected the folder with datasets/ and output_path/")

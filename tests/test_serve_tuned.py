@@ -312,6 +312,19 @@ def test_corrections_are_what_prepare_reads(service: Any) -> None:
     assert len(records.problems) == 1
 
 
+def test_a_correction_follows_no_link_out_of_the_mount(service: Any, tmp_path: Path) -> None:
+    elsewhere, kept = tmp_path / "elsewhere", service.feedback
+    elsewhere.write_text("mine\n")
+    (tmp_path / "feedback.jsonl").symlink_to(elsewhere)
+    service.feedback = tmp_path / "feedback.jsonl"
+    try:
+        ((status, body),) = ask(service, ("/v1/intents/feedback", {"question": "换货", "intent": "换货"}))
+    finally:
+        service.feedback = kept
+    assert (status, elsewhere.read_text()) == (500, "mine\n")
+    assert "the correction could not be kept" in body["error"]["message"]
+
+
 def test_an_intents_file_from_before_examples_were_shown_is_read(adapter: Path, tmp_path: Path) -> None:
     from llmops.intents.catalog import load_catalog
 

@@ -1,6 +1,5 @@
 """Intents of questions over HTTP: as faq/predict tells them, many requests in one pass; corrections are kept."""
 
-import os
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -8,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmops import files, json_text
+from llmops import files
 from llmops.console import RunStopped, UserError, log
 from llmops.formats.chat_format import ChatFormat
 from llmops.generation.choice_search import Tree
@@ -232,18 +231,9 @@ def read_feedback(body: dict[str, Any]) -> dict[str, Any]:
 
 
 def keep_feedback(path: Path, row: dict[str, Any]) -> None:
-    """Append a correction; it is on the disk when this returns. What a kill left half is ended by a line break."""
+    """Append a correction; it is on the disk when this returns."""
     try:
         files.make_folder(path.parent)
-        torn = files.is_file(path) and path.stat().st_size > 0 and last_byte(path) != b"\n"
-        files.append_text(path, ("\n" if torn else "") + json_text.dumps(row) + "\n")
-        files.fsync_entry(path)
-    except UserError as error:
+        files.append_line(path, row)
+    except (UserError, RunStopped) as error:
         raise ApiError(500, f"the correction could not be kept: {error}") from error
-
-
-def last_byte(path: Path) -> bytes:
-    """A file's last byte."""
-    with files.open_regular(path) as stream:
-        stream.seek(-1, os.SEEK_END)
-        return stream.read(1)
