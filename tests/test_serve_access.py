@@ -323,15 +323,27 @@ def test_a_container_is_well_when_its_server_is(
 ) -> None:
     from serve import health
 
-    serving_one, training = tmp_path / "serve", tmp_path / "train"
-    serving_one.write_bytes(b"python3\0/app/serve/serve.py\0")
-    training.write_bytes(b"python3\0-m\0deepspeed.launcher.runner\0")
+    def made(name: str, *processes: tuple[int, int, bytes]) -> Path:
+        for number, parent, words in processes:
+            folder = tmp_path / name / str(number)
+            folder.mkdir(parents=True)
+            (folder / "status").write_text(f"Name:\tx\nPid:\t{number}\nPPid:\t{parent}\nUid:\t0\n")
+            (folder / "cmdline").write_bytes(words)
+        (tmp_path / name / "77").mkdir()  # ended just now
+        return tmp_path / name
+
+    server_words, runner = b"python3\0/app/serve/serve.py\0", b"python3\0-m\0deepspeed.launcher.runner\0"
+    serving_one = made("serve", (1, 0, server_words))
+    init = made("init", (1, 0, b"/sbin/docker-init\0--\0bash\0serve/serve.sh\0"), (7, 1, server_words))
+    training = made("train", (1, 0, b"/sbin/docker-init\0"), (7, 1, runner), (15, 7, server_words))  # its console
     monkeypatch.setenv("SERVE_PORT", str(server.port))
     assert health.main(serving_one) == 0
     with socket.create_server(("127.0.0.1", 0)) as free:
         monkeypatch.setenv("SERVE_PORT", str(free.getsockname()[1]))
     assert health.main(training) == 0
     assert health.main(serving_one) == 1
+    assert health.main(init) == 1
+    assert f"\nPPid:\t{os.getppid()}\n" in Path("/proc/self/status").read_text(encoding="ascii")
     assert "does not answer" in capsys.readouterr().err
 
 
