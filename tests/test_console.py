@@ -96,6 +96,18 @@ def test_states(mount: Path) -> None:
         fcntl.flock(free, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
+def test_a_lock_on_another_device_is_none_of_the_run_s(
+    mount: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lock, of = mount / "killed" / "output_path" / ".lock", runs.Runs(Mounted(mount))
+    monkeypatch.setattr(runs, "LOCKS", tmp_path / "locks")
+    major, minor = runs.mounted_device(lock) or (0, 0)
+    for device, state in ((f"{major:02x}:{minor:02x}", "running"), ("ff:fe", "interrupted")):
+        runs.LOCKS.write_text(f"1: FLOCK  ADVISORY  WRITE 5297 {device}:{lock.stat().st_ino} 0 EOF\n")
+        assert of.one("killed/output_path").state == state, device
+    assert runs.mounted_device(lock.parent / "nothing") is None
+
+
 def test_what_a_run_says(mount: Path) -> None:
     of = runs.Runs(Mounted(mount))
     done, fresh = of.one("done/output_path"), of.one("fresh/output_path")
