@@ -5,6 +5,7 @@ Prints one JSON object on stdout when it is ready: {"url", "models"}. Without a 
 """
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -32,8 +33,9 @@ def open_model(settings: Settings) -> "Service | None":
 def run(settings: Settings) -> int:
     """Serve until a signal says that it is enough; the exit code."""
     from serve.app import build_app
-    from serve.server import Server, bound
+    from serve.server import Server, bound, with_files_for
 
+    settings = replace(settings, access=with_files_for(settings.access))
     listener = bound(settings.access)
     model = open_model(settings)
     host, port = listener.getsockname()[:2]

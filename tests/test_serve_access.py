@@ -168,6 +168,31 @@ def test_connections_beyond_the_limit_and_slow_ones_are_closed(tmp_path: Path) -
             connection.close()
 
 
+@pytest.mark.parametrize(("limit", "most"), [("-Sn", 1224), ("-n", 120)])
+def test_connections_have_files_or_are_fewer(tmp_path: Path, limit: str, most: int) -> None:
+    command = [sys.executable, str(ROOT / "serve" / "serve.py"), "--port", "0", "--mount_path", str(tmp_path)]
+    process = subprocess.Popen(
+        ["bash", "-c", f'ulimit {limit} 120 && exec "$@"', "bash", *command], text=True, stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE, env=environment() | {"LLMOPS_TOKEN": TOKEN},
+    )  # fmt: skip
+    assert process.stdout
+    assert process.stderr
+    try:
+        running = Running(process, json.loads(process.stdout.readline())["url"], [])
+        limits = Path(f"/proc/{process.pid}/limits").read_text(encoding="ascii")
+        assert re.search(r"Max open files +(\d+)", limits)[1] == str(most)  # type: ignore[index]
+        idle = [socket.create_connection(("127.0.0.1", running.port), 10) for _ in range(200)]
+        assert running.ask("GET", "/v1/models").status == 200
+        for connection in idle:
+            connection.close()
+    finally:
+        process.terminate()
+        said = process.communicate(timeout=20)[1]
+    fewer = "60 connections at once instead of 1024: this process may open 120 files (ulimit -n)"
+    assert (fewer in said) == (most == 120)
+    assert said.count("\n") <= 3  # no file was lacking
+
+
 def test_who_sends_too_slowly_is_sent_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import asyncio
 
