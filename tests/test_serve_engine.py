@@ -133,6 +133,35 @@ def test_a_prompt_that_memory_cannot_hold_is_refused_and_the_others_are_answered
     assert lane.rows == 8
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_shortage_of_memory_at_any_place_changes_no_answer(
+    service: Any, monkeypatch: pytest.MonkeyPatch, stream: bool
+) -> None:
+    import torch
+
+    from llmops.generation import continuous
+    from serve.model import lanes
+
+    prompts = rendered(service, QUESTIONS[:4])
+    asked = {"temperature": 0, "max_tokens": 6, "logprobs": 1, "stream": stream}
+    expected = answers(service, prompts, **asked)[0]
+    faults = {(continuous, "in_own_caches"): 1, (continuous, "merge"): 1, (lanes, "layers_of"): 100}
+    for (module, name), times in faults.items():
+        real, left = getattr(module, name), iter(range(times))
+
+        def short(*given: Any, real: Any = real, left: Any = left, **named: Any) -> Any:
+            if next(left, None) is not None:
+                raise torch.OutOfMemoryError
+            return real(*given, **named)
+
+        monkeypatch.setattr(module, name, short)
+        texts, exchange = answers(service, prompts, **asked)
+        assert texts == expected, name
+        if not stream:  # a stream's were told token by token
+            assert all(len(answer.event.logprobs) == len(answer.ids) for answer in exchange.answers), name
+    assert service.engine.lanes["base"].known_bytes == 0
+
+
 def test_tokens_that_the_model_has_not_are_refused_whatever_its_configuration_says(
     checkpoints: dict[str, Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

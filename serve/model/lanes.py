@@ -338,6 +338,8 @@ class BatchLane(Lane):
         self.prefixes = Prefixes(self.prefixes.most_bytes)
         for answer in [*back, *self.waiting]:
             answer.known = NOTHING
+        for answer in back:  # a token that was chosen and not taken is chosen again
+            del answer.event.logprobs[0 if answer.pieces else len(answer.ids) :]
         if len(back) == 1 and not held:
             error = ApiError(
                 503, "the device's memory does not suffice for this request", code="memory", retry=RETRY_SECONDS
