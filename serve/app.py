@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
+from starlette.middleware.errors import ServerErrorMiddleware
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 from starlette.routing import BaseRoute, Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from serve.answers import ApiError, json_response
+from serve.answers import RETRY_SECONDS, ApiError, json_response
 from serve.metrics import CONTENT_TYPE, Metrics
 from serve.openapi import description
 from serve.security import Guard
@@ -44,7 +45,11 @@ def build_app(settings: Settings, model: "Service | None" = None) -> Starlette:
     routes += console_routes(settings)
     app = Starlette(
         routes=routes,
-        middleware=[Middleware(Counting, metrics=metrics), Middleware(Guard, access=settings.access)],
+        middleware=[
+            Middleware(Counting, metrics=metrics),
+            Middleware(Guard, access=settings.access),
+            Middleware(ServerErrorMiddleware, handler=failed),  # within: these answers have the headers and are counted
+        ],
         exception_handlers={ApiError: refuse, HTTPException: refuse_http, 500: failed},
     )
     app.state.model, app.state.settings, app.state.draining = model, settings, False
@@ -65,7 +70,7 @@ def health(request: Request) -> Response:
     model = request.app.state.model
     if request.app.state.draining or (model and not model.alive):
         status = "ending" if request.app.state.draining else "failed"
-        return json_response({"status": status}, 503)
+        return json_response({"status": status}, 503, {"retry-after": str(RETRY_SECONDS)})
     return json_response({"status": "ok"})
 
 

@@ -12,12 +12,20 @@ from pathlib import Path
 SECONDS = 4
 
 
-def serves(command_line: Path) -> bool:
-    """Whether a process is the server."""
-    return b"serve.py" in command_line.read_bytes()
+def serves(processes: Path) -> bool:
+    """Whether the container's first process is the server, or started it (docker run --init)."""
+    for folder in processes.glob("[0-9]*"):
+        try:
+            status = (folder / "status").read_bytes()
+            first = folder.name == "1" or b"\nPPid:\t1\n" in status
+            if first and b"serve.py" in (folder / "cmdline").read_bytes():
+                return True
+        except OSError:  # it ended just now
+            continue
+    return False
 
 
-def main(command_line: Path = Path("/proc/1/cmdline")) -> int:
+def main(processes: Path = Path("/proc")) -> int:
     """Ask; the exit code."""
     port = int(os.environ.get("SERVE_PORT") or 5000)
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=SECONDS)
@@ -25,7 +33,7 @@ def main(command_line: Path = Path("/proc/1/cmdline")) -> int:
         connection.request("GET", "/health")
         status = connection.getresponse().status
     except (OSError, http.client.HTTPException) as error:
-        if not serves(command_line):
+        if not serves(processes):
             return 0
         print(f"the server on port {port} does not answer ({error})", file=sys.stderr)
         return 1

@@ -69,7 +69,9 @@ class Guard:
         if method == "GET" and request.scope["path"] == "/" and "token" in request.query_params:
             return self._login(request)
         if request.scope["path"] not in OPEN_PATHS and not self._has_token(request):
-            raise ApiError(401, "the token is missing or wrong; the server printed it when it started", code="token")
+            raise ApiError(
+                401, "the token is missing or wrong; the server's first line has it or says where it is", code="token"
+            )
         if method not in READING:
             check_write(request, host, self.access.body_bytes)
         return None
@@ -88,7 +90,7 @@ class Guard:
         """Give the page its cookie and take the token out of the address."""
         given = request.query_params["token"]
         if not self._is_token(given):
-            raise ApiError(401, "the token is wrong; the server printed it when it started", code="token")
+            raise ApiError(401, "the token is wrong; the server's first line has it or says where it is", code="token")
         response = RedirectResponse("/", 303)
         response.set_cookie(COOKIE, given, httponly=True, samesite="strict", secure=request.scope["scheme"] == "https")
         return response

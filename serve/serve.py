@@ -5,6 +5,7 @@ Prints one JSON object on stdout when it is ready: {"url", "models"}. Without a 
 """
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -32,16 +33,20 @@ def open_model(settings: Settings) -> "Service | None":
 def run(settings: Settings) -> int:
     """Serve until a signal says that it is enough; the exit code."""
     from serve.app import build_app
-    from serve.server import Server, bound
+    from serve.server import Server, bound, with_files_for
 
+    settings = replace(settings, access=with_files_for(settings.access))
     listener = bound(settings.access)
     model = open_model(settings)
     host, port = listener.getsockname()[:2]
     shown = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)
-    url, token = f"http://{shown}:{port}", settings.access.token
+    url, token, kept = f"http://{shown}:{port}", settings.access.token, settings.access.token_place
 
     def ready() -> None:
-        log(f"serving on {host} port {port}; open {url}/" + (f"?token={token}" if token else ""))
+        if kept:  # logs are read by more people than the token is for
+            log(f"serving on {host} port {port}; open {url}/?token=TOKEN with the token of {kept} instead of TOKEN")
+        else:
+            log(f"serving on {host} port {port}; open {url}/" + (f"?token={token}" if token else ""))
         print_json({"url": url, "models": [name for name, _ in model.listed()] if model else []})
 
     server = Server(build_app(settings, model), settings.access, settings.limits.seconds, ready)

@@ -5,7 +5,7 @@
 #   bash serve/serve.sh --mount_path mnt_demo           the same over another folder
 #   bash serve/serve.sh --model_name_or_path none       the console alone
 #
-# The token that it asks for is printed at the start. SIGTERM lets running answers end.
+# The token that it asks for is printed at the start, unless it is yours. SIGTERM lets running answers end.
 # A setting can be edited here, set in the environment or given as a flag.
 # shellcheck source=llmops/environment.sh
 source "$(dirname -- "${BASH_SOURCE[0]}")/../llmops/environment.sh" || exit # first: it names Windows line endings

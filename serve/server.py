@@ -4,9 +4,11 @@ import asyncio
 import contextlib
 import ipaddress
 import logging
+import resource
 import signal
 import socket
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import uvicorn
@@ -17,6 +19,9 @@ from llmops.console import UserError, log
 from serve.settings import Access
 
 HEADER_SECONDS = 10.0  # from a connection's first byte, or its opening, to the end of a request's header
+
+WAITING = 2048  # connections that the system keeps until they are taken
+OTHER_FILES = 200  # that are open beside the connections: the model, libraries, what the pages read
 
 
 def bound(access: Access) -> socket.socket:
@@ -34,6 +39,28 @@ def bound(access: Access) -> socket.socket:
             "listens there"
         ) from error
     return found
+
+
+def with_files_for(access: Access) -> Access:
+    """Let this process open a file for every connection; fewer connections where that is not allowed."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = access.connections + OTHER_FILES
+    if soft == resource.RLIM_INFINITY or soft >= wanted:
+        return access
+    most = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+    if most == wanted:
+        return access
+    fewer = max(1, most - min(OTHER_FILES, most // 2))
+    log(f"{fewer} connections at once instead of {access.connections}: this process may open {most} files (ulimit -n)")
+    return replace(access, connections=fewer)
+
+
+def taken_at_once(connections: int) -> int:
+    """How many connections are taken before those too many are closed, which takes some turns of the loop."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    spare = OTHER_FILES if soft == resource.RLIM_INFINITY else soft - connections
+    return max(1, min(32, spare // 8))
 
 
 def protocol(most: int) -> type[H11Protocol]:
@@ -84,7 +111,7 @@ class Server(uvicorn.Server):
         logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
         config: Any = uvicorn.Config(
             app, http=protocol(access.connections), ws="none", loop="asyncio", lifespan="off", log_config=None,
-            access_log=False, server_header=False, proxy_headers=False,
+            access_log=False, server_header=False, proxy_headers=False, backlog=taken_at_once(access.connections),
             timeout_graceful_shutdown=drain_seconds,  # type: ignore[arg-type]  # asyncio waits for parts of a second
         )  # fmt: skip
         super().__init__(config)
@@ -94,6 +121,8 @@ class Server(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Begin to listen, then say so."""
         await super().startup(sockets)
+        for listener in sockets or ():
+            listener.listen(WAITING)  # asyncio's number for both is one
         self.ready()
 
     @contextlib.contextmanager

@@ -22,7 +22,10 @@ TOKEN_VARIABLE = "LLMOPS_TOKEN"
 
 @dataclass(frozen=True)
 class Access:
-    """Who may come in. `token`: "" lets everybody in who reaches the address. `hosts`: names in the Host header."""
+    """Who may come in. `token`: "" lets everybody in who reaches the address. `hosts`: names in the Host header.
+
+    `token_place`: where the token is kept; "" for one that was made at this start and stands nowhere else.
+    """
 
     host: str = "127.0.0.1"
     port: int = 5000
@@ -31,6 +34,7 @@ class Access:
     body_bytes: int = 8 << 20
     seconds_to_send: float = 30.0
     connections: int = 1024
+    token_place: str = ""
 
 
 @dataclass(frozen=True)
@@ -128,14 +132,15 @@ def read_settings(argv: list[str] | None = None) -> Settings:
     for name, (lowest, highest) in bounds.items():
         if not lowest <= getattr(given, name) <= highest:  # also for NaN
             raise UserError(f"--{name} is {getattr(given, name)}, expected {lowest} to {highest}")
+    token, place = choose_token(given)
     access = Access(
-        check_host(given.host), given.port, choose_token(given), check_names(given.allowed_hosts),
-        int(given.max_body_mb * 2**20), connections=given.max_connections,
+        check_host(given.host), given.port, token, check_names(given.allowed_hosts), int(given.max_body_mb * 2**20),
+        connections=given.max_connections, token_place=place,
     )  # fmt: skip
     limits = Limits(
         given.max_rows, given.max_queue, given.max_tokens, given.request_seconds, int(given.prefix_cache_mb * 2**20)
     )
-    feedback = Path(given.feedback_file) if given.feedback_file else None
+    feedback = files.real(Path(given.feedback_file)) if given.feedback_file else None  # a link is not followed later
     mount = Path(given.mount_path)
     if os.path.exists(mount) and not files.is_folder(mount):
         raise UserError(f"--mount_path {mount} is a file, expected the folder with datasets/ and output_path/")
@@ -186,13 +191,16 @@ def check_names(text: str) -> tuple[str, ...]:
     return names
 
 
-def choose_token(given: argparse.Namespace) -> str:
-    """The token: given, from the file, from the environment, or a random one; "" for --auth false."""
+def choose_token(given: argparse.Namespace) -> tuple[str, str]:
+    """(the token, where it is kept): given, from the file, from the environment, or a random one that is kept nowhere.
+
+    The token is "" for --auth false.
+    """
     from_environment = os.environ.get(TOKEN_VARIABLE, "")
     if not given.auth:
         if not ipaddress.ip_address(check_host(given.host)).is_loopback:
             raise UserError(f"--auth false with --host {given.host} would let everybody in; leave one of them out")
-        return ""
+        return "", ""
     if given.token and given.token_file:
         raise UserError("give either --token or --token_file")
     where, token = "--token", given.token
@@ -201,13 +209,13 @@ def choose_token(given: argparse.Namespace) -> str:
     elif not token and from_environment:
         where, token = TOKEN_VARIABLE, from_environment
     elif not token:
-        return secrets.token_urlsafe(24)
+        return secrets.token_urlsafe(24), ""
     if not TOKEN.fullmatch(token) or not SAFE_IN_COOKIE.fullmatch(token):
         raise UserError(
             f"the token of {where} cannot be used; expected 8 to 200 ASCII characters without blanks, quotes, commas, "
             "semicolons and backslashes"
         )
-    return token
+    return token, where
 
 
 def token_of(path: Path) -> str:

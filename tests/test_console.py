@@ -6,8 +6,10 @@ import os
 import re
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +18,8 @@ from conftest import ROOT
 from starlette.applications import Starlette
 from starlette.testclient import TestClient
 
+from serve.console import diagnosis, runs
 from serve.console import mount as mount_module
-from serve.console import runs
 from serve.console.mount import Mounted, NotFound
 from serve.console.routes import routes
 
@@ -92,6 +94,18 @@ def test_states(mount: Path) -> None:
     assert of.one("killed/output_path").state == "stopped"  # it was asked to, and is gone
     with open(lock, "a") as free:  # looking took no lock that would keep a training out
         fcntl.flock(free, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def test_a_lock_on_another_device_is_none_of_the_run_s(
+    mount: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lock, of = mount / "killed" / "output_path" / ".lock", runs.Runs(Mounted(mount))
+    monkeypatch.setattr(runs, "LOCKS", tmp_path / "locks")
+    major, minor = runs.mounted_device(lock) or (0, 0)
+    for device, state in ((f"{major:02x}:{minor:02x}", "running"), ("ff:fe", "interrupted")):
+        runs.LOCKS.write_text(f"1: FLOCK  ADVISORY  WRITE 5297 {device}:{lock.stat().st_ino} 0 EOF\n")
+        assert of.one("killed/output_path").state == state, device
+    assert runs.mounted_device(lock.parent / "nothing") is None
 
 
 def test_what_a_run_says(mount: Path) -> None:
@@ -316,13 +330,57 @@ def test_the_diagnosis_is_the_command_s(mount: Path, client: TestClient) -> None
     assert "no readable loss" in client.get("/console/api/diagnosis?run=fresh/output_path").json()["problem"]
 
 
+def test_who_waits_for_a_diagnosis_keeps_nobody_from_the_pages(
+    client: TestClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun, go_on = threading.Event(), threading.Event()
+
+    def slow(log: Path) -> dict[str, Any]:
+        begun.set()
+        go_on.wait(30)
+        return {"problem": "slow"}
+
+    def judge(name: str) -> str:
+        return client.get(f"/console/api/diagnosis?run={name}/output_path").json().get("problem", "")
+
+    assert judge("done") == ""
+    monkeypatch.setattr(diagnosis, "ask", slow)
+    with ThreadPoolExecutor(46) as pool:
+        waiting = [pool.submit(judge, "killed") for _ in range(45)]  # as many as there are threads for all pages, and 5
+        try:
+            assert begun.wait(10)
+            time.sleep(0.3)
+            assert pool.submit(client.get, "/").result(10).status_code == 200
+        finally:
+            go_on.set()
+        assert {one.result(10) for one in waiting} == {"slow"}
+
+
+def test_a_diagnosis_that_is_known_is_told_while_another_one_is_made(
+    mount: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    known = diagnosis.Diagnoses(Mounted(mount))
+    monkeypatch.setattr(diagnosis, "PAUSE", 0)
+    monkeypatch.setattr(diagnosis, "ask", lambda log: {"problem": "first"})
+    assert known.of("done/output_path", "en") == {"problem": "first"}
+    os.utime(mount / "done" / "output_path" / "log.txt")  # it would be judged again
+    with ThreadPoolExecutor(1) as pool, known.lock:
+        assert pool.submit(known.of, "done/output_path", "en").result(10) == {"problem": "first"}
+
+
 def test_language(client: TestClient) -> None:
     assert "训练" in client.get("/", headers={"accept-language": "zh-CN,zh;q=0.9,en;q=0.8"}).text
     assert 'lang="en"' in client.get("/", headers={"accept-language": "fr-FR, en;q=0.5, zh;q=0.1"}).text
     answer = client.get("/console/language/zh-CN?next=/%3Fq%3Ddone", follow_redirects=False)
     assert answer.headers["location"] == "/?q=done"
+    answer = client.get("/console/language/zh-CN?next=/runs/a%20b//c", follow_redirects=False)
+    assert answer.headers["location"] == "/runs/a%20b//c"
     assert 'lang="zh-CN"' in client.get("/").text  # by the cookie
-    for foreign in ("https://other.example/", "//other.example", "/\\other.example", "javascript:alert(1)"):
+    for foreign in (
+        "https://other.example/", "//other.example", "/\\other.example", "javascript:alert(1)", "//////other.example",
+        "///other.example", "/\t/other.example", "\t//other.example", "/a\r\nx: y", "", "other.example",
+        "/\\/other.example", "/a\\..\\\\other.example",
+    ):  # fmt: skip
         place = client.get("/console/language/en", params={"next": foreign}, follow_redirects=False).headers["location"]
         assert place == "/"
 

@@ -17,6 +17,7 @@ from conftest import ROOT, environment
 from serve_process import TOKEN, Running, serving
 from starlette.responses import PlainTextResponse
 from starlette.routing import Route
+from starlette.testclient import TestClient
 
 
 @pytest.fixture(scope="module")
@@ -49,6 +50,18 @@ def test_a_token_is_asked_for(server: Running) -> None:
     assert denied.headers["www-authenticate"] == "Bearer"
     assert server.ask("GET", "/health", token=None).json == {"status": "ok"}
     assert server.ask("GET", "/", token=None, accept="text/html").body.startswith(b"the token is missing")
+
+
+def test_a_server_that_ends_says_when_to_ask_again(tmp_path: Path) -> None:
+    from serve.app import build_app
+    from serve.settings import Access, Settings
+
+    app = build_app(Settings(tmp_path, Access()))
+    with TestClient(app, base_url="http://localhost") as client:
+        assert client.get("/health").status_code == 200
+        app.state.draining = True
+        answer = client.get("/health")
+    assert (answer.status_code, answer.headers["retry-after"]) == (503, "1")
 
 
 def test_the_page_gets_its_cookie_from_an_address_with_the_token(server: Running) -> None:
@@ -94,6 +107,25 @@ def test_every_answer_has_the_headers(server: Running) -> None:
         assert "access-control-allow-origin" not in answer.headers
 
 
+def test_a_fault_of_ours_has_the_headers_and_is_counted(tmp_path: Path) -> None:
+    from serve.app import build_app
+    from serve.settings import Access, Settings
+
+    def faulty(request: Any) -> Any:
+        raise KeyError("secret")
+
+    app = build_app(Settings(tmp_path, Access()))
+    app.router.routes.insert(0, Route("/faulty", faulty))
+    with TestClient(app, base_url="http://localhost", raise_server_exceptions=False) as client:
+        answer = client.get("/faulty")
+        counted = client.get("/metrics").text
+    assert (answer.status_code, answer.json()["error"]["type"]) == (500, "server_error")
+    assert "secret" not in answer.text
+    assert "default-src 'self'" in answer.headers["content-security-policy"]
+    assert answer.headers["x-content-type-options"] == "nosniff"
+    assert 'llmops_requests_total{path="/faulty",status="500"} 1' in counted
+
+
 def test_a_path_that_is_not_there_is_an_error_in_openais_shape(server: Running) -> None:
     for path in ("/v1/nothing", "/../etc/passwd", "/%2e%2e/%2e%2e/etc/passwd", "/<script>alert(1)</script>"):
         answer = server.ask("GET", path)
@@ -134,6 +166,31 @@ def test_connections_beyond_the_limit_and_slow_ones_are_closed(tmp_path: Path) -
         assert running.ask("GET", "/v1/models").status == 200  # who holds connections keeps nobody out
         for connection in idle:
             connection.close()
+
+
+@pytest.mark.parametrize(("limit", "most"), [("-Sn", 1224), ("-n", 120)])
+def test_connections_have_files_or_are_fewer(tmp_path: Path, limit: str, most: int) -> None:
+    command = [sys.executable, str(ROOT / "serve" / "serve.py"), "--port", "0", "--mount_path", str(tmp_path)]
+    process = subprocess.Popen(
+        ["bash", "-c", f'ulimit {limit} 120 && exec "$@"', "bash", *command], text=True, stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE, env=environment() | {"LLMOPS_TOKEN": TOKEN},
+    )  # fmt: skip
+    assert process.stdout
+    assert process.stderr
+    try:
+        running = Running(process, json.loads(process.stdout.readline())["url"], [])
+        limits = Path(f"/proc/{process.pid}/limits").read_text(encoding="ascii")
+        assert re.search(r"Max open files +(\d+)", limits)[1] == str(most)  # type: ignore[index]
+        idle = [socket.create_connection(("127.0.0.1", running.port), 10) for _ in range(200)]
+        assert running.ask("GET", "/v1/models").status == 200
+        for connection in idle:
+            connection.close()
+    finally:
+        process.terminate()
+        said = process.communicate(timeout=20)[1]
+    fewer = "60 connections at once instead of 1024: this process may open 120 files (ulimit -n)"
+    assert (fewer in said) == (most == 120)
+    assert said.count("\n") <= 3  # no file was lacking
 
 
 def test_who_sends_too_slowly_is_sent_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -256,6 +313,20 @@ def test_a_token_file_is_made_for_its_owner_alone_and_read_again(
     assert read_settings([]).access.token == "from-the-environment"
 
 
+def test_a_token_is_printed_only_where_it_is_kept_nowhere_else(tmp_path: Path) -> None:
+    def first_line(*arguments: str, **variables: str) -> str:
+        with serving("--mount_path", str(tmp_path), *arguments, **variables) as running:
+            assert running.end() == 0
+        return next(line for line in running.said if line.startswith("serving on"))
+
+    assert re.search(r"open http://127\.0\.0\.1:\d+/\?token=[\w-]{32}\n", first_line(LLMOPS_TOKEN=""))
+    assert first_line().endswith("/?token=TOKEN with the token of LLMOPS_TOKEN instead of TOKEN\n")
+    path = tmp_path / "token"
+    for _ in range(2):  # made, and read
+        assert f"with the token of {path} instead" in first_line("--token_file", str(path))
+    assert "?token" not in first_line("--auth", "false")
+
+
 def test_the_shell_starts_it_and_keeps_the_token_out_of_the_command_line(tmp_path: Path) -> None:
     process = subprocess.Popen(
         ["bash", str(ROOT / "serve" / "serve.sh"), "--mount_path", str(tmp_path), "--port", "0", "--token", TOKEN],
@@ -277,15 +348,27 @@ def test_a_container_is_well_when_its_server_is(
 ) -> None:
     from serve import health
 
-    serving_one, training = tmp_path / "serve", tmp_path / "train"
-    serving_one.write_bytes(b"python3\0/app/serve/serve.py\0")
-    training.write_bytes(b"python3\0-m\0deepspeed.launcher.runner\0")
+    def made(name: str, *processes: tuple[int, int, bytes]) -> Path:
+        for number, parent, words in processes:
+            folder = tmp_path / name / str(number)
+            folder.mkdir(parents=True)
+            (folder / "status").write_text(f"Name:\tx\nPid:\t{number}\nPPid:\t{parent}\nUid:\t0\n")
+            (folder / "cmdline").write_bytes(words)
+        (tmp_path / name / "77").mkdir()  # ended just now
+        return tmp_path / name
+
+    server_words, runner = b"python3\0/app/serve/serve.py\0", b"python3\0-m\0deepspeed.launcher.runner\0"
+    serving_one = made("serve", (1, 0, server_words))
+    init = made("init", (1, 0, b"/sbin/docker-init\0--\0bash\0serve/serve.sh\0"), (7, 1, server_words))
+    training = made("train", (1, 0, b"/sbin/docker-init\0"), (7, 1, runner), (15, 7, server_words))  # its console
     monkeypatch.setenv("SERVE_PORT", str(server.port))
     assert health.main(serving_one) == 0
     with socket.create_server(("127.0.0.1", 0)) as free:
         monkeypatch.setenv("SERVE_PORT", str(free.getsockname()[1]))
     assert health.main(training) == 0
     assert health.main(serving_one) == 1
+    assert health.main(init) == 1
+    assert f"\nPPid:\t{os.getppid()}\n" in Path("/proc/self/status").read_text(encoding="ascii")
     assert "does not answer" in capsys.readouterr().err
 
 

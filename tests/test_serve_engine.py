@@ -91,6 +91,92 @@ def test_template_variables_reach_the_template(service: Any) -> None:
     assert service.decode(loud) == service.decode(plain) + "LOUD"
 
 
+def test_a_prompt_that_memory_cannot_hold_is_refused_and_the_others_are_answered(
+    service: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+
+    from serve.model.asked import read_completion
+    from serve.model.exchange import Exchange
+
+    lane, prefix = service.engine.lanes["base"], service.engine.lanes["base"].passes.prefix
+    reads: list[int] = []
+
+    def little_memory(ids: Any, known: Any) -> Any:
+        reads.append(len(ids))
+        if len(ids) > 200:
+            raise torch.OutOfMemoryError
+        return prefix(ids, known)
+
+    async def one(ids: list[int], tokens: int) -> str:
+        body = {"prompt": ids, "temperature": 0, "max_tokens": tokens}
+        asked = read_completion(body, service.limits).asked
+        return "".join([event.text async for _, event in Exchange(service, asked, [ids]).told()])
+
+    async def all_of(prompts: list[list[int]], tokens: int) -> list[Any]:
+        return await asyncio.gather(*(one(ids, tokens) for ids in prompts), return_exceptions=True)
+
+    few = rendered(service, QUESTIONS[:7])
+    long = rendered(service, ["A long question. " * 100])[0]
+    expected = asyncio.run(all_of(few, 60))
+    monkeypatch.setattr(lane, "at_once", 64)
+    monkeypatch.setattr(lane.passes, "prefix", little_memory)
+    for prompts in ([long], [*few[:1], long], [*few, long]):
+        *told, refused = asyncio.run(all_of(prompts, 60))
+        assert told == expected[: len(told)]
+        assert isinstance(refused, ApiError)
+        assert (refused.status, refused.code, refused.retry) == (503, "memory", 1)
+    assert sum(count > 200 for count in reads) < 12  # it is not tried again until its time is over
+    assert lane.rows < 8
+    for _ in range(5):
+        assert asyncio.run(all_of(few, 2)) == asyncio.run(all_of(few, 2))
+    assert lane.rows == 8
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_shortage_of_memory_at_any_place_changes_no_answer(
+    service: Any, monkeypatch: pytest.MonkeyPatch, stream: bool
+) -> None:
+    import torch
+
+    from llmops.generation import continuous
+    from serve.model import lanes
+
+    prompts = rendered(service, QUESTIONS[:4])
+    asked = {"temperature": 0, "max_tokens": 6, "logprobs": 1, "stream": stream}
+    expected = answers(service, prompts, **asked)[0]
+    faults = {(continuous, "in_own_caches"): 1, (continuous, "merge"): 1, (lanes, "layers_of"): 100}
+    for (module, name), times in faults.items():
+        real, left = getattr(module, name), iter(range(times))
+
+        def short(*given: Any, real: Any = real, left: Any = left, **named: Any) -> Any:
+            if next(left, None) is not None:
+                raise torch.OutOfMemoryError
+            return real(*given, **named)
+
+        monkeypatch.setattr(module, name, short)
+        texts, exchange = answers(service, prompts, **asked)
+        assert texts == expected, name
+        if not stream:  # a stream's were told token by token
+            assert all(len(answer.event.logprobs) == len(answer.ids) for answer in exchange.answers), name
+    assert service.engine.lanes["base"].known_bytes == 0
+
+
+def test_tokens_that_the_model_has_not_are_refused_whatever_its_configuration_says(
+    checkpoints: dict[str, Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from llmops.models.checkpoints import Checkpoint
+
+    monkeypatch.setattr(Checkpoint, "vocabulary", None)  # as where the sizes stand in text_config
+    with opened(Model(checkpoints["llama"]), tmp_path / "feedback.jsonl") as silent:
+        known = silent.model.tokenizer.vocab_size
+        for token in (2_000_000_000, silent.vocabulary):
+            with pytest.raises(ApiError, match="tokens that the model does not know") as caught:
+                answers(silent, [[1, token]], max_tokens=2)
+            assert caught.value.status == 400
+        assert answers(silent, [[1, known - 1]], max_tokens=2)[1].answers[0].done
+
+
 def test_more_requests_than_the_queue_holds_are_refused(service: Any) -> None:
     from serve.metrics import Metrics
     from serve.model.engine import Engine
@@ -140,6 +226,57 @@ def test_a_fault_in_the_engine_refuses_what_waits_and_ends_the_server(service: A
         await module.Server(app, access, 1, lambda: None).serve(sockets=[listener])
 
     asyncio.run(asyncio.wait_for(run(), 10))
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_what_is_handed_over_while_the_engine_fails_is_refused_too(service: Any) -> None:
+    import threading
+    from collections import deque
+
+    from serve.metrics import Metrics
+    from serve.model.engine import Engine
+
+    refusing, handed = threading.Event(), threading.Event()
+
+    class Slow(deque[Any]):
+        def extend(self, more: Any) -> None:
+            handed.set()
+            refusing.wait(0.5)  # the engine fails meanwhile
+            super().extend(more)
+
+        def append(self, one: Any) -> None:
+            self.extend([one])
+
+    class Faulty:
+        going: tuple[Any, ...] = ()
+
+        def __init__(self) -> None:
+            self.waiting: deque[Any] = deque()
+            self.refused: list[Any] = []
+
+        def turn(self, out: Any) -> bool:
+            handed.wait(5)
+            raise KeyError("a fault")
+
+        def fail(self, error: ApiError, out: Any) -> None:
+            self.refused += self.waiting
+            refusing.set()
+
+    for hand_over in ("submit", "ask"):
+        refusing.clear()
+        handed.clear()
+        engine, faulty = Engine(Limits(), Metrics()), Faulty()
+        engine._inbox = Slow()
+        engine.start({"base": faulty}, [])  # type: ignore[dict-item]
+        if hand_over == "submit":
+            engine.submit("base", ["x"], print)  # type: ignore[list-item]
+        else:
+            faulty.waiting = Slow()
+            engine.ask(faulty.waiting, "x", print)
+        engine._thread.join(10)
+        assert faulty.refused == ["x"], hand_over
+        with pytest.raises(ApiError):
+            engine.check()
 
 
 def test_time_that_is_over_ends_an_answer_and_refuses_one_that_waits(service: Any) -> None:

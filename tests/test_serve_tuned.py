@@ -135,6 +135,29 @@ def ask(service: Any, *requests: tuple[str, dict[str, Any]]) -> list[tuple[int, 
     return asyncio.run(run())
 
 
+def test_logprobs_are_bounded_and_written_beside_the_loop(service: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    import threading
+
+    places, text = set[str](), service.token_text
+
+    def token_text(token: int) -> str:
+        places.add(threading.current_thread().name)
+        return text(token)
+
+    monkeypatch.setattr(service, "token_text", token_text)
+    body = {"prompt": ["A book"] * 3, "max_tokens": 4, "logprobs": 2, "temperature": 0}
+    chat = {"messages": [{"role": "user", "content": "x"}], "max_tokens": 4, "logprobs": True, "top_logprobs": 2}
+    told = ask(service, ("/v1/completions", body), ("/v1/chat/completions", chat))
+    assert [status for status, _ in told] == [200] * 2
+    assert len(told[0][1]["choices"][2]["logprobs"]["top_logprobs"][0]) == 2
+    assert places == {"render_0"}
+    much = {"prompt": [[1, 2]] * 128, "logprobs": 20, "temperature": 0}
+    ((status, found),) = ask(service, ("/v1/completions", much))
+    assert (status, found["error"]["param"]) == (400, "logprobs")
+    assert "100000 are told at most" in found["error"]["message"]
+    assert ask(service, ("/v1/completions", much | {"max_tokens": 1}))[0][0] == 200
+
+
 def test_intents_are_those_of_predict(service: Any, adapter: Path) -> None:
     import torch
 
@@ -215,6 +238,40 @@ def test_a_threshold_that_was_kept_decides(service: Any) -> None:
         kept.clear()
 
 
+def test_questions_that_cannot_be_answered_leave_the_others_and_the_server(
+    service: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+
+    requests = [("/v1/intents", {"questions": [text]}) for text in (ASKED[0], "很长" * 100, ASKED[1])]
+    passes, read = service.intents.generator.passes, service.intents.generator.passes.read
+
+    def little_memory(prompts: Any, prefixes: Any) -> Any:
+        if max(map(len, prompts)) > 300:
+            raise torch.OutOfMemoryError
+        return read(prompts, prefixes)
+
+    def intents(told: list[tuple[int, Any]]) -> list[str]:
+        return [body["data"][0]["intent"] for status, body in told if status == 200]
+
+    expected = intents(ask(service, *requests))
+    assert len(expected) == 3
+    monkeypatch.setattr(passes, "read", little_memory)
+    told = ask(service, *requests)
+    assert intents(told) == [expected[0], expected[2]]
+    assert (told[1][0], told[1][1]["error"]["code"]) == (503, "memory")
+    assert "does not suffice for one prompt of" in told[1][1]["error"]["message"]
+    monkeypatch.setattr(passes, "read", read)
+    hook = passes.model.get_output_embeddings().register_forward_hook(lambda *given: given[2] * float("nan"))
+    try:
+        told = ask(service, *requests)
+    finally:
+        hook.remove()
+    assert [status for status, _ in told] == [500] * 3
+    assert "no numbers (NaN)" in told[0][1]["error"]["message"]
+    assert intents(ask(service, *requests)) == expected
+
+
 @pytest.mark.parametrize(
     ("body", "param"),
     [
@@ -253,6 +310,19 @@ def test_corrections_are_what_prepare_reads(service: Any) -> None:
     records = read_faq(path, skip_bad_lines=True)
     assert sorted(record.questions[0] for record in records.records) == sorted(["包裹丢了", "换货", "改密码"])
     assert len(records.problems) == 1
+
+
+def test_a_correction_follows_no_link_out_of_the_mount(service: Any, tmp_path: Path) -> None:
+    elsewhere, kept = tmp_path / "elsewhere", service.feedback
+    elsewhere.write_text("mine\n")
+    (tmp_path / "feedback.jsonl").symlink_to(elsewhere)
+    service.feedback = tmp_path / "feedback.jsonl"
+    try:
+        ((status, body),) = ask(service, ("/v1/intents/feedback", {"question": "换货", "intent": "换货"}))
+    finally:
+        service.feedback = kept
+    assert (status, elsewhere.read_text()) == (500, "mine\n")
+    assert "the correction could not be kept" in body["error"]["message"]
 
 
 def test_an_intents_file_from_before_examples_were_shown_is_read(adapter: Path, tmp_path: Path) -> None:

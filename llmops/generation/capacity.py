@@ -18,6 +18,12 @@ def base_of(model: torch.nn.Module) -> PreTrainedModel:
     return cast(PreTrainedModel, inner() if inner else model)
 
 
+def vocabulary_of(model: torch.nn.Module) -> int:
+    """How many tokens a model has embeddings for."""
+    embeddings: Any = base_of(model).get_input_embeddings()
+    return int(embeddings.weight.shape[0])
+
+
 def fixed_attention(model: torch.nn.Module) -> str | None:
     """Why a model's attention cannot be replaced by ours, or None when it can.
 

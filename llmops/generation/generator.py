@@ -18,7 +18,7 @@ import torch
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from llmops.console import RunStopped, UserError, log
-from llmops.generation.capacity import base_of, cache_bytes, free_memory
+from llmops.generation.capacity import cache_bytes, free_memory, vocabulary_of
 from llmops.generation.choice_search import Choice, Search, Tree, logits_of_tokens
 from llmops.generation.continuous import FEW_ALONE, Generated, Pool, Row
 from llmops.generation.passes import MOST_TOKENS, Passes, check_numbers
@@ -193,8 +193,7 @@ class Generator:
 
     def _check_ids(self, rows: Iterable[Sequence[int]]) -> None:
         """Raise UserError for a token that the model has no embedding for: its tokenizer is another model's."""
-        embeddings: Any = base_of(self.model).get_input_embeddings()
-        known = embeddings.weight.shape[0]
+        known = vocabulary_of(self.model)
         highest = max((max(row) for row in rows if row), default=0)
         if highest >= known:
             raise UserError(

@@ -1,10 +1,12 @@
 """What all pages share: templates, language, answers for what is not there or cannot be done."""
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote, urlencode, urlsplit
+from urllib.parse import quote, urlencode
 
+from anyio import CapacityLimiter, to_thread
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
@@ -18,6 +20,7 @@ from serve.console import languages, shown
 from serve.console.mount import NotFound
 
 HERE = Path(__file__).parent
+OWN_PAGE = re.compile(r"/(?!/)[^\\\x00-\x1f\x7f]*")  # browsers read //x and /\x as another site's, and pass over tabs
 YEAR = 365 * 24 * 3600
 Handler = Callable[[Request], Response]
 STATUS_MISSING, STATUS_WRONG, STATUS_FULL = 404, 422, 507
@@ -69,9 +72,12 @@ class Pages:
 
         return Route(path, in_thread(answer), methods=["GET"])
 
-    def data(self, path: str, handler: Callable[[Request], Any]) -> Route:
-        """A route that answers with JSON, its errors in the shape of the model server's."""
-        return Route(path, in_thread(lambda request: as_json(lambda: handler(request))), methods=["GET"])
+    def data(self, path: str, handler: Callable[[Request], Any], most: int = 0) -> Route:
+        """A route that answers with JSON, its errors in the shape of the model server's.
+
+        `most`: so many threads of its own; who waits for one keeps no other page from being answered.
+        """
+        return Route(path, in_thread(lambda request: as_json(lambda: handler(request)), most), methods=["GET"])
 
     def write(self, path: str, handler: Callable[[dict[str, Any]], Any]) -> Route:
         """A route that takes a JSON object. A form of another site cannot send one: its type is refused."""
@@ -105,11 +111,12 @@ class Kept(StaticFiles):
         return found
 
 
-def in_thread(handler: Handler) -> Callable[[Request], Any]:
-    """A handler that reads files, off the event loop."""
+def in_thread(handler: Handler, most: int = 0) -> Callable[[Request], Any]:
+    """A handler that reads files, off the event loop; in at most so many threads, or in those that all share."""
+    limiter = CapacityLimiter(most) if most else None
 
     async def endpoint(request: Request) -> Response:
-        return await run_in_threadpool(handler, request)
+        return await to_thread.run_sync(handler, request, limiter=limiter)
 
     return endpoint
 
@@ -137,10 +144,8 @@ def failure(status: int, message: str) -> Response:
 def set_language(request: Request) -> Response:
     """Remember a language in a cookie and go back to a page of ours."""
     language = request.path_params["language"]
-    target = urlsplit(request.query_params.get("next", "/"))
-    same = not target.scheme and not target.netloc and target.path.startswith("/") and "\\" not in target.path
-    place = target.path.replace("//", "/") + (f"?{target.query}" if target.query else "") if same else "/"
-    answer = RedirectResponse(place, 303)
+    place = request.query_params.get("next", "/")
+    answer = RedirectResponse(place if OWN_PAGE.fullmatch(place) else "/", 303)
     if language in languages.LANGUAGES:
         answer.set_cookie(languages.COOKIE, language, max_age=YEAR, samesite="strict", httponly=True)
     return answer

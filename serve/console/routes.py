@@ -24,6 +24,7 @@ PER_PAGE = 50
 SAMPLES_PER_PAGE = 10
 QUESTIONS_PER_PAGE = 25
 MOST_COMPARED = 8
+DIAGNOSES = 4  # requests for one that are in a thread; one is made at a time
 
 
 def routes(mount: Path) -> list[BaseRoute]:
@@ -52,7 +53,7 @@ class RunPages:
             pages.data("/console/api/runs", self.listed_json),
             pages.data("/console/api/run", self.one_json),
             pages.data("/console/api/log", self.log),
-            pages.data("/console/api/diagnosis", self.diagnosis),
+            pages.data("/console/api/diagnosis", self.diagnosis, DIAGNOSES),
             pages.write("/console/api/stop", self.stop),
         ]
 

@@ -37,6 +37,7 @@ COLUMNS = (
 )  # fmt: skip
 RUNNING = ("running", "stopping")
 STATES = (*RUNNING, "finished", "stopped", "interrupted")
+Locks = set[tuple[int, int, int]]  # major and minor number of the device, inode
 
 
 @dataclass(frozen=True)
@@ -132,14 +133,43 @@ def read_settings(path: Path) -> dict[str, Any]:
         return {}
 
 
-def locked_inodes() -> set[int]:
-    """Inodes of files that processes of this machine (and container) hold a lock on."""
+def held_locks() -> Locks:
+    """Files that processes of this machine (and container) hold a lock on."""
     try:
         lines = LOCKS.read_text(encoding="ascii").splitlines()
     except OSError:
         return set()
-    found = (re.search(r" FLOCK .*:(\d+) ", line) for line in lines)
-    return {int(match[1]) for match in found if match}
+    found = (re.search(r" FLOCK .* ([0-9a-f]+):([0-9a-f]+):(\d+) ", line) for line in lines)
+    return {(int(match[1], 16), int(match[2], 16), int(match[3])) for match in found if match}
+
+
+def is_held(path: Path, locks: Locks) -> bool:
+    """Whether a file is among those that are locked."""
+    try:
+        found = os.stat(path)
+    except OSError:
+        return False
+    devices = {(major, minor) for major, minor, inode in locks if inode == found.st_ino}
+    if not devices or (os.major(found.st_dev), os.minor(found.st_dev)) in devices:
+        return bool(devices)
+    mounted = mounted_device(path)
+    return mounted is None or mounted in devices
+
+
+def mounted_device(path: Path) -> tuple[int, int] | None:
+    """The device of the file system that a file lies in: stat tells another one where there are subvolumes (btrfs).
+
+    None: that cannot be told.
+    """
+    try:
+        with open(path, "rb") as stream:
+            told = Path(f"/proc/self/fdinfo/{stream.fileno()}").read_text(encoding="ascii")
+        mounts = Path("/proc/self/mountinfo").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return None
+    place = re.search(r"^mnt_id:\s*(\d+)$", told, re.MULTILINE)
+    line = re.search(rf"^{place[1]} \d+ (\d+):(\d+) ", mounts, re.MULTILINE) if place else None
+    return (int(line[1]), int(line[2])) if line else None
 
 
 def checkpoint_steps(folder: Path) -> list[int]:
@@ -165,15 +195,15 @@ class Runs:
 
     def several(self, names: Iterable[str]) -> list[Run]:
         """Runs by name; one that is gone meanwhile is left out."""
-        locks = locked_inodes()
+        locks = held_locks()
         folders = [(name, self.mounted.root / name) for name in names]
         return [self._run(name, folder, locks) for name, folder in folders if files.is_folder(folder)]
 
     def one(self, name: str) -> Run:
         """A run by name. Raises mount.NotFound."""
-        return self._run(name, self.mounted.folder(name), locked_inodes())
+        return self._run(name, self.mounted.folder(name), held_locks())
 
-    def _run(self, name: str, folder: Path, locks: set[int]) -> Run:
+    def _run(self, name: str, folder: Path, locks: Locks) -> Run:
         tail, settings = self.tail(folder / LOG_NAME), self.settings(folder / RUN_SETTINGS)
         results = self.settings(folder / RESULTS_NAME)
         touched = changed(folder)
@@ -276,12 +306,9 @@ def chosen(path: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def state_of(folder: Path, step: int, finished: bool, touched: float, tail: Tail, locks: set[int]) -> str:
+def state_of(folder: Path, step: int, finished: bool, touched: float, tail: Tail, locks: Locks) -> str:
     """One of STATES."""
-    try:
-        held = os.stat(folder / LOCK_NAME).st_ino in locks
-    except OSError:
-        held = False
+    held = is_held(folder / LOCK_NAME, locks)
     asked = os.path.lexists(folder / STOP_NAME)
     saved = checkpoint_steps(folder)
     in_order = bool(saved) and saved[-1] >= step > 0

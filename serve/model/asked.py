@@ -13,6 +13,7 @@ from serve.settings import Limits
 MOST_STOPS = 16
 MOST_LOGPROBS = 20
 MOST_PROMPTS = 128
+MOST_TOLD = 100_000  # log-probabilities of one request: each is a token's text, which takes time
 NOT_TOLD = ("documents", "messages", "tools", "add_generation_prompt")  # what a template gets from the request itself
 SILENT = frozenset(  # fields that change nothing of an answer here, or do nothing at these values
     ["user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "parallel_tool_calls"]

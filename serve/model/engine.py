@@ -36,6 +36,7 @@ class Engine:
         self.workers: list[Worker] = []
         self.lanes: dict[str, Lane] = {}
         self.alive = True
+        self._lock = threading.Lock()  # around what is handed over, and the end, after which nothing is
         self._inbox: deque[tuple[Lane, Answer]] = deque()
         self._out = Outbox()
         self._wake = threading.Event()
@@ -67,12 +68,13 @@ class Engine:
 
         Raises ApiError when too many wait already.
         """
-        self.check()
-        free = self.limits.rows - self.running
-        if self.waiting + len(answers) > self.limits.queue + max(0, free):
-            raise ApiError(429, "too many requests wait already", code="queue", retry=RETRY_SECONDS)
-        self._inbox.extend((self.lanes[name], answer) for answer in answers)
-        self.wake(post)
+        with self._lock:
+            self.check()
+            free = self.limits.rows - self.running
+            if self.waiting + len(answers) > self.limits.queue + max(0, free):
+                raise ApiError(429, "too many requests wait already", code="queue", retry=RETRY_SECONDS)
+            self._inbox.extend((self.lanes[name], answer) for answer in answers)
+            self.wake(post)
 
     def check(self) -> None:
         """Raise ApiError when the engine does not run."""
@@ -86,11 +88,12 @@ class Engine:
 
     def ask(self, waiting: deque[Any], asked: Any, post: Callable[..., Any]) -> None:
         """Let a request wait for a worker, whose queue this is. Raises ApiError when too many wait already."""
-        self.check()
-        if len(waiting) >= self.limits.queue + self.limits.rows:
-            raise ApiError(429, "too many requests wait already", code="queue", retry=RETRY_SECONDS)
-        waiting.append(asked)
-        self.wake(post)
+        with self._lock:
+            self.check()
+            if len(waiting) >= self.limits.queue + self.limits.rows:
+                raise ApiError(429, "too many requests wait already", code="queue", retry=RETRY_SECONDS)
+            waiting.append(asked)
+            self.wake(post)
 
     def cancel(self, answers: Sequence[Answer]) -> None:
         """Who asked has hung up."""
@@ -111,23 +114,26 @@ class Engine:
         try:
             while not self._ending:
                 self._wake.clear()
-                while self._inbox:
-                    lane, answer = self._inbox.popleft()
-                    lane.waiting.append(answer)
+                self._take_in()
                 worked = [worker.turn(self._out) for worker in self.workers]
                 self._out.send()
                 if not any(worked) and not self._inbox:
                     self._wake.wait()
             whole = True
         finally:
-            self.alive = whole
+            with self._lock:
+                self.alive = whole
             if not whole:  # the traceback goes to stderr, and the server ends
                 self._fail_all()
 
+    def _take_in(self) -> None:
+        while self._inbox:
+            lane, answer = self._inbox.popleft()
+            lane.waiting.append(answer)
+
     def _fail_all(self) -> None:
         error = ApiError(500, "the server made a mistake; its log says which")
-        for lane, answer in self._inbox:
-            lane.waiting.append(answer)
+        self._take_in()
         for worker in self.workers:
             worker.fail(error, self._out)
         self._out.send()

@@ -11,7 +11,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from serve.answers import ApiError
-from serve.model.asked import Asked
+from serve.model.asked import MOST_TOLD, Asked
 
 if TYPE_CHECKING:
     from serve.model.lanes import Answer, Event
@@ -33,6 +33,13 @@ class Exchange:
         self.answers: list[Answer] = [
             service.answer(asked, ids, partial(self._hear, place)) for place, ids in enumerate(prompts)
         ]
+
+        told = sum(answer.limit for answer in self.answers) * (1 + asked.sampling.logprobs)
+        if told > MOST_TOLD:
+            raise ApiError(
+                400, f"the answers may have {told} log-probabilities, and {MOST_TOLD} are told at most; ask for fewer "
+                "tokens (max_tokens), prompts or logprobs", "logprobs", "invalid_value",
+            )  # fmt: skip
 
     def _hear(self, place: int, event: "Event") -> None:
         self.news.put_nowait((place, event))

@@ -3,11 +3,14 @@
 import uuid
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
+from functools import cache
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
+from starlette.responses import Response
+
 from llmops import json_text
-from serve.answers import ApiError
+from serve.answers import ApiError, json_response
 from serve.model.exchange import Exchange, Told
 
 if TYPE_CHECKING:
@@ -21,6 +24,7 @@ class Form:
     def __init__(self, exchange: Exchange, chat: bool) -> None:
         self.exchange = exchange
         self.chat = chat
+        self.text = cache(exchange.service.token_text)
         self.id = ("chatcmpl-" if chat else "cmpl-") + uuid.uuid4().hex
 
     def head(self, stream: bool) -> dict[str, Any]:
@@ -32,7 +36,7 @@ class Form:
         """Log-probabilities as the route words them; None when they were not asked for."""
         if self.exchange.asked.sampling.logprobs < 0:
             return None
-        text = self.exchange.service.token_text
+        text = self.text
         if not self.chat:
             return {
                 "tokens": [text(one.token) for one in found],
@@ -73,15 +77,19 @@ class Form:
         return {"index": place, **said, "logprobs": self.logprobs(found) if found else None, "finish_reason": end}
 
 
-async def gathered(form: Form, told: AsyncGenerator[Told, None]) -> dict[str, Any]:
-    """A whole answer's body."""
+async def gathered(form: Form, told: AsyncGenerator[Told, None]) -> Response:
+    """A whole answer; many log-probabilities are written beside the loop that answers everybody."""
     count = len(form.exchange.answers)
     texts, found, ends = [""] * count, [list["Logprob"]() for _ in range(count)], [""] * count
     async for place, event in told:
         texts[place] += event.text
         found[place] += event.logprobs
         ends[place] = event.finish or ""
-    return form.whole(texts, found, ends)
+
+    def write() -> Response:
+        return json_response(form.whole(texts, found, ends))
+
+    return await form.exchange.service.in_order(write) if any(found) else write()
 
 
 async def events(form: Form, first: Told, told: AsyncGenerator[Told, None]) -> AsyncGenerator[str, None]:

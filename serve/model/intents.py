@@ -1,6 +1,5 @@
 """Intents of questions over HTTP: as faq/predict tells them, many requests in one pass; corrections are kept."""
 
-import os
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -8,8 +7,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmops import files, json_text
-from llmops.console import UserError
+from llmops import files
+from llmops.console import RunStopped, UserError, log
 from llmops.formats.chat_format import ChatFormat
 from llmops.generation.choice_search import Tree
 from llmops.generation.generator import Generator
@@ -130,18 +129,43 @@ class Intents:
         if not taken:
             return False
         self.activate()
+        self._answer(taken, out)
+        return True
+
+    def _answer(self, taken: Sequence[Questions], out: Outbox) -> None:
+        """Answer requests in one go; one by one where a prompt does not fit into memory: the others have theirs."""
+        try:
+            self._tell(taken, out)
+        except UserError as error:  # no numbers
+            log(f"error: {error}")
+            self._refuse(taken, ApiError(500, str(error)), out)
+        except RunStopped as error:  # one prompt does not fit
+            log(f"error: {error}")
+            if len(taken) == 1:
+                self._refuse(taken, ApiError(503, str(error), code="memory", retry=RETRY_SECONDS), out)
+                return
+            for asked in taken:
+                self._answer([asked], out)
+
+    def _refuse(self, taken: Sequence[Questions], error: ApiError, out: Outbox) -> None:
+        for asked in taken:
+            out.say(asked.tell, error)
+
+    def _tell(self, taken: Sequence[Questions], out: Outbox) -> None:
+        """What the model says of the questions. Raises UserError and RunStopped, with nothing told."""
         rows = [row for asked in taken for row in asked.prepared]
         best = max(2, self.catalog.retrieval.get("candidates", 1) + 1, *(asked.top for asked in taken))
         chosen = dict(self.generator.choose([row.prompt for row in rows], [row.tree for row in rows], best))
-        place = 0
+        place, found = 0, []
         for asked in taken:
             told = []
             for text, row in zip(asked.texts, asked.prepared, strict=True):
                 named = [(row.answers[k], p) for k, p in chosen[place].ranked]
                 told.append(self._told(text, named, row.values, asked.top))
                 place += 1
-            out.say(asked.tell, told)
-        return True
+            found.append((asked.tell, told))
+        for tell, told in found:
+            out.say(tell, told)
 
     def _told(
         self, question: str, named: Sequence[tuple[str, float]], values: "np.ndarray | None", top: int
@@ -207,18 +231,9 @@ def read_feedback(body: dict[str, Any]) -> dict[str, Any]:
 
 
 def keep_feedback(path: Path, row: dict[str, Any]) -> None:
-    """Append a correction; it is on the disk when this returns. What a kill left half is ended by a line break."""
+    """Append a correction; it is on the disk when this returns."""
     try:
         files.make_folder(path.parent)
-        torn = files.is_file(path) and path.stat().st_size > 0 and last_byte(path) != b"\n"
-        files.append_text(path, ("\n" if torn else "") + json_text.dumps(row) + "\n")
-        files.fsync_entry(path)
-    except UserError as error:
+        files.append_line(path, row)
+    except (UserError, RunStopped) as error:
         raise ApiError(500, f"the correction could not be kept: {error}") from error
-
-
-def last_byte(path: Path) -> bytes:
-    """A file's last byte."""
-    with files.open_regular(path) as stream:
-        stream.seek(-1, os.SEEK_END)
-        return stream.read(1)

@@ -133,6 +133,7 @@ class Lane(ABC):
         self.metrics = metrics
         self.activate = activate
         self.waiting: deque[Answer] = deque()
+        self._well = 0  # answers that ended since `rows` changed
 
     @property
     @abstractmethod
@@ -157,6 +158,12 @@ class Lane(ABC):
         for answer in [*self.waiting, *self.clear()]:
             out.say(answer.tell, Event(error=error))
         self.waiting.clear()
+
+    def _went_well(self, ended: int) -> None:
+        """After answers ended: one row more, once so many have as go together."""
+        self._well += ended
+        if self._well >= self.rows:
+            self.rows, self._well = min(self.rows + 1, self.limits.rows), 0
 
     def _expire(self, out: Outbox) -> None:
         """Who has hung up leaves; whose time is over is told what there is, or that there was no time for it."""
@@ -238,7 +245,7 @@ class BatchLane(Lane):
             self.fail(ApiError(500, str(error)), out)
             return True
         if ended is None:
-            self._fewer([*taken, *self.clear()], out)
+            self._fewer([*self.clear(), *taken], out)
         self._tell(ended or [], out)
         return True
 
@@ -258,7 +265,9 @@ class BatchLane(Lane):
             if left > 2 * self.at_once:  # some of it now: others do not wait for all
                 if not taken:
                     upto = answer.known.length + self.at_once
+                    taken.append(self.waiting.popleft())  # whose it is if memory does not suffice
                     answer.known = self.passes.prefix(answer.prompt[:upto], answer.known)
+                    self.waiting.appendleft(taken.pop())
                     self.due = self.at_once // STEPS_SHARE
                     return []
                 break
@@ -297,6 +306,7 @@ class BatchLane(Lane):
     def _tell(self, ended: Iterable[Answer], out: Outbox) -> None:
         """Hand over what is new, and keep what ended answers computed."""
         over = {id(answer) for answer in ended}
+        self._went_well(len(over))
         for place, answer in enumerate(self.pool.rows):
             if id(answer) in over:
                 self._keep(place, answer)
@@ -312,20 +322,31 @@ class BatchLane(Lane):
         if not self.prefixes.most_bytes or state is None or state.cache is None:
             return
         count = int(state.valid[place].sum())
-        layers = [
-            (layer.keys[place, :, -count:].clone(), layer.values[place, :, -count:].clone())
-            for layer in layers_of(state.cache)
-        ]
+        try:
+            layers = [
+                (layer.keys[place, :, -count:].clone(), layer.values[place, :, -count:].clone())
+                for layer in layers_of(state.cache)
+            ]
+        except torch.OutOfMemoryError:  # the answer is there; room for the others comes first
+            self.prefixes = Prefixes(self.prefixes.most_bytes)
+            return
         self.prefixes.keep(Prefix([*answer.prompt, *answer.ids][:count], layers))
 
     def _fewer(self, back: list[Answer], out: Outbox) -> None:
-        """After the device's memory did not suffice: fewer rows together from now on."""
+        """After the device's memory did not suffice: fewer rows together from now on, and nothing known of prompts."""
+        held = self.prefixes.bytes
         self.prefixes = Prefixes(self.prefixes.most_bytes)
-        if len(back) == 1:
-            error = ApiError(503, "the device's memory does not suffice for this request", code="memory")
+        for answer in [*back, *self.waiting]:
+            answer.known = NOTHING
+        for answer in back:  # a token that was chosen and not taken is chosen again
+            del answer.event.logprobs[0 if answer.pieces else len(answer.ids) :]
+        if len(back) == 1 and not held:
+            error = ApiError(
+                503, "the device's memory does not suffice for this request", code="memory", retry=RETRY_SECONDS
+            )
             out.say(back[0].tell, Event(error=error))
         else:
-            self.rows = max(1, len(back) // 2)
+            self.rows, self._well = max(1, len(back) // 2), 0
             log(f"out of memory with {len(back)} answers at once; going on with {self.rows}")
             self.waiting.extendleft(reversed(back))
         if self.passes.device.type == "cuda":

@@ -6,7 +6,7 @@ from transformers import LogitsProcessor
 from llmops.console import UserError, log
 from llmops.generation.generator import MOST_PLAIN_ROWS, plain_greedy
 from llmops.generation.passes import check_numbers
-from serve.answers import ApiError
+from serve.answers import RETRY_SECONDS, ApiError
 from serve.model.lanes import Answer, Event, Lane, Outbox
 
 
@@ -38,10 +38,12 @@ class PlainLane(Lane):
         prompts = [answer.prompt for answer in self.batch]
         try:
             plain_greedy(self.passes, prompts, most, self.stop_ids, Steering(self, out))
+            self._went_well(count)
         except torch.OutOfMemoryError:
-            self.rows = max(1, count // 2)
+            self.rows, self._well = max(1, count // 2), 0
             log(f"out of memory with {count} answers at once; going on with {self.rows}")
-            self._refuse(ApiError(503, "the device's memory does not suffice for these requests", code="memory"), out)
+            sentence = "the device's memory does not suffice for these requests"
+            self._refuse(ApiError(503, sentence, code="memory", retry=RETRY_SECONDS), out)
         except UserError as error:  # no numbers
             log(f"error: {error}")
             self._refuse(ApiError(500, str(error)), out)

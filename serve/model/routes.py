@@ -74,6 +74,6 @@ async def respond(request: Request, exchange: Exchange, chat: bool) -> Response:
     form = Form(exchange, chat)
     told = exchange.told()
     if not exchange.asked.stream:
-        return json_response(await unless_gone(request.receive, gathered(form, told)))
+        return await unless_gone(request.receive, gathered(form, told))
     first = await unless_gone(request.receive, anext(told))
     return EventStream(events(form, first, told))

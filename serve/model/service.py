@@ -15,7 +15,7 @@ from llmops import files
 from llmops.console import UserError, has_gpu, log
 from llmops.conversations.records import Message, texts_in
 from llmops.formats.chat_format import ChatFormat
-from llmops.generation.capacity import cache_bytes, free_memory
+from llmops.generation.capacity import cache_bytes, free_memory, vocabulary_of
 from llmops.generation.generator import Generator
 from llmops.generation.packed import pack
 from llmops.generation.passes import Passes
@@ -54,6 +54,7 @@ class Service:
         self.intents: Intents | None = None
         self.feedback = feedback
         self.length = model.checkpoint.length
+        self.vocabulary = model.checkpoint.vocabulary
         self._formats: OrderedDict[tuple[tuple[str, Any], ...], ChatFormat] = OrderedDict()
         self._render = ThreadPoolExecutor(1, "render")  # one at a time: tokenizers and templates keep state
         for name, about in (
@@ -141,8 +142,7 @@ class Service:
 
     def answer(self, asked: Asked, ids: list[int], tell: Callable[[Event], None]) -> Answer:
         """The row of a prompt. Raises ApiError for a prompt that is empty, too long or of another tokenizer."""
-        vocabulary = self.model.checkpoint.vocabulary
-        if not ids or (vocabulary and max(ids) >= vocabulary):
+        if not ids or (self.vocabulary and max(ids) >= self.vocabulary):
             raise ApiError(400, "the prompt is empty or has tokens that the model does not know", code="invalid_value")
         budget = min(lane.budget for lane in self.engine.lanes.values())
         room = min(self.length or budget, budget) - len(ids)
@@ -191,6 +191,7 @@ def open_service(settings: Model, limits: Limits, feedback: Path) -> Service:
     if passes.plain_because is None:
         pack(passes.model)
     service = Service(model, limits, Metrics(), feedback)
+    service.vocabulary = vocabulary_of(passes.model)
     service.names = [TUNED, BASE] if adapter else [TUNED if is_tuned(checkpoint) else BASE]
     lane_class: type[Lane] = BatchLane if passes.plain_because is None else PlainLane
     memory = free_memory(device) // 2 // (len(service.names) if device.type == "cpu" else 1)
