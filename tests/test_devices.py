@@ -66,6 +66,36 @@ def test_a_gpu_that_cannot_be_used_is_an_error(
             choose_device(0, Processes())
 
 
+GPU_CHECK = """
+import sys
+from llmops.console import UserError
+from llmops.machine import devices
+from train import finetune
+
+def check_gpu():
+    raise UserError(f"the driver is too old, DeepSpeed {'is' if 'deepspeed' in sys.modules else 'is not'} here yet")
+
+devices.check_gpu = check_gpu
+sys.exit(finetune.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize("dry_run", ["true", "false"])
+def test_training_looks_at_the_gpu_before_deepspeed_is_imported(
+    small_data: Path, checkpoints: dict[str, Path], dry_run: str
+) -> None:
+    """deepspeed/__init__.py sets PYTORCH_NVML_BASED_CUDA_CHECK, with which an old driver's GPU counts as usable."""
+    done = subprocess.run(
+        [
+            sys.executable, "-c", GPU_CHECK, "--model_name_or_path", str(checkpoints["llama"]), "--dry_run", dry_run,
+            "--train_file", str(small_data / "datasets" / "train.jsonl"), "--output_path", str(small_data / "out"),
+        ],
+        cwd=ROOT, env=environment(), capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.endswith("the driver is too old, DeepSpeed is not here yet\n")
+
+
 def test_gpus_of_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
     assert devices.of_processes({}, 0) == ["0", "1", "2"]
