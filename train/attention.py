@@ -32,7 +32,6 @@ NAME = "shared_prefix"
 BLOCK_TOKENS = 128  # sibling branches are attended together up to this many tokens
 TILE = 128  # tokens along each side of FlexAttention's tiles
 VARIANTS = 64  # of FlexAttention's kernel in one run: shapes, with gradients and without; Dynamo's own limit is 8
-COMPILING = (RuntimeError, ImportError, OSError, subprocess.SubprocessError)  # what compiling a kernel can raise
 
 
 @dataclass
@@ -191,8 +190,8 @@ def flex_kernel(device: str) -> Callable[..., Any]:
     """
     if device != "cuda":
         return flex_attention
-    compiled: Any = torch.compile(flex_attention, fullgraph=True, recompile_limit=VARIANTS)
-    return compiled
+    compiler: Any = torch.compile  # whose declared types lack the limit
+    return compiler(flex_attention, fullgraph=True, recompile_limit=VARIANTS)
 
 
 def attention(
@@ -272,11 +271,21 @@ def why_no_flex(model: torch.nn.Module, device: torch.device, dtype: torch.dtype
     width = getattr(config, "head_dim", None) or config.hidden_size // heads
     try:
         worst = flex_difference(heads, getattr(config, "num_key_value_heads", None) or heads, width, device, dtype)
-    except COMPILING as error:
+    except compile_errors() as error:
         return does_not_run(error)
     if not worst < 0.05:
         return f"its result differs by {worst:.1e} here"
     return None
+
+
+def compile_errors() -> tuple[type[Exception], ...]:
+    """What compiling and starting a kernel can raise; Triton's own errors are no RuntimeError."""
+    known = (RuntimeError, ImportError, OSError, subprocess.SubprocessError)
+    try:
+        from triton.errors import TritonError
+    except ImportError:  # a torch for the CPU comes without it
+        return known
+    return (*known, TritonError)
 
 
 def does_not_run(error: Exception) -> str:
