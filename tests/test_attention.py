@@ -12,6 +12,7 @@ from deepspeed.runtime.chunked_cross_entropy import chunked_cross_entropy
 from test_batches import loss_and_gradients, random_samples
 from torch._dynamo.exc import FailOnRecompileLimitHit
 from torch._dynamo.testing import CompileCounter
+from transformers import AutoConfig
 
 from llmops.models.chat_model import ChatModel
 from llmops.models.checkpoints import Checkpoint
@@ -172,6 +173,13 @@ def test_the_compiled_kernel_has_more_variants_than_dynamos_limit(monkeypatch: p
             attend(3)
     finally:
         torch.compiler.reset()
+
+
+def test_the_checkpoints_of_the_gpu_tests_have_heads_that_flex_takes(wide_checkpoints: dict[str, Path]) -> None:
+    """torch/_inductor/kernel/flex/flex_attention.py refuses heads narrower than 16."""
+    for folder in wide_checkpoints.values():
+        config = AutoConfig.from_pretrained(folder)
+        assert (getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads) >= 16
 
 
 def test_chunked_cross_entropy_equals_the_plain_one() -> None:
