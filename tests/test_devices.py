@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import ROOT, environment
 
-from eval.engine import choose_device
+from eval import analyze_similar_questions_and_intents as similar
 from llmops.console import UserError, has_gpu
 from llmops.machine import devices
 from llmops.machine.sharing import Processes
@@ -63,7 +63,27 @@ def test_a_gpu_that_cannot_be_used_is_an_error(
         assert phrase in str(error.value)
     if not usable:
         with pytest.raises(UserError, match="driver 535"):
-            choose_device(0, Processes())
+            devices.choose_device(0, Processes())
+
+
+def test_a_process_stays_on_its_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The current device is set, too: a tensor or a context made without an index would be on GPU 0."""
+    current = []
+    for module in (devices, similar):
+        monkeypatch.setattr(module, "has_gpu", lambda: True)
+    monkeypatch.delenv("DS_ACCELERATOR")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    assert devices.choose_device(2, Processes()) == torch.device("cuda", 2)
+    assert devices.choose_device(-1, Processes()) == torch.device("cpu")
+    for name, value in (("RANK", "7"), ("LOCAL_RANK", "3"), ("WORLD_SIZE", "8")):
+        monkeypatch.setenv(name, value)
+    assert similar.choose_device(0, Processes()) == "cuda:3"
+    assert current == [2, 3]
+    monkeypatch.setenv("LOCAL_RANK", "4")
+    with pytest.raises(UserError, match="--gpu_id 4 does not exist; this machine shows 4 GPUs"):
+        similar.choose_device(0, Processes())
 
 
 GPU_CHECK = """
