@@ -143,9 +143,13 @@ def test_a_process_finds_ninja_and_shares_the_cores(monkeypatch: pytest.MonkeyPa
         assert shutil.which("ninja", path=environ["PATH"]) is not None
         assert environ.get("PYTORCH_ALLOC_CONF") == ("expandable_segments:True" if gpu else None)
         assert environ.get("DS_ACCELERATOR") == (None if gpu else "cpu")
-    chosen = {"PYTORCH_CUDA_ALLOC_CONF": "backend:native", "OMP_NUM_THREADS": "7"}
+        assert environ.get("TORCHINDUCTOR_COMPILE_THREADS") == ("1" if gpu else None)
+    chosen = {
+        "PYTORCH_CUDA_ALLOC_CONF": "backend:native", "OMP_NUM_THREADS": "7", "TORCHINDUCTOR_COMPILE_THREADS": "4",
+    }  # fmt: skip
     devices.prepare_process(chosen)
     assert chosen["OMP_NUM_THREADS"] == "7"
+    assert chosen["TORCHINDUCTOR_COMPILE_THREADS"] == "4"
     assert "PYTORCH_ALLOC_CONF" not in chosen
     on_cpu = {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "1"}  # the launcher's number of this process
     devices.prepare_process(on_cpu)

@@ -149,7 +149,9 @@ def prepare_process(environ: MutableMapping[str, str]) -> None:
     environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // processes)))
     if not has_gpu():
         environ.setdefault("DS_ACCELERATOR", "cpu")
-    elif not any(name in environ for name in ALLOCATOR):
+        return
+    environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # else up to 32 processes for the one kernel it compiles
+    if not any(name in environ for name in ALLOCATOR):
         environ[ALLOCATOR[0]] = "expandable_segments:True"  # rows of many lengths leave fewer gaps in the memory
 
 
