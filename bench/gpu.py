@@ -5,11 +5,14 @@ Writes gpu-DEVICE.json and gpu-DEVICE.md into the output folder after every part
 
 import argparse
 import json
+import os
 import platform
 import re
+import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,10 +43,10 @@ PARTS = (
     Part("bare_path", "training without nvcc, ninja and gcc on PATH", 120, 60),
     Part("speed_lora_7b", "LoRA, 7B shape: default, recomputing, micro-batches", 420),
     Part("peer_lora_7b", "the same batch with transformers and PEFT alone", 180),
+    Part("inference", "answers with the adapter merged and not; out of memory", 180),
     Part("speed_full_7b", "every weight, 7B width with fewer layers", 240),
     Part("speed_lora_13b", "LoRA, 13B shape", 240),
     Part("kernels", "one kernel at a time", 120),
-    Part("inference", "answers with the adapter merged and not; out of memory", 180),
 )
 
 
@@ -68,14 +71,28 @@ def run_part(part: Part, tiny: bool, work: Path, limit: float) -> dict[str, Any]
     started, out = time.monotonic(), work / f"{part.name}.rows"
     failed = {}
     with open(out, "w", encoding="utf-8") as stream:
+        process = subprocess.Popen(command, stdout=stream, start_new_session=True)
         try:
-            code = subprocess.run(command, stdout=stream, timeout=limit, check=False).returncode
-            failed = {"failed": f"exit code {code}; see its messages above"} if code else {}
+            code = process.wait(limit)
+            failed = {"failed": f"exit code {code}; see its rows, or its messages above"} if code else {}
         except subprocess.TimeoutExpired:
             failed = {"failed": f"not done after {limit:.0f} s"}
+        finally:
+            if process.poll() is None:  # with what it started: a training below it would keep the GPU
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
     lines = out.read_text(encoding="utf-8").splitlines()
     rows = [json.loads(line) for line in lines if line.startswith("{") and line.endswith("}")]
     return failed | {"rows": rows, "seconds": round(time.monotonic() - started, 1)}
+
+
+def limit_of(part: Part, later: Sequence[Part], left: float, tiny: bool) -> float:
+    """The seconds that a part may take: its own, less where `left` seconds are too few for it and the later ones.
+
+    What a part leaves goes to the later ones.
+    """
+    own, rest = (sum(one.tiny_seconds * 3 if tiny else one.seconds for one in some) for some in ([part], later))
+    return own * min(1.0, max(0.0, left) / (own + rest))
 
 
 def ratio(parts: dict[str, Any]) -> float | None:
@@ -136,9 +153,10 @@ def main(argv: list[str] | None = None) -> int:
         "date": time.strftime("%Y-%m-%d"), "parts": {},
     }  # fmt: skip
     stem = "gpu-" + re.sub(r"[^a-z0-9]+", "-", report["device"].lower()).strip("-")
-    for part in (part for part in PARTS if part.name in wanted):
-        limit = min(end - time.monotonic(), part.tiny_seconds * 3 if args.tiny else part.seconds)
-        log(f"{part.name}: {part.shows} (at most {max(0, limit):.0f} s)")
+    parts = [part for part in PARTS if part.name in wanted]
+    for number, part in enumerate(parts):
+        limit = limit_of(part, parts[number + 1 :], end - time.monotonic(), args.tiny)
+        log(f"{part.name}: {part.shows} (at most {limit:.0f} s)")
         done = run_part(part, args.tiny, args.work, limit) if limit > 10 else {"failed": "no time was left", "rows": []}
         report["parts"][part.name] = {"shows": part.shows} | done
         report["ratio_to_transformers_and_peft"] = ratio(report["parts"])

@@ -1,5 +1,6 @@
 """What every part of bench/gpu.sh needs: the device, seconds and memory on it, a row of what was found."""
 
+import gc
 import json
 import resource
 import subprocess
@@ -9,12 +10,16 @@ from pathlib import Path
 from typing import Any
 
 from llmops import json_text
-from llmops.console import log
+from llmops.console import RunStopped, UserError, log
 
 ROOT = Path(__file__).resolve().parent.parent
 DEMO = ROOT / "train" / "demo_data"
 # dense bf16 FLOP/s as NVIDIA's data sheets give them
 PEAKS = {"H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "A10": 125e12}
+
+FAULTS = (
+    RuntimeError, ValueError, OSError, AssertionError, subprocess.SubprocessError, UserError, RunStopped,
+)  # fmt: skip
 
 
 class Bench:
@@ -23,7 +28,7 @@ class Bench:
     def __init__(self, work: Path, small: bool, out: Any) -> None:
         import torch
 
-        self.work, self.small, self.out = work, small, out
+        self.work, self.small, self.out, self.failures = work, small, out, 0
         self.gpu = torch.cuda.is_available()
         self.device = torch.device("cuda" if self.gpu else "cpu")
         self.dtype = torch.bfloat16 if self.gpu else torch.float32
@@ -36,15 +41,20 @@ class Bench:
         log("  " + ", ".join(f"{key} {value}" for key, value in values.items()))
 
     def each(self, what: str, work: Callable[[], dict[str, Any]]) -> None:
-        """One row; a fault of torch's or the system's is the row's text, and the next row comes."""
+        """One row; a fault of torch's, the system's or ours is the row's text, and the next row comes.
+
+        It makes the part fail in the end, unless memory was what ran out.
+        """
+        import torch
+
         try:
             self.row(what=what, **work())
-        except (RuntimeError, ValueError, OSError, subprocess.SubprocessError) as error:
+        except FAULTS as error:
+            self.failures += not isinstance(error, torch.OutOfMemoryError)
             text = (str(error).strip().splitlines() or [type(error).__name__])[0]
             self.row(what=what, failed=f"{type(error).__name__}: {text[:200]}")
+        gc.collect()  # a model and its optimizer refer to each other; a traceback holds what failed
         if self.gpu:
-            import torch
-
             torch.cuda.empty_cache()
 
     def seconds(self, work: Callable[[], Any], rounds: int = 10) -> float:

@@ -50,9 +50,10 @@ def kernels(bench: Bench) -> None:
 
             def attention(n: int = length, name: str = kernel) -> dict[str, Any]:
                 layout = Layout(tree(n), n, flex=name == "flex").to(bench.device)
-                heads = 4 if bench.small else 32
-                inputs = [torch.randn(1, heads, n, 64, device=bench.device).to(bench.dtype) for _ in range(3)]
-                return {"milliseconds": 1e3 * bench.seconds(lambda: attend(bench, name, layout, inputs, n), 3)}
+                shape = (1, 4 if bench.small else 32, len(layout.end), 64)
+                inputs = [torch.randn(shape, device=bench.device).to(bench.dtype).requires_grad_() for _ in range(3)]
+                slope = torch.randn(shape, device=bench.device).to(bench.dtype).transpose(1, 2).contiguous()
+                return {"milliseconds": 1e3 * bench.seconds(lambda: there_and_back(layout, inputs, slope), 3)}
 
             bench.each(f"attention in {kernel}, {length} tokens", attention)
     rows, vocabulary = (64, 2000) if bench.small else (8192, 128000)
@@ -70,6 +71,19 @@ def kernels(bench: Bench) -> None:
             return {"milliseconds": 1e3 * seconds, "peak_gib": bench.memory_gib()}
 
         bench.each(f"{name} cross entropy, {rows} x {vocabulary}", cost)
+
+
+def there_and_back(layout: Any, inputs: list[Any], slope: Any) -> None:
+    """Forward and backward pass of attention and nothing beside it; `slope`: the output's gradient."""
+    from types import SimpleNamespace
+
+    import torch
+
+    from train import attention
+
+    module = SimpleNamespace(num_key_value_groups=1, is_causal=True, training=True)
+    out = attention.attention(module, *inputs, None, layout=layout)[0]
+    torch.autograd.grad(out, inputs, slope)
 
 
 def flex_without_compiler() -> None:

@@ -1,4 +1,4 @@
-"""One part of bench/gpu.sh: `python bench/gpu_parts.py PART --work FOLDER [--tiny]`; prints a JSON object per row."""
+"""Parts of bench/gpu.sh: `python bench/gpu_parts.py PART... --work FOLDER [--tiny]`; prints a JSON object per row."""
 
 import argparse
 import os
@@ -25,10 +25,10 @@ PARTS: dict[str, Callable[[Bench], None]] = {
 }  # fmt: skip
 
 
-def main() -> None:
-    """Run one part."""
+def main() -> int:
+    """Run the parts; 1 when a row failed."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("part", choices=PARTS)
+    parser.add_argument("parts", choices=PARTS, nargs="+", metavar="PART")
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--tiny", action="store_true")
     args = parser.parse_args()
@@ -36,9 +36,12 @@ def main() -> None:
     args.work.mkdir(parents=True, exist_ok=True)
     out = os.fdopen(os.dup(1), "w", encoding="utf-8")
     with stdout_to_stderr():
-        PARTS[args.part](Bench(args.work, args.tiny, out))
+        bench = Bench(args.work, args.tiny, out)
+        for name in args.parts:
+            PARTS[name](bench)
     out.close()
+    return 1 if bench.failures else 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

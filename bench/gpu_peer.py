@@ -28,6 +28,7 @@ def peer_run(bench: Bench, config: Any, rows: int, recompute: bool) -> dict[str,
     data = session.prepare_data(config, encodes=True).train
     bench.memory_gib(start=True)
     model = empty_model(config, bench.dtype, device=bench.device).train()
+    model.config.use_cache = False  # as ours: no keys and values are kept beside those of the backward pass
     if recompute:
         model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)

@@ -3,8 +3,10 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -28,15 +30,22 @@ def demo_mount(bench: Bench) -> Path:
     return mount
 
 
-def finetune(mount: Path, output: Path, *flags: str, **environ: str) -> subprocess.CompletedProcess[str]:
+def command(mount: Path, output: Path, *flags: str) -> list[str]:
     """train/finetune.py on one device, without the launcher."""
-    shutil.rmtree(output, ignore_errors=True)
-    command = [
+    return [
         sys.executable, str(ROOT / "train" / "finetune.py"), "--model_name_or_path", str(mount / "model"),
         "--train_file", str(mount / "datasets" / "train.jsonl"), "--output_path", str(output), "--max_seq_len", "256",
         "--num_train_epochs", "2", "--learning_rate", "1e-3", "--tensorboard", "false", *flags,
     ]  # fmt: skip
-    return subprocess.run(command, env=os.environ | environ, capture_output=True, text=True, check=False)
+
+
+def finetune(mount: Path, output: Path, *flags: str, **environ: str) -> subprocess.CompletedProcess[str]:
+    """A training from its beginning to its end; a variable that is given as "" is not set."""
+    shutil.rmtree(output, ignore_errors=True)
+    variables = {name: value for name, value in (os.environ | environ).items() if value}
+    return subprocess.run(
+        command(mount, output, *flags), env=variables, capture_output=True, text=True, check=False
+    )  # fmt: skip
 
 
 def checked(done: subprocess.CompletedProcess[str]) -> None:
@@ -67,40 +76,48 @@ def whole_run(mount: Path, output: Path, kind: str, stage: str, dtype: str, merg
 
     checked(finetune(mount, output, "--train_type", kind, "--zero_stage", stage, "--dtype", dtype, *merge))
     results = files.read_object(output / "train_results.json")
-    strict = [line.problem for line in files.json_lines(output / "log.txt")]
+    faults = [line.problem for line in files.json_lines(output / "log.txt") if line.problem]
+    if faults:
+        raise AssertionError(f"log.txt is not strict JSON: {faults[0]}")
     with safe_open(next(output.glob("*.safetensors")), "pt") as tensors:
         kinds = {str(tensors.get_tensor(name).dtype)[6:] for name in tensors.keys()}  # noqa: SIM118
+    if kinds != {{"bf16": "bfloat16", "fp16": "float16"}[dtype]}:
+        raise AssertionError(f"weights of {', '.join(sorted(kinds))} were saved by a run in {dtype}")
+    if merge and not (output / "merged" / "config.json").is_file():
+        raise AssertionError("nothing was merged")
     return {
-        "loss_before": results["eval_loss_before"], "loss_after": results["eval_loss"],
-        "saved_dtype": ",".join(sorted(kinds)), "strict_log": not any(strict),
-        "merged": (output / "merged" / "config.json").is_file() if merge else None,
+        "loss_before": results["eval_loss_before"], "loss_after": results["eval_loss"], "saved_dtype": kinds.pop(),
+        "merged": bool(merge),
     }  # fmt: skip
 
 
 def continued(mount: Path, output: Path) -> dict[str, Any]:
-    """A run that is stopped by its STOP file and started again, beside one that is left alone."""
-    flags = ("--eval_steps", "2", "--lora_dropout", "0.1")
-    checked(finetune(mount, output.with_name("run-alone"), *flags))
-    alone = files.read_object(output.with_name("run-alone") / "train_results.json")["eval_loss"]
-    checked(finetune(mount, output, *flags, "--max_steps", "6"))
-    shutil.rmtree(output / "checkpoint-6", ignore_errors=True)
-    (output / "train_results.json").unlink()
-    again = subprocess.run(
-        [
-            sys.executable, str(ROOT / "train" / "finetune.py"), "--model_name_or_path", str(mount / "model"),
-            "--train_file", str(mount / "datasets" / "train.jsonl"), "--output_path", str(output), "--max_seq_len",
-            "256", "--num_train_epochs", "2", "--learning_rate", "1e-3", "--tensorboard", "false", *flags,
-            "--max_steps", "6",
-        ],
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
+    """A run that is killed after a checkpoint and started again, beside one that is left alone."""
+    from train import checkpointing
+
+    flags = ("--eval_steps", "2", "--lora_dropout", "0.1", "--max_steps", "12")
+    alone = output.with_name("run-alone")
+    checked(finetune(mount, alone, *flags))
+    shutil.rmtree(output, ignore_errors=True)
+    with open(output.with_name("killed.txt"), "w", encoding="utf-8") as said:
+        process = subprocess.Popen(command(mount, output, *flags), stdout=said, stderr=said)
+        while process.poll() is None and checkpointing.newest_whole(output, speaks=False) is None:
+            time.sleep(0.02)
+        process.kill()
+        if process.wait() != -signal.SIGKILL:
+            raise AssertionError(f"it ended with exit code {process.returncode} before it was killed")
+    again = subprocess.run(command(mount, output, *flags), capture_output=True, text=True, check=False)
     checked(again)
-    return {"loss_before": alone, "loss_after": files.read_object(output / "train_results.json")["eval_loss"],
-            "continued": "continuing from" in again.stderr}  # fmt: skip
+    if "continuing from" not in again.stderr:
+        raise AssertionError("it began anew instead of continuing")
+    losses = [files.read_object(one / "train_results.json")["eval_loss"] for one in (alone, output)]
+    if abs(losses[1] - losses[0]) > 0.01 * losses[0]:
+        raise AssertionError(f"it ended at a loss of {losses[1]}, and left alone at {losses[0]}")
+    return {"loss_alone": losses[0], "loss_after": losses[1]}
 
 
 def bare_path(bench: Bench) -> None:
-    """Training with a PATH that has the base system's tools but no compiler."""
+    """Training with a PATH that has the base system's tools but no compiler, and nothing that was compiled before."""
     tools = bench.work / "bare_path"
     tools.mkdir(parents=True, exist_ok=True)
     for name in ("sh", "bash", "ls", "cat", "uname", "env", "ldconfig", "lscpu", "which"):
@@ -109,7 +126,10 @@ def bare_path(bench: Bench) -> None:
             (tools / name).symlink_to(found)
 
     def train() -> dict[str, Any]:
-        done = finetune(demo_mount(bench), bench.work / "run-bare", "--max_steps", "2", PATH=str(tools), CC="", CXX="")
+        caches = {f"{name}_CACHE_DIR": str(bench.work / "bare_cache" / name) for name in ("TRITON", "TORCHINDUCTOR")}
+        shutil.rmtree(bench.work / "bare_cache", ignore_errors=True)
+        done = finetune(demo_mount(bench), bench.work / "run-bare", "--max_steps", "2", PATH=str(tools), CC="", CXX="",
+                        **caches)  # fmt: skip
         checked(done)
         how = next((line for line in done.stderr.splitlines() if "micro-batches" in line), "")
         return {"said": how.rpartition("; ")[2], "tracebacks": done.stderr.count("Traceback")}

@@ -136,15 +136,7 @@ def choose_device(gpu_id: int, processes: Processes) -> str:
     """The device as torch names it: the GPU asked for, or one per process. torch is not imported where no GPU is."""
     if gpu_id < 0 or not has_gpu():
         return "cpu"
-    import torch
-
-    devices.check_gpu()
-    number = processes.local_rank if processes.count > 1 else gpu_id
-    if number >= torch.cuda.device_count():
-        raise UserError(
-            f"--gpu_id {number} does not exist; this machine shows {torch.cuda.device_count()} GPUs, from 0"
-        )
-    return f"cuda:{number}"
+    return str(devices.choose_device(gpu_id, processes, "--gpu_id"))
 
 
 def vectors_of(config: Config, texts: list[str], device: str, processes: Processes) -> "np.ndarray | None":

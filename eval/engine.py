@@ -24,8 +24,6 @@ from llmops.models.chat_model import ChatModel
 from llmops.models.checkpoints import Checkpoint
 
 if TYPE_CHECKING:
-    import torch
-
     from llmops.generation.generator import Generator
 
 
@@ -94,22 +92,6 @@ def owned(output_path: str, names: Sequence[str], processes: Processes, others: 
         yield
 
 
-def choose_device(gpu_id: int, processes: Processes) -> "torch.device":
-    """The device of this process: the GPU asked for, one GPU per process when there are several, else the CPU."""
-    import torch
-
-    if gpu_id < 0:
-        return torch.device("cpu")
-    devices.check_gpu()
-    if not torch.cuda.is_available():
-        return torch.device("cpu")
-    number = processes.local_rank if processes.count > 1 else gpu_id
-    if number >= torch.cuda.device_count():
-        raise UserError(f"gpu_id {number} does not exist; this machine shows {torch.cuda.device_count()} GPUs, from 0")
-    torch.cuda.set_device(number)  # else every process opens a context on GPU 0 as well
-    return torch.device("cuda", number)
-
-
 class Engine:
     """A model that answers samples. Its tokenizer is there at once, its weights when they are first asked for."""
 
@@ -123,7 +105,7 @@ class Engine:
         cpu_kernels.settle(settings.cpu_kernels)
         self.settings = settings
         self.processes = processes
-        self.device = choose_device(settings.gpu_id, processes)
+        self.device = devices.choose_device(settings.gpu_id, processes)
         on_gpu = self.device.type == "cuda"
         self.dtype = devices.choose_dtype(settings.dtype if on_gpu else cpu_dtype(settings.dtype))
         self.model = ChatModel(checkpoint)

@@ -301,16 +301,14 @@ def open_all(config: Config, processes: Processes) -> tuple[Opened, "Joint | Non
     joint = read_joint(config, catalog) if processes.first else None
     # 2. from here on the heavy libraries
     devices.tune_cpu()
-    import torch
     import transformers
 
-    devices.check_gpu()
+    device = devices.choose_device(0, processes)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     folder = Path(config.model_name_or_path)
     model = ChatModel(Checkpoint(folder, config.mode or catalog.mode, config.trust_remote_code))
     chat = model.chat
-    device = torch.device("cuda", processes.local_rank) if torch.cuda.is_available() else torch.device("cpu")
     size = config.batch_size or chat.family.generation["batch_size"]
     dtype = devices.choose_dtype(config.dtype)
     generator = model.generator(dtype, device, size, config.reuse_prefix)

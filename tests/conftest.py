@@ -22,7 +22,7 @@ if SIDE_BY_SIDE:  # each test on a core of its own
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 LONGEST = (  # start first
     "test_cluster.py", "test_finetune.py", "test_demo.py", "test_faq_guide.py", "test_faq.py", "test_fuzz.py",
-    "test_pretrained.py", "test_job_run.py",
+    "test_pretrained.py", "test_job_run.py", "test_bench_gpu.py",
 )  # fmt: skip
 MODULES_CACHE = tempfile.TemporaryDirectory(prefix="llmops-modules.")  # code of test checkpoints is not kept
 os.environ["HF_MODULES_CACHE"] = MODULES_CACHE.name
@@ -56,15 +56,25 @@ def conversations() -> list[Messages]:
     return read_messages(DEMO / "train.jsonl")
 
 
-@pytest.fixture(scope="session")
-def checkpoints(tmp_path_factory: pytest.TempPathFactory, conversations: list[Messages]) -> dict[str, Path]:
-    """A tiny checkpoint per architecture: 2 layers, width 32."""
-    folder = tmp_path_factory.mktemp("checkpoints")
+def write_checkpoints(folder: Path, conversations: list[Messages], hidden: int) -> dict[str, Path]:
+    """A tiny checkpoint per architecture: 2 layers, 4 heads that share the width."""
     texts = [message["content"] for messages in conversations for message in messages]
     return {
-        name: tiny.write_checkpoint(folder / name, texts, name, vocab_size=900, hidden=32, layers=2, heads=4)
+        name: tiny.write_checkpoint(folder / name, texts, name, vocab_size=900, hidden=hidden, layers=2, heads=4)
         for name in tiny.ARCHITECTURES
     }
+
+
+@pytest.fixture(scope="session")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory, conversations: list[Messages]) -> dict[str, Path]:
+    """Checkpoints of width 32, with heads of 8."""
+    return write_checkpoints(tmp_path_factory.mktemp("checkpoints"), conversations, hidden=32)
+
+
+@pytest.fixture(scope="session")
+def wide_checkpoints(tmp_path_factory: pytest.TempPathFactory, conversations: list[Messages]) -> dict[str, Path]:
+    """Checkpoints with heads of 32: on a GPU FlexAttention takes none below 16."""
+    return write_checkpoints(tmp_path_factory.mktemp("wide_checkpoints"), conversations, hidden=128)
 
 
 @pytest.fixture(scope="session")

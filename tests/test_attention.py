@@ -1,5 +1,6 @@
 """FlexAttention with the analytic tiles, SDPA in blocks and a plain mask are one and the same attention."""
 
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -9,6 +10,9 @@ import torch
 import torch.nn.attention.flex_attention as flex_module
 from deepspeed.runtime.chunked_cross_entropy import chunked_cross_entropy
 from test_batches import loss_and_gradients, random_samples
+from torch._dynamo.exc import FailOnRecompileLimitHit
+from torch._dynamo.testing import CompileCounter
+from transformers import AutoConfig
 
 from llmops.models.chat_model import ChatModel
 from llmops.models.checkpoints import Checkpoint
@@ -143,6 +147,39 @@ def test_the_probe_compares_and_falls_back_with_a_reason(
     model.config.attention_dropout = 0.1
     assert "drops out" in str(attention.why_no_flex(model, gpu, torch.bfloat16))
     assert flex_kernel("cpu") is flex_module.flex_attention
+
+
+def test_the_compiled_kernel_has_more_variants_than_dynamos_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each count of heads is a variant; the ninth was computed without a kernel, one beyond our limit is an error."""
+    compiled = CompileCounter()
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=compiled))
+    kernel = flex_kernel.__wrapped__("cuda")
+    layout = Layout([Node(0, 128, 128)], 128, flex=True)
+
+    def attend(heads: int) -> torch.Tensor:
+        inputs = [torch.ones(1, heads, 128, 16) for _ in range(3)]
+        return kernel(*inputs, block_mask=layout.tiles, scale=0.25, enable_gqa=False)
+
+    torch.compiler.reset()
+    try:
+        assert all(attend(heads).shape[1] == heads for heads in range(1, 11))
+        assert compiled.frame_count == 10
+        torch.compiler.reset()
+        monkeypatch.setattr(attention, "VARIANTS", 2)
+        kernel = flex_kernel.__wrapped__("cuda")
+        attend(1)
+        attend(2)
+        with pytest.raises(FailOnRecompileLimitHit):
+            attend(3)
+    finally:
+        torch.compiler.reset()
+
+
+def test_the_checkpoints_of_the_gpu_tests_have_heads_that_flex_takes(wide_checkpoints: dict[str, Path]) -> None:
+    """torch/_inductor/kernel/flex/flex_attention.py refuses heads narrower than 16."""
+    for folder in wide_checkpoints.values():
+        config = AutoConfig.from_pretrained(folder)
+        assert (getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads) >= 16
 
 
 def test_chunked_cross_entropy_equals_the_plain_one() -> None:

@@ -5,11 +5,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from deepspeed.runtime import chunked_cross_entropy
 
 from llmops.models.chat_model import ChatModel
 from llmops.models.checkpoints import Checkpoint
 from train import attention, batches
-from train.attention import Layout, Node
+from train.attention import Layout, Node, does_not_run
 from train.batches import (
     PackedCollator,
     PaddedCollator,
@@ -217,3 +218,41 @@ def test_a_loss_is_gone_through_once() -> None:
     loss.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="ran before"):
         loss.backward()
+
+
+def test_a_loss_kernel_that_cannot_be_compiled_is_done_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On no real device, with a kernel that a probe finds here or not."""
+    asked = []
+
+    def compiled(works: bool) -> None:
+        def fake(logits: torch.Tensor, labels: torch.Tensor, reduction: str, backend: str) -> torch.Tensor:
+            asked.append(backend)
+            if backend == "triton" and not works:
+                raise RuntimeError("Failed to find C compiler.\nMore of it")
+            return logits.sum(1)
+
+        monkeypatch.setattr(chunked_cross_entropy, "chunked_cross_entropy", fake)
+        batches.why_no_loss_kernel.cache_clear()
+
+    meta = torch.device("meta")
+    logits, labels = torch.zeros(3, 5, device=meta, dtype=torch.bfloat16), torch.zeros(3, device=meta).long()
+    compiled(works=False)
+    with torch.inference_mode():  # an evaluation comes first
+        token_losses(logits, labels)
+        token_losses(logits, labels)
+    assert asked == ["triton", "torch", "torch"]
+    reason = "it does not run here (RuntimeError: Failed to find C compiler.)"
+    assert batches.cross_entropy_name(meta, torch.bfloat16) == f"some rows at a time, because {reason}"
+    asked.clear()
+    compiled(works=True)
+    token_losses(logits, labels)
+    assert asked == ["triton", "triton"]
+    assert batches.cross_entropy_name(meta, torch.bfloat16) == "one kernel"
+    batches.why_no_loss_kernel.cache_clear()
+
+
+def test_deepspeed_still_refuses_a_kernel_that_it_cannot_run() -> None:
+    """The probe rests on it."""
+    reason = batches.why_no_loss_kernel(torch.device("cpu"), torch.float32)
+    assert reason == does_not_run(RuntimeError(str(reason).partition("RuntimeError: ")[2][:-1]))
+    assert "Triton" in str(reason)

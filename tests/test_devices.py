@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import ROOT, environment
 
-from eval.engine import choose_device
+from eval import analyze_similar_questions_and_intents as similar
 from llmops.console import UserError, has_gpu
 from llmops.machine import devices
 from llmops.machine.sharing import Processes
@@ -63,7 +63,57 @@ def test_a_gpu_that_cannot_be_used_is_an_error(
         assert phrase in str(error.value)
     if not usable:
         with pytest.raises(UserError, match="driver 535"):
-            choose_device(0, Processes())
+            devices.choose_device(0, Processes())
+
+
+def test_a_process_stays_on_its_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The current device is set, too: a tensor or a context made without an index would be on GPU 0."""
+    current = []
+    for module in (devices, similar):
+        monkeypatch.setattr(module, "has_gpu", lambda: True)
+    monkeypatch.delenv("DS_ACCELERATOR")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    assert devices.choose_device(2, Processes()) == torch.device("cuda", 2)
+    assert devices.choose_device(-1, Processes()) == torch.device("cpu")
+    for name, value in (("RANK", "7"), ("LOCAL_RANK", "3"), ("WORLD_SIZE", "8")):
+        monkeypatch.setenv(name, value)
+    assert similar.choose_device(0, Processes()) == "cuda:3"
+    assert current == [2, 3]
+    monkeypatch.setenv("LOCAL_RANK", "4")
+    with pytest.raises(UserError, match="--gpu_id 4 does not exist; this machine shows 4 GPUs"):
+        similar.choose_device(0, Processes())
+
+
+GPU_CHECK = """
+import sys
+from llmops.console import UserError
+from llmops.machine import devices
+from train import finetune
+
+def check_gpu():
+    raise UserError(f"the driver is too old, DeepSpeed {'is' if 'deepspeed' in sys.modules else 'is not'} here yet")
+
+devices.check_gpu = check_gpu
+sys.exit(finetune.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize("dry_run", ["true", "false"])
+def test_training_looks_at_the_gpu_before_deepspeed_is_imported(
+    small_data: Path, checkpoints: dict[str, Path], dry_run: str
+) -> None:
+    """deepspeed/__init__.py sets PYTORCH_NVML_BASED_CUDA_CHECK, with which an old driver's GPU counts as usable."""
+    done = subprocess.run(
+        [
+            sys.executable, "-c", GPU_CHECK, "--model_name_or_path", str(checkpoints["llama"]), "--dry_run", dry_run,
+            "--train_file", str(small_data / "datasets" / "train.jsonl"), "--output_path", str(small_data / "out"),
+        ],
+        cwd=ROOT, env=environment(), capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.endswith("the driver is too old, DeepSpeed is not here yet\n")
 
 
 def test_gpus_of_processes(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -93,9 +143,13 @@ def test_a_process_finds_ninja_and_shares_the_cores(monkeypatch: pytest.MonkeyPa
         assert shutil.which("ninja", path=environ["PATH"]) is not None
         assert environ.get("PYTORCH_ALLOC_CONF") == ("expandable_segments:True" if gpu else None)
         assert environ.get("DS_ACCELERATOR") == (None if gpu else "cpu")
-    chosen = {"PYTORCH_CUDA_ALLOC_CONF": "backend:native", "OMP_NUM_THREADS": "7"}
+        assert environ.get("TORCHINDUCTOR_COMPILE_THREADS") == ("1" if gpu else None)
+    chosen = {
+        "PYTORCH_CUDA_ALLOC_CONF": "backend:native", "OMP_NUM_THREADS": "7", "TORCHINDUCTOR_COMPILE_THREADS": "4",
+    }  # fmt: skip
     devices.prepare_process(chosen)
     assert chosen["OMP_NUM_THREADS"] == "7"
+    assert chosen["TORCHINDUCTOR_COMPILE_THREADS"] == "4"
     assert "PYTORCH_ALLOC_CONF" not in chosen
     on_cpu = {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "1"}  # the launcher's number of this process
     devices.prepare_process(on_cpu)

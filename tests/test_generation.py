@@ -2,7 +2,8 @@
 
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import psutil
 import pytest
@@ -162,6 +163,27 @@ def test_loglikelihoods_are_exact(architecture: str) -> None:
         assert len(found) == len(prompts)
         for i, row in enumerate(exact):
             assert found[i] == pytest.approx(row, abs=1e-4)
+
+
+def test_likelihoods_are_read_from_the_device_once_a_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many candidates there are: every number that is read singly makes a GPU wait."""
+    read = []
+
+    def watched(name: str) -> Callable[[torch.Tensor], Any]:
+        plain = getattr(torch.Tensor, name)
+
+        def reads(tensor: torch.Tensor) -> Any:
+            read.append((name, tensor.is_floating_point()))
+            return plain(tensor)
+
+        return reads
+
+    for name in ("item", "tolist"):
+        monkeypatch.setattr(torch.Tensor, name, watched(name))
+    generator = Generator(make_model("llama"), 0, 8)
+    list(generator.loglikelihoods([[5, 6, 7]], [[[t, t + 1, t + 2][: 1 + t % 3] for t in range(5, 25)]]))
+    assert ("item", True) not in read
+    assert read.count(("tolist", True)) == 3  # 20 first tokens, then 13 longer candidates in passes of 8
 
 
 def test_rows_follow_from_memory() -> None:

@@ -16,6 +16,7 @@ import psutil
 import pytest
 import torch
 from conftest import DEMO, FAST, ROOT, environment, read_messages, write_jsonl
+from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig, ZeroStageEnum
 
 from llmops.console import RunStopped
@@ -184,6 +185,16 @@ def test_what_deepspeed_itself_refuses_is_a_sentence() -> None:
     refused = pytest.raises(RunStopped, match=r"DeepSpeed refuses .*reduce_scatter")
     with refused, explain_faults(Config(), Split()):
         DeepSpeedZeroConfig(reduce_scatter="maybe")
+
+
+def test_gradients_that_do_not_fit_into_fp16_are_a_sentence() -> None:
+    """DeepSpeed's own scaler, at the smallest scale from the start."""
+    scaler = DynamicLossScaler(1, scale_window=10, min_scale=1, delayed_shift=1, consecutive_hysteresis=False)
+    advice = r"fp16, .*--dtype bf16 .*--learning_rate"
+    with pytest.raises(RunStopped, match=advice), explain_faults(Config(), Split()):
+        scaler.update_scale(True)
+    with pytest.raises(Exception, match=r"^something else$"), explain_faults(Config(), Split()):
+        raise Exception("something else")
 
 
 class OldEnumPickle:

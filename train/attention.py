@@ -31,6 +31,7 @@ from train import cpu_attention
 NAME = "shared_prefix"
 BLOCK_TOKENS = 128  # sibling branches are attended together up to this many tokens
 TILE = 128  # tokens along each side of FlexAttention's tiles
+VARIANTS = 64  # of FlexAttention's kernel in one run: shapes, with gradients and without; Dynamo's own limit is 8
 
 
 @dataclass
@@ -183,11 +184,14 @@ def block_mask(parts: dict[str, torch.Tensor], end: torch.Tensor) -> BlockMask:
 
 @cache
 def flex_kernel(device: str) -> Callable[..., Any]:
-    """FlexAttention, compiled on a GPU. Shapes may change from batch to batch, so `dynamic` stays torch's choice."""
+    """FlexAttention, compiled on a GPU. Shapes may change from batch to batch, so `dynamic` stays torch's choice.
+
+    With `fullgraph` a variant too many is an error; without it that one would make the T x T matrix, without a word.
+    """
     if device != "cuda":
         return flex_attention
-    compiled: Any = torch.compile(flex_attention)
-    return compiled
+    compiler: Any = torch.compile  # whose declared types lack the limit
+    return compiler(flex_attention, fullgraph=True, recompile_limit=VARIANTS)
 
 
 def attention(
@@ -267,11 +271,26 @@ def why_no_flex(model: torch.nn.Module, device: torch.device, dtype: torch.dtype
     width = getattr(config, "head_dim", None) or config.hidden_size // heads
     try:
         worst = flex_difference(heads, getattr(config, "num_key_value_heads", None) or heads, width, device, dtype)
-    except (RuntimeError, ImportError, OSError, subprocess.SubprocessError) as error:  # what compiling can raise
-        return f"it does not run here ({type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:200]})"
+    except compile_errors() as error:
+        return does_not_run(error)
     if not worst < 0.05:
         return f"its result differs by {worst:.1e} here"
     return None
+
+
+def compile_errors() -> tuple[type[Exception], ...]:
+    """What compiling and starting a kernel can raise; Triton's own errors are no RuntimeError."""
+    known = (RuntimeError, ImportError, OSError, subprocess.SubprocessError)
+    try:
+        from triton.errors import TritonError
+    except ImportError:  # a torch for the CPU comes without it
+        return known
+    return (*known, TritonError)
+
+
+def does_not_run(error: Exception) -> str:
+    """What a probe says of a kernel that cannot be compiled or started."""
+    return f"it does not run here ({type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:200]})"
 
 
 def flex_difference(heads: int, kv_heads: int, width: int, device: torch.device, dtype: torch.dtype) -> float:
@@ -292,7 +311,7 @@ def flex_difference(heads: int, kv_heads: int, width: int, device: torch.device,
         (torch.nn.functional.scaled_dot_product_attention, {"attn_mask": mask}),
     )
     for kernel, how in kernels:
-        out = kernel(*inputs, enable_gqa=heads != kv_heads, **how)
+        out = kernel(*inputs, enable_gqa=heads != kv_heads, scale=width**-0.5, **how)
         found.append([out, *torch.autograd.grad(out.float().square().sum(), inputs)])
     pairs = [(a.detach(), b.detach()) for a, b in zip(*found, strict=True)]
     return max(float((a - b).abs().max() / b.abs().max()) for a, b in pairs)

@@ -14,13 +14,14 @@ A batch is a dict:
 """
 
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import numpy as np
 import torch
 from torch.autograd.function import once_differentiable
 
-from train.attention import BLOCK_TOKENS, Layout, Node
+from train.attention import BLOCK_TOKENS, Layout, Node, compile_errors, does_not_run
 
 Sample = dict[str, np.ndarray]
 CACHED = 1 << 19  # logits that are worked on together
@@ -195,10 +196,29 @@ def right_answers(logits: torch.Tensor, batch: dict[str, Any]) -> torch.Tensor:
     return (torch.zeros_like(wrong).index_add_(0, batch["samples"], wrong)[: int(batch["samples"][-1]) + 1] == 0).sum()
 
 
+@cache
+def why_no_loss_kernel(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why a GPU's loss is computed some rows at a time, or None when one kernel does it.
+
+    A tiny forward and backward pass tells: Triton compiles its start with the machine's C compiler.
+    """
+    from deepspeed.runtime.chunked_cross_entropy import chunked_cross_entropy
+
+    with torch.inference_mode(False), torch.enable_grad():
+        logits = torch.zeros(2, 16, device=device, dtype=dtype, requires_grad=True)
+        labels = torch.zeros(2, device=device, dtype=torch.int64)
+        try:
+            chunked_cross_entropy(logits, labels, reduction="none", backend="triton").sum().backward()
+        except compile_errors() as error:
+            return does_not_run(error)
+    return None
+
+
 def cross_entropy_name(device: torch.device, dtype: torch.dtype) -> str:
     """How `token_losses` computes where gradients are wanted, for people."""
     if device.type != "cpu":
-        return "one kernel"
+        reason = why_no_loss_kernel(device, dtype)
+        return f"some rows at a time, because {reason}" if reason else "one kernel"
     return "some rows at a time" if dtype == torch.float32 else "torch's"
 
 
@@ -206,7 +226,7 @@ def token_losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """Cross entropy in float32 [n] of logits [n, V].
 
     On a GPU in one kernel that keeps no copy of the logits in float32 (14 bytes a logit become 4) and computes the
-    softmax anew in the backward pass; on a CPU some rows at a time.
+    softmax anew in the backward pass; without a C compiler, and on a CPU, some rows at a time.
     """
     if logits.device.type == "cpu":
         if logits.requires_grad and logits.dtype == torch.float32:
@@ -214,7 +234,8 @@ def token_losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         return torch.nn.functional.cross_entropy(logits.float(), labels, reduction="none")
     from deepspeed.runtime.chunked_cross_entropy import chunked_cross_entropy
 
-    return chunked_cross_entropy(logits, labels, reduction="none")
+    backend = "torch" if why_no_loss_kernel(logits.device, logits.dtype) else "triton"
+    return chunked_cross_entropy(logits, labels, reduction="none", backend=backend)
 
 
 class CrossEntropy(torch.autograd.Function):

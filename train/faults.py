@@ -3,7 +3,8 @@
 import errno
 import pickle
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from types import TracebackType
 
 import pydantic
 import torch
@@ -17,9 +18,11 @@ from train.steps import Split
 
 @contextmanager
 def explain_faults(config: Config, split: Split) -> Iterator[None]:
-    """Turn out of memory, a full disk, a foreign state and a refused DeepSpeed file into one sentence."""
+    """Turn out of memory, a full disk, a foreign state, a refused DeepSpeed file and fp16's end into one sentence."""
     try:
-        yield
+        with ExitStack() as stack:
+            stack.push(explain_scale)
+            yield
     except pickle.UnpicklingError as error:
         raise RunStopped(f"a state of the checkpoint {states.refusal(error)}; remove that checkpoint") from error
     except pydantic.ValidationError as error:  # DeepSpeed's judgement of its file
@@ -51,6 +54,16 @@ def explain_faults(config: Config, split: Split) -> Iterator[None]:
                 "and start again to continue"
             ) from error
         raise
+
+
+def explain_scale(kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> bool:
+    """The end of DeepSpeed's loss scaler, whose error is a plain Exception, as one sentence."""
+    if kind is Exception and "loss scale already at minimum" in str(error):
+        raise RunStopped(
+            "the gradients do not fit into fp16, not even at the smallest loss scale; pass --dtype bf16 (or fp32, "
+            "where the GPU has no bf16) or a lower --learning_rate"
+        ) from error
+    return False
 
 
 def micro_batch(split: Split) -> str:

@@ -87,11 +87,11 @@ def run(config: Config) -> dict[str, Any]:
 
                 outcome.merge(config)
         return results
-    # 2. from here on the heavy libraries
+    # 2. from here on the heavy libraries; with DeepSpeed's, torch takes a GPU for usable that its driver is too old for
+    devices.check_gpu()
     with without_mlflow():
         from train import held_out, outcome, session
 
-    devices.check_gpu()
     with OutputFolder(config, rank), watch_launcher(), Peers(REMAINS) as peers:
         data = session.prepare_data(config, encodes=local_rank == 0)
         if rank == 0 and not config.test_files:
@@ -115,10 +115,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         with stdout_to_stderr():
             if config.dry_run:
                 devices.prepare_process(os.environ)
+                devices.check_gpu()
                 with without_mlflow():
                     from train import dry_run
 
-                devices.check_gpu()
                 dry_run.run(config)
             else:
                 run(config)

@@ -28,7 +28,7 @@ from llmops.machine.peers import Peers
 from llmops.models.chat_model import ChatModel
 from llmops.models.checkpoints import Checkpoint
 from train import attention, checkpointing, elastic, states
-from train.batches import PackedCollator, PaddedCollator, cross_entropy_name
+from train.batches import PackedCollator, PaddedCollator, cross_entropy_name, why_no_loss_kernel
 from train.choices import Choices, resolve
 from train.config import Config
 from train.course import course_words, judges
@@ -279,6 +279,9 @@ def build_trainer(config: Config, data: Data, peers: Peers | None = None) -> tup
             f"{str(dtype)[6:]}, {world} process{'es' if world > 1 else ''}, ZeRO from {config.deepspeed_file.name}; "
             f"{choices.words()}; {how}"
         )
+        why_rows = why_no_loss_kernel(device, dtype) if device.type == "cuda" else None
+        if why_rows:
+            log(f"the loss is computed some rows at a time, not in one kernel, because {why_rows}")
         if step != config.per_device_train_batch_size * config.gradient_accumulation_steps * world:
             log(f"the run's steps keep their {step} conversations, now dealt to {world}")
         if data.replay is not None:

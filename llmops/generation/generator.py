@@ -110,17 +110,18 @@ class Generator:
         def score(rows: list[int], prefixes: list[Prefix]) -> list[list[float]]:
             state = self.passes.read([contexts[i] for i in rows], prefixes)
             first = state.logits.float().log_softmax(-1)
-            found = [[first[k, ids[0]].item() for ids in candidates[i]] for k, i in enumerate(rows)]
+            asked = [(k, ids[0]) for k, i in enumerate(rows) for ids in candidates[i]]
+            owners, tokens = torch.tensor(asked, dtype=torch.int64, device=first.device).reshape(-1, 2).unbind(1)
+            scores = iter(first[owners, tokens].tolist())
+            found = [[next(scores) for _ in candidates[i]] for i in rows]
             longer = [(k, c) for k, i in enumerate(rows) for c, ids in enumerate(candidates[i]) if len(ids) > 1]
             for start in range(0, len(longer), self.batch_size):
                 part = longer[start : start + self.batch_size]
                 paths = [list(candidates[rows[k]][c]) for k, c in part]
                 keep = max(map(len, paths)) - 1
                 logits = self.passes.ask(state, [k for k, _ in part], [tuple(ids[:-1]) for ids in paths], keep)
-                for (k, c), ids, row in zip(part, paths, logits, strict=True):
-                    own = row[keep - len(ids) + 1 :].float().log_softmax(-1)
-                    rest = own.gather(1, torch.tensor(ids[1:], device=own.device)[:, None])
-                    found[k][c] += rest.double().sum().item()
+                for (k, c), rest in zip(part, path_scores(logits, [ids[1:] for ids in paths]), strict=True):
+                    found[k][c] += rest
             return found
 
         return self._run(contexts, score, MOST_TOKENS)
@@ -290,6 +291,16 @@ class Generator:
         common = next((i for i, (a, b) in enumerate(both) if a != b), min(len(ids), last.length))
         known = last.cut(common) if common >= MIN_SHARED else NOTHING
         return self.passes.prefix(ids, known), len(ids) - known.length
+
+
+def path_scores(logits: torch.Tensor, paths: Sequence[Sequence[int]]) -> list[float]:
+    """The log-likelihood of each row's path by its last logits [rows, T, V]; the device is waited for once."""
+    tokens = torch.tensor([token for ids in paths for token in ids], device=logits.device)
+    sums = []
+    for row, own in zip(logits, tokens.split([len(ids) for ids in paths]), strict=True):
+        scores = row[len(row) - len(own) :].float().log_softmax(-1)
+        sums.append(scores.gather(1, own[:, None]).double().sum())
+    return torch.stack(sums).tolist()
 
 
 def plain_greedy(

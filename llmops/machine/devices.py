@@ -18,6 +18,8 @@ from llmops.console import UserError, has_gpu
 if TYPE_CHECKING:
     import torch
 
+    from llmops.machine.sharing import Processes
+
 VISIBLE = "CUDA_VISIBLE_DEVICES"
 DRIVER_FILE = Path("/proc/driver/nvidia/version")
 OLDEST_DRIVER = {"11": "450", "12": "525", "13": "580"}  # by CUDA's major version (its release notes, table 2)
@@ -81,6 +83,26 @@ def why_not() -> str:
     return "no device is visible"
 
 
+def choose_device(gpu_id: int, processes: "Processes", name: str = "gpu_id") -> "torch.device":
+    """The device of this process: the GPU asked for, one GPU per process when there are several, else the CPU.
+
+    `name`: what the user calls gpu_id. Raises UserError for a GPU that does not exist or cannot be used.
+    """
+    import torch
+
+    if gpu_id < 0:
+        return torch.device("cpu")
+    check_gpu()
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    number = processes.local_rank if processes.count > 1 else gpu_id
+    count = torch.cuda.device_count()
+    if number >= count:
+        raise UserError(f"{name} {number} does not exist; this machine shows {count} GPUs, from 0")
+    torch.cuda.set_device(number)  # else every process opens a context on GPU 0 as well
+    return torch.device("cuda", number)
+
+
 def choose_dtype(name: str) -> "torch.dtype":
     """bf16 where the device has it, otherwise fp32; or what was asked for."""
     import torch
@@ -127,7 +149,9 @@ def prepare_process(environ: MutableMapping[str, str]) -> None:
     environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // processes)))
     if not has_gpu():
         environ.setdefault("DS_ACCELERATOR", "cpu")
-    elif not any(name in environ for name in ALLOCATOR):
+        return
+    environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # else up to 32 processes for the one kernel it compiles
+    if not any(name in environ for name in ALLOCATOR):
         environ[ALLOCATOR[0]] = "expandable_segments:True"  # rows of many lengths leave fewer gaps in the memory
 
 

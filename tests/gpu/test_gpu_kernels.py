@@ -18,6 +18,12 @@ from train.batches import PackedCollator, PaddedCollator, target_losses, to_devi
 BOUNDS = {torch.bfloat16: 1e-2, torch.float16: 2e-3, torch.float32: 1e-2}  # float32: TF32 products in kernels
 
 
+@pytest.fixture(scope="session", name="checkpoints")
+def _checkpoints(wide_checkpoints: dict[str, Path]) -> dict[str, Path]:
+    """Instead of the narrow ones, also for `train_run`."""
+    return wide_checkpoints
+
+
 def attended(
     kernel: str, layout: Layout, inputs: list[torch.Tensor], length: int, dtype: torch.dtype
 ) -> list[torch.Tensor]:

@@ -20,6 +20,12 @@ Run = Callable[..., subprocess.CompletedProcess[str]]
 KINDS = {"bf16": "BF16", "fp16": "F16"}
 
 
+@pytest.fixture(scope="session", name="checkpoints")
+def _checkpoints(wide_checkpoints: dict[str, Path]) -> dict[str, Path]:
+    """Instead of the narrow ones, also for `train_run`."""
+    return wide_checkpoints
+
+
 @pytest.mark.parametrize("train_type", ["lora", "all"])
 @pytest.mark.parametrize("zero_stage", ["2", "3", "3_offload"])
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
