@@ -111,8 +111,9 @@ class Engine:
         self.model = ChatModel(checkpoint)
         self.renderer = Renderer(self.model, settings.chat_template)
         name = fingerprint([checkpoint.folder, checkpoint.base.folder, *checkpoint.adapters], str(self.dtype))
-        if checkpoint.length and settings.max_seq_len > checkpoint.length:
-            log(f"max_seq_len is {settings.max_seq_len}; the model was made for {checkpoint.length} tokens: these count")
+        asked = settings.max_seq_len
+        if checkpoint.length and asked > checkpoint.length:
+            log(f"max_seq_len is {asked}; the model was made for {checkpoint.length} tokens: these count")
         self.fitter = Fitter(self.renderer, name, settings.max_seq_len, checkpoint.length)
         self.answers = Answers(Path(settings.output_path) if settings.output_path else None, processes.rank)
 

@@ -286,8 +286,9 @@ SHAPES: dict[str, tuple[str, Points, Points]] = {
         [(1, 2.5), (1, 2.25), (2, 2.0)], [(1, 2.65)],
     ),
     "steps of an evaluation": (
-        "Training\nstep 1 loss 5.0\nstep 50 loss 2.0\nstep 100 loss 1.0\nValidating...\nstep 1 loss 1.2\nstep 2 loss 1.4\n"
-        "val loss: 1.3\nstep 101 loss 0.9\nValidating...\nstep 1 loss 1.0\nstep 2 loss 1.1\nval loss: 1.05\n",
+        "Training\nstep 1 loss 5.0\nstep 50 loss 2.0\nstep 100 loss 1.0\nValidating...\nstep 1 loss 1.2\n"
+        "step 2 loss 1.4\nval loss: 1.3\nstep 101 loss 0.9\nValidating...\nstep 1 loss 1.0\nstep 2 loss 1.1\n"
+        "val loss: 1.05\n",
         [(1, 5.0), (50, 2.0), (100, 1.0), (101, 0.9)], [(100, 1.3), (101, 1.05)],
     ),
     "W&B's csv": (

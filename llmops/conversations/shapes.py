@@ -43,15 +43,7 @@ def convert(row: Any) -> tuple[Conversation, str]:
 
 def shape_of(row: Row) -> tuple[str, Callable[[Row], Conversation]]:
     """The shape of a row's keys. Raises BadRow for keys of none."""
-    for key, other in (("chosen", "rejected"), ("completion", "label")):
-        if key in row and other in row:
-            raise BadRow(f"found {key!r} and {other!r}: {PREFERENCE}")
-    for key in REJECTED:
-        if key in row:
-            raise BadRow(f"there is {key!r}: {PREFERENCE}")
-    for key in JUDGED:
-        if isinstance(row.get(key), bool):
-            raise BadRow(f"{key!r} is {files.shown(row[key])}: {JUDGEMENT}")
+    refuse_preference(row)
     if "messages" in row:
         return "messages", from_messages
     if "conversations" in row or "conversation" in row:
@@ -68,6 +60,19 @@ def shape_of(row: Row) -> tuple[str, Callable[[Row], Conversation]]:
         raise BadRow(f"no 'messages' (keys found: {found}); {ONE_TEXT}")
     hint = "; questions with intents are learned with SCENARIO=faq, or become such lines by faq/prepare.sh"
     raise BadRow(f"no 'messages' (keys found: {found}); {EXPECTED}{hint if 'intent' in row else ''}")
+
+
+def refuse_preference(row: Row) -> None:
+    """Raise BadRow for a row of preference data: it holds an answer that nobody is to learn."""
+    for key, other in (("chosen", "rejected"), ("completion", "label")):
+        if key in row and other in row:
+            raise BadRow(f"found {key!r} and {other!r}: {PREFERENCE}")
+    for key in REJECTED:
+        if key in row:
+            raise BadRow(f"there is {key!r}: {PREFERENCE}")
+    for key in JUDGED:
+        if isinstance(row.get(key), bool):
+            raise BadRow(f"{key!r} is {files.shown(row[key])}: {JUDGEMENT}")
 
 
 def first_key(row: Row, keys: tuple[str, ...]) -> str:
