@@ -14,6 +14,7 @@ from gpu_bench import DEMO, ROOT, Bench
 
 from llmops import files
 from llmops.models import tiny
+from train.run_folder import CONFIG_NAME, RECORD
 
 
 def demo_mount(bench: Bench) -> Path:
@@ -126,12 +127,14 @@ def bare_path(bench: Bench) -> None:
             (tools / name).symlink_to(found)
 
     def train() -> dict[str, Any]:
+        output = bench.work / "run-bare"
         caches = {f"{name}_CACHE_DIR": str(bench.work / "bare_cache" / name) for name in ("TRITON", "TORCHINDUCTOR")}
         shutil.rmtree(bench.work / "bare_cache", ignore_errors=True)
-        done = finetune(demo_mount(bench), bench.work / "run-bare", "--max_steps", "2", PATH=str(tools), CC="", CXX="",
+        done = finetune(demo_mount(bench), output, "--max_steps", "2", PATH=str(tools), CC="", CXX="",
                         **caches)  # fmt: skip
         checked(done)
         how = next((line for line in done.stderr.splitlines() if "micro-batches" in line), "")
-        return {"said": how.rpartition("; ")[2], "tracebacks": done.stderr.count("Traceback")}
+        loss = files.read_object(output / CONFIG_NAME)[RECORD]["cross_entropy"]
+        return {"said": how.rpartition("; ")[2], "loss": loss, "tracebacks": done.stderr.count("Traceback")}
 
     bench.each("LoRA, ZeRO 2, no nvcc, ninja, gcc", train)
