@@ -56,6 +56,22 @@ def exact_probabilities(model: PreTrainedModel, prompt: Sequence[int], tree: Tre
     return found
 
 
+def test_learned_positions_do_not_count_the_padding() -> None:
+    """GPT-2's, in the plain way: a row has the likelihoods that it has alone, whatever stands beside it."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    config = GPT2Config(
+        vocab_size=VOCABULARY, n_positions=128, n_embd=64, n_layer=2, n_head=4, initializer_range=0.2, bos_token_id=1,
+        eos_token_id=END,
+    )  # fmt: skip
+    plain = Generator(GPT2LMHeadModel(config).eval(), 0, 64, reuse_prefix=False)
+    prompts, asked = [[5, 6, 7], [9], [*range(20, 60)]], [[[7], [8, 9]]] * 3
+    together = dict(plain.loglikelihoods(prompts, asked))
+    for i, prompt in enumerate(prompts):
+        assert together[i] == pytest.approx(dict(plain.loglikelihoods([prompt], asked[:1]))[0], abs=1e-4)
+
+
 @pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
 @pytest.mark.parametrize(("batch_size", "reuse"), [(1, True), (4, True), (64, True), (1, False), (64, False)])
 def test_choice_is_exact(architecture: str, batch_size: int, reuse: bool) -> None:

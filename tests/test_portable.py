@@ -104,7 +104,7 @@ def test_the_template_of_a_named_mode_goes_before_the_tokenizers_own(base: Path)
 
 
 def test_a_model_is_asked_as_it_was_trained(checkpoints: dict[str, Path], tmp_path: Path) -> None:
-    """Of a mode that was named in the training; the folder of the weights, a checkpoint of it, and what is merged."""
+    """In the mode that was named then: the run's folder, a checkpoint of it, an adapter that is put on the base."""
     asked = [{"role": "user", "content": "你好"}]
     base, run = checkpoints["qwen2"], tmp_path / "run"
     for folder in (run, run / "checkpoint-2"):
@@ -114,6 +114,7 @@ def test_a_model_is_asked_as_it_was_trained(checkpoints: dict[str, Path], tmp_pa
     assert expected != ChatModel(Checkpoint(base)).chat.prompt(asked)
     for folder in (run, run / "checkpoint-2"):
         assert ChatModel(Checkpoint(folder)).chat.prompt(asked) == expected
+    assert ChatModel(Checkpoint(base, adapter=run)).chat.prompt(asked) == expected
     (run / "finetune_config.json").write_text('{"mode": "one of yours that is gone"}', encoding="utf-8")
     assert ChatModel(Checkpoint(run)).chat.prompt(asked) == ChatModel(Checkpoint(base)).chat.prompt(asked)
 

@@ -52,7 +52,10 @@ class Passes:
         self.plain_because = fixed_attention(base) if reuse_prefix else "that was asked for"
         if self.plain_because is None:
             base.set_attn_implementation(shared_prefix.NAME)
-        self.one_logit = "logits_to_keep" in inspect.signature(base.forward).parameters
+        takes = inspect.signature(base.forward).parameters
+        self.one_logit = "logits_to_keep" in takes
+        # the padding on the left of a row counts for nothing; code of a checkpoint's own has rules of its own
+        self.told_positions = "position_ids" in takes and type(base).__module__.startswith("transformers.")
         self.device = next(model.parameters()).device
 
     def read(self, prompts: list[Sequence[int]], prefixes: list[Prefix]) -> State:
@@ -121,7 +124,8 @@ class Passes:
         parts, logits = similar_lengths(list(map(len, prompts))), []
         for rows in parts:
             ids, valid = self.left_padded([prompts[k] for k in rows])
-            logits.append(self._forward(ids, keep, attention_mask=valid.long(), use_cache=False))
+            places = {"position_ids": (valid.cumsum(1) - 1).clamp(min=0)} if self.told_positions else {}
+            logits.append(self._forward(ids, keep, attention_mask=valid.long(), use_cache=False, **places))
         return side_by_side(logits, [row for rows in parts for row in rows], 1 if keep else None)
 
     def left_padded(self, rows: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -56,7 +56,7 @@ class ChatModel:
     def chat_with(self, variables: Mapping[str, Any]) -> ChatFormat:
         """How conversations are written when the chat template is told `variables`."""
         family = self.checkpoint.family(bool(self.tokenizer.chat_template))
-        thinking = recorded_thinking(self.checkpoint.folder) if self.thinking is None else self.thinking
+        thinking = recorded_thinking(self.checkpoint.trained) if self.thinking is None else self.thinking
         return ChatFormat(self.tokenizer, family, self.allow_special_tokens, thinking, variables)
 
     def weights(

@@ -46,6 +46,11 @@ class Checkpoint:
         """The folders of the adapters that go on the base, in this order."""
         return [*([self.folder] if self.is_adapter else []), *([self.adapter] if self.adapter else [])]
 
+    @property
+    def trained(self) -> Path:
+        """The folder of what was trained last: that of the one more adapter, where there is one."""
+        return self.adapter or self.folder
+
     @cached_property
     def base(self) -> "Checkpoint":
         """The base model that an adapter's adapter_config.json names; a whole model is its own base.
@@ -108,7 +113,7 @@ class Checkpoint:
     @cached_property
     def chosen_mode(self) -> str:
         """`mode`; where that is auto, the one that was named when the model was trained: it learned that format."""
-        told = recorded(self.folder, "mode") if self.mode == OWN else None
+        told = recorded(self.trained, "mode") if self.mode == OWN else None
         return told if isinstance(told, str) and told in families() else self.mode
 
     @property
