@@ -10,12 +10,12 @@ import pytest
 from conftest import ROOT, environment, train_losses, tree_hash
 
 from faq import prepared
-from llmops import pictures
+from llmops import files, pictures
 from llmops.console import RunStopped, UserError
 from train import checkpointing, ownership
 from train.config import Config
 from train.problems import find_problems
-from train.run_folder import OutputFolder, earlier_run, own_names
+from train.run_folder import OutputFolder, data_digest, data_digests, earlier_run, own_names
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 FOREIGN = {
@@ -101,6 +101,43 @@ def test_a_run_of_version_0_1_is_recognised(tmp_path: Path) -> None:
     own = own_names(tmp_path)
     assert {"checkpoint-3", "adapter_config.json", "log.txt"} <= own
     assert "vocab.json" not in own
+
+
+def test_a_run_does_not_go_on_with_other_test_data(
+    small_data: Path, checkpoints: dict[str, Path], tmp_path: Path
+) -> None:
+    """A test.jsonl that appears would have what was held out learned; an earlier version's run knows no hash of it."""
+    train, retention = small_data / "datasets" / "train.jsonl", tmp_path / "retention.jsonl"
+    test = train.with_name("test.jsonl")
+    tested = test.read_bytes()
+    write_all(tmp_path, {"retention.jsonl": tested})
+    config = Config(
+        model_name_or_path=str(checkpoints["llama"]), train_file=str(train), retention_file=str(retention),
+        output_path=str(tmp_path / "out"),
+    )  # fmt: skip
+    (tmp_path / "out").mkdir()
+    ownership.claim(tmp_path / "out", ["finetune_config.json"])
+
+    def begin(digests: dict[str, str | None]) -> None:
+        files.write_json(tmp_path / "out" / "finetune_config.json", config.to_json() | digests)
+
+    test.unlink()
+    begin(data_digests(config))
+    assert earlier_run(config) is None
+    test.write_bytes(tested)
+    with pytest.raises(UserError, match="test_sha256 was null, is"):
+        earlier_run(config)
+    begin(data_digests(config))
+    assert earlier_run(config) is None
+    test.write_bytes(tested + tested)
+    with pytest.raises(UserError, match="test_sha256 was '"):
+        earlier_run(config)
+    test.write_bytes(tested)
+    retention.write_bytes(tested + tested)
+    with pytest.raises(UserError, match="retention_sha256 was '"):
+        earlier_run(config)
+    begin({"train_sha256": data_digest(config)})
+    assert earlier_run(config) is None
 
 
 @pytest.mark.parametrize("text", ['{"names": ["../model"]}', '{"names": ["a/b"]}', "[]", "null", '{"names": 3}', "{"])

@@ -43,7 +43,7 @@ from train.run_folder import (
     RECORD,
     STEP,
     STOP_NAME,
-    data_digest,
+    data_digests,
     step_size,
 )
 from train.source import Source
@@ -340,8 +340,8 @@ def train(config: Config, trainer: ChatTrainer, schedule: Schedule, rank: int) -
     barrier()
     checkpoint = choose_checkpoint(config, rank)
     if rank == 0:
-        more = {"train_sha256": data_digest(config), RECORD: trainer.chosen}
-        files.write_json(output / CONFIG_NAME, config.to_json() | more)
+        settings = config.to_json() | data_digests(config) | {RECORD: trainer.chosen}
+        files.write_json(output / CONFIG_NAME, settings)
         if checkpoint:
             log(f"continuing from {checkpoint}")
     trainer.ended = checkpoint is not None and checkpointing.read_manifest(Path(checkpoint)).ended
