@@ -1,9 +1,7 @@
-"""Hugging Face Trainer and what it lacks: token-exact loss, whole checkpoints, retention loss, good end by signal."""
+"""Hugging Face Trainer and what it lacks: token-exact loss, whole checkpoints, retention loss."""
 
 import math
-import os
 import shutil
-import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,19 +9,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from transformers import (
-    PreTrainedModel,
-    Trainer,
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
-    TrainingArguments,
-    set_seed,
-)
+from transformers import PreTrainedModel, Trainer, set_seed
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
-from llmops.console import EXIT_TERMINATED, RunStopped, Terminated, log
+from llmops.console import RunStopped
 from llmops.models.checkpoints import Checkpoint
 from llmops.models.portable import make_portable
 from train import checkpointing, ownership
@@ -263,9 +253,9 @@ class ChatTrainer(Trainer):
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         """An epoch as the Trainer runs it; none when the run goes on from its last checkpoint.
 
-        The Trainer looks whether it has done all steps only after a step.
+        The Trainer looks whether it has done all steps, or has stopped early, only after a step.
         """
-        if self.ended or self.state.global_step >= self.state.max_steps:
+        if self.ended or self.control.should_training_stop or self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
             return
         try:
@@ -315,71 +305,3 @@ class ChatTrainer(Trainer):
             checkpointing.publish(staging / name, self.output / name, self.args.world_size, self._at_end())
             checkpointing.rotate(self.output, self.keep, self.state.best_global_step)
         barrier()
-
-
-class Schedule(TrainerCallback):
-    """When to log, evaluate, save and stop; replaces the Trainer's DefaultFlowCallback.
-
-    Evaluation before the first step; evaluation and a checkpoint at every `epochs`-th epoch, at the last step and
-    every N steps; a checkpoint when asked to end.
-    """
-
-    def __init__(self, eval_steps: int, epochs: int, evaluate: Callable[[], Any], stop_file: Path) -> None:
-        self.eval_steps = eval_steps
-        self.epochs = epochs
-        self.stop_file = stop_file
-        self.evaluate = evaluate
-        self.signal = 0
-        self.evaluated = -1
-
-    def catch_signals(self) -> None:
-        """SIGTERM and SIGINT end the run in good order."""
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._on_signal)
-
-    def _on_signal(self, number: int, frame: Any) -> None:
-        if not self.signal:
-            log(f"process {os.getpid()}: {signal.Signals(number).name} received; saving a checkpoint after this step")
-        self.signal = number
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """The losses before the first step; after a resume the evaluation that the end by signal left out."""
-        due = (state.epoch or 0) % self.epochs == 0 or (self.eval_steps and state.global_step % self.eval_steps == 0)
-        due = due or state.global_step >= state.max_steps
-        done = any(line["step"] == state.global_step and "eval_loss" in line for line in state.log_history)
-        if due and not done:
-            self.evaluate()
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Every N steps; and all processes agree whether one of them was asked to end."""
-        control.should_log = state.global_step % args.logging_steps == 0
-        control.should_training_stop = control.should_training_stop or state.global_step >= state.max_steps
-        if self.eval_steps and state.global_step % self.eval_steps == 0:
-            self._evaluate_and_save(state, control)
-        if state.is_world_process_zero and self.stop_file.exists():
-            self._on_signal(signal.SIGTERM, None)
-        if all_sum([float(self.signal)], args.device)[0]:
-            self.signal = self.signal or signal.SIGTERM
-            control.should_save = True
-            control.should_training_stop = True
-
-    def on_epoch_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Unless this very step was just evaluated or the run is ending by a signal."""
-        due = round(state.epoch or 0) % self.epochs == 0 or state.global_step >= state.max_steps
-        if due and not self.signal:
-            self._evaluate_and_save(state, control)
-
-    def _evaluate_and_save(self, state: TrainerState, control: TrainerControl) -> None:
-        if self.evaluated != state.global_step:
-            self.evaluated = state.global_step
-            control.should_evaluate = control.should_save = True
-
-    def end_if_signalled(self) -> None:
-        """Raise Terminated with 128 + signal when the run was asked to end."""
-        if self.signal:
-            code = EXIT_TERMINATED if self.signal == signal.SIGTERM else 128 + self.signal
-            raise Terminated(code)
