@@ -7,12 +7,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import ROOT, environment, train_losses, tree_hash
 
 from faq import prepared
 from llmops import files, pictures
 from llmops.console import RunStopped, UserError
-from train import checkpointing, ownership
+from train import checkpointing, ownership, states
 from train.config import Config
 from train.problems import find_problems
 from train.run_folder import OutputFolder, data_digest, data_digests, earlier_run, own_names
@@ -185,14 +186,20 @@ def test_an_early_stop_stays_stopped(train_run: Run, small_data: Path) -> None:
     assert json.loads((output / "train_results.json").read_text())["steps"] == results["steps"]
 
 
-def test_rotation_counts_whole_checkpoints(tmp_path: Path) -> None:
-    for step in (2, 3, 4):
+@pytest.mark.parametrize("harm", ["changed", "refused"])
+def test_rotation_counts_checkpoints_to_go_on_from(tmp_path: Path, harm: str) -> None:
+    """What a start refuses keeps no place: the one just saved, before it, stays."""
+    for step in (2, 3, 9):
         staged = tmp_path / ".saving" / f"checkpoint-{step}"
-        write_all(staged, {"state.pt": b"x"})
+        staged.mkdir(parents=True)
+        torch.save({"step": step}, staged / "optimizer.pt")
+        if (step, harm) == (9, "refused"):
+            write_all(staged, {"optimizer.pt": b"no state"})
         checkpointing.publish(staged, tmp_path / f"checkpoint-{step}", 1)
-    (tmp_path / "checkpoint-4" / "state.pt").write_bytes(b"harmed")
-    checkpointing.rotate(tmp_path, keep=1, best_step=None)
-    assert checkpointing.newest_whole(tmp_path) == tmp_path / "checkpoint-3"
+    if harm == "changed":
+        (tmp_path / "checkpoint-9" / "optimizer.pt").write_bytes(b"harmed")
+    checkpointing.rotate(tmp_path, keep=1, best_step=None, judge=states.problem)
+    assert checkpointing.newest_whole(tmp_path, judge=states.problem) == tmp_path / "checkpoint-3"
     assert not (tmp_path / "checkpoint-2").exists()
 
 

@@ -16,7 +16,7 @@ from transformers.trainer_pt_utils import get_length_grouped_indices
 from llmops.console import RunStopped
 from llmops.models.checkpoints import Checkpoint
 from llmops.models.portable import make_portable
-from train import checkpointing, ownership
+from train import checkpointing, ownership, states
 from train.batches import (
     PackedCollator,
     PaddedCollator,
@@ -303,5 +303,5 @@ class ChatTrainer(Trainer):
             name = f"checkpoint-{self.state.global_step}"
             ownership.claim(self.output, [name])
             checkpointing.publish(staging / name, self.output / name, self.args.world_size, self._at_end())
-            checkpointing.rotate(self.output, self.keep, self.state.best_global_step)
+            checkpointing.rotate(self.output, self.keep, self.state.best_global_step, states.problem)
         barrier()
