@@ -4,7 +4,7 @@ import math
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 import torch
@@ -183,15 +183,36 @@ class ChatTrainer(Trainer):
     def _stop_if_broken(self, loss: torch.Tensor) -> None:
         """NaN and inf in any of a step's micro-batches end the run with advice, before they reach the weights."""
         value = float(loss)  # the one wait of a step, when all that is left is its last backward pass
-        if math.isfinite(value):
-            return
-        found = f"the loss is {value} at step {self.state.global_step + 1}"
+        if not math.isfinite(value):
+            self._stop(f"the loss is {value} at step {self.state.global_step + 1}")
+
+    def _stop(self, found: str) -> NoReturn:
+        """End the run for numbers that are none, with advice."""
         advice = (
             "fp16 overflows easily: pass --dtype bf16 (or fp32), or lower --learning_rate"
             if self.args.fp16
             else "lower --learning_rate, or check the data and the base model"
         )
         raise RunStopped(f"{found}; {advice}. The last good checkpoint is kept, a new start continues from it")
+
+    def _maybe_log_save_evaluate(
+        self, tr_loss: torch.Tensor, grad_norm: torch.Tensor | float | None, *args: Any, **kwargs: Any
+    ) -> None:
+        """Gradients that were no numbers end the run before what they made of the weights is measured or saved.
+
+        DeepSpeed calls the norm of such gradients -1. In fp16 it leaves their step out.
+        """
+        finite = grad_norm is None or 0 <= float(grad_norm) < math.inf
+        if (self.control.should_evaluate or self.control.should_save) and not finite and not self.args.fp16:
+            self._stop(f"the gradients are not finite at step {self.state.global_step}")
+        super()._maybe_log_save_evaluate(tr_loss, grad_norm, *args, **kwargs)
+
+    def _stop_if_weights_broken(self) -> None:
+        """Raise RunStopped in every process when a trained weight is no number; in ZeRO 3 each looks at its part."""
+        trained = (getattr(p, "ds_tensor", p).detach() for p in self.model.parameters() if p.requires_grad)
+        broken = not all(bool(torch.isfinite(part).all()) for part in trained)
+        if all_sum([float(broken)], self.args.device)[0]:
+            self._stop(f"the weights are not finite after step {self.state.global_step}")
 
     def mean_loss(self, dataset: TokenDataset) -> float:
         """Mean loss per learned token of a data set, over all processes."""
@@ -228,6 +249,9 @@ class ChatTrainer(Trainer):
         if self.with_accuracy:
             metrics[ACCURACY] = accuracy
         self.log(metrics)
+        for name, value in metrics.items():
+            if not math.isfinite(value):
+                self._stop(f"{name} is {value} at step {self.state.global_step}")
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
@@ -289,6 +313,7 @@ class ChatTrainer(Trainer):
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
         """Save aside, then give the checkpoint its name; a kill or a full disk leaves the earlier ones whole."""
+        self._stop_if_weights_broken()
         staging = self.output / checkpointing.STAGING
         if self.is_world_process_zero() and staging.exists():
             shutil.rmtree(staging)
