@@ -41,7 +41,7 @@ def test_damage_is_found_and_the_one_before_is_used(
 def test_rotation_keeps_the_newest_and_the_best(tmp_path: Path) -> None:
     for step in (2, 4, 10, 30, 100):
         make(tmp_path, step)
-    checkpointing.rotate(tmp_path, keep=2, best_step=4)
+    checkpointing.rotate(tmp_path, keep=2, best_step=4, judge=checkpointing.damage)
     assert [checkpointing.step_of(path) for path in checkpointing.list_checkpoints(tmp_path)] == [4, 30, 100]
 
 

@@ -94,6 +94,18 @@ def test_wrong_settings_are_one_sentence(
         parse([*good, "--output_path", str(small_data / "out"), *arguments])
 
 
+def test_what_is_learned_tests_nothing(small_data: Path, checkpoints: dict[str, Path]) -> None:
+    """A pattern that takes in the test file, by whichever name it is asked for."""
+    data = small_data / "datasets"
+    (small_data / "linked.jsonl").symlink_to(data / "test.jsonl")
+    good = ["--model_name_or_path", str(checkpoints["llama"]), "--output_path", str(small_data / "out")]
+    for name in (data / "test.jsonl", small_data / "linked.jsonl"):
+        with pytest.raises(UserError, match=re.escape(f"{name} is learned (--train_file) and tests what was learned")):
+            parse([*good, "--train_file", str(data / "*.jsonl"), "--test_file", str(name)])
+    parse([*good, "--train_file", str(data / "*.jsonl")])
+    parse([*good, "--train_file", str(data / "train.jsonl"), "--test_file", str(data / "test.jsonl")])
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "phrase"),
     [

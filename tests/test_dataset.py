@@ -80,6 +80,12 @@ def test_counts_and_cache(
         assert np.array_equal(first[i]["ids"], again[i]["ids"])
 
 
+def test_a_file_of_a_long_name_is_cached(tmp_path: Path, chat: ChatFormat, checkpoints: dict[str, Path]) -> None:
+    """A file's name has at most 255 bytes, and a Chinese character three."""
+    path = write_jsonl(tmp_path / f"{'训' * 80}.jsonl", [LONG])
+    assert len(load_or_encode(source(path, checkpoints["llama"]), chat, tmp_path / "cache")) == 1
+
+
 def test_cache_depends_on_everything(tmp_path: Path, checkpoints: dict[str, Path]) -> None:
     path = write_jsonl(tmp_path / "train.jsonl", [LONG])
     keys = {

@@ -78,6 +78,19 @@ def test_a_number_format_that_is_not_that_of_the_settings(tmp_path: Path) -> Non
     assert deepspeed_file.find_problems(replace(config, dtype="auto")) == []
 
 
+@pytest.mark.parametrize("key", deepspeed_file.GATHERING)
+def test_stage_3_without_its_weights(tmp_path: Path, key: str) -> None:
+    """All weights are gathered to be saved; an adapter is whatever the file says."""
+    config = config_with(tmp_path / "ds.json", GOOD | {"zero_optimization": {"stage": 3}}, train_type="all")
+    (problem,) = deepspeed_file.find_problems(config)
+    assert "stage3_gather_16bit_weights_on_model_save is not true, so stage 3 would save no weights" in problem
+    assert deepspeed_file.find_problems(replace(config, train_type="lora")) == []
+    gathered = GOOD | {"zero_optimization": {"stage": 3, key: True}}
+    assert deepspeed_file.find_problems(config_with(tmp_path / "ds.json", gathered, train_type="all")) == []
+    for stage in DS_FILES:
+        assert deepspeed_file.find_problems(replace(Config(), zero_stage=stage, train_type="all")) == []
+
+
 def test_what_is_missing(tmp_path: Path) -> None:
     """Batch sizes are the settings' own (train/session.py); DeepSpeed's clipping and no mixed precision are silent."""
     config = config_with(tmp_path / "ds.json", {"zero_optimization": {"stage": 1}}, dtype="bf16", max_grad_norm=0.0)

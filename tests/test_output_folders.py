@@ -7,15 +7,16 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import ROOT, environment, train_losses, tree_hash
 
 from faq import prepared
-from llmops import pictures
+from llmops import files, pictures
 from llmops.console import RunStopped, UserError
-from train import checkpointing, ownership
+from train import checkpointing, ownership, states
 from train.config import Config
 from train.problems import find_problems
-from train.run_folder import OutputFolder, earlier_run, own_names
+from train.run_folder import OutputFolder, data_digest, data_digests, earlier_run, own_names
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 FOREIGN = {
@@ -103,6 +104,43 @@ def test_a_run_of_version_0_1_is_recognised(tmp_path: Path) -> None:
     assert "vocab.json" not in own
 
 
+def test_a_run_does_not_go_on_with_other_test_data(
+    small_data: Path, checkpoints: dict[str, Path], tmp_path: Path
+) -> None:
+    """A test.jsonl that appears would have what was held out learned; an earlier version's run knows no hash of it."""
+    train, retention = small_data / "datasets" / "train.jsonl", tmp_path / "retention.jsonl"
+    test = train.with_name("test.jsonl")
+    tested = test.read_bytes()
+    write_all(tmp_path, {"retention.jsonl": tested})
+    config = Config(
+        model_name_or_path=str(checkpoints["llama"]), train_file=str(train), retention_file=str(retention),
+        output_path=str(tmp_path / "out"),
+    )  # fmt: skip
+    (tmp_path / "out").mkdir()
+    ownership.claim(tmp_path / "out", ["finetune_config.json"])
+
+    def begin(digests: dict[str, str | None]) -> None:
+        files.write_json(tmp_path / "out" / "finetune_config.json", config.to_json() | digests)
+
+    test.unlink()
+    begin(data_digests(config))
+    assert earlier_run(config) is None
+    test.write_bytes(tested)
+    with pytest.raises(UserError, match="test_sha256 was null, is"):
+        earlier_run(config)
+    begin(data_digests(config))
+    assert earlier_run(config) is None
+    test.write_bytes(tested + tested)
+    with pytest.raises(UserError, match="test_sha256 was '"):
+        earlier_run(config)
+    test.write_bytes(tested)
+    retention.write_bytes(tested + tested)
+    with pytest.raises(UserError, match="retention_sha256 was '"):
+        earlier_run(config)
+    begin({"train_sha256": data_digest(config)})
+    assert earlier_run(config) is None
+
+
 @pytest.mark.parametrize("text", ['{"names": ["../model"]}', '{"names": ["a/b"]}', "[]", "null", '{"names": 3}', "{"])
 def test_a_manifest_is_judged_and_not_trusted(tmp_path: Path, text: str) -> None:
     (tmp_path / ownership.OWN_NAME).write_text(text)
@@ -148,14 +186,20 @@ def test_an_early_stop_stays_stopped(train_run: Run, small_data: Path) -> None:
     assert json.loads((output / "train_results.json").read_text())["steps"] == results["steps"]
 
 
-def test_rotation_counts_whole_checkpoints(tmp_path: Path) -> None:
-    for step in (2, 3, 4):
+@pytest.mark.parametrize("harm", ["changed", "refused"])
+def test_rotation_counts_checkpoints_to_go_on_from(tmp_path: Path, harm: str) -> None:
+    """What a start refuses keeps no place: the one just saved, before it, stays."""
+    for step in (2, 3, 9):
         staged = tmp_path / ".saving" / f"checkpoint-{step}"
-        write_all(staged, {"state.pt": b"x"})
+        staged.mkdir(parents=True)
+        torch.save({"step": step}, staged / "optimizer.pt")
+        if (step, harm) == (9, "refused"):
+            write_all(staged, {"optimizer.pt": b"no state"})
         checkpointing.publish(staged, tmp_path / f"checkpoint-{step}", 1)
-    (tmp_path / "checkpoint-4" / "state.pt").write_bytes(b"harmed")
-    checkpointing.rotate(tmp_path, keep=1, best_step=None)
-    assert checkpointing.newest_whole(tmp_path) == tmp_path / "checkpoint-3"
+    if harm == "changed":
+        (tmp_path / "checkpoint-9" / "optimizer.pt").write_bytes(b"harmed")
+    checkpointing.rotate(tmp_path, keep=1, best_step=None, judge=states.problem)
+    assert checkpointing.newest_whole(tmp_path, judge=states.problem) == tmp_path / "checkpoint-3"
     assert not (tmp_path / "checkpoint-2").exists()
 
 

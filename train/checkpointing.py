@@ -120,12 +120,15 @@ def newest_whole(output: Path, speaks: bool = True, judge: Callable[[Path], str 
     return None
 
 
-def rotate(output: Path, keep: int, best_step: int | None) -> None:
-    """Delete all but the `keep` newest whole checkpoints; the best one always stays, and what is newer than those."""
+def rotate(output: Path, keep: int, best_step: int | None, judge: Callable[[Path], str | None]) -> None:
+    """Delete all but the `keep` newest whole checkpoints; the best one always stays, and what is newer than those.
+
+    `judge` is the one by which a start chooses what to go on from.
+    """
     whole = 0
     for checkpoint in reversed(list_checkpoints(output)):
         if whole < keep:
-            whole += damage(checkpoint) is None
+            whole += judge(checkpoint) is None
         elif step_of(checkpoint) != best_step:
             shutil.rmtree(checkpoint)
 

@@ -20,6 +20,7 @@ SETTINGS = (  # our setting, and the key of the same meaning
     ("gradient_accumulation_steps", "gradient_accumulation_steps"),
     ("max_grad_norm", "gradient_clipping"),
 )
+GATHERING = ("stage3_gather_16bit_weights_on_model_save", "stage3_gather_fp16_weights_on_model_save")  # now, once
 CLIPPING = 1.0  # DeepSpeed's where the key is missing
 DTYPES = ("bf16", "fp16")
 
@@ -101,8 +102,17 @@ def type_problems(found: dict[str, Any]) -> list[str]:
 
 
 def disagreements(found: dict[str, Any], config: Config) -> list[str]:
-    """Numbers that are not those of the settings: the Trainer refuses such a file when everything is loaded."""
+    """Numbers that are not those of the settings: the Trainer refuses such a file when everything is loaded.
+
+    And weights that would not be saved: the Trainer goes on without them.
+    """
     problems = []
+    zero = found["zero_optimization"]
+    if zero.get("stage") == 3 and config.train_type == "all" and not any(zero.get(key) is True for key in GATHERING):
+        problems.append(
+            f"zero_optimization.{GATHERING[0]} is not true, so stage 3 would save no weights with --train_type all; "
+            "set it to true"
+        )
     for setting, key in SETTINGS:
         value, ours = found.get(key, AUTO), getattr(config, setting)
         if not is_auto(value) and value != ours:

@@ -1,6 +1,5 @@
 """Expected faults of a training, each as one sentence: memory, disk, a state or a DeepSpeed file that is refused."""
 
-import errno
 import pickle
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -10,6 +9,7 @@ import pydantic
 import torch
 from safetensors import SafetensorError
 
+from llmops import files
 from llmops.console import RunStopped
 from train import states
 from train.config import Config
@@ -36,24 +36,51 @@ def explain_faults(config: Config, split: Split) -> Iterator[None]:
             f'{config.deepspeed_file} says otherwise than the settings ({found}); write "auto" there'
         ) from error
     except (OSError, RuntimeError, MemoryError, SafetensorError) as error:
-        text = str(error)
-        memory = isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in text
-        full = getattr(error, "errno", None) == errno.ENOSPC or any(
-            mark in text for mark in ("No space left on device", "PytorchStreamWriter failed writing", "unexpected pos")
-        )
-        if memory:
+        if lacks_memory(error):
             raise RunStopped(
                 f"out of memory at {micro_batch(split)} and length {config.max_seq_len}; pass --micro_batch_tokens "
                 f"{max(256, (split.tokens or split.rows * config.max_seq_len) // 2)} (it changes nothing that is "
                 "learned) or --gradient_checkpointing true and start again to continue, use --zero_stage 3 or "
                 "3_offload, or lower --max_seq_len"
             ) from error
-        if full:
-            raise RunStopped(
-                f"the disk of {config.output_path} is full; the checkpoints saved before are whole, free some space "
-                "and start again to continue"
-            ) from error
+        if lacks_space(error):
+            raise full_disk(config) from error
         raise
+
+
+@contextmanager
+def explain_end(config: Config) -> Iterator[None]:
+    """Turn out of memory and a full disk into one sentence, while the result is written and merged."""
+    try:
+        yield
+    except (OSError, RuntimeError, MemoryError, SafetensorError) as error:
+        if lacks_memory(error):
+            raise RunStopped(
+                "out of memory while the result is written or merged; the checkpoints saved before are whole, free "
+                "some memory and start again to continue"
+            ) from error
+        if lacks_space(error):
+            raise full_disk(config) from error
+        raise
+
+
+def lacks_memory(error: Exception) -> bool:
+    """Whether the device or the machine is out of memory."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
+
+
+def lacks_space(error: Exception) -> bool:
+    """Whether a disk is full, in the words of Python, torch and safetensors."""
+    marks = ("No space left on device", "PytorchStreamWriter failed writing", "unexpected pos")
+    return getattr(error, "errno", None) in files.FULL or any(mark in str(error) for mark in marks)
+
+
+def full_disk(config: Config) -> RunStopped:
+    """The sentence for it."""
+    return RunStopped(
+        f"the disk of {config.output_path} is full; the checkpoints saved before are whole, free some space "
+        "and start again to continue"
+    )
 
 
 def explain_scale(kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> bool:

@@ -83,25 +83,28 @@ def run(config: Config) -> dict[str, Any]:
         if rank == 0:
             say_finished(config, results)
             if config.merge_lora:
-                from train import outcome
+                from train import faults, outcome
 
-                outcome.merge(config)
+                with OutputFolder(config, rank), faults.explain_end(config):
+                    outcome.merge(config)
         return results
     # 2. from here on the heavy libraries; with DeepSpeed's, torch takes a GPU for usable that its driver is too old for
     devices.check_gpu()
     with without_mlflow():
-        from train import held_out, outcome, session
+        from train import faults, held_out, outcome, session
 
     with OutputFolder(config, rank), watch_launcher(), Peers(REMAINS) as peers:
+        intents = outcome.read_intents(config)  # now: the folder may be prepared anew meanwhile
         data = session.prepare_data(config, encodes=local_rank == 0)
         if rank == 0 and not config.test_files:
             held_out.write(Path(config.output_path), data.test, config.train_files)
         trainer, schedule = session.build_trainer(config, data, peers)
         session.train(config, trainer, schedule, rank)
-        results = outcome.finish(config, trainer, rank)
-        del trainer, schedule, data
-        if config.merge_lora and rank == 0:
-            outcome.merge(config)
+        with faults.explain_end(config):
+            results = outcome.finish(config, trainer, rank, intents)
+            del trainer, schedule, data
+            if config.merge_lora and rank == 0:
+                outcome.merge(config)
     return results
 
 

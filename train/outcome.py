@@ -19,8 +19,17 @@ from train.trainer import ChatTrainer, barrier
 from train.training_log import ACCURACY, plot, read_log
 
 
-def finish(config: Config, trainer: ChatTrainer, rank: int) -> dict[str, Any]:
-    """Put the final model, the picture and the results into output_path; the results in every process."""
+def read_intents(config: Config) -> str | None:
+    """The catalog of intents beside the training data of the FAQ scenario; None where there is none."""
+    intents = config.train_files[0].with_name(INTENTS_NAME)
+    return files.read_text(intents) if config.scenario == "faq" and intents.is_file() else None
+
+
+def finish(config: Config, trainer: ChatTrainer, rank: int, intents: str | None) -> dict[str, Any]:
+    """Put the final model, the picture and the results into output_path; the results in every process.
+
+    `intents`: the catalog of intents as it was when the data was read, for the first process.
+    """
     output = Path(config.output_path)
     state = trainer.state
     evaluated = {int(line["step"]): line for line in state.log_history if "eval_loss" in line}
@@ -54,9 +63,8 @@ def finish(config: Config, trainer: ChatTrainer, rank: int) -> dict[str, Any]:
         names = checkpointing.model_files(checkpoint)
         ownership.claim(output, names)
         checkpointing.link_files(checkpoint, output, names)
-        intents = config.train_files[0].with_name(INTENTS_NAME)
-        if config.scenario == "faq" and intents.is_file():  # the model can then be asked without its training data
-            files.write_text(output / INTENTS_NAME, files.read_text(intents))
+        if intents is not None:  # the model can then be asked without its training data
+            files.write_text(output / INTENTS_NAME, intents)
         files.write_json(output / RESULTS_NAME, results)
         log(
             f"done: test loss {results['eval_loss_before']:.3f} -> {results['eval_loss']:.3f}, retention loss "

@@ -80,11 +80,24 @@ def path_problems(config: Config) -> list[str]:
             problems.append("there is no test file and --eval_ratio is 0; give one of the two")
     elif config.eval_ratio == 0:
         problems.append("there is no test file and --eval_ratio is 0; give one of the two")
+    if not problems:
+        problems += overlap_problem(config)
     problems += replay_problems(config)
     problems += file_problem(str(config.retention_path), "the retention file", "leave --retention_file out for ours")
     problems += file_problem(str(config.deepspeed_file), "the DeepSpeed file", "leave --ds_file out for ours")
     output = Path(config.output_path)
     return problems + place_problem(output, model) + writable_problem(output)
+
+
+def overlap_problem(config: Config) -> list[str]:
+    """A file that is learned and asked for, by whichever names."""
+    for path in config.test_files:
+        if any(files.is_same(path, learned) for learned in config.train_files):
+            return [
+                f"{path} is learned (--train_file) and tests what was learned (--test_file), so it would measure "
+                "nothing; name the training files without it"
+            ]
+    return []
 
 
 def replay_problems(config: Config) -> list[str]:

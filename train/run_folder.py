@@ -41,6 +41,16 @@ def data_digest(config: Config) -> str:
     return data_files.digest([*config.train_files, *config.replay_files])
 
 
+def data_digests(config: Config) -> dict[str, str | None]:
+    """Hashes of all data, as they are written down; the test data's is None where training data is held out for it."""
+    tested = config.test_files
+    return {
+        "train_sha256": data_digest(config),
+        "test_sha256": data_files.digest(tested) if tested else None,
+        "retention_sha256": data_files.digest([config.retention_path]),
+    }
+
+
 def own_names(output: Path) -> set[str]:
     """What in output_path is a run's own. A run of version 0.1 has no manifest: what it wrote is recognised."""
     own = ownership.read_own(output)
@@ -91,7 +101,7 @@ def earlier_run(config: Config, processes: int | None = None) -> dict[str, Any] 
     saved = read_settings(config)
     if saved is None:
         return None
-    now = config.to_json() | {"train_sha256": data_digest(config)}
+    now = config.to_json() | data_digests(config)  # an earlier version wrote the first one only
     if not config.num_train_epochs and saved.get(NUMBER) and NUMBER not in (saved.get(RECORD) or {}):
         now["num_train_epochs"] = EPOCHS  # a run of version 0.2, whose default that was
     differing = [key for key in now if key in saved and key not in RESTARTABLE and saved[key] != now[key]]

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 import transformers
 from torch.utils.tensorboard import SummaryWriter
-from transformers import DefaultFlowCallback, EarlyStoppingCallback, PrinterCallback, TrainingArguments, set_seed
+from transformers import DefaultFlowCallback, PrinterCallback, TrainingArguments, set_seed
 from transformers.integrations import TensorBoardCallback, get_reporting_integration_callbacks
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
@@ -43,12 +43,13 @@ from train.run_folder import (
     RECORD,
     STEP,
     STOP_NAME,
-    data_digest,
+    data_digests,
     step_size,
 )
+from train.schedule import EarlyStopping, Schedule
 from train.source import Source
 from train.token_cache import load_or_encode
-from train.trainer import ChatTrainer, Schedule, barrier
+from train.trainer import ChatTrainer, barrier
 from train.training_log import ConsoleServer, TensorBoardServer, TokenCounter, TrainingLog
 
 NEVER = 10**9
@@ -303,14 +304,14 @@ def build_trainer(config: Config, data: Data, peers: Peers | None = None) -> tup
     for replaced in (DefaultFlowCallback, PrinterCallback):
         trainer.remove_callback(replaced)
     trainer.add_callback(TrainingLog(output, speaks, arguments.local_process_index == 0, tokens, chosen))
-    trainer.add_callback(schedule)
     if config.early_stopping_patience:
-        trainer.add_callback(EarlyStoppingCallback(config.early_stopping_patience))
+        trainer.add_callback(EarlyStopping(config.early_stopping_patience))
+    trainer.add_callback(schedule)
     if speaks:
         trainer.add_callback(TensorBoardCallback(SummaryWriter(str(output / "tensorboard"))))
     for tracker in get_reporting_integration_callbacks(config.trackers):
         trainer.add_callback(tracker)
-    trainer.asked_to_end = lambda: bool(schedule.signal)
+    trainer.asked_to_end = lambda: schedule.agreed
     return trainer, schedule
 
 
@@ -340,8 +341,8 @@ def train(config: Config, trainer: ChatTrainer, schedule: Schedule, rank: int) -
     barrier()
     checkpoint = choose_checkpoint(config, rank)
     if rank == 0:
-        more = {"train_sha256": data_digest(config), RECORD: trainer.chosen}
-        files.write_json(output / CONFIG_NAME, config.to_json() | more)
+        settings = config.to_json() | data_digests(config) | {RECORD: trainer.chosen}
+        files.write_json(output / CONFIG_NAME, settings)
         if checkpoint:
             log(f"continuing from {checkpoint}")
     trainer.ended = checkpoint is not None and checkpointing.read_manifest(Path(checkpoint)).ended
@@ -357,5 +358,6 @@ def train(config: Config, trainer: ChatTrainer, schedule: Schedule, rank: int) -
         elastic.loading(checkpoint),
     ):
         trainer.train(resume_from_checkpoint=checkpoint)
-    schedule.end_if_signalled()
+    schedule.leave_signals()
+    schedule.end_if_signalled(trainer.args.device)
     trainer.seconds = time.monotonic() - started

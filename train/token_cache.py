@@ -19,7 +19,8 @@ from train.source import Source
 
 def load_or_encode(source: Source, chat: ChatFormat, cache: Path, encodes: bool = True) -> TokenDataset:
     """The tokenised file from the cache, or tokenised now. Who does not encode waits for the process that does."""
-    folder = cache / f"{source.paths[0].stem[:80]}-{source.key()}"
+    stem = source.paths[0].stem.encode("utf-8", "ignore")[:80].decode("utf-8", "ignore")  # a name has 255 bytes at most
+    folder = cache / f"{stem}-{source.key()}"
     if not encodes:
         while damage(folder):  # the launcher ends this process if the encoding one fails
             time.sleep(0.2)

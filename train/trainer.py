@@ -1,32 +1,22 @@
-"""Hugging Face Trainer and what it lacks: token-exact loss, whole checkpoints, retention loss, good end by signal."""
+"""Hugging Face Trainer and what it lacks: token-exact loss, whole checkpoints, retention loss."""
 
 import math
-import os
 import shutil
-import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from transformers import (
-    PreTrainedModel,
-    Trainer,
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
-    TrainingArguments,
-    set_seed,
-)
+from transformers import PreTrainedModel, Trainer, set_seed
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
-from llmops.console import EXIT_TERMINATED, RunStopped, Terminated, log
+from llmops.console import RunStopped
 from llmops.models.checkpoints import Checkpoint
 from llmops.models.portable import make_portable
-from train import checkpointing, ownership
+from train import checkpointing, ownership, states
 from train.batches import (
     PackedCollator,
     PaddedCollator,
@@ -193,15 +183,36 @@ class ChatTrainer(Trainer):
     def _stop_if_broken(self, loss: torch.Tensor) -> None:
         """NaN and inf in any of a step's micro-batches end the run with advice, before they reach the weights."""
         value = float(loss)  # the one wait of a step, when all that is left is its last backward pass
-        if math.isfinite(value):
-            return
-        found = f"the loss is {value} at step {self.state.global_step + 1}"
+        if not math.isfinite(value):
+            self._stop(f"the loss is {value} at step {self.state.global_step + 1}")
+
+    def _stop(self, found: str) -> NoReturn:
+        """End the run for numbers that are none, with advice."""
         advice = (
             "fp16 overflows easily: pass --dtype bf16 (or fp32), or lower --learning_rate"
             if self.args.fp16
             else "lower --learning_rate, or check the data and the base model"
         )
         raise RunStopped(f"{found}; {advice}. The last good checkpoint is kept, a new start continues from it")
+
+    def _maybe_log_save_evaluate(
+        self, tr_loss: torch.Tensor, grad_norm: torch.Tensor | float | None, *args: Any, **kwargs: Any
+    ) -> None:
+        """Gradients that were no numbers end the run before what they made of the weights is measured or saved.
+
+        DeepSpeed calls the norm of such gradients -1. In fp16 it leaves their step out.
+        """
+        finite = grad_norm is None or 0 <= float(grad_norm) < math.inf
+        if (self.control.should_evaluate or self.control.should_save) and not finite and not self.args.fp16:
+            self._stop(f"the gradients are not finite at step {self.state.global_step}")
+        super()._maybe_log_save_evaluate(tr_loss, grad_norm, *args, **kwargs)
+
+    def _stop_if_weights_broken(self) -> None:
+        """Raise RunStopped in every process when a trained weight is no number; in ZeRO 3 each looks at its part."""
+        trained = (getattr(p, "ds_tensor", p).detach() for p in self.model.parameters() if p.requires_grad)
+        broken = not all(bool(torch.isfinite(part).all()) for part in trained)
+        if all_sum([float(broken)], self.args.device)[0]:
+            self._stop(f"the weights are not finite after step {self.state.global_step}")
 
     def mean_loss(self, dataset: TokenDataset) -> float:
         """Mean loss per learned token of a data set, over all processes."""
@@ -238,6 +249,9 @@ class ChatTrainer(Trainer):
         if self.with_accuracy:
             metrics[ACCURACY] = accuracy
         self.log(metrics)
+        for name, value in metrics.items():
+            if not math.isfinite(value):
+                self._stop(f"{name} is {value} at step {self.state.global_step}")
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
@@ -263,9 +277,9 @@ class ChatTrainer(Trainer):
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         """An epoch as the Trainer runs it; none when the run goes on from its last checkpoint.
 
-        The Trainer looks whether it has done all steps only after a step.
+        The Trainer looks whether it has done all steps, or has stopped early, only after a step.
         """
-        if self.ended or self.state.global_step >= self.state.max_steps:
+        if self.ended or self.control.should_training_stop or self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
             return
         try:
@@ -299,6 +313,7 @@ class ChatTrainer(Trainer):
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
         """Save aside, then give the checkpoint its name; a kill or a full disk leaves the earlier ones whole."""
+        self._stop_if_weights_broken()
         staging = self.output / checkpointing.STAGING
         if self.is_world_process_zero() and staging.exists():
             shutil.rmtree(staging)
@@ -313,73 +328,5 @@ class ChatTrainer(Trainer):
             name = f"checkpoint-{self.state.global_step}"
             ownership.claim(self.output, [name])
             checkpointing.publish(staging / name, self.output / name, self.args.world_size, self._at_end())
-            checkpointing.rotate(self.output, self.keep, self.state.best_global_step)
+            checkpointing.rotate(self.output, self.keep, self.state.best_global_step, states.problem)
         barrier()
-
-
-class Schedule(TrainerCallback):
-    """When to log, evaluate, save and stop; replaces the Trainer's DefaultFlowCallback.
-
-    Evaluation before the first step; evaluation and a checkpoint at every `epochs`-th epoch, at the last step and
-    every N steps; a checkpoint when asked to end.
-    """
-
-    def __init__(self, eval_steps: int, epochs: int, evaluate: Callable[[], Any], stop_file: Path) -> None:
-        self.eval_steps = eval_steps
-        self.epochs = epochs
-        self.stop_file = stop_file
-        self.evaluate = evaluate
-        self.signal = 0
-        self.evaluated = -1
-
-    def catch_signals(self) -> None:
-        """SIGTERM and SIGINT end the run in good order."""
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._on_signal)
-
-    def _on_signal(self, number: int, frame: Any) -> None:
-        if not self.signal:
-            log(f"process {os.getpid()}: {signal.Signals(number).name} received; saving a checkpoint after this step")
-        self.signal = number
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """The losses before the first step; after a resume the evaluation that the end by signal left out."""
-        due = (state.epoch or 0) % self.epochs == 0 or (self.eval_steps and state.global_step % self.eval_steps == 0)
-        due = due or state.global_step >= state.max_steps
-        done = any(line["step"] == state.global_step and "eval_loss" in line for line in state.log_history)
-        if due and not done:
-            self.evaluate()
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Every N steps; and all processes agree whether one of them was asked to end."""
-        control.should_log = state.global_step % args.logging_steps == 0
-        control.should_training_stop = control.should_training_stop or state.global_step >= state.max_steps
-        if self.eval_steps and state.global_step % self.eval_steps == 0:
-            self._evaluate_and_save(state, control)
-        if state.is_world_process_zero and self.stop_file.exists():
-            self._on_signal(signal.SIGTERM, None)
-        if all_sum([float(self.signal)], args.device)[0]:
-            self.signal = self.signal or signal.SIGTERM
-            control.should_save = True
-            control.should_training_stop = True
-
-    def on_epoch_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Unless this very step was just evaluated or the run is ending by a signal."""
-        due = round(state.epoch or 0) % self.epochs == 0 or state.global_step >= state.max_steps
-        if due and not self.signal:
-            self._evaluate_and_save(state, control)
-
-    def _evaluate_and_save(self, state: TrainerState, control: TrainerControl) -> None:
-        if self.evaluated != state.global_step:
-            self.evaluated = state.global_step
-            control.should_evaluate = control.should_save = True
-
-    def end_if_signalled(self) -> None:
-        """Raise Terminated with 128 + signal when the run was asked to end."""
-        if self.signal:
-            code = EXIT_TERMINATED if self.signal == signal.SIGTERM else 128 + self.signal
-            raise Terminated(code)

@@ -87,7 +87,7 @@ def resume(argv: Sequence[str]) -> int:
         newest = checkpointing.newest_whole(Path(argv[0]))
         if newest:
             log(f"{newest}: {checkpointing.read_manifest(newest)}")
-        checkpointing.rotate(Path(argv[0]), 9, None)
+        checkpointing.rotate(Path(argv[0]), 9, None, checkpointing.damage)
         return 0
 
     return run_main(body)

@@ -1,0 +1,120 @@
+"""What harms a run at its end: numbers that are none, a full disk, data that is prepared anew, two starts at once."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from conftest import FAST, ROOT, environment
+
+from llmops.machine.locks import lock
+from train import checkpointing
+
+Start = Callable[..., subprocess.CompletedProcess[str]]
+PATCHED = """
+import errno, math, os, signal, sys
+from pathlib import Path
+from transformers import TrainerCallback
+from llmops.machine import process_group
+from train import checkpointing, finetune, outcome, session
+
+train = session.train
+
+def trainable(model):
+    return [p for p in model.parameters() if p.requires_grad]
+"""
+END = "\nprocess_group.leave(finetune.main(sys.argv[1:]))\n"
+BROKEN = """
+class Break(TrainerCallback):
+    def on_step_begin(self, args, state, control, model=None, **kwargs):
+        if kind == "gradients" and state.global_step == step - 1:
+            for p in trainable(model):
+                p.register_hook(lambda gradient: gradient * math.inf)
+
+    def on_optimizer_step(self, args, state, control, model=None, **kwargs):
+        if kind != "gradients" and state.global_step == step - 1:
+            for p in trainable(model):
+                p.data.fill_(math.nan)
+            if kind == "weights":  # no evaluation before they are saved
+                os.kill(os.getpid(), signal.SIGTERM)
+
+def broken(config, trainer, schedule, rank):
+    trainer.add_callback(Break())
+    train(config, trainer, schedule, rank)
+
+session.train = broken
+"""
+
+
+@pytest.fixture
+def start(small_data: Path, checkpoints: dict[str, Path]) -> Start:
+    """Start train/finetune.py, with some Python before it."""
+
+    def run(before: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+        command = [
+            sys.executable, "-c", PATCHED + before + END, "--model_name_or_path", str(checkpoints["llama"]),
+            "--train_file", str(small_data / "datasets" / "train.jsonl"),
+            "--output_path", str(small_data / "output_path"), *FAST, *arguments,
+        ]  # fmt: skip
+        return subprocess.run(
+            command, env=environment() | {"PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"},
+            stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=280, check=False,
+        )  # fmt: skip
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("kind", "step", "phrase", "saved"),
+    [
+        ("gradients", 12, "the gradients are not finite at step 12", 6),
+        ("update", 12, "eval_loss is nan at step 12", 6),
+        ("weights", 8, "the weights are not finite after step 8", 6),
+    ],
+)
+def test_what_is_no_number_is_not_saved(
+    start: Start, small_data: Path, kind: str, step: int, phrase: str, saved: int
+) -> None:
+    done = start(f"kind, step = {kind!r}, {step}\n{BROKEN}")
+    assert done.returncode == 1, done.stderr[-3000:]
+    assert f"stopped: {phrase}; lower --learning_rate" in done.stderr
+    newest = checkpointing.newest_whole(small_data / "output_path")
+    assert newest is not None
+    assert checkpointing.step_of(newest) == saved
+
+
+def test_the_end_of_a_run(start: Start, small_data: Path) -> None:
+    """A full disk where the model is copied is a sentence; the catalog is the one that was learned; merged by one."""
+    output, intents = small_data / "output_path", small_data / "datasets" / "intents.json"
+    intents.write_text('["learned"]')
+    faq = ["--scenario", "faq", "--max_steps", "2"]
+    other = f"""
+def meanwhile(*arguments):
+    train(*arguments)
+    Path({str(intents)!r}).write_text('["prepared anew"]')
+
+session.train = meanwhile
+"""
+    full = """
+def link_files(*arguments):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+checkpointing.link_files = link_files
+"""
+    done = start(other + full, *faq)
+    assert done.returncode == 1, done.stderr[-3000:]
+    assert f"stopped: the disk of {output} is full; the checkpoints saved before are whole" in done.stderr
+    intents.write_text('["learned"]')
+    done = start(other, *faq)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert json.loads((output / "intents.json").read_text()) == ["learned"]
+    with lock(output / ".lock", "busy"):
+        busy = start("", *faq, "--merge_lora", "true")
+    assert busy.returncode == 2, busy.stderr[-3000:]
+    assert f"another run is writing to {output}" in busy.stderr
+    merging = "outcome.ChatModel.save_merged = lambda *arguments: os.kill(os.getpid(), signal.SIGTERM)"
+    assert start(merging, *faq, "--merge_lora", "true").returncode == -15
+    assert start("", *faq, "--merge_lora", "true").returncode == 0
+    assert (output / "merged" / "config.json").is_file()
