@@ -12,7 +12,7 @@ from typing import Any
 
 from llmops.console import UserError
 from llmops.conversations.records import Message
-from llmops.formats.chat_templates import ChatTemplate, no_tools, written_around
+from llmops.formats.chat_templates import PROBE, ChatTemplate, no_tools, written_around
 from llmops.formats.control_tokens import ControlTokens
 from llmops.formats.families import OWN, Family, families, modes_text
 from llmops.formats.layouts import LAYOUTS, OWN_TOKENS, Piece
@@ -42,7 +42,7 @@ class ChatFormat:
     """Renders conversations for one tokenizer: by its own chat template, or by a family's entry.
 
     Control tokens come from the format alone: their texts in a message are encoded as text, unless
-    `allow_special_tokens` lets the tokenizer take them for what they look like.
+    `allow_special_tokens` lets the tokenizer take them for what they look like. `ends`: where the vendor ends answers.
     """
 
     def __init__(
@@ -52,8 +52,10 @@ class ChatFormat:
         allow_special_tokens: bool = False,
         thinking: bool | None = None,
         variables: Mapping[str, Any] | None = None,
+        ends: Sequence[int] = (),
     ) -> None:
         self.tokenizer = tokenizer
+        self.ends = tuple(ends)
         self.family = family = family or families()[OWN]
         self.allow_special_tokens = allow_special_tokens
         self.layout = LAYOUTS[family.layout] if family.layout else None
@@ -83,8 +85,34 @@ class ChatFormat:
         return self.controls.encode_named(self._jinja.named(messages, True, self.controls, tools))[0]
 
     def stop_ids(self) -> list[int]:
-        """Tokens at which the assistant has finished: the end token and the family's own."""
-        return sorted({self.tokenizer.eos_token_id, *map(self._special_id, self.family.stop)})
+        """Tokens at which the assistant has finished, for every command: the end token, the family's own, the vendor's,
+        and what ends an answer as this format writes it."""
+        named = {self.tokenizer.eos_token_id, *map(self._special_id, self.family.stop), *self.ends}
+        return sorted(named | self._written_ends | {*self._followers.values()})
+
+    @cached_property
+    def _followers(self) -> dict[str, int]:
+        """The control token after an answer by who speaks next, in a template that ends no answer itself (GLM-4's)."""
+        after = self.template.after_answers() if self.template else {}
+        begun = {role: self.controls.begins(text) for role, text in after.items()}
+        return {role: self._special_id(token) for role, token in begun.items() if token}
+
+    @cached_property
+    def _written_ends(self) -> set[int]:
+        """What ends a rendered answer, where it is one token; none where the format wants other conversations."""
+        for question in (PROBE[1:2], PROBE[:2]):
+            try:
+                first, other = (self._learned_tokens([*question, probe_answer(text)]) for text in ("third probe", "x"))
+            except UserError:  # it takes none of these conversations: real ones will tell
+                continue
+            shared = next((n for n, (a, b) in enumerate(zip(first[::-1], other[::-1], strict=False)) if a != b), 0)
+            return {*first[-1:]} if shared == 1 or self.controls.count(first[-1:]) else set()
+        return set()
+
+    def _learned_tokens(self, messages: Sequence[Message]) -> list[int]:
+        """The learned tokens of the last answer."""
+        sample = self.conversation(messages)[-1]
+        return [i for i, learned in zip(sample.ids, sample.learned, strict=True) if learned]
 
     def conversation(
         self, messages: Sequence[Message], tools: Sequence[Any] = (), learned: Sequence[bool] | None = None
@@ -268,6 +296,11 @@ class ChatFormat:
         return (
             "the checkpoint's chat template" if self.family.name == OWN else f"the chat template of {self.family.name}"
         )
+
+
+def probe_answer(text: str) -> Message:
+    """An assistant's message."""
+    return {"role": "assistant", "content": text}
 
 
 def overlapping(offsets: Sequence[tuple[int, int]], spans: Sequence[tuple[int, int]]) -> list[bool]:

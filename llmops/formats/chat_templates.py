@@ -128,6 +128,20 @@ class ChatTemplate:
         _, found, tail = text.rpartition("third probe")
         return bool(tail.strip()) or not found
 
+    def after_answers(self) -> dict[str, str]:
+        """What a template that ends no answer itself writes after one, by the role of who speaks next."""
+        found: dict[str, str] = {}
+        if self.ends_answers:
+            return found
+        for messages, tools in ((PROBE[1:], []), (TOOLS_PROBE[:3], TOOL_PROBE)):
+            try:
+                upto, text = (self.text(messages[:end], False, tools).rstrip() for end in (2, 3))
+            except UserError:  # it takes no such conversation
+                continue
+            if text.startswith(upto):
+                found[messages[2]["role"]] = text[len(upto) :]
+        return found
+
     def own_only(
         self, text: str, messages: Sequence[Message], generate: bool, controls: ControlTokens, tools: Sequence[Any] = ()
     ) -> bool:

@@ -75,6 +75,11 @@ class ControlTokens:
         """The control tokens in a text, in their order."""
         return self._pattern.findall(text)
 
+    def begins(self, text: str) -> str:
+        """The control token that stands first in a text, blanks before it left out, or ""."""
+        match = self._pattern.match(text.lstrip())
+        return match.group() if match else ""
+
     def count(self, ids: Iterable[int]) -> int:
         """How many of the ids are control tokens."""
         return sum(map(self.ids.__contains__, ids))

@@ -57,7 +57,8 @@ class ChatModel:
         """How conversations are written when the chat template is told `variables`."""
         family = self.checkpoint.family(bool(self.tokenizer.chat_template))
         thinking = recorded_thinking(self.checkpoint.folder) if self.thinking is None else self.thinking
-        return ChatFormat(self.tokenizer, family, self.allow_special_tokens, thinking, variables)
+        ends = self.checkpoint.end_tokens
+        return ChatFormat(self.tokenizer, family, self.allow_special_tokens, thinking, variables, ends)
 
     def weights(
         self, dtype: "torch.dtype", device: "torch.device | None" = None, attention: str | None = None
