@@ -40,6 +40,15 @@ GLM4 = (
     "[gMASK]<sop>{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant' }}{% endif %}"
 )
+# the same with tools, whose results have a token of their own; thoughts before the last question are dropped
+GLM45 = (
+    "{{ tools | tojson if tools }}{% set ns = namespace(last=-1) %}"
+    "{% for m in messages %}{% if m.role == 'user' %}{% set ns.last = loop.index0 %}{% endif %}{% endfor %}"
+    "{% for m in messages %}{{ '<|endoftext|>' if m.role == 'tool' else '<|im_start|>' + m.role + '\n' }}"
+    "{{ m.content if loop.index0 > ns.last else m.content.split('</think>')[-1] }}"
+    "{% for c in m.tool_calls or [] %}{{ c.function | tojson }}{% endfor %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
 # one call per message, as JSON; results come from ipython
 LLAMA31 = (
     "{% if tools %}{{ tools | tojson }}{% endif %}{% for m in messages %}{% if m.tool_calls %}"
@@ -161,11 +170,43 @@ def test_deepseek_r1_opens_the_thought_in_its_prompt(chats: Chats) -> None:
 
 
 def test_glm4_learns_to_end(chats: Chats) -> None:
-    """A template that writes nothing after the last answer: the end token is learned all the same."""
+    """A template that writes nothing after an answer: the next speaker's token is learned, after the last one eos."""
     (sample,) = chats(GLM4).conversation(ANSWERED)
     assert sample.ids[-1] == chats.tokenizer.eos_token_id
-    assert chats.told([sample])[0][1] == "\n点续借。\n每天0.1元<|im_end|>"
-    assert not chats(GLM4).conversation(ANSWERED, learned=(False, True, False, False))[0].learned[-1]
+    assert chats.told([sample])[0][1] == "\n点续借。<|im_start|>\n每天0.1元<|im_end|>"
+    (first,) = chats(GLM4).conversation(ANSWERED, learned=(False, True, False, False))
+    assert not first.learned[-1]
+    assert chats.told([first])[0][1] == "\n点续借。<|im_start|>"
+    held = [*ANSWERED[:3], {"role": "assistant", "content": "<|im_start|>"}]  # a text of a control token is a text
+    (named,) = chats(GLM4).conversation(held)
+    assert chats.told([named])[0][1] == "\n点续借。<|im_start|>\n<|im_start|><|im_end|>"
+    assert chats(GLM4).controls.count(i for i, flag in zip(named.ids, named.learned, strict=True) if flag) == 2
+
+
+def test_glm4_learns_to_end_its_calls(chats: Chats) -> None:
+    """After a call comes a tool; the same where earlier thoughts are dropped, which makes a sample per answer."""
+    call, end = '{"name": "get_weather", "arguments": {"city": "北京"}}', "<|im_end|>"
+    thinks = [
+        *CALLED["conversations"],
+        {"from": "human", "value": "谢谢"}, {"from": "gpt", "value": "<think>想</think>不谢"},
+    ]  # fmt: skip
+    thinks[3] = {"from": "gpt", "value": "<think>看</think>都晴。"}
+    for conversations, learned in (
+        (CALLED["conversations"], [f"{call}<|endoftext|>都晴。{end}"]),
+        (thinks, [f"{call}<|endoftext|>", "<think>看</think>都晴。<|im_start|>", f"<think>想</think>不谢{end}"]),
+    ):
+        found = shapes.convert(CALLED | {"conversations": conversations})[0]
+        told = chats.told(chats(GLM45).conversation(found.messages, found.tools, found.learned))
+        assert [text for _, text in told] == learned
+
+
+def test_blanks_after_an_answer_are_no_end(chats: Chats) -> None:
+    """A template that ends each answer with a line: the end token follows the answer itself."""
+    lines = "{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}"
+    (sample,) = chats(lines + "{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}").conversation(ANSWERED)
+    assert sample.ids[-1] == chats.tokenizer.eos_token_id
+    assert sample.learned[-2:] == [True, True]
+    assert chats.told([sample])[0][1] == " 点续借。 每天0.1元<|im_end|>"
 
 
 @pytest.mark.parametrize(

@@ -174,17 +174,17 @@ class ChatFormat:
         """
         text = self._text(asked, False, named)
         spans = self._answer_spans(asked, ends, text, named)
-        parts = [(asked, text, spans)] if spans is not None else [
-            (asked.upto(end), *self._last_answer(asked.upto(end), named)) for end in ends
+        parts = [(asked, text, spans, ends[-1])] if spans is not None else [
+            (asked.upto(end), *self._last_answer(asked.upto(end), named), end) for end in ends
         ]  # fmt: skip
         samples = []
-        for part, written, answers in parts:
+        for part, written, answers, end in parts:
             sample = self._encode_spans(written, answers, named)
             if not named and not self._own_only(written, part, False, sample.ids):
                 return None
-            if sample.learned[-1] and not self._jinja.ends_answers:
-                sample.ids.append(self.tokenizer.eos_token_id)
-                sample.learned.append(True)
+            if end == len(part.messages) and not self._jinja.ends_answers:
+                follower = asked.messages[end]["role"] if end < len(asked.messages) else ""
+                sample = ended(sample, self._followers.get(follower, self.tokenizer.eos_token_id))
             samples.append(sample)
         return samples
 
@@ -196,7 +196,10 @@ class ChatFormat:
             upto = text if end == len(asked.messages) else self._text(asked.upto(end), False, named)
             if not (upto.startswith(before) and text.startswith(upto)):
                 return None
-            spans.append((len(before), end_of_answer(upto)))
+            closed = end_of_answer(upto)
+            if not self._jinja.ends_answers:
+                closed = self.controls.end_of_first(text, closed, named)
+            spans.append((len(before), closed))
         return spans
 
     def _last_answer(self, asked: "Asked", named: bool) -> tuple[str, list[tuple[int, int]]]:
@@ -313,6 +316,12 @@ def overlapping(offsets: Sequence[tuple[int, int]], spans: Sequence[tuple[int, i
     first = np.searchsorted(ends, places[:, 0], side="right")  # the first span that ends after the token begins
     inside = first < len(ends)
     return (inside & (places[:, 1] > begins[np.minimum(first, len(ends) - 1)])).tolist()
+
+
+def ended(sample: Rendered, token: int) -> Rendered:
+    """The sample up to its last learned token, and then a learned `token`; one that learns nothing stays as it is."""
+    end = max((i for i, learned in enumerate(sample.learned) if learned), default=-1) + 1
+    return Rendered([*sample.ids[:end], token], [*sample.learned[:end], True]) if end else sample
 
 
 def end_of_answer(text: str) -> int:
