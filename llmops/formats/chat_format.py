@@ -17,6 +17,14 @@ from llmops.formats.control_tokens import ControlTokens
 from llmops.formats.families import OWN, Family, families, modes_text
 from llmops.formats.layouts import LAYOUTS, OWN_TOKENS, Piece
 
+THINKING = ("enable_thinking", "thinking")  # Qwen3 and most others; DeepSeek-V3.1, Granite
+OPENED, CLOSED = "<think>", "</think>"
+
+NOT_TO_THINK = (
+    "an answer thinks (<think>) and --enable_thinking false asks for answers that do not; leave it out, or take the "
+    "thinking out of the data"
+)
+
 
 @dataclass
 class Rendered:
@@ -64,7 +72,8 @@ class ChatFormat:
         self.name = family.name if family.name != OWN else "the checkpoint's own chat template"
         if self.layout is None and not tokenizer.chat_template:
             raise UserError(f"the checkpoint has no chat template; pass --mode with its format, one of {modes_text()}")
-        variables = ({} if thinking is None else {"enable_thinking": thinking}) | dict(variables or {})
+        self.thinking = thinking
+        variables = ({} if thinking is None else dict.fromkeys(THINKING, thinking)) | dict(variables or {})
         self.template: ChatTemplate | None = (
             None if self.layout else ChatTemplate(tokenizer, self._template_name(), variables)
         )
@@ -89,6 +98,11 @@ class ChatFormat:
         and what ends an answer as this format writes it."""
         named = {self.tokenizer.eos_token_id, *map(self._special_id, self.family.stop), *self.ends}
         return sorted(named | self._written_ends | {*self._followers.values()})
+
+    @property
+    def knows_thinking(self) -> bool:
+        """Whether the template can be told to think or not to."""
+        return self.template is not None and self.template.names_any(THINKING)
 
     @cached_property
     def _followers(self) -> dict[str, int]:
@@ -197,6 +211,7 @@ class ChatFormat:
             if not (upto.startswith(before) and text.startswith(upto)):
                 return None
             closed = end_of_answer(upto)
+            self._check_thought(asked.messages[end - 1]["content"], upto[len(before) :])
             if not self._jinja.ends_answers:
                 closed = self.controls.end_of_first(text, closed, named)
             spans.append((len(before), closed))
@@ -207,7 +222,23 @@ class ChatFormat:
         before, text = self._text(asked.upto(-1), True, named), self._text(asked, False, named)
         if not text.startswith(before):
             text = self._thought_answer(asked, before, text, named)
+        self._check_thought(asked.messages[-1]["content"], text[len(before) :])
         return text, [(len(before), end_of_answer(text))]
+
+    def _check_thought(self, answer: str, written: str) -> None:
+        """Raise UserError where an answer's thought is not in what is written of it, which would not learn it."""
+        thought, closed, _ = answer.partition(CLOSED)
+        if not closed or "".join(thought.rpartition(OPENED)[2].split()) in "".join(written.split()):
+            return
+        if self.thinking is False:
+            raise UserError(NOT_TO_THINK)
+        cure = "take the thinking out of the data"
+        if self.knows_thinking and self.thinking is None:
+            cure = "pass --enable_thinking true, or take the thinking out of the data"
+        name = self._template_name()
+        raise UserError(
+            f"an answer thinks (<think>) and {name} leaves the thought out, so it would not be learned; {cure}"
+        )
 
     def _thought_answer(self, asked: "Asked", before: str, text: str, named: bool) -> str:
         """The text that ends with an answer, where the generation prompt opens or closes the thinking by itself.
@@ -216,19 +247,18 @@ class ChatFormat:
         what the model would have to write after its prompt. Raises UserError where that cannot be told.
         """
         same = next((i for i, (a, b) in enumerate(zip(before, text, strict=False)) if a != b), len(text))
-        tail = before[same:].strip()
         answer = asked.messages[-1]["content"].lstrip()
-        if tail == "<think>" and "tool_calls" not in asked.messages[-1]:
+        tag, prompt = self.controls.name(OPENED) if named else OPENED, before.rstrip()
+        # the answer's own first characters may be the tag's
+        opens = prompt.endswith(tag) and same >= len(prompt) - len(tag)
+        if opens and "tool_calls" not in asked.messages[-1]:
             mark = "\ue0f0answer\ue0f1"  # a text that holds no thinking
             marked = Asked([*asked.messages[:-1], {"role": "assistant", "content": mark}], asked.tools)
-            rest = answer.removeprefix("<think>") if "</think>" in answer else f"\n</think>\n\n{answer}"
+            rest = answer.removeprefix(OPENED) if CLOSED in answer else f"\n{CLOSED}\n\n{answer}"
             ending = self._text(marked, False, named).rpartition(mark)[2]
             return before + (rest.lstrip("\n") if before.endswith("\n") else rest) + ending
-        if "</think>" in tail and "</think>" in answer:
-            raise UserError(
-                "an answer thinks (<think>) and --enable_thinking false asks for answers that do not; leave it out, "
-                "or take the thinking out of the data"
-            )
+        if CLOSED in before[same:] and CLOSED in answer:
+            raise UserError(NOT_TO_THINK)
         raise UserError(
             "the checkpoint's chat template writes an answer differently from its own generation prompt, so its "
             f"tokens cannot be found; pass --mode with one of {modes_text()}"

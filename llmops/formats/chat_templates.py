@@ -1,6 +1,6 @@
 """A tokenizer's chat template at work: conversations as text, in which the template's control tokens can be told."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -40,7 +40,7 @@ class ChatTemplate:
     """Renders conversations for one tokenizer by its chat template, within the limits of `template_limits`.
 
     A tokenizer class of a checkpoint's own that renders in its own way, without Jinja, is trusted code and does so.
-    `variables` are handed to the template beside what every template gets (`enable_thinking`).
+    `variables` are handed to the template beside what every template gets (`enable_thinking`, `thinking`).
     """
 
     def __init__(self, tokenizer: Any, name: str, variables: Mapping[str, Any] | None = None) -> None:
@@ -60,6 +60,10 @@ class ChatTemplate:
                 raise UserError(f"{name} cannot be chosen: {str(error).splitlines()[0]}") from error
             self._limited = LimitedTemplate(source, name)
         self._special = dict(tokenizer.special_tokens_map)
+
+    def names_any(self, variables: Iterable[str]) -> bool:
+        """Whether the template names one of these variables; a tokenizer that renders in its own way may."""
+        return self._limited is None or not self._limited.names.isdisjoint(variables)
 
     def start(self, messages: Sequence[Message]) -> None:
         """Begin the time that a conversation may take, however often it is rendered."""
