@@ -192,7 +192,12 @@ def test_formats_without_tools_refuse(checkpoints: dict[str, Path]) -> None:
         ({"messages": [ASKED, SAID], "tools": "{\"name\": \"x\"}"}, "'tools' is a JSON dict, expected a list"),
         ({"messages": [ASKED, SAID], "tools": ["x"]}, "tool 1 is 'x', expected a function with 'name'"),
         ({"messages": [ASKED, SAID | {"loss": 1}]}, "message 2: 'loss' is 1, expected true or false"),
-        ({"messages": [ASKED, SAID | {"loss": False}]}, "'loss' is false for every answer"),
+        ({"messages": [ASKED, SAID | {"loss": False}]}, "'loss' is false or 'weight' 0 for every"),
+        ({"messages": [ASKED, SAID | {"weight": 0}]}, "'loss' is false or 'weight' 0 for every answer"),
+        ({"messages": [ASKED, SAID | {"weight": 0.5}]}, "message 2: 'weight' is 0.5, expected 0 or 1"),
+        ({"messages": [ASKED, SAID | {"weight": True}]}, "message 2: 'weight' is true, expected 0 or 1"),
+        ({"messages": [ASKED, SAID | {"weight": [1]}]}, "message 2: 'weight' is [1], expected 0 or 1"),
+        ({"messages": [ASKED | {"weight": 1}, SAID]}, "message 1: 'weight' is 1; only an assistant's message can be"),
         ({"system": "s", "messages": [{"role": "system", "content": "t"}, ASKED, SAID]}, "two system messages"),
     ],
 )  # fmt: skip
@@ -203,9 +208,16 @@ def test_a_broken_row_says_what_was_found(row: Row, phrase: str) -> None:
 
 
 def test_what_is_learned(chat: ChatFormat) -> None:
-    """`loss` on a message, the completion alone, and the answers after the last question."""
+    """`loss` or `weight` on a message, the completion alone, and the answers after the last question."""
     quiet = [m | {"loss": i != 2} if m["role"] == "assistant" else m for i, m in enumerate(MESSAGES)]
-    for row in ({"messages": quiet}, {"prompt": MESSAGES[:4], "completion": MESSAGES[4:]}):
+    light = [m | {"weight": int(i != 2)} if m["role"] == "assistant" else m for i, m in enumerate(MESSAGES)]
+    weights = [m | {"weight": (None, None, 0.0, 0, 1.0)[i]} for i, m in enumerate(MESSAGES)]  # as a table has them
+    for row in (
+        {"messages": quiet},
+        {"messages": light},
+        {"messages": weights},
+        {"prompt": MESSAGES[:4], "completion": MESSAGES[4:]},
+    ):
         (sample,) = rendered(chat, row)
         assert learned_text(chat, sample) == f"{A2}<|im_end|>"
         assert sample.ids == chat.conversation(MESSAGES)[0].ids

@@ -92,7 +92,7 @@ def assemble(turns: Sequence[Turn], tools: list[dict[str, Any]]) -> Conversation
     check_order(joined)
     learned = tuple(turn.role == "assistant" and turn.learned for turn in joined)
     if not any(learned):
-        raise BadRow("'loss' is false for every answer, so nothing of it is learned; take the row out")
+        raise BadRow("'loss' is false or 'weight' 0 for every answer, so nothing of it is learned; take the row out")
     return Conversation(messages_of(joined), tools, learned)
 
 
