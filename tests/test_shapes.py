@@ -138,6 +138,23 @@ def test_one_conversation_with_tools_in_every_shape(tool_chat: ChatFormat) -> No
     assert "当前天气" in tool_chat.tokenizer.decode(found["ShareGPT"][0].ids)
 
 
+def test_results_in_another_order_belong_to_their_calls() -> None:
+    """A result gets the name of the call whose id it has, else the id of the call whose name it has, else the first."""
+    calls = [{"id": i, "function": {"name": name, "arguments": {}}} for i, name in (("1", "a"), ("2", "b"), ("3", "c"))]
+
+    def told(*results: Row) -> list[tuple[str, str]]:
+        turns = [{"role": "tool", "content": "x"} | result for result in results]
+        row = {"messages": [ASKED, {"role": "assistant", "tool_calls": calls}, *turns, SAID]}
+        messages = shapes.convert(row)[0].messages
+        return [(m["name"], m["tool_call_id"]) for m in messages if m["role"] == "tool"]
+
+    a, b, c = ("a", "1"), ("b", "2"), ("c", "3")
+    assert told({"tool_call_id": "3"}, {"tool_call_id": "1"}, {"tool_call_id": "2"}) == [c, a, b]
+    assert told({"tool_call_id": "2"}, {}, {}) == [b, a, c]
+    assert told({"name": "c"}, {"name": "a"}, {}) == [c, a, b]
+    assert told({}, {}, {}) == [a, b, c]
+
+
 def test_control_tokens_in_tools_are_text(tool_chat: ChatFormat) -> None:
     """What a call, a result or a description holds becomes no control token."""
 
