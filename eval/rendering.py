@@ -84,9 +84,10 @@ class Renderer:
         return self.known[answer]
 
     def _stop_ids(self) -> set[int]:
-        """What ends an answer: what the chat format says and what ends a rendered one; in plain text, its line."""
+        """What ends an answer: what the chat format says; in plain text, its line."""
         if self.chat:
-            found = {*self.chat.stop_ids(), self._chat_answer("。")[-1]}
+            self._chat_answer("。")  # a format that writes none is told before anything is asked
+            found = {*self.chat.stop_ids()}
         else:
             line_ends = {ids[0] for ids in map(self._bare, ("\n", "\n\n")) if len(ids) == 1}
             found = {self.tokenizer.eos_token_id} | line_ends

@@ -207,9 +207,9 @@ def predict(
 
     chat, length = model.chat, model.checkpoint.length
     prompts = [chat.prompt(query.prompt) for query in queries]
-    variants = {query.variant: query.prompt for query in queries}
-    tokens = {v: candidate_tokens(chat, prompt, catalog.answers(v)) for v, prompt in variants.items()}
     if config.constrain:
+        variants = {query.variant: query.prompt for query in queries}
+        tokens = {v: candidate_tokens(chat, prompt, catalog.answers(v)) for v, prompt in variants.items()}
         trees = {v: Tree(found) for v, found in tokens.items()}
         check_length(prompts, queries, max(len(ids) for found in tokens.values() for ids in found), length)
         answers = {v: catalog.answers(v) for v in variants}
@@ -221,8 +221,7 @@ def predict(
         return
     limit = config.max_new_tokens or chat.family.generation["max_new_tokens"]
     check_length(prompts, queries, limit, length)
-    stop_ids = {ids[-1] for found in tokens.values() for ids in found} | set(chat.stop_ids())
-    for i, answer in generator.generate(prompts, limit, sorted(stop_ids)):
+    for i, answer in generator.generate(prompts, limit, chat.stop_ids()):
         text = chat.tokenizer.decode(answer.ids, skip_special_tokens=True).strip()
         known = text in catalog.answers(queries[i].variant)
         yield i, prediction(catalog, (text, answer.probability), None, known) | {"constrained": False}

@@ -1,6 +1,7 @@
 """Rendering: learned tokens are exactly the answers and their end tokens; formats equal the published ones."""
 
 import json
+import shutil
 from itertools import chain, pairwise
 from pathlib import Path
 
@@ -13,6 +14,8 @@ from llmops.console import UserError
 from llmops.formats.chat_format import ChatFormat, Rendered
 from llmops.formats.families import TEMPLATES, choose_family, families, read_families
 from llmops.models import tiny
+from llmops.models.chat_model import ChatModel
+from llmops.models.checkpoints import Checkpoint
 
 MULTI = [
     {"role": "system", "content": "请简短回答。"},
@@ -195,6 +198,41 @@ def test_where_answers_stop(sentencepiece_model: Path) -> None:
     for mode, ids in expected.items():
         tokenizer = SentencePieceTokenizer(sentencepiece_model, VENDOR_IDS[mode])
         assert ChatFormat(tokenizer, families()[mode]).stop_ids() == ids
+
+
+GEMMA = (
+    "{% for m in messages %}{{ '<start_of_turn>' + m.role + '\\n' + m.content + '<end_of_turn>\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<start_of_turn>assistant\\n' }}{% endif %}"
+)
+GLM4 = (
+    "{% for m in messages %}{{ '<|' + m.role + '|>\\n' + m.content }}"
+    "{% for c in m.tool_calls or [] %}{{ c.function.name + '\\n' + (c.function.arguments | tojson) }}{% endfor %}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("template", "names", "ends"),
+    [(GEMMA, ["<start_of_turn>", "<end_of_turn>"], ["<end_of_turn>"]),
+     (GLM4, ["<|user|>", "<|assistant|>", "<|tool|>"], ["<|user|>", "<|tool|>"])],
+)  # fmt: skip
+def test_where_a_templates_answers_stop(
+    checkpoints: dict[str, Path], tmp_path: Path, template: str, names: list[str], ends: list[str]
+) -> None:
+    """At the end token, at what ends a rendered answer or follows it, and where generation_config.json says."""
+    folder = tmp_path / "model"
+    shutil.copytree(checkpoints["llama"], folder)
+    tokenizer = bpe_tokenizer(folder, {"eos_token": "<|im_end|>", "additional_special_tokens": names})
+    tokenizer.chat_template = template
+    tokenizer.save_pretrained(folder)
+    eos, first = tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|im_start|>")
+    own = {eos, *tokenizer.convert_tokens_to_ids(ends)}
+    for named, more in (([eos, first, 10**6], {first}), (first, {first}), (None, set())):
+        (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": named}), encoding="utf-8")
+        assert ChatModel(Checkpoint(folder)).chat.stop_ids() == sorted(own | more)
+    (folder / "generation_config.json").write_text('{"eos_token_id": ["</s>"]}', encoding="utf-8")
+    with pytest.raises(UserError, match=r"generation_config.json: eos_token_id is .*, expected the ids of"):
+        _ = ChatModel(Checkpoint(folder)).chat
 
 
 def test_a_system_text_by_id(sentencepiece_model: Path) -> None:

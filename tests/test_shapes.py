@@ -138,6 +138,23 @@ def test_one_conversation_with_tools_in_every_shape(tool_chat: ChatFormat) -> No
     assert "当前天气" in tool_chat.tokenizer.decode(found["ShareGPT"][0].ids)
 
 
+def test_results_in_another_order_belong_to_their_calls() -> None:
+    """A result gets the name of the call whose id it has, else the id of the call whose name it has, else the first."""
+    calls = [{"id": i, "function": {"name": name, "arguments": {}}} for i, name in (("1", "a"), ("2", "b"), ("3", "c"))]
+
+    def told(*results: Row) -> list[tuple[str, str]]:
+        turns = [{"role": "tool", "content": "x"} | result for result in results]
+        row = {"messages": [ASKED, {"role": "assistant", "tool_calls": calls}, *turns, SAID]}
+        messages = shapes.convert(row)[0].messages
+        return [(m["name"], m["tool_call_id"]) for m in messages if m["role"] == "tool"]
+
+    a, b, c = ("a", "1"), ("b", "2"), ("c", "3")
+    assert told({"tool_call_id": "3"}, {"tool_call_id": "1"}, {"tool_call_id": "2"}) == [c, a, b]
+    assert told({"tool_call_id": "2"}, {}, {}) == [b, a, c]
+    assert told({"name": "c"}, {"name": "a"}, {}) == [c, a, b]
+    assert told({}, {}, {}) == [a, b, c]
+
+
 def test_control_tokens_in_tools_are_text(tool_chat: ChatFormat) -> None:
     """What a call, a result or a description holds becomes no control token."""
 
@@ -192,7 +209,12 @@ def test_formats_without_tools_refuse(checkpoints: dict[str, Path]) -> None:
         ({"messages": [ASKED, SAID], "tools": "{\"name\": \"x\"}"}, "'tools' is a JSON dict, expected a list"),
         ({"messages": [ASKED, SAID], "tools": ["x"]}, "tool 1 is 'x', expected a function with 'name'"),
         ({"messages": [ASKED, SAID | {"loss": 1}]}, "message 2: 'loss' is 1, expected true or false"),
-        ({"messages": [ASKED, SAID | {"loss": False}]}, "'loss' is false for every answer"),
+        ({"messages": [ASKED, SAID | {"loss": False}]}, "'loss' is false or 'weight' 0 for every"),
+        ({"messages": [ASKED, SAID | {"weight": 0}]}, "'loss' is false or 'weight' 0 for every answer"),
+        ({"messages": [ASKED, SAID | {"weight": 0.5}]}, "message 2: 'weight' is 0.5, expected 0 or 1"),
+        ({"messages": [ASKED, SAID | {"weight": True}]}, "message 2: 'weight' is true, expected 0 or 1"),
+        ({"messages": [ASKED, SAID | {"weight": [1]}]}, "message 2: 'weight' is [1], expected 0 or 1"),
+        ({"messages": [ASKED | {"weight": 1}, SAID]}, "message 1: 'weight' is 1; only an assistant's message can be"),
         ({"system": "s", "messages": [{"role": "system", "content": "t"}, ASKED, SAID]}, "two system messages"),
     ],
 )  # fmt: skip
@@ -203,9 +225,16 @@ def test_a_broken_row_says_what_was_found(row: Row, phrase: str) -> None:
 
 
 def test_what_is_learned(chat: ChatFormat) -> None:
-    """`loss` on a message, the completion alone, and the answers after the last question."""
+    """`loss` or `weight` on a message, the completion alone, and the answers after the last question."""
     quiet = [m | {"loss": i != 2} if m["role"] == "assistant" else m for i, m in enumerate(MESSAGES)]
-    for row in ({"messages": quiet}, {"prompt": MESSAGES[:4], "completion": MESSAGES[4:]}):
+    light = [m | {"weight": int(i != 2)} if m["role"] == "assistant" else m for i, m in enumerate(MESSAGES)]
+    weights = [m | {"weight": (None, None, 0.0, 0, 1.0)[i]} for i, m in enumerate(MESSAGES)]  # as a table has them
+    for row in (
+        {"messages": quiet},
+        {"messages": light},
+        {"messages": weights},
+        {"prompt": MESSAGES[:4], "completion": MESSAGES[4:]},
+    ):
         (sample,) = rendered(chat, row)
         assert learned_text(chat, sample) == f"{A2}<|im_end|>"
         assert sample.ids == chat.conversation(MESSAGES)[0].ids

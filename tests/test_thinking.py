@@ -35,10 +35,27 @@ DEEPSEEK_R1 = (
     "{% else %}{{ '<|im_start|>user' + m.content }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant<think>\n' }}{% endif %}"
 )
+# the choice has another name; an answer is written after the closed tag, without its thought
+DEEPSEEK_V31 = (
+    "{% if not thinking is defined %}{% set thinking = false %}{% endif %}"
+    "{% for m in messages %}{% if m.role == 'assistant' %}"
+    "{{ '<|im_start|>assistant</think>' + m.content.split('</think>', 1)[-1] + eos_token }}"
+    "{% else %}{{ '<|im_start|>user' + m.content }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant' + ('<think>' if thinking else '</think>') }}{% endif %}"
+)
 # nothing ends an answer but the next speaker
 GLM4 = (
     "[gMASK]<sop>{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant' }}{% endif %}"
+)
+# the same with tools, whose results have a token of their own; thoughts before the last question are dropped
+GLM45 = (
+    "{{ tools | tojson if tools }}{% set ns = namespace(last=-1) %}"
+    "{% for m in messages %}{% if m.role == 'user' %}{% set ns.last = loop.index0 %}{% endif %}{% endfor %}"
+    "{% for m in messages %}{{ '<|endoftext|>' if m.role == 'tool' else '<|im_start|>' + m.role + '\n' }}"
+    "{{ m.content if loop.index0 > ns.last else m.content.split('</think>')[-1] }}"
+    "{% for c in m.tool_calls or [] %}{{ c.function | tojson }}{% endfor %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 # one call per message, as JSON; results come from ipython
 LLAMA31 = (
@@ -160,12 +177,90 @@ def test_deepseek_r1_opens_the_thought_in_its_prompt(chats: Chats) -> None:
     assert chat.controls.count(sample.ids) == chat.controls.count(chat.conversation(ANSWERED)[1].ids)
 
 
+def test_an_answer_of_markup_is_no_tag(chats: Chats) -> None:
+    """An answer that begins with the prompt's own `<` is learned as a whole."""
+    for answer, learned in (
+        ("<div>好</div>", "</think>\n\n<div>好</div>"),
+        ("<think>\n想\n</think>\n\n<th>", "想\n</think>\n\n<th>"),
+        ("<think>\n想\n</think><thinker/>", "想\n</think><thinker/>"),
+    ):
+        (sample,) = chats(DEEPSEEK_R1).conversation([THOUGHT[0], {"role": "assistant", "content": answer}])
+        assert chats.told([sample]) == [(chats.told([sample])[0][0], learned + "<|im_end|>")]
+
+
+def test_deepseek_v31_thinks_when_it_is_told(chats: Chats) -> None:
+    """Its template calls the choice `thinking`; a thought that would be lost is an error that says so."""
+    first, second = chats.told(chats(DEEPSEEK_V31, thinking=True).conversation(THOUGHT))
+    assert first[1] == "\n先想\n</think>\n\n点续借。<|im_end|>"
+    assert second[1] == "\n再想\n</think>\n\n每天0.1元<|im_end|>"
+    assert second[0].endswith("assistant<think>")
+    for thinking in (None, False):
+        (sample,) = chats.told(chats(DEEPSEEK_V31, thinking=thinking).conversation(ANSWERED))
+        assert sample[1] == "点续借。<|im_end|>每天0.1元<|im_end|>"
+    with pytest.raises(
+        UserError, match="leaves the thought out, so it would not be learned; pass --enable_thinking tr"
+    ):
+        chats(DEEPSEEK_V31).conversation(THOUGHT)
+    with pytest.raises(UserError, match="--enable_thinking false asks for answers that do not"):
+        chats(DEEPSEEK_V31, thinking=False).conversation(THOUGHT)
+    forgets = DEEPSEEK_V31.replace("thinking", "reasons")
+    with pytest.raises(UserError, match="so it would not be learned; take the thinking out of the data"):
+        chats(forgets).conversation(THOUGHT)
+
+
+def test_a_choice_that_no_template_has_is_refused(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    """--enable_thinking needs a template that names it; a text or an attribute of that name is none."""
+    folder = tmp_path / "model"
+    shutil.copytree(checkpoints["llama"], folder)
+    with pytest.raises(
+        UserError, match="--enable_thinking would change nothing: the checkpoint's own chat template na"
+    ):
+        _ = ChatModel(Checkpoint(folder), thinking=True).chat
+    for template, known in (
+        (QWEN3, True), (DEEPSEEK_V31, True), ("{{ 'thinking' + messages[0].thinking + messages[0].content }}", False)
+    ):  # fmt: skip
+        (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
+        assert ChatModel(Checkpoint(folder)).chat.knows_thinking == known
+
+
 def test_glm4_learns_to_end(chats: Chats) -> None:
-    """A template that writes nothing after the last answer: the end token is learned all the same."""
+    """A template that writes nothing after an answer: the next speaker's token is learned, after the last one eos."""
     (sample,) = chats(GLM4).conversation(ANSWERED)
     assert sample.ids[-1] == chats.tokenizer.eos_token_id
-    assert chats.told([sample])[0][1] == "\n点续借。\n每天0.1元<|im_end|>"
-    assert not chats(GLM4).conversation(ANSWERED, learned=(False, True, False, False))[0].learned[-1]
+    assert chats.told([sample])[0][1] == "\n点续借。<|im_start|>\n每天0.1元<|im_end|>"
+    (first,) = chats(GLM4).conversation(ANSWERED, learned=(False, True, False, False))
+    assert not first.learned[-1]
+    assert chats.told([first])[0][1] == "\n点续借。<|im_start|>"
+    held = [*ANSWERED[:3], {"role": "assistant", "content": "<|im_start|>"}]  # a text of a control token is a text
+    (named,) = chats(GLM4).conversation(held)
+    assert chats.told([named])[0][1] == "\n点续借。<|im_start|>\n<|im_start|><|im_end|>"
+    assert chats(GLM4).controls.count(i for i, flag in zip(named.ids, named.learned, strict=True) if flag) == 2
+
+
+def test_glm4_learns_to_end_its_calls(chats: Chats) -> None:
+    """After a call comes a tool; the same where earlier thoughts are dropped, which makes a sample per answer."""
+    call, end = '{"name": "get_weather", "arguments": {"city": "北京"}}', "<|im_end|>"
+    thinks = [
+        *CALLED["conversations"],
+        {"from": "human", "value": "谢谢"}, {"from": "gpt", "value": "<think>想</think>不谢"},
+    ]  # fmt: skip
+    thinks[3] = {"from": "gpt", "value": "<think>看</think>都晴。"}
+    for conversations, learned in (
+        (CALLED["conversations"], [f"{call}<|endoftext|>都晴。{end}"]),
+        (thinks, [f"{call}<|endoftext|>", "<think>看</think>都晴。<|im_start|>", f"<think>想</think>不谢{end}"]),
+    ):
+        found = shapes.convert(CALLED | {"conversations": conversations})[0]
+        told = chats.told(chats(GLM45).conversation(found.messages, found.tools, found.learned))
+        assert [text for _, text in told] == learned
+
+
+def test_blanks_after_an_answer_are_no_end(chats: Chats) -> None:
+    """A template that ends each answer with a line: the end token follows the answer itself."""
+    lines = "{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}"
+    (sample,) = chats(lines + "{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}").conversation(ANSWERED)
+    assert sample.ids[-1] == chats.tokenizer.eos_token_id
+    assert sample.learned[-2:] == [True, True]
+    assert chats.told([sample])[0][1] == " 点续借。 每天0.1元<|im_end|>"
 
 
 @pytest.mark.parametrize(

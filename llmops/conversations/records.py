@@ -92,7 +92,7 @@ def assemble(turns: Sequence[Turn], tools: list[dict[str, Any]]) -> Conversation
     check_order(joined)
     learned = tuple(turn.role == "assistant" and turn.learned for turn in joined)
     if not any(learned):
-        raise BadRow("'loss' is false for every answer, so nothing of it is learned; take the row out")
+        raise BadRow("'loss' is false or 'weight' 0 for every answer, so nothing of it is learned; take the row out")
     return Conversation(messages_of(joined), tools, learned)
 
 
@@ -157,12 +157,23 @@ def messages_of(turns: Sequence[Turn]) -> list[Message]:
             if waiting:
                 message["tool_calls"] = list(waiting)
         elif turn.role == "tool":
+            extra = dict(turn.extra)
             if waiting:
-                called = waiting.pop(0)
+                called = waiting.pop(answered(waiting, extra))
                 message |= {"name": called["function"]["name"], "tool_call_id": called["id"]}
-            message |= dict(turn.extra)
+            message |= extra
         messages.append(message)
     return messages
+
+
+def answered(waiting: Sequence[dict[str, Any]], extra: dict[str, str]) -> int:
+    """Which of the waiting calls a result is of: the one with its id, else the first of its name, else the first."""
+    ids = [call["id"] for call in waiting]
+    names = [call["function"]["name"] for call in waiting]
+    for known, wanted in ((ids, extra.get("tool_call_id")), (names, extra.get("name"))):
+        if wanted in known:
+            return known.index(wanted)
+    return 0
 
 
 def texts_in(messages: Sequence[Message], tools: Sequence[Any] = ()) -> Iterator[str]:

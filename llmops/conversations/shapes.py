@@ -84,7 +84,7 @@ def first_key(row: Row, keys: tuple[str, ...]) -> str:
 
 
 def from_messages(row: Row) -> Conversation:
-    """OpenAI's messages, and ms-swift's with the roles tool_call and tool_response and `loss` on a message."""
+    """OpenAI's messages, and ms-swift's with the roles tool_call and tool_response; `loss` or `weight` on a message."""
     return assemble([*system_turn(row), *role_turns(row, "messages")], tools_of(row))
 
 
@@ -211,12 +211,8 @@ def message_turn(label: str, message: Any) -> Turn:
 
 
 def spoken(label: str, role: Any, content: Any, source: dict[str, Any]) -> Turn:
-    """A turn of a role: reasoning put before its answer, calls parsed, `loss` read."""
-    learned = source.get("loss", True)
-    if not isinstance(learned, bool):
-        raise BadRow(f"{label}: 'loss' is {files.shown(learned)}, expected true or false")
-    if learned and "loss" in source and role not in ("assistant", "tool_call"):
-        raise BadRow(f"{label}: 'loss' is true; only an assistant's message can be learned")
+    """A turn of a role: reasoning put before its answer, calls parsed, `loss` and `weight` read."""
+    learned = is_learned(label, role, source)
     if role == "tool_call":
         return Turn(label, "assistant", "", calls_of(label, content), learned)
     if role == "tool":
@@ -230,6 +226,21 @@ def spoken(label: str, role: Any, content: Any, source: dict[str, Any]) -> Turn:
     if isinstance(thought, str) and thought.strip() and isinstance(content, str) and "</think>" not in content:
         content = f"<think>\n{thought.strip()}\n</think>\n\n{content}"
     return Turn(label, role, content, calls_of(label, calls) if calls else (), learned)
+
+
+def is_learned(label: str, role: Any, source: dict[str, Any]) -> bool:
+    """Whether a message may be learned, by `loss` (ms-swift's) and `weight` (OpenAI's: 0 or 1)."""
+    loss, weight = source.get("loss", True), source.get("weight")
+    if not isinstance(loss, bool):
+        raise BadRow(f"{label}: 'loss' is {files.shown(loss)}, expected true or false")
+    if weight is not None and (isinstance(weight, bool) or weight not in (0, 1)):
+        raise BadRow(f"{label}: 'weight' is {files.shown(weight)}, expected 0 or 1")
+    if role not in ("assistant", "tool_call"):
+        if loss and "loss" in source:
+            raise BadRow(f"{label}: 'loss' is true; only an assistant's message can be learned")
+        if weight:
+            raise BadRow(f"{label}: 'weight' is 1; only an assistant's message can be learned")
+    return loss and weight != 0
 
 
 def calls_of(label: str, value: Any) -> tuple[dict[str, Any], ...]:

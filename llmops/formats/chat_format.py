@@ -12,10 +12,18 @@ from typing import Any
 
 from llmops.console import UserError
 from llmops.conversations.records import Message
-from llmops.formats.chat_templates import ChatTemplate, no_tools, written_around
+from llmops.formats.chat_templates import PROBE, ChatTemplate, no_tools, written_around
 from llmops.formats.control_tokens import ControlTokens
 from llmops.formats.families import OWN, Family, families, modes_text
 from llmops.formats.layouts import LAYOUTS, OWN_TOKENS, Piece
+
+THINKING = ("enable_thinking", "thinking")  # Qwen3 and most others; DeepSeek-V3.1, Granite
+OPENED, CLOSED = "<think>", "</think>"
+
+NOT_TO_THINK = (
+    "an answer thinks (<think>) and --enable_thinking false asks for answers that do not; leave it out, or take the "
+    "thinking out of the data"
+)
 
 
 @dataclass
@@ -42,7 +50,7 @@ class ChatFormat:
     """Renders conversations for one tokenizer: by its own chat template, or by a family's entry.
 
     Control tokens come from the format alone: their texts in a message are encoded as text, unless
-    `allow_special_tokens` lets the tokenizer take them for what they look like.
+    `allow_special_tokens` lets the tokenizer take them for what they look like. `ends`: where the vendor ends answers.
     """
 
     def __init__(
@@ -52,8 +60,10 @@ class ChatFormat:
         allow_special_tokens: bool = False,
         thinking: bool | None = None,
         variables: Mapping[str, Any] | None = None,
+        ends: Sequence[int] = (),
     ) -> None:
         self.tokenizer = tokenizer
+        self.ends = tuple(ends)
         self.family = family = family or families()[OWN]
         self.allow_special_tokens = allow_special_tokens
         self.layout = LAYOUTS[family.layout] if family.layout else None
@@ -62,7 +72,8 @@ class ChatFormat:
         self.name = family.name if family.name != OWN else "the checkpoint's own chat template"
         if self.layout is None and not tokenizer.chat_template:
             raise UserError(f"the checkpoint has no chat template; pass --mode with its format, one of {modes_text()}")
-        variables = ({} if thinking is None else {"enable_thinking": thinking}) | dict(variables or {})
+        self.thinking = thinking
+        variables = ({} if thinking is None else dict.fromkeys(THINKING, thinking)) | dict(variables or {})
         self.template: ChatTemplate | None = (
             None if self.layout else ChatTemplate(tokenizer, self._template_name(), variables)
         )
@@ -83,8 +94,39 @@ class ChatFormat:
         return self.controls.encode_named(self._jinja.named(messages, True, self.controls, tools))[0]
 
     def stop_ids(self) -> list[int]:
-        """Tokens at which the assistant has finished: the end token and the family's own."""
-        return sorted({self.tokenizer.eos_token_id, *map(self._special_id, self.family.stop)})
+        """Tokens at which the assistant has finished, for every command: the end token, the family's own, the vendor's,
+        and what ends an answer as this format writes it."""
+        named = {self.tokenizer.eos_token_id, *map(self._special_id, self.family.stop), *self.ends}
+        return sorted(named | self._written_ends | {*self._followers.values()})
+
+    @property
+    def knows_thinking(self) -> bool:
+        """Whether the template can be told to think or not to."""
+        return self.template is not None and self.template.names_any(THINKING)
+
+    @cached_property
+    def _followers(self) -> dict[str, int]:
+        """The control token after an answer by who speaks next, in a template that ends no answer itself (GLM-4's)."""
+        after = self.template.after_answers() if self.template else {}
+        begun = {role: self.controls.begins(text) for role, text in after.items()}
+        return {role: self._special_id(token) for role, token in begun.items() if token}
+
+    @cached_property
+    def _written_ends(self) -> set[int]:
+        """What ends a rendered answer, where it is one token; none where the format wants other conversations."""
+        for question in (PROBE[1:2], PROBE[:2]):
+            try:
+                first, other = (self._learned_tokens([*question, probe_answer(text)]) for text in ("third probe", "x"))
+            except UserError:  # it takes none of these conversations: real ones will tell
+                continue
+            shared = next((n for n, (a, b) in enumerate(zip(first[::-1], other[::-1], strict=False)) if a != b), 0)
+            return {*first[-1:]} if shared == 1 or self.controls.count(first[-1:]) else set()
+        return set()
+
+    def _learned_tokens(self, messages: Sequence[Message]) -> list[int]:
+        """The learned tokens of the last answer."""
+        sample = self.conversation(messages)[-1]
+        return [i for i, learned in zip(sample.ids, sample.learned, strict=True) if learned]
 
     def conversation(
         self, messages: Sequence[Message], tools: Sequence[Any] = (), learned: Sequence[bool] | None = None
@@ -146,17 +188,17 @@ class ChatFormat:
         """
         text = self._text(asked, False, named)
         spans = self._answer_spans(asked, ends, text, named)
-        parts = [(asked, text, spans)] if spans is not None else [
-            (asked.upto(end), *self._last_answer(asked.upto(end), named)) for end in ends
+        parts = [(asked, text, spans, ends[-1])] if spans is not None else [
+            (asked.upto(end), *self._last_answer(asked.upto(end), named), end) for end in ends
         ]  # fmt: skip
         samples = []
-        for part, written, answers in parts:
+        for part, written, answers, end in parts:
             sample = self._encode_spans(written, answers, named)
             if not named and not self._own_only(written, part, False, sample.ids):
                 return None
-            if sample.learned[-1] and not self._jinja.ends_answers:
-                sample.ids.append(self.tokenizer.eos_token_id)
-                sample.learned.append(True)
+            if end == len(part.messages) and not self._jinja.ends_answers:
+                follower = asked.messages[end]["role"] if end < len(asked.messages) else ""
+                sample = ended(sample, self._followers.get(follower, self.tokenizer.eos_token_id))
             samples.append(sample)
         return samples
 
@@ -168,7 +210,11 @@ class ChatFormat:
             upto = text if end == len(asked.messages) else self._text(asked.upto(end), False, named)
             if not (upto.startswith(before) and text.startswith(upto)):
                 return None
-            spans.append((len(before), end_of_answer(upto)))
+            closed = end_of_answer(upto)
+            self._check_thought(asked.messages[end - 1]["content"], upto[len(before) :])
+            if not self._jinja.ends_answers:
+                closed = self.controls.end_of_first(text, closed, named)
+            spans.append((len(before), closed))
         return spans
 
     def _last_answer(self, asked: "Asked", named: bool) -> tuple[str, list[tuple[int, int]]]:
@@ -176,7 +222,23 @@ class ChatFormat:
         before, text = self._text(asked.upto(-1), True, named), self._text(asked, False, named)
         if not text.startswith(before):
             text = self._thought_answer(asked, before, text, named)
+        self._check_thought(asked.messages[-1]["content"], text[len(before) :])
         return text, [(len(before), end_of_answer(text))]
+
+    def _check_thought(self, answer: str, written: str) -> None:
+        """Raise UserError where an answer's thought is not in what is written of it, which would not learn it."""
+        thought, closed, _ = answer.partition(CLOSED)
+        if not closed or "".join(thought.rpartition(OPENED)[2].split()) in "".join(written.split()):
+            return
+        if self.thinking is False:
+            raise UserError(NOT_TO_THINK)
+        cure = "take the thinking out of the data"
+        if self.knows_thinking and self.thinking is None:
+            cure = "pass --enable_thinking true, or take the thinking out of the data"
+        name = self._template_name()
+        raise UserError(
+            f"an answer thinks (<think>) and {name} leaves the thought out, so it would not be learned; {cure}"
+        )
 
     def _thought_answer(self, asked: "Asked", before: str, text: str, named: bool) -> str:
         """The text that ends with an answer, where the generation prompt opens or closes the thinking by itself.
@@ -185,19 +247,18 @@ class ChatFormat:
         what the model would have to write after its prompt. Raises UserError where that cannot be told.
         """
         same = next((i for i, (a, b) in enumerate(zip(before, text, strict=False)) if a != b), len(text))
-        tail = before[same:].strip()
         answer = asked.messages[-1]["content"].lstrip()
-        if tail == "<think>" and "tool_calls" not in asked.messages[-1]:
+        tag, prompt = self.controls.name(OPENED) if named else OPENED, before.rstrip()
+        # the answer's own first characters may be the tag's
+        opens = prompt.endswith(tag) and same >= len(prompt) - len(tag)
+        if opens and "tool_calls" not in asked.messages[-1]:
             mark = "\ue0f0answer\ue0f1"  # a text that holds no thinking
             marked = Asked([*asked.messages[:-1], {"role": "assistant", "content": mark}], asked.tools)
-            rest = answer.removeprefix("<think>") if "</think>" in answer else f"\n</think>\n\n{answer}"
+            rest = answer.removeprefix(OPENED) if CLOSED in answer else f"\n{CLOSED}\n\n{answer}"
             ending = self._text(marked, False, named).rpartition(mark)[2]
             return before + (rest.lstrip("\n") if before.endswith("\n") else rest) + ending
-        if "</think>" in tail and "</think>" in answer:
-            raise UserError(
-                "an answer thinks (<think>) and --enable_thinking false asks for answers that do not; leave it out, "
-                "or take the thinking out of the data"
-            )
+        if CLOSED in before[same:] and CLOSED in answer:
+            raise UserError(NOT_TO_THINK)
         raise UserError(
             "the checkpoint's chat template writes an answer differently from its own generation prompt, so its "
             f"tokens cannot be found; pass --mode with one of {modes_text()}"
@@ -270,6 +331,11 @@ class ChatFormat:
         )
 
 
+def probe_answer(text: str) -> Message:
+    """An assistant's message."""
+    return {"role": "assistant", "content": text}
+
+
 def overlapping(offsets: Sequence[tuple[int, int]], spans: Sequence[tuple[int, int]]) -> list[bool]:
     """Whether each (start, end) overlaps one of the spans, which are in order and apart."""
     if not spans or not offsets:
@@ -280,6 +346,12 @@ def overlapping(offsets: Sequence[tuple[int, int]], spans: Sequence[tuple[int, i
     first = np.searchsorted(ends, places[:, 0], side="right")  # the first span that ends after the token begins
     inside = first < len(ends)
     return (inside & (places[:, 1] > begins[np.minimum(first, len(ends) - 1)])).tolist()
+
+
+def ended(sample: Rendered, token: int) -> Rendered:
+    """The sample up to its last learned token, and then a learned `token`; one that learns nothing stays as it is."""
+    end = max((i for i, learned in enumerate(sample.learned) if learned), default=-1) + 1
+    return Rendered([*sample.ids[:end], token], [*sample.learned[:end], True]) if end else sample
 
 
 def end_of_answer(text: str) -> int:

@@ -1,6 +1,6 @@
 """A tokenizer's chat template at work: conversations as text, in which the template's control tokens can be told."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -40,7 +40,7 @@ class ChatTemplate:
     """Renders conversations for one tokenizer by its chat template, within the limits of `template_limits`.
 
     A tokenizer class of a checkpoint's own that renders in its own way, without Jinja, is trusted code and does so.
-    `variables` are handed to the template beside what every template gets (`enable_thinking`).
+    `variables` are handed to the template beside what every template gets (`enable_thinking`, `thinking`).
     """
 
     def __init__(self, tokenizer: Any, name: str, variables: Mapping[str, Any] | None = None) -> None:
@@ -60,6 +60,10 @@ class ChatTemplate:
                 raise UserError(f"{name} cannot be chosen: {str(error).splitlines()[0]}") from error
             self._limited = LimitedTemplate(source, name)
         self._special = dict(tokenizer.special_tokens_map)
+
+    def names_any(self, variables: Iterable[str]) -> bool:
+        """Whether the template names one of these variables; a tokenizer that renders in its own way may."""
+        return self._limited is None or not self._limited.names.isdisjoint(variables)
 
     def start(self, messages: Sequence[Message]) -> None:
         """Begin the time that a conversation may take, however often it is rendered."""
@@ -127,6 +131,20 @@ class ChatTemplate:
             return True
         _, found, tail = text.rpartition("third probe")
         return bool(tail.strip()) or not found
+
+    def after_answers(self) -> dict[str, str]:
+        """What a template that ends no answer itself writes after one, by the role of who speaks next."""
+        found: dict[str, str] = {}
+        if self.ends_answers:
+            return found
+        for messages, tools in ((PROBE[1:], []), (TOOLS_PROBE[:3], TOOL_PROBE)):
+            try:
+                upto, text = (self.text(messages[:end], False, tools).rstrip() for end in (2, 3))
+            except UserError:  # it takes no such conversation
+                continue
+            if text.startswith(upto):
+                found[messages[2]["role"]] = text[len(upto) :]
+        return found
 
     def own_only(
         self, text: str, messages: Sequence[Message], generate: bool, controls: ControlTokens, tools: Sequence[Any] = ()

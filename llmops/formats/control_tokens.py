@@ -75,6 +75,17 @@ class ControlTokens:
         """The control tokens in a text, in their order."""
         return self._pattern.findall(text)
 
+    def begins(self, text: str) -> str:
+        """The control token that stands first in a text, blanks before it left out, or ""."""
+        match = self._pattern.match(text.lstrip())
+        return match.group() if match else ""
+
+    def end_of_first(self, text: str, start: int, named: bool) -> int:
+        """Where the control token (or its name) ends that follows `start` after blanks at most; else `start`."""
+        blanks = len(text) - start - len(text[start:].lstrip()) if text[start : start + 1].isspace() else 0
+        match = (self._named if named else self._pattern).match(text, start + blanks)
+        return match.end() if match else start
+
     def count(self, ids: Iterable[int]) -> int:
         """How many of the ids are control tokens."""
         return sum(map(self.ids.__contains__, ids))

@@ -365,7 +365,9 @@ class LimitedTemplate:
         if len(source) > SOURCE:
             raise UserError(f"{name} has {len(source):,} characters, expected at most {SOURCE:,}")
         try:
-            self._template = LimitedEnvironment(self.limits).from_string(source)
+            environment = LimitedEnvironment(self.limits)
+            self._template = environment.from_string(source)
+            self.names = {node.name for node in environment.parse(source).find_all(nodes.Name)}
         except ERRORS as error:
             raise UserError(f"{name} is no Jinja template that can be used: {said(error)}") from error
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from llmops import files
 from llmops.console import UserError, log
-from llmops.formats.chat_format import ChatFormat
+from llmops.formats.chat_format import THINKING, ChatFormat
 from llmops.loading import loading
 from llmops.machine import cpu_kernels
 from llmops.models.checkpoints import COPY, Checkpoint, check_files, recorded_thinking
@@ -33,7 +33,8 @@ class ChatModel:
 
     Each part is read when it is first asked for, the tokenizer long before the weights, and what is wrong with its
     files is a UserError. `allow_special_tokens`: the text of a control token in a message becomes that token.
-    `thinking`: what the template gets as `enable_thinking`; None: what the run that trained the model told it.
+    `thinking`: what the template gets as `enable_thinking` and `thinking`; None: what the run that trained the model
+    told it.
     """
 
     def __init__(
@@ -57,7 +58,14 @@ class ChatModel:
         """How conversations are written when the chat template is told `variables`."""
         family = self.checkpoint.family(bool(self.tokenizer.chat_template))
         thinking = recorded_thinking(self.checkpoint.trained) if self.thinking is None else self.thinking
-        return ChatFormat(self.tokenizer, family, self.allow_special_tokens, thinking, variables)
+        ends = self.checkpoint.end_tokens
+        chat = ChatFormat(self.tokenizer, family, self.allow_special_tokens, thinking, variables, ends)
+        if self.thinking is not None and not chat.knows_thinking:
+            raise UserError(
+                f"--enable_thinking would change nothing: {chat.name} names no variable {' or '.join(THINKING)}; "
+                "leave it out"
+            )
+        return chat
 
     def weights(
         self, dtype: "torch.dtype", device: "torch.device | None" = None, attention: str | None = None

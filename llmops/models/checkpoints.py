@@ -12,6 +12,7 @@ from llmops.console import UserError
 from llmops.formats.families import OWN, Family, choose_family, families
 
 COPY = "copy the checkpoint again"
+GENERATION = "generation_config.json"
 RUN_SETTINGS = "finetune_config.json"  # of the run that trained a model, in its folder
 JOB_RUN = "run"  # where the run is, in a folder that a job made a whole model of (job/publish.py)
 SIZES = ("hidden_size", "num_hidden_layers", "num_layers", "num_attention_heads", "vocab_size")
@@ -92,6 +93,18 @@ class Checkpoint:
         """How many tokens the model has embeddings for, by its config.json; None when that does not say."""
         known = self.config.get("padded_vocab_size") or self.config.get("vocab_size")
         return known if isinstance(known, int) else None
+
+    @property
+    def end_tokens(self) -> list[int]:
+        """Where the vendor ends an answer, by generation_config.json; without ids that the model does not have."""
+        path = self.base.folder / GENERATION
+        if not files.is_file(path):
+            return []
+        named = files.read_object(path, "the checkpoint's file", COPY).get("eos_token_id")
+        ids = named if isinstance(named, list) else [] if named is None else [named]
+        if not all(type(i) is int for i in ids):
+            raise UserError(f"{path}: eos_token_id is {files.shown(named)}, expected the ids of tokens; {COPY}")
+        return [i for i in ids if i >= 0 and (self.vocabulary is None or i < self.vocabulary)]
 
     def check_trust(self) -> None:
         """Code that a checkpoint ships runs only when the user says so."""

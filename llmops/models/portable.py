@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from llmops import files
+from llmops.models.checkpoints import GENERATION
 
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt",
@@ -21,7 +22,6 @@ TOKENIZER_FILES = (
 COMPANIONS = ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
 CODE = ("*.py",)
 CONFIG = "config.json"
-GENERATION = "generation_config.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"
 TEMPLATE = "chat_template.jinja"
 NEW_CLASS, OLD_CLASS = "TokenizersBackend", "PreTrainedTokenizerFast"  # one class under two names
