@@ -40,7 +40,7 @@ class Example:
 
     @property
     def held(self) -> str:
-        """What is held out as one: its question with any list; the whole prompt where a row does not name its question."""
+        """What is held out as one: its question with any list; a whole prompt where the row does not name its question."""
         if self.messages and self.question == self.messages[-2]["content"]:
             return self.asked
         return self.question

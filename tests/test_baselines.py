@@ -171,6 +171,21 @@ def test_a_classifier_tells_the_best_intent_beside_none_of_them() -> None:
     assert coverage.best_intent(intent, "不符合") == 0.7
 
 
+def test_questions_that_no_intent_fits_are_learned_with_lists_of_their_own() -> None:
+    """As faq/prepare --candidates K writes them: every row has a variant; 不符合 by its list alone is not learned."""
+    lists = [["退款", "物流"], ["物流", "发票"], ["退款", "发票"]]
+    train = [Asked(q, i, next(k for k, own in enumerate(lists) if i in own), 1) for q, i in questions()[:60]]
+    outside = [f"今天{word}怎么样" for word in ("天气", "心情", "股票", "球赛", "菜", "电影")]
+    train += [Asked(text, "不符合", k % 3, 99) for k, text in enumerate(outside)]
+    lacking = [Asked(a.question, "不符合", 1, a.line) for a in train if a.intent == "退款"][:5]
+    catalog = Catalog("auto", wording_of("auto"), INTENTS, lists=lists)
+    found = Classifiers([*train, *lacking], catalog, Features(None))
+    assert [asked.question for asked in found.own if asked.intent == "不符合"] == outside
+    assert found.classes == sorted([*INTENTS, "不符合"])
+    values = found.fit().predict_proba(found.features.vectors(["今天新闻怎么样"]))
+    assert found.answers(values, [Asked("今天新闻怎么样", "不符合", 0)], ALL)[0]["intent"] == "不符合"
+
+
 def test_shuffled_labels_are_found() -> None:
     """5% of the labels are wrong on purpose; beside them an intent with few questions."""
     asked = [Asked(q, i, None, k) for k, (q, i) in enumerate(questions(), 1)]

@@ -60,13 +60,20 @@ def read_asked(path: Path, catalog: Catalog) -> list[Asked]:
 
 
 class Classifiers:
-    """What is fitted on the training questions; `own`: those whose intent is the question's, not their list's doing."""
+    """What is fitted on the training questions; `own`: those whose intent is the question's, not their list's doing.
+
+    不符合 to a row's own list is the list's doing where the question has an intent in another row.
+    """
 
     def __init__(self, train: Sequence[Asked], catalog: Catalog, features: Features) -> None:
         import numpy as np
 
         self.catalog, self.features, self.train = catalog, features, list(train)
-        self.own = [asked for asked in train if asked.variant is None or asked.intent != catalog.none]
+        inside = {asked.question for asked in train if asked.intent != catalog.none}
+        self.own = [
+            asked for asked in train
+            if asked.variant is None or asked.intent != catalog.none or asked.question not in inside
+        ]  # fmt: skip
         self.texts = [asked.question for asked in self.own]
         self.classes = sorted({asked.intent for asked in self.own})
         place = {intent: k for k, intent in enumerate(self.classes)}
