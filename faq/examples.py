@@ -40,7 +40,7 @@ class Example:
 
     @property
     def held(self) -> str:
-        """What is held out as one: its question with any list; a whole prompt where the row does not name its question."""
+        """What is held out as one: its question with any list; a whole prompt where the row names no question."""
         if self.messages and self.question == self.messages[-2]["content"]:
             return self.asked
         return self.question
@@ -200,7 +200,7 @@ def own_lists(examples: Sequence[Example], intents: dict[str, str], none: str) -
     return [list(listed) for listed in lists]
 
 
-def language_of(records: Sequence[FaqRecord]) -> str:
-    """Chinese where any intent or question is written with Chinese characters, else English."""
-    texts = (text for record in records for text in (record.intent, *record.questions))
+def language_of(records: Sequence[FaqRecord], none: str) -> str:
+    """Chinese where any intent or question is written with Chinese characters, else English; `none` is no intent."""
+    texts = (text for record in records for text in (record.intent, *record.questions) if text != none)
     return "zh" if any("\u4e00" <= letter <= "\u9fff" for text in texts for letter in text) else ENGLISH

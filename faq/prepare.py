@@ -229,9 +229,9 @@ def run(config: Config) -> dict[str, Any]:
     made = {bool(record.messages) for record in data.records}
     if len(made) > 1:
         raise UserError(f"{data.path} mixes 'messages' with questions and intents; expected one of the two")
-    language = language_of(data.records) if config.prompt_language == "auto" else config.prompt_language
-    wording = None if made == {True} else wording_of(config.mode, config.instruction, language)
     none = wording_of(config.mode).none
+    language = language_of(data.records, none) if config.prompt_language == "auto" else config.prompt_language
+    wording = None if made == {True} else wording_of(config.mode, config.instruction, language)
     own = {record.instruction for record in data.records} - {""}
     if own and not config.instruction and wording:
         log(f"the records' own instruction ({sorted(own)[0]!r}) is not used; --instruction sets another one")

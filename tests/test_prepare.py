@@ -10,7 +10,7 @@ import pytest
 from conftest import ROOT, environment
 
 from faq import prepare
-from llmops.intents.catalog import load_catalog
+from llmops.intents.catalog import load_catalog, wording_of
 from llmops.intents.questions import read_faq
 
 INTENTS = {
@@ -137,6 +137,16 @@ def test_out_of_scope_rows(tmp_path: Path) -> None:
         assert truth[row["question"]] in catalog.left_out[row["variant"]]
         assert f"\n{truth[row['question']]}\n" not in row["messages"][0]["content"]
     assert sum(row["intent"] == "不符合" and "variant" not in row for row in made) == 3
+
+
+def test_english_data_is_asked_in_english_also_with_questions_out_of_scope(tmp_path: Path) -> None:
+    rows = [{"question": f"{word} {k}", "intent": word} for word in ("refund", "parcel") for k in range(4)]
+    rows += [{"question": f"the weather on day {k}", "intent": "不符合"} for k in range(3)]
+    data = write(tmp_path / "a.jsonl", lines(rows))
+    assert prepare.main(["--data_file", str(data), "--output_dir", str(tmp_path / "out")]) == 0
+    wording = load_catalog(tmp_path / "out" / "intents.json").wording
+    assert wording == wording_of("auto", "", "en")
+    assert wording != wording_of("auto")
 
 
 def test_repeats_and_other_replies_are_told_by_line(tmp_path: Path) -> None:
