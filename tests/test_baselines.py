@@ -74,6 +74,13 @@ def test_a_candidate_that_a_row_lacks_is_not_answered(fitted: Classifiers) -> No
     assert cut > 0  # the rows of the variant are worth a threshold
     rows = fitted.answers(values, [Asked("a", "发票"), Asked("b", "不符合", 0)], 0.5)
     assert [row["intent"] for row in rows] == ["发票", "不符合"]
+    # the probability of the second row is that of an intent, which is wrong: so calibration has to take it
+    assert "proposed" not in rows[0]
+    probability, right, intent = coverage.columns(rows, "不符合")
+    assert rows[1]["proposed"] == "物流"
+    assert (probability[1], right.tolist(), intent.tolist()) == (pytest.approx(0.1), [True, False], [True, True])
+    assert coverage.best_intent(rows[1], "不符合") == pytest.approx(0.1)
+    assert score.score(rows, "不符合")["accuracy"] == 1
 
 
 def test_the_cut_is_the_best_of_all() -> None:

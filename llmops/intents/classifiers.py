@@ -132,12 +132,16 @@ class Classifiers:
         return masked
 
     def answers(self, values: "np.ndarray", test: Sequence[Asked], threshold: float) -> list[dict[str, Any]]:
-        """Rows as faq/predict writes them; the runner-up where 不符合 is the likeliest class."""
+        """Rows as faq/predict writes them; the runner-up where 不符合 is the likeliest class.
+
+        `proposed`, whose probability a row has, where the threshold made it 不符合.
+        """
         variants = [asked.variant for asked in test]
         best, top = self.best(values, variants)
         rows: list[dict[str, Any]] = [
-            {"question": asked.question, "intent": self.classes[k] if value >= threshold else self.catalog.none,
-             "probability": float(value), "reference": asked.intent}
+            {"question": asked.question, "intent": self.classes[k], "probability": float(value),
+             "reference": asked.intent}
+            | ({"intent": self.catalog.none, "proposed": self.classes[k]} if value < threshold else {})
             for asked, k, value in zip(test, best, top, strict=True)
         ]  # fmt: skip
         if self.catalog.none in self.classes:
