@@ -281,6 +281,34 @@ def test_the_model_decides_mode_and_length(tmp_path: Path, checkpoints: dict[str
     assert "chat format: the checkpoint's own chat template" in done.stderr
 
 
+def test_the_longest_prompt_is_found_among_lists_and_histories(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], checkpoints: dict[str, Path]
+) -> None:
+    """The shortest question has the longest prompt; the sentence counts the candidates of its own list."""
+    texts = [f"一个比较长的问题，它的编号是{k}" for k in range(30)]
+    lists = [["甲", "乙"]] * 30 + [["甲", *(f"很长的候选意图的名字{k}" for k in range(40))]]
+    listed = [
+        {"input": f"问题: {text}\n候选类别: " + "\n".join(own), "output": own[k % 2]}
+        for k, (text, own) in enumerate(zip([*texts, "短"], lists, strict=True))
+    ]
+    told = [
+        {"messages": [{"role": "user", "content": "前" * (900 if text == "短" else 1)},
+                      {"role": "assistant", "content": "嗯"}, {"role": "user", "content": text},
+                      {"role": "assistant", "content": "乙" if k % 2 else "甲"}]}
+        for k, text in enumerate([*texts, "短"])
+    ]  # fmt: skip
+    for rows, limit in ((listed, "400"), (told, "600")):
+        data, out = write(tmp_path / "a.jsonl", lines(rows)), tmp_path / "out"
+        given = ["--data_file", str(data), "--output_dir", str(out), "--model_name_or_path", str(checkpoints["llama"])]
+        assert prepare.main([*given, "--max_seq_len", limit]) == 2
+        said = capsys.readouterr().err
+        assert "a.jsonl:31: this question's prompt with its" in said
+    assert prepare.main([*given, "--max_seq_len", "5000"]) == 0
+    write(tmp_path / "a.jsonl", lines(listed))
+    assert prepare.main([*given, "--max_seq_len", "400"]) == 2
+    assert "prompt with its 41 candidate intents has" in capsys.readouterr().err
+
+
 def test_python_and_shell_have_the_same_settings() -> None:
     text = (ROOT / "faq" / "prepare.sh").read_text(encoding="utf-8")
     variables = dict(re.findall(r'^([A-Z_]+)="\$\{\1:-(.*)\}" ', text, re.MULTILINE))
