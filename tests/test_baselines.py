@@ -210,6 +210,19 @@ def test_shuffled_labels_are_found() -> None:
     assert found["few_questions"] == [{"intent": "人工", "questions": 2}]
 
 
+def test_the_only_question_of_an_intent_is_not_suspected() -> None:
+    """Folds without it do not know the intent."""
+    train = [Asked(q, i, None, k) for k, (q, i) in enumerate(questions(), 1)]
+    alone = [Asked(f"退款{k}", f"新{k}", None, 100 + k) for k in range(8)]
+    catalog = Catalog("auto", wording_of("auto"), INTENTS | {asked.intent: "" for asked in alone})
+    found = Classifiers([*train, *alone], catalog, Features(None))
+    folds = found.out_of_fold()
+    assert [folds[72 + k, found.labels[72 + k]] for k in range(8)] == [0] * 8
+    assert found.judged.tolist() == [True] * 72 + [False] * 8
+    folds[72:] = 0.9 * (np.array(found.classes) == "退款")  # surely taken for something else
+    assert not any(row["line"] >= 100 for row in advise(found, folds)["suspects"])
+
+
 def test_one_question_an_intent(tmp_path: Path) -> None:
     """No cross-validation is possible; the baselines answer all the same."""
     train = write(tmp_path / "train.jsonl", [{"question": w[0], "intent": i} for i, w in WORDS.items()])

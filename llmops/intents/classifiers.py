@@ -6,6 +6,7 @@ unsure is 不符合, by a threshold from cross-validation on the training questi
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -98,6 +99,13 @@ class Classifiers:
     def out_of_fold(self) -> "np.ndarray":
         """Probabilities (n, classes) of every training question by classifiers that did not see it."""
         return out_of_fold(self.inputs, self.labels, len(self.classes))
+
+    @cached_property
+    def judged(self) -> "np.ndarray":
+        """Whether other questions than a training question have its intent, bool (n,); else no fold can know it."""
+        import numpy as np
+
+        return np.bincount(self.labels)[self.labels] > 1
 
     def threshold(self, values: "np.ndarray") -> float:
         """The value under which 不符合 is the better answer; `values` (n, classes) are those of `out_of_fold`."""
