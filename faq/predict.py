@@ -87,7 +87,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--question", action="append", default=[], help="a question; may be given several times")
     add("--output_file", default="", help="write the predictions there instead of to stdout")
     add("--unconstrained_file", default="", help="answer without constraint, too, and write that there")
-    add("--embedding_model", default="", help="what finds candidates, if it was moved since faq/prepare --candidates")
+    add("--embedding_model", default="", help="what finds candidates, if it was moved; with --join_file faq/score's")
     add("--join_file", default="", help="join with a linear classifier on these questions, as faq/score --join kept")
     add("--mode", default="", choices=["", *families()], help="chat format; empty: the mode in the intents file")
     add("--constrain", type=to_bool, default=True, metavar="true|false", help="answer known intents only")

@@ -228,9 +228,11 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         ways |= more
     ways = {name: rows for name, rows in ways.items() if len(rows) >= FEWEST_JUDGED}
     wished = {"share": arguments.automate} if arguments.automate else {"precision": arguments.precision}
-    kept = decide(ways, none, wished, JOINED if arguments.join else "model") if arguments.keep_threshold else {}
+    kept: dict[str, Any] = (
+        decide(ways, none, wished, JOINED if arguments.join else "model") if arguments.keep_threshold else {}
+    )
     if kept and arguments.join:  # decide() has refused predictions that cannot be joined
-        kept |= found["joined"]["weights"] | {"inputs": found["joined"]["inputs"]}
+        kept |= found["joined"]["weights"] | {key: found["joined"][key] for key in ("inputs", "learned")}
     # all is read and computed; now the files
     if results[0]["most_confused"]:
         draw(read[0], results[0], picture)
@@ -289,7 +291,7 @@ def compare(
         found = score(ways[JOINED], catalog.none)
         kept = {key: found[key] for key in FIGURES}
         compared["joined"] = {"weights": {"model": weights[0], "linear": weights[1]}} | kept
-        compared["joined"]["inputs"] = classifiers.inputs.shape[1]
+        compared["joined"] |= {"inputs": classifiers.inputs.shape[1], "learned": classifiers.digest}
     judged = (unthresholded(rows), ways.get(JOINED, []))  # as the classifiers: no threshold for precision is theirs
     right, together = ([row["intent"] == row["reference"] for row in found] for found in judged)
     compared["recommendation"] = advice(right, baselines[best], figures[best], together)

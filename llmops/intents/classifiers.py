@@ -4,6 +4,8 @@ They see what the model sees: a question whose row lacks some candidates is not 
 unsure is 不符合, by a threshold from cross-validation on the training questions.
 """
 
+import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from llmops import files
 from llmops.console import UserError
+from llmops.embedding.folder import identity
 from llmops.intents.catalog import Catalog
 from llmops.intents.linear import fit, out_of_fold, too_large
 from llmops.intents.questions import read_faq
@@ -99,6 +102,14 @@ class Classifiers:
     def out_of_fold(self) -> "np.ndarray":
         """Probabilities (n, classes) of every training question by classifiers that did not see it."""
         return out_of_fold(self.inputs, self.labels, len(self.classes))
+
+    @cached_property
+    def digest(self) -> str:
+        """A name for what is learned: the questions with their intents in any order, and the embedding model."""
+        model = self.features.model
+        learned = sorted({(asked.question, asked.intent) for asked in self.own})
+        text = json.dumps([identity(model, "fp32") if model else "", learned])
+        return hashlib.sha256(text.encode()).hexdigest()[:32]
 
     @cached_property
     def judged(self) -> "np.ndarray":
