@@ -11,7 +11,7 @@ from llmops import files
 from llmops.console import UserError, log
 from llmops.conversations.records import Message
 from llmops.intents.catalog import ENGLISH
-from llmops.intents.questions import BadRecords, FaqFile, FaqRecord, read_faq
+from llmops.intents.questions import BadRecords, FaqFile, FaqRecord, compared, read_faq
 
 LINES_SHOWN = 10
 
@@ -40,10 +40,13 @@ class Example:
 
     @property
     def held(self) -> str:
-        """What is held out as one: its question with any list; a whole prompt where the row names no question."""
+        """What is held out as one: its question, however it is marked and whatever list it has.
+
+        A whole prompt where the row names no question.
+        """
         if self.messages and self.question == self.messages[-2]["content"]:
-            return self.asked
-        return self.question
+            return json.dumps([compared(message["content"]) for message in self.messages[:-1]])
+        return compared(self.question)
 
     @property
     def place(self) -> str:

@@ -281,6 +281,14 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert again["coverage"]["model"]["error_before"] == found["coverage"]["model"]["error_before"]
 
 
+def test_training_questions_in_the_test_are_said(capsys: pytest.CaptureFixture[str]) -> None:
+    train = [Asked("怎么退款?", "退款"), Asked("WiFi 密码", "密码")]
+    baselines.say_leaks(train, [Asked("怎么退款", "退款"), Asked("ＷＩＦＩ密码。", "密码"), Asked("退款呢", "退款")])
+    assert "2 of 3 test questions are training questions" in capsys.readouterr().err
+    baselines.say_leaks(train, [Asked("退款呢", "退款")])
+    assert capsys.readouterr().err == ""
+
+
 def test_the_untuned_model_beside_the_others(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     train = write(tmp_path / "train.jsonl", [{"question": q, "intent": i} for q, i in questions()[:48]])
     write_catalog(tmp_path / "intents.json")

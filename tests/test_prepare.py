@@ -11,7 +11,7 @@ from conftest import ROOT, environment
 
 from faq import prepare
 from llmops.intents.catalog import load_catalog, wording_of
-from llmops.intents.questions import read_faq
+from llmops.intents.questions import compared, read_faq
 
 INTENTS = {
     "退款": ["怎么退款", "我要退款", "退款多久到", "钱退到哪里"],
@@ -137,6 +137,24 @@ def test_out_of_scope_rows(tmp_path: Path) -> None:
         assert truth[row["question"]] in catalog.left_out[row["variant"]]
         assert f"\n{truth[row['question']]}\n" not in row["messages"][0]["content"]
     assert sum(row["intent"] == "不符合" and "variant" not in row for row in made) == 3
+
+
+def test_a_question_with_other_marks_is_on_one_side(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Full width, case, blanks and the marks at the end; what is written stays as it was."""
+    forms = ["{}{}?", "{}{}？", "{} {}", "{}{}。", "{}{}!!"]
+    rows = [{"question": form.format(q, "WiFi" if k % 2 else "ＷＩＦＩ"), "intent": intent}
+            for intent, questions in INTENTS.items() for q in questions for k, form in enumerate(forms)]  # fmt: skip
+    data = write(tmp_path / "a.jsonl", lines(rows))
+    common = ["--data_file", str(data), "--out_of_scope_ratio", "0"]
+    assert prepare.main([*common, "--output_dir", str(tmp_path / "a"), "--test_ratio", "0.5"]) == 0
+    made = [{r.questions[0] for r in read_faq(tmp_path / "a" / f"{name}.jsonl").records} for name in ("train", "test")]
+    assert [len(side) for side in made] == [40, 40]  # 2 of 4 questions of each intent, in 5 forms
+    assert made[0] | made[1] == {row["question"] for row in rows}
+    assert not {compared(text) for text in made[0]} & {compared(text) for text in made[1]}
+    test = write(tmp_path / "b.jsonl", lines([{"question": "怎么退款ｗｉｆｉ…", "intent": "退款"}]))
+    assert prepare.main([*common, "--output_dir", str(tmp_path / "b"), "--test_data_file", str(test)]) == 0
+    assert "5 questions are test questions, too" in capsys.readouterr().err
+    assert [compared(text) for text in ("？！", "C++", "Ｃ#。", "", "a b.c")] == ["?!", "c++", "c#", "", "ab.c"]
 
 
 def test_english_data_is_asked_in_english_also_with_questions_out_of_scope(tmp_path: Path) -> None:
