@@ -183,6 +183,9 @@ BAD = [
     ({"intent": "退款"}, "a.jsonl:17: no question (keys found: 'intent')"),
     ({"input": "怎么了", "intent": "退款"}, "a.jsonl:17: 'input' is '怎么了', expected a list of questions"),
     ({"input": "['a', 1]", "intent": "退款"}, "a.jsonl:17: 'input' is"),
+    ({"input": "{[]: 1}", "intent": "退款"}, "a.jsonl:17: 'input' is '{[]: 1}'"),
+    ({"input": "-" * 100_000 + "1", "intent": "退款"}, "a.jsonl:17: 'input' is '-----"),
+    ({"input": "1" + "+1" * 20_000, "intent": "退款"}, "a.jsonl:17: 'input' is '1+1"),
     (["x"], "a.jsonl:17: found a JSON list"),
     (
         {"question": "怎么退款", "intent": "物流"},

@@ -263,7 +263,7 @@ def list_literal(text: str) -> Any:
         return None  # the parser's memory and stack grow with both
     try:
         value = ast.literal_eval(text.strip())
-    except (ValueError, SyntaxError):
+    except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):  # of thousands of signs the last two
         return None
     texts = [item for item in value if isinstance(item, str)] if isinstance(value, list) else []
     return value if all(map(json_text.encodable, texts)) else None
