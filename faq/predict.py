@@ -245,19 +245,6 @@ def read_joint(config: Config, catalog: Catalog) -> "Joint | None":
     return open_joint(catalog, config.join_file, config.embedding_model)
 
 
-def joined(
-    joint: "Joint", catalog: Catalog, rows: list[dict[str, Any]], queries: Sequence[Query]
-) -> list[dict[str, Any]]:
-    """The predictions of model and classifier together; `model_intent` is what the model alone says."""
-    from llmops.intents.joined import told
-
-    values = joint.values([query.question for query in queries], catalog, [query.variant for query in queries])
-    return [
-        row | (said := told(ranked)) | {"reply": catalog.reply(said["intent"]), "model_intent": row["intent"]}
-        for row, ranked in zip(rows, joint.ranked(rows, values, 2), strict=True)
-    ]
-
-
 def keys_of(config: Config, catalog: Catalog, queries: Sequence[Query], model: ChatModel, dtype: str) -> list[str]:
     """What each prediction depends on, as a hash: model, list of intents, prompt, settings."""
     checkpoint = model.checkpoint
@@ -369,7 +356,8 @@ def run(config: Config, processes: Processes) -> Iterator[tuple[Config, list[dic
     opened, joint = open_all(config, processes)
     rows = answer(config, processes, opened)
     if joint:
-        rows = joined(joint, opened.catalog, rows, opened.queries)
+        texts, variants = [query.question for query in opened.queries], [query.variant for query in opened.queries]
+        rows = joint.join(rows, texts, opened.catalog, variants)
     yield config, [decide(opened.catalog, row) for row in rows]
     if config.unconstrained_file:
         config = replace(config, constrain=False, output_file=config.unconstrained_file)

@@ -62,7 +62,12 @@ def test_both_together_are_advised_when_they_are_better_than_each() -> None:
     assert baselines.advice(alone, best, figures).endswith("so it is not worth its training here.")
 
 
-def test_joined_predictions(tmp_path: Path, capsys: pytest.CaptureFixture[str], checkpoints: dict[str, Path]) -> None:
+def test_joined_predictions(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    checkpoints: dict[str, Path],
+) -> None:
     """A model that knows nothing and a classifier: what score keeps is what predict answers."""
     train = write(tmp_path / "train.jsonl", [{"question": q, "intent": i} for q, i in questions()[:40]])
     asked = write(tmp_path / "asked.jsonl", [{"question": q, "intent": i} for q, i in questions()[40:]])
@@ -97,6 +102,14 @@ def test_joined_predictions(tmp_path: Path, capsys: pytest.CaptureFixture[str], 
     assert open_joint(catalog, write(tmp_path / "other.jsonl", learned[::-1]), "").weights[1] > 0
     del catalog.decision["learned"]  # kept before there was such a name
     assert open_joint(catalog, write(tmp_path / "other.jsonl", learned[:-1]), "").weights[1] > 0
+    joint = open_joint(catalog, train, "")
+    texts, variants = [row["question"] for row in plain], [None] * len(plain)
+    whole = joint.join(plain, texts, catalog, variants)
+    sizes, values = list[int](), joint.values
+    monkeypatch.setattr("llmops.intents.joined.ROWS_AT_ONCE", 7)
+    monkeypatch.setattr(joint, "values", lambda asked, *more: sizes.append(len(asked)) or values(asked, *more))
+    assert joint.join(plain, texts, catalog, variants) == whole
+    assert sizes == [7, 7, 7, 7, 4]
     sure = [row for row in rows if row["intent"] != "不符合"]
     assert abs(len(sure) - int(0.8 * len(rows))) <= 3  # the threshold is from weights of halves
     assert all(row["reply"] == "好的" for row in sure)
