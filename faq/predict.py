@@ -105,7 +105,10 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def check(config: Config) -> Path:
-    """The intents file. Raises UserError for paths that are not there."""
+    """The intents file. Raises UserError for paths that are not there and numbers that cannot be."""
+    for name in ("batch_size", "max_new_tokens"):
+        if getattr(config, name) < 0:
+            raise UserError(f"--{name} is {getattr(config, name)}, expected 0 or more")
     model = Path(config.model_name_or_path)
     if not Checkpoint(model).is_whole and not Checkpoint(model).is_adapter:
         raise UserError(f"{model} holds no model; expected the output_path of chat_main.sh or a checkpoint folder")
