@@ -21,6 +21,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from faq import coverage
 from llmops import files, json_text, pictures
 from llmops.console import Parser, UserError, log, print_json, run_main, stdout_to_stderr, to_bool
 from llmops.intents.catalog import Catalog, load_catalog, wording_of
@@ -219,6 +220,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     covered = picture.with_name(f"{picture.stem}_coverage.png")
     for path in (picture, covered):
         pictures.refuse_other(path)
+    coverage.refuse_other(covered.with_suffix(".json"))
     found: dict[str, Any] = {"results": results}
     ways = {"model": read[0]} if all("probability" in row for row in read[0]) else {}
     suspects: list[dict[str, Any]] = []
@@ -311,8 +313,6 @@ def report_coverage(
     ways: dict[str, list[dict[str, Any]]], none: str, wished: dict[str, float], path: Path
 ) -> dict[str, Any]:
     """Per way of answering its calibration and what can be automated; the curves in a picture and a JSON beside it."""
-    from faq import coverage
-
     if not ways:
         return {}
     curves = {name: coverage.curve(rows, none) for name, rows in ways.items()}
@@ -329,8 +329,6 @@ def report_coverage(
 
 def decide(ways: dict[str, list[dict[str, Any]]], none: str, wished: dict[str, float], way: str) -> dict[str, float]:
     """The calibration and the threshold of a way of answering that intents.json is to keep."""
-    from faq import coverage
-
     if way not in ways:
         raise UserError(f"a threshold needs at least {FEWEST_JUDGED} predictions with probabilities")
     kept = coverage.decision(ways[way], none, wished)

@@ -267,6 +267,17 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert found["coverage"]["model"]["wished"]["accuracy"] >= 0.9
     for name in ("predictions_coverage.png", "predictions_coverage.json"):
         assert (tmp_path / name).is_file()
+    # the curves replace curves only
+    assert score.main([path]) == 0
+    for other, phrase in (("years of work", "is not JSON"), ('{"mine": 1}', "is no coverage of this command"),
+                          ('["mine"]', "holds a JSON list")):  # fmt: skip
+        (tmp_path / "my_coverage.json").write_text(other)
+        capsys.readouterr()
+        assert score.main([path, "--picture", str(tmp_path / "my.png")]) == 2
+        assert phrase in (said := capsys.readouterr().err)
+        assert "my_coverage.json" in said
+        assert (tmp_path / "my_coverage.json").read_text() == other
+    assert not (tmp_path / "my.png").exists()
     # what is kept is what prediction does
     catalog = load_catalog(tmp_path / "intents.json")
     assert catalog.decision["precision"] == 0.9
