@@ -44,13 +44,16 @@ def listed(few: list[tuple[int, str]]) -> list[dict[str, Any]]:
 
 
 def suspects(classifiers: Classifiers, folds: "np.ndarray") -> list[dict[str, Any]]:
-    """Questions that are probably mislabelled, the surest first, with the intent that fits better."""
+    """Questions that are probably mislabelled, the surest first, with the intent that fits better.
+
+    An intent's only question is none of them: without it nobody knows the intent.
+    """
     import numpy as np
 
     own = folds[np.arange(len(folds)), classifiers.labels]
     best = folds.argmax(1)
     top = folds[np.arange(len(folds)), best]
-    found = ((top >= SURE) & (TIMES * own <= top)).nonzero()[0]
+    found = (classifiers.judged & (top >= SURE) & (TIMES * own <= top)).nonzero()[0]
     return [
         {"line": classifiers.own[k].line, "question": classifiers.own[k].question, "intent": classifiers.own[k].intent,
          "suggested": classifiers.classes[best[k]], "probability": round(float(top[k]), 4)}

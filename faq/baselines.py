@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from llmops import files
 from llmops.console import UserError, log
 from llmops.intents.classifiers import Asked, Classifiers
+from llmops.intents.questions import compared
 
 if TYPE_CHECKING:
     import numpy as np
@@ -105,7 +106,7 @@ def beyond_chance(ours: Sequence[bool], theirs: Sequence[bool]) -> int:
 
 def say_leaks(train: Sequence[Asked], test: Sequence[Asked]) -> None:
     """Say when test questions are training questions."""
-    seen = {(asked.question, asked.intent) for asked in train}
-    count = sum((asked.question, asked.intent) in seen for asked in test)
+    seen = {(compared(asked.question), asked.intent) for asked in train}
+    count = sum((compared(asked.question), asked.intent) in seen for asked in test)
     if count:
         log(f"warning: {count} of {len(test)} test questions are training questions; every figure is too good")

@@ -6,11 +6,13 @@ is Guo et al. 2017, On Calibration of Modern Neural Networks, for two classes: t
 one half of the questions and judged on the other, both ways, so that the figures are those of unseen questions.
 """
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmops import pictures
+from llmops import files, pictures
+from llmops.console import UserError
 from llmops.intents.prediction import Calibration, log_odds
 
 if TYPE_CHECKING:
@@ -172,6 +174,17 @@ def curve(rows: Sequence[dict[str, Any]], none: str) -> list[dict[str, float]]:
          "probability": round(float(own[order][k]), 6)}
         for k in chosen
     ]  # fmt: skip
+
+
+def refuse_other(path: Path) -> None:
+    """Raise UserError for a target that is there and holds no curves: they replace nothing but older ones."""
+    if not os.path.exists(path):
+        return
+    curves = files.read_object(path, "the target of the coverage", "choose another name with --picture")
+    points = [point for listed in curves.values() for point in (listed if isinstance(listed, list) else [listed])]
+    if not all(isinstance(point, dict) and {"automated", "accuracy"} <= set(point) for point in points):
+        raise UserError(f"{path} is there and is no coverage of this command, which would replace it; choose another "
+                        "name with --picture")  # fmt: skip
 
 
 def draw(curves: dict[str, list[dict[str, float]]], wished: dict[str, float], path: Path) -> None:

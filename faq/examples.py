@@ -1,7 +1,7 @@
 """Questions with their intents as they are prepared: read, each once, none with two intents, a part held out."""
 
 import json
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +11,7 @@ from llmops import files
 from llmops.console import UserError, log
 from llmops.conversations.records import Message
 from llmops.intents.catalog import ENGLISH
-from llmops.intents.questions import BadRecords, FaqFile, FaqRecord, read_faq
+from llmops.intents.questions import BadRecords, FaqFile, FaqRecord, compared, read_faq
 
 LINES_SHOWN = 10
 
@@ -37,6 +37,16 @@ class Example:
         if self.messages:
             return json.dumps(self.messages[:-1], ensure_ascii=False)
         return "\n".join((self.question, *self.candidates))
+
+    @property
+    def held(self) -> str:
+        """What is held out as one: its question, however it is marked and whatever list it has.
+
+        A whole prompt where the row names no question.
+        """
+        if self.messages and self.question == self.messages[-2]["content"]:
+            return json.dumps([compared(message["content"]) for message in self.messages[:-1]])
+        return compared(self.question)
 
     @property
     def place(self) -> str:
@@ -119,25 +129,33 @@ def without_conflicts(examples: Sequence[Example], skip_bad: bool, repeats_stay:
 
 
 def split(examples: Sequence[Example], ratio: float, seed: int) -> tuple[list[Example], list[Example]]:
-    """(training, test): of each intent's questions `ratio` are held out, at least one where there are two."""
-    groups: dict[str, list[Example]] = defaultdict(list)
+    """(training, test): of each intent's questions `ratio` are held out, at least one where there are two.
+
+    A question that comes with several intents, in lists of its own, counts for the one with the fewest examples.
+    """
+    sizes = Counter(example.intent for example in examples)
+    intents: dict[str, str] = {}
     for example in examples:
-        groups[example.intent].append(example)
+        known = intents.setdefault(example.held, example.intent)
+        intents[example.held] = min(known, example.intent, key=sizes.__getitem__)
+    groups: dict[str, list[str]] = defaultdict(list)
+    for question, intent in intents.items():
+        groups[intent].append(question)
     held: set[str] = set()
     for intent, group in groups.items():
         count = min(max(1, round(ratio * len(group))), len(group) - 1)
-        held.update(e.asked for e in Random(f"{seed} {intent}").sample(group, count))
-    return [e for e in examples if e.asked not in held], [e for e in examples if e.asked in held]
+        held.update(Random(f"{seed} {intent}").sample(group, count))
+    return [e for e in examples if e.held not in held], [e for e in examples if e.held in held]
 
 
 def without_tests(examples: list[Example], test: Sequence[Example], path: Path) -> list[Example]:
-    """Training examples that are no test examples, too."""
-    asked = {example.asked for example in test}
-    both = [e for e in examples if e.asked in asked]
+    """Training examples whose questions are no test questions, too."""
+    held = {example.held for example in test}
+    both = [e for e in examples if e.held in held]
     if both:
         places = listed([str(e.line) for e in both])
         log(f"{path}: {len(both)} questions are test questions, too, and left out of training; lines {places}")
-    return [e for e in examples if e.asked not in asked]
+    return [e for e in examples if e.held not in held]
 
 
 def check_known(test: list[Example], intents: dict[str, str], none: str, skip_bad: bool) -> list[Example]:
@@ -185,7 +203,7 @@ def own_lists(examples: Sequence[Example], intents: dict[str, str], none: str) -
     return [list(listed) for listed in lists]
 
 
-def language_of(records: Sequence[FaqRecord]) -> str:
-    """Chinese where any intent or question is written with Chinese characters, else English."""
-    texts = (text for record in records for text in (record.intent, *record.questions))
+def language_of(records: Sequence[FaqRecord], none: str) -> str:
+    """Chinese where any intent or question is written with Chinese characters, else English; `none` is no intent."""
+    texts = (text for record in records for text in (record.intent, *record.questions) if text != none)
     return "zh" if any("\u4e00" <= letter <= "\u9fff" for text in texts for letter in text) else ENGLISH

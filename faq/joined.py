@@ -1,6 +1,6 @@
 """The weights of model and linear classifier together.
 
-They are fitted on one half of the questions and judged on the other, both ways.
+They are fitted on one half of the questions and judged on the other, both ways; those on all questions are kept.
 """
 
 from collections.abc import Sequence
@@ -29,8 +29,9 @@ def fit(logs: "np.ndarray", truth: "np.ndarray") -> "np.ndarray":
 
 def join(
     rows: Sequence[dict[str, Any]], linear: "np.ndarray", classes: Sequence[str], none: str
-) -> tuple[list[dict[str, Any]], list[float]]:
-    """(predictions of both together, each by weights of the half that it is not in; the weights on all rows)."""
+) -> tuple[list[dict[str, Any]], list[float], list[dict[str, Any]]]:
+    """(predictions of both together, each by weights of the half that it is not in; the weights on all rows, rounded;
+    predictions by these, as faq/predict makes them)."""
     import numpy as np
 
     logs, names = logs_of(rows, linear, classes, none)
@@ -40,4 +41,9 @@ def join(
     for known, rest in halves(len(rows)):
         found[rest] = probabilities(fit(logs[:, known], truth[known]), logs[:, rest])
     weights = [round(float(weight), 4) for weight in fit(logs, truth)]
-    return [row | told(ranked) for row, ranked in zip(rows, best(found, names, 2), strict=True)], weights
+    return said(rows, found, names), weights, said(rows, probabilities(np.array(weights), logs), names)
+
+
+def said(rows: Sequence[dict[str, Any]], values: "np.ndarray", names: Sequence[str]) -> list[dict[str, Any]]:
+    """The predictions with what joined probabilities (n, names) say."""
+    return [row | told(ranked) for row, ranked in zip(rows, best(values, names, 2), strict=True)]

@@ -87,7 +87,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--question", action="append", default=[], help="a question; may be given several times")
     add("--output_file", default="", help="write the predictions there instead of to stdout")
     add("--unconstrained_file", default="", help="answer without constraint, too, and write that there")
-    add("--embedding_model", default="", help="what finds candidates, if it was moved since faq/prepare --candidates")
+    add("--embedding_model", default="", help="what finds candidates, if it was moved; with --join_file faq/score's")
     add("--join_file", default="", help="join with a linear classifier on these questions, as faq/score --join kept")
     add("--mode", default="", choices=["", *families()], help="chat format; empty: the mode in the intents file")
     add("--constrain", type=to_bool, default=True, metavar="true|false", help="answer known intents only")
@@ -105,7 +105,10 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def check(config: Config) -> Path:
-    """The intents file. Raises UserError for paths that are not there."""
+    """The intents file. Raises UserError for paths that are not there and numbers that cannot be."""
+    for name in ("batch_size", "max_new_tokens"):
+        if getattr(config, name) < 0:
+            raise UserError(f"--{name} is {getattr(config, name)}, expected 0 or more")
     model = Path(config.model_name_or_path)
     if not Checkpoint(model).is_whole and not Checkpoint(model).is_adapter:
         raise UserError(f"{model} holds no model; expected the output_path of chat_main.sh or a checkpoint folder")
@@ -244,19 +247,6 @@ def read_joint(config: Config, catalog: Catalog) -> "Joint | None":
     return open_joint(catalog, config.join_file, config.embedding_model)
 
 
-def joined(
-    joint: "Joint", catalog: Catalog, rows: list[dict[str, Any]], queries: Sequence[Query]
-) -> list[dict[str, Any]]:
-    """The predictions of model and classifier together; `model_intent` is what the model alone says."""
-    from llmops.intents.joined import told
-
-    values = joint.values([query.question for query in queries], catalog, [query.variant for query in queries])
-    return [
-        row | (said := told(ranked)) | {"reply": catalog.reply(said["intent"]), "model_intent": row["intent"]}
-        for row, ranked in zip(rows, joint.ranked(rows, values, 2), strict=True)
-    ]
-
-
 def keys_of(config: Config, catalog: Catalog, queries: Sequence[Query], model: ChatModel, dtype: str) -> list[str]:
     """What each prediction depends on, as a hash: model, list of intents, prompt, settings."""
     checkpoint = model.checkpoint
@@ -368,7 +358,8 @@ def run(config: Config, processes: Processes) -> Iterator[tuple[Config, list[dic
     opened, joint = open_all(config, processes)
     rows = answer(config, processes, opened)
     if joint:
-        rows = joined(joint, opened.catalog, rows, opened.queries)
+        texts, variants = [query.question for query in opened.queries], [query.variant for query in opened.queries]
+        rows = joint.join(rows, texts, opened.catalog, variants)
     yield config, [decide(opened.catalog, row) for row in rows]
     if config.unconstrained_file:
         config = replace(config, constrain=False, output_file=config.unconstrained_file)

@@ -8,6 +8,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from heapq import nlargest
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -30,13 +31,14 @@ from faq.examples import (
 from faq.prepared import OUTPUTS
 from llmops import files, json_text
 from llmops.console import Parser, UserError, log, print_json, run_main, to_bool
+from llmops.conversations.records import Message
 from llmops.formats.families import families
 from llmops.intents.catalog import ORDERS, Catalog, wording_of
 from llmops.intents.questions import INTENTS_NAME
 from llmops.models.chat_model import ChatModel
 from llmops.models.checkpoints import Checkpoint
 
-LENGTHS_TRIED = 20  # of the longest questions: training checks every row
+LENGTHS_TRIED = 20  # of the longest texts: training checks every row
 
 
 @dataclass(frozen=True)
@@ -204,14 +206,21 @@ def check_length(config: Config, examples: Sequence[Example], catalog: Catalog) 
     if length and length < limit:
         limit, whose = length, f"the model's length of {length}"
     longest, tokens = examples[0], 0
-    for example in sorted(examples, key=lambda example: -len(example.question))[:LENGTHS_TRIED]:
-        messages = make_row(example, example.intent, catalog, variant_of_own(example, catalog))["messages"]
-        length = len(chat.conversation(messages)[-1].ids)
+
+    def written(example: Example) -> list[Message]:
+        return make_row(example, example.intent, catalog, variant_of_own(example, catalog))["messages"]
+
+    def size(example: Example) -> int:
+        return sum(len(message["content"]) for message in written(example))
+
+    for example in nlargest(LENGTHS_TRIED, examples, key=size):
+        length = len(chat.conversation(written(example))[-1].ids)
         if length > tokens:
             longest, tokens = example, length
     if tokens > limit:
+        candidates = catalog.candidates(variant_of_own(longest, catalog))
         raise UserError(
-            f"{longest.place}: this question's prompt with its {len(catalog.intents)} candidate intents has {tokens} "
+            f"{longest.place}: this question's prompt with its {len(candidates)} candidate intents has {tokens} "
             f"tokens, more than {whose}; shorten intents and instruction, have fewer intents, or take a model or "
             "--max_seq_len that is longer"
         )
@@ -229,9 +238,9 @@ def run(config: Config) -> dict[str, Any]:
     made = {bool(record.messages) for record in data.records}
     if len(made) > 1:
         raise UserError(f"{data.path} mixes 'messages' with questions and intents; expected one of the two")
-    language = language_of(data.records) if config.prompt_language == "auto" else config.prompt_language
-    wording = None if made == {True} else wording_of(config.mode, config.instruction, language)
     none = wording_of(config.mode).none
+    language = language_of(data.records, none) if config.prompt_language == "auto" else config.prompt_language
+    wording = None if made == {True} else wording_of(config.mode, config.instruction, language)
     own = {record.instruction for record in data.records} - {""}
     if own and not config.instruction and wording:
         log(f"the records' own instruction ({sorted(own)[0]!r}) is not used; --instruction sets another one")

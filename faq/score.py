@@ -21,6 +21,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from faq import coverage
 from llmops import files, json_text, pictures
 from llmops.console import Parser, UserError, log, print_json, run_main, stdout_to_stderr, to_bool
 from llmops.intents.catalog import Catalog, load_catalog, wording_of
@@ -219,18 +220,23 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     covered = picture.with_name(f"{picture.stem}_coverage.png")
     for path in (picture, covered):
         pictures.refuse_other(path)
+    coverage.refuse_other(covered.with_suffix(".json"))
     found: dict[str, Any] = {"results": results}
     ways = {"model": read[0]} if all("probability" in row for row in read[0]) else {}
     suspects: list[dict[str, Any]] = []
+    together: list[dict[str, Any]] = []
     if arguments.train_file and catalog:
-        compared, more, suspects = compare(arguments, read[0], catalog)
+        compared, more, suspects, together = compare(arguments, read[0], catalog)
         found |= compared
         ways |= more
     ways = {name: rows for name, rows in ways.items() if len(rows) >= FEWEST_JUDGED}
     wished = {"share": arguments.automate} if arguments.automate else {"precision": arguments.precision}
-    kept = decide(ways, none, wished, JOINED if arguments.join else "model") if arguments.keep_threshold else {}
+    kept: dict[str, Any] = {}
+    if arguments.keep_threshold:  # that of both together is for the weights that are kept
+        answers = ways | ({JOINED: together} if together else {})
+        kept = decide(answers, none, wished, JOINED if arguments.join else "model")
     if kept and arguments.join:  # decide() has refused predictions that cannot be joined
-        kept |= found["joined"]["weights"] | {"inputs": found["joined"]["inputs"]}
+        kept |= found["joined"]["weights"] | {key: found["joined"][key] for key in ("inputs", "learned")}
     # all is read and computed; now the files
     if results[0]["most_confused"]:
         draw(read[0], results[0], picture)
@@ -249,8 +255,9 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def compare(
     arguments: argparse.Namespace, rows: list[dict[str, Any]], catalog: Catalog
-) -> tuple[dict[str, Any], dict[str, list[dict[str, Any]]], list[dict[str, Any]]]:
-    """(what the comparison adds to the JSON, other ways' rows under their names, training questions to look at)."""
+) -> tuple[dict[str, Any], dict[str, list[dict[str, Any]]], list[dict[str, Any]], list[dict[str, Any]]]:
+    """(what the comparison adds to the JSON, other ways' rows under their names, training questions to look at, the
+    answers of both together by the weights that are kept)."""
     from faq.advice import SHOWN, advise
     from faq.baselines import advice, compare, say_leaks, untuned
     from llmops.embedding.folder import read_folder
@@ -281,15 +288,16 @@ def compare(
     linear = next((baseline for baseline in baselines if baseline.values is not None), None)
     ways = {linear.name: linear.rows} if linear else {}
     compared: dict[str, Any] = {"baselines": figures, "recommendation": ""}
+    answers: list[dict[str, Any]] = []
     alone = [row for row in rows if "probability" in row and row.get("constrained", True) and "model_intent" not in row]
     if len(alone) == len(rows) and linear and linear.values is not None and len(rows) >= FEWEST_JUDGED:
         from faq.joined import join
 
-        ways[JOINED], weights = join(unthresholded(rows), linear.values, classifiers.classes, catalog.none)
+        ways[JOINED], weights, answers = join(unthresholded(rows), linear.values, classifiers.classes, catalog.none)
         found = score(ways[JOINED], catalog.none)
         kept = {key: found[key] for key in FIGURES}
         compared["joined"] = {"weights": {"model": weights[0], "linear": weights[1]}} | kept
-        compared["joined"]["inputs"] = classifiers.inputs.shape[1]
+        compared["joined"] |= {"inputs": classifiers.inputs.shape[1], "learned": classifiers.digest}
     judged = (unthresholded(rows), ways.get(JOINED, []))  # as the classifiers: no threshold for precision is theirs
     right, together = ([row["intent"] == row["reference"] for row in found] for found in judged)
     compared["recommendation"] = advice(right, baselines[best], figures[best], together)
@@ -297,7 +305,7 @@ def compare(
     data = advise(classifiers, folds)
     suspects = data.pop("suspects")
     compared["training_data"] = data | {"suspects": len(suspects), "first_suspects": suspects[:SHOWN]}
-    return compared, ways, suspects
+    return compared, ways, suspects, answers
 
 
 def unthresholded(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -309,8 +317,6 @@ def report_coverage(
     ways: dict[str, list[dict[str, Any]]], none: str, wished: dict[str, float], path: Path
 ) -> dict[str, Any]:
     """Per way of answering its calibration and what can be automated; the curves in a picture and a JSON beside it."""
-    from faq import coverage
-
     if not ways:
         return {}
     curves = {name: coverage.curve(rows, none) for name, rows in ways.items()}
@@ -327,8 +333,6 @@ def report_coverage(
 
 def decide(ways: dict[str, list[dict[str, Any]]], none: str, wished: dict[str, float], way: str) -> dict[str, float]:
     """The calibration and the threshold of a way of answering that intents.json is to keep."""
-    from faq import coverage
-
     if way not in ways:
         raise UserError(f"a threshold needs at least {FEWEST_JUDGED} predictions with probabilities")
     kept = coverage.decision(ways[way], none, wished)

@@ -10,7 +10,6 @@ import pytest
 
 from faq import baselines, coverage, predict, score
 from faq.advice import advise
-from faq.joined import join
 from llmops.embedding.ngrams import ngram_vectors
 from llmops.intents.catalog import Catalog, load_catalog, wording_of
 from llmops.intents.classifiers import ALL, Asked, Classifiers, best_cut, read_asked
@@ -74,6 +73,13 @@ def test_a_candidate_that_a_row_lacks_is_not_answered(fitted: Classifiers) -> No
     assert cut > 0  # the rows of the variant are worth a threshold
     rows = fitted.answers(values, [Asked("a", "发票"), Asked("b", "不符合", 0)], 0.5)
     assert [row["intent"] for row in rows] == ["发票", "不符合"]
+    # the probability of the second row is that of an intent, which is wrong: so calibration has to take it
+    assert "proposed" not in rows[0]
+    probability, right, intent = coverage.columns(rows, "不符合")
+    assert rows[1]["proposed"] == "物流"
+    assert (probability[1], right.tolist(), intent.tolist()) == (pytest.approx(0.1), [True, False], [True, True])
+    assert coverage.best_intent(rows[1], "不符合") == pytest.approx(0.1)
+    assert score.score(rows, "不符合")["accuracy"] == 1
 
 
 def test_the_cut_is_the_best_of_all() -> None:
@@ -171,6 +177,21 @@ def test_a_classifier_tells_the_best_intent_beside_none_of_them() -> None:
     assert coverage.best_intent(intent, "不符合") == 0.7
 
 
+def test_questions_that_no_intent_fits_are_learned_with_lists_of_their_own() -> None:
+    """As faq/prepare --candidates K writes them: every row has a variant; 不符合 by its list alone is not learned."""
+    lists = [["退款", "物流"], ["物流", "发票"], ["退款", "发票"]]
+    train = [Asked(q, i, next(k for k, own in enumerate(lists) if i in own), 1) for q, i in questions()[:60]]
+    outside = [f"今天{word}怎么样" for word in ("天气", "心情", "股票", "球赛", "菜", "电影")]
+    train += [Asked(text, "不符合", k % 3, 99) for k, text in enumerate(outside)]
+    lacking = [Asked(a.question, "不符合", 1, a.line) for a in train if a.intent == "退款"][:5]
+    catalog = Catalog("auto", wording_of("auto"), INTENTS, lists=lists)
+    found = Classifiers([*train, *lacking], catalog, Features(None))
+    assert [asked.question for asked in found.own if asked.intent == "不符合"] == outside
+    assert found.classes == sorted([*INTENTS, "不符合"])
+    values = found.fit().predict_proba(found.features.vectors(["今天新闻怎么样"]))
+    assert found.answers(values, [Asked("今天新闻怎么样", "不符合", 0)], ALL)[0]["intent"] == "不符合"
+
+
 def test_shuffled_labels_are_found() -> None:
     """5% of the labels are wrong on purpose; beside them an intent with few questions."""
     asked = [Asked(q, i, None, k) for k, (q, i) in enumerate(questions(), 1)]
@@ -186,6 +207,19 @@ def test_shuffled_labels_are_found() -> None:
     assert len(lines - wrong) <= 1
     assert all(other[row["suggested"]] == row["intent"] for row in found["suspects"] if row["line"] in wrong)
     assert found["few_questions"] == [{"intent": "人工", "questions": 2}]
+
+
+def test_the_only_question_of_an_intent_is_not_suspected() -> None:
+    """Folds without it do not know the intent."""
+    train = [Asked(q, i, None, k) for k, (q, i) in enumerate(questions(), 1)]
+    alone = [Asked(f"退款{k}", f"新{k}", None, 100 + k) for k in range(8)]
+    catalog = Catalog("auto", wording_of("auto"), INTENTS | {asked.intent: "" for asked in alone})
+    found = Classifiers([*train, *alone], catalog, Features(None))
+    folds = found.out_of_fold()
+    assert [folds[72 + k, found.labels[72 + k]] for k in range(8)] == [0] * 8
+    assert found.judged.tolist() == [True] * 72 + [False] * 8
+    folds[72:] = 0.9 * (np.array(found.classes) == "退款")  # surely taken for something else
+    assert not any(row["line"] >= 100 for row in advise(found, folds)["suspects"])
 
 
 def test_one_question_an_intent(tmp_path: Path) -> None:
@@ -233,6 +267,17 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert found["coverage"]["model"]["wished"]["accuracy"] >= 0.9
     for name in ("predictions_coverage.png", "predictions_coverage.json"):
         assert (tmp_path / name).is_file()
+    # the curves replace curves only
+    assert score.main([path]) == 0
+    for other, phrase in (("years of work", "is not JSON"), ('{"mine": 1}', "is no coverage of this command"),
+                          ('["mine"]', "holds a JSON list")):  # fmt: skip
+        (tmp_path / "my_coverage.json").write_text(other)
+        capsys.readouterr()
+        assert score.main([path, "--picture", str(tmp_path / "my.png")]) == 2
+        assert phrase in (said := capsys.readouterr().err)
+        assert "my_coverage.json" in said
+        assert (tmp_path / "my_coverage.json").read_text() == other
+    assert not (tmp_path / "my.png").exists()
     # what is kept is what prediction does
     catalog = load_catalog(tmp_path / "intents.json")
     assert catalog.decision["precision"] == 0.9
@@ -245,6 +290,14 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert score.main([write(tmp_path / "decided.jsonl", decided)]) == 0
     again = json.loads(capsys.readouterr().out)
     assert again["coverage"]["model"]["error_before"] == found["coverage"]["model"]["error_before"]
+
+
+def test_training_questions_in_the_test_are_said(capsys: pytest.CaptureFixture[str]) -> None:
+    train = [Asked("怎么退款?", "退款"), Asked("WiFi 密码", "密码")]
+    baselines.say_leaks(train, [Asked("怎么退款", "退款"), Asked("ＷＩＦＩ密码。", "密码"), Asked("退款呢", "退款")])
+    assert "2 of 3 test questions are training questions" in capsys.readouterr().err
+    baselines.say_leaks(train, [Asked("退款呢", "退款")])
+    assert capsys.readouterr().err == ""
 
 
 def test_the_untuned_model_beside_the_others(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -291,83 +344,8 @@ def test_wrong_settings(tmp_path: Path, capsys: pytest.CaptureFixture[str], argu
     assert printed.out == ""
 
 
-def test_two_classifiers_that_know_different_things_are_better_together() -> None:
-    """One tells the first half of the classes apart, the other the second; a useless one gets no weight."""
-    draw = np.random.default_rng(3)
-    classes = [str(k) for k in range(6)]
-    truth = draw.integers(0, 6, 600)
-    linear, rows = np.full((600, 6), 0.1), []
-    for i, true in enumerate(truth):
-        if true < 3:
-            linear[i, true] = 0.5
-        else:
-            linear[i, 3:] = 1 / 6
-        linear[i] /= linear[i].sum()
-        other = (true + 1) % 3 if true < 3 else 3 + (true + 1) % 3
-        said, p = (true, 0.6) if true >= 3 or draw.random() < 0.34 else (other, 0.3)
-        runner = {"intent": str(other if said == true else true), "probability": 0.25}
-        rows.append({"intent": str(said), "reference": str(true), "probability": p, "runner_up": runner})
-    both, weights = join(rows, linear, classes, "5")
-    right = np.mean([row["intent"] == row["reference"] for row in both])
-    assert right > max((linear.argmax(1) == truth).mean(), np.mean([r["intent"] == r["reference"] for r in rows]))
-    assert right > 0.95
-    assert min(weights) > 0.1
-    noise = [{"intent": str(draw.integers(6)), "reference": row["reference"], "probability": 0.9} for row in rows]
-    assert join(noise, linear, classes, "5")[1][0] < 0.05
-    linear[:, 0] = -1  # a candidate that is in no list is not answered
-    assert "0" not in {row["intent"] for row in join(rows, linear, classes, "5")[0]}
-
-
-def test_both_together_are_advised_when_they_are_better_than_each() -> None:
-    """Counted by hand: 9 questions that one way alone has right, against 2, are 7 > 2 * sqrt(11); 8 and 2 are not."""
-    theirs = [True] * 2 + [False] * 9 + [True] * 89
-    ours = [False] * 2 + [True] * 9 + [True] * 89
-    assert baselines.beyond_chance(ours, theirs) == 1
-    assert baselines.beyond_chance(theirs, ours) == -1
-    assert baselines.beyond_chance([False, *ours[1:10], False, *ours[11:]], theirs) == 0
-    rows = [{"intent": "a" if right else "b", "reference": "a"} for right in theirs]
-    best = baselines.Baseline("linear classifier", "n-grams", rows, 0.1)
-    figures = {"accuracy": 0.91, "seconds_per_question": 0.001}
-    alone = [False] * 30 + [True] * 70
-    found = baselines.advice(alone, best, figures, ours)
-    assert found.startswith("Use the tuned model and the linear classifier together (--join true): their 98.0% are")
-    assert baselines.advice(alone, best, figures, theirs).startswith("Use the linear classifier on n-grams (91.0%")
-    assert baselines.advice(alone, best, figures).endswith("so it is not worth its training here.")
-
-
 def test_too_much_for_a_linear_classifier(fitted: Classifiers, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("llmops.intents.linear.LARGEST_FIT", 1)
     found = baselines.compare(fitted, fitted.out_of_fold(), [Asked("怎么退款", "退款")])
     assert [baseline.name for baseline in found] == ["nearest neighbour", "most frequent intent"]
     assert found[0].rows[0]["intent"] == "退款"
-
-
-def test_joined_predictions(tmp_path: Path, capsys: pytest.CaptureFixture[str], checkpoints: dict[str, Path]) -> None:
-    """A model that knows nothing and a classifier: what score keeps is what predict answers."""
-    train = write(tmp_path / "train.jsonl", [{"question": q, "intent": i} for q, i in questions()[:40]])
-    asked = write(tmp_path / "asked.jsonl", [{"question": q, "intent": i} for q, i in questions()[40:]])
-    intents = tmp_path / "intents.json"
-    write_catalog(intents)
-    common = ["--model_name_or_path", str(checkpoints["llama"]), "--intents_file", str(intents), "--input_file", asked]
-    alone, both = str(tmp_path / "alone.jsonl"), str(tmp_path / "both.jsonl")
-    assert predict.main([*common, "--join_file", train]) == 2
-    assert "--join_file needs weights in the intents file" in capsys.readouterr().err
-    assert predict.main([*common, "--output_file", alone]) == 0
-    kept = ["--intents_file", str(intents), "--train_file", train, "--keep_threshold", "true", "--join", "true"]
-    assert score.main([alone, *kept, "--automate", "0.8"]) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert found["joined"]["accuracy"] > found["results"][0]["accuracy"] + 0.3
-    assert predict.main([*common, "--output_file", both]) == 2
-    assert "pass --join_file" in capsys.readouterr().err
-    assert predict.main([*common, "--use_threshold", "false", "--output_file", str(tmp_path / "alone.jsonl")]) == 0
-    plain = [json.loads(line) for line in (tmp_path / "alone.jsonl").read_text(encoding="utf-8").splitlines()]
-    assert not any("proposed" in row or "model_intent" in row for row in plain)
-    assert predict.main([*common, "--join_file", train, "--output_file", both]) == 0
-    rows = score.read_predictions(Path(both))
-    assert np.mean([row["proposed"] == row["reference"] for row in rows]) == pytest.approx(
-        found["joined"]["accuracy"], abs=0.1
-    )
-    sure = [row for row in rows if row["intent"] != "不符合"]
-    assert abs(len(sure) - int(0.8 * len(rows))) <= 3  # the threshold is from weights of halves
-    assert all(row["reply"] == "好的" for row in sure)
-    assert [row["model_intent"] for row in rows] == [row["intent"] for row in score.read_predictions(Path(alone))]

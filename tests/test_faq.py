@@ -125,6 +125,8 @@ def test_train_lora_merge_predict(demo: Path, tmp_path: Path) -> None:
     [
         (["--model_name_or_path", "/no/model", "--question", "x"], "/no/model holds no model"),
         ([], "give either --input_file or --question"),
+        (["--question", "x", "--constrain", "false", "--batch_size", "-1"], "--batch_size is -1, expected 0 or more"),
+        (["--question", "x", "--max_new_tokens", "-5"], "--max_new_tokens is -5, expected 0 or more"),
         (["--question", "x", "--mode", "glm3"], "--mode glm3 is for model_type chatglm, the checkpoint is 'llama'"),
         (["--question", "x", "--mode", "vicuna"], "invalid choice: 'vicuna'"),
         (["--question", "x", "--intents_file", "/no/intents.json"], "/no/intents.json does not exist"),

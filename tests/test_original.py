@@ -39,6 +39,30 @@ def converted(question: str, listed: int, intent: str) -> dict[str, str]:
     return {"instruction": "判断问题属于哪个类别。", "input": asked, "output": intent}
 
 
+def test_a_question_with_two_lists_is_on_one_side(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Whether a part is held out or a test file is given."""
+    rows = [converted(f"{intent}{k}", k % 2, intent) for k in range(8) for intent in set(LISTS[0]) & set(LISTS[1])]
+    rows += [row | {"input": f"问题: 想{k}\n候选类别: " + "\n".join(LISTS[listed])}
+             for k in range(8) for listed in (0, 1) for row in [converted("", listed, LISTS[listed][0])]]  # fmt: skip
+    data = lines(tmp_path / "faq.jsonl", rows)
+    assert prepare.main(["--data_file", str(data), "--output_dir", str(tmp_path / "a"), "--test_ratio", "0.4"]) == 0
+    sides = [asked(tmp_path / "a" / f"{name}.jsonl") for name in ("train", "test")]
+    assert not sides[0] & sides[1]
+    assert len(sides[0] | sides[1]) == len({row["input"].split("\n")[0] for row in rows})
+    capsys.readouterr()
+    test = lines(tmp_path / "test.jsonl", [row for row in rows if "想3\n" in row["input"]][:1])
+    given = ["--data_file", str(data), "--test_data_file", str(test), "--output_dir", str(tmp_path / "b")]
+    assert prepare.main(given) == 0
+    assert "2 questions are test questions, too, and left out of training" in capsys.readouterr().err
+    assert asked(tmp_path / "b" / "test.jsonl") == {"想3"}
+    assert "想3" not in asked(tmp_path / "b" / "train.jsonl")
+
+
+def asked(path: Path) -> set[str]:
+    """The questions of a prepared file."""
+    return {json.loads(line)["question"] for line in path.open(encoding="utf-8")}
+
+
 def test_converted_records_keep_their_own_lists(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """JSON lines in a file called .json; one catalog per list, whose rows begin alike; answers are held to the list."""
     data = lines(tmp_path / "faq.json", [converted(*row) for row in QUESTIONS])

@@ -10,8 +10,8 @@ import pytest
 from conftest import ROOT, environment
 
 from faq import prepare
-from llmops.intents.catalog import load_catalog
-from llmops.intents.questions import read_faq
+from llmops.intents.catalog import load_catalog, wording_of
+from llmops.intents.questions import compared, read_faq
 
 INTENTS = {
     "退款": ["怎么退款", "我要退款", "退款多久到", "钱退到哪里"],
@@ -139,6 +139,34 @@ def test_out_of_scope_rows(tmp_path: Path) -> None:
     assert sum(row["intent"] == "不符合" and "variant" not in row for row in made) == 3
 
 
+def test_a_question_with_other_marks_is_on_one_side(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Full width, case, blanks and the marks at the end; what is written stays as it was."""
+    forms = ["{}{}?", "{}{}？", "{} {}", "{}{}。", "{}{}!!"]
+    rows = [{"question": form.format(q, "WiFi" if k % 2 else "ＷＩＦＩ"), "intent": intent}
+            for intent, questions in INTENTS.items() for q in questions for k, form in enumerate(forms)]  # fmt: skip
+    data = write(tmp_path / "a.jsonl", lines(rows))
+    common = ["--data_file", str(data), "--out_of_scope_ratio", "0"]
+    assert prepare.main([*common, "--output_dir", str(tmp_path / "a"), "--test_ratio", "0.5"]) == 0
+    made = [{r.questions[0] for r in read_faq(tmp_path / "a" / f"{name}.jsonl").records} for name in ("train", "test")]
+    assert [len(side) for side in made] == [40, 40]  # 2 of 4 questions of each intent, in 5 forms
+    assert made[0] | made[1] == {row["question"] for row in rows}
+    assert not {compared(text) for text in made[0]} & {compared(text) for text in made[1]}
+    test = write(tmp_path / "b.jsonl", lines([{"question": "怎么退款ｗｉｆｉ…", "intent": "退款"}]))
+    assert prepare.main([*common, "--output_dir", str(tmp_path / "b"), "--test_data_file", str(test)]) == 0
+    assert "5 questions are test questions, too" in capsys.readouterr().err
+    assert [compared(text) for text in ("？！", "C++", "Ｃ#。", "", "a b.c")] == ["?!", "c++", "c#", "", "ab.c"]
+
+
+def test_english_data_is_asked_in_english_also_with_questions_out_of_scope(tmp_path: Path) -> None:
+    rows = [{"question": f"{word} {k}", "intent": word} for word in ("refund", "parcel") for k in range(4)]
+    rows += [{"question": f"the weather on day {k}", "intent": "不符合"} for k in range(3)]
+    data = write(tmp_path / "a.jsonl", lines(rows))
+    assert prepare.main(["--data_file", str(data), "--output_dir", str(tmp_path / "out")]) == 0
+    wording = load_catalog(tmp_path / "out" / "intents.json").wording
+    assert wording == wording_of("auto", "", "en")
+    assert wording != wording_of("auto")
+
+
 def test_repeats_and_other_replies_are_told_by_line(tmp_path: Path) -> None:
     rows = [*single_rows(), single_rows()[0], single_rows()[1] | {"question": "新问题", "output": "另一个答复"}]
     done = run(write(tmp_path / "a.jsonl", lines(rows)), tmp_path / "out")
@@ -155,6 +183,9 @@ BAD = [
     ({"intent": "退款"}, "a.jsonl:17: no question (keys found: 'intent')"),
     ({"input": "怎么了", "intent": "退款"}, "a.jsonl:17: 'input' is '怎么了', expected a list of questions"),
     ({"input": "['a', 1]", "intent": "退款"}, "a.jsonl:17: 'input' is"),
+    ({"input": "{[]: 1}", "intent": "退款"}, "a.jsonl:17: 'input' is '{[]: 1}'"),
+    ({"input": "-" * 100_000 + "1", "intent": "退款"}, "a.jsonl:17: 'input' is '-----"),
+    ({"input": "1" + "+1" * 20_000, "intent": "退款"}, "a.jsonl:17: 'input' is '1+1"),
     (["x"], "a.jsonl:17: found a JSON list"),
     (
         {"question": "怎么退款", "intent": "物流"},
@@ -269,6 +300,34 @@ def test_the_model_decides_mode_and_length(tmp_path: Path, checkpoints: dict[str
     done = run(data, tmp_path / "out", "--model_name_or_path", model)
     assert done.returncode == 0
     assert "chat format: the checkpoint's own chat template" in done.stderr
+
+
+def test_the_longest_prompt_is_found_among_lists_and_histories(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], checkpoints: dict[str, Path]
+) -> None:
+    """The shortest question has the longest prompt; the sentence counts the candidates of its own list."""
+    texts = [f"一个比较长的问题，它的编号是{k}" for k in range(30)]
+    lists = [["甲", "乙"]] * 30 + [["甲", *(f"很长的候选意图的名字{k}" for k in range(40))]]
+    listed = [
+        {"input": f"问题: {text}\n候选类别: " + "\n".join(own), "output": own[k % 2]}
+        for k, (text, own) in enumerate(zip([*texts, "短"], lists, strict=True))
+    ]
+    told = [
+        {"messages": [{"role": "user", "content": "前" * (900 if text == "短" else 1)},
+                      {"role": "assistant", "content": "嗯"}, {"role": "user", "content": text},
+                      {"role": "assistant", "content": "乙" if k % 2 else "甲"}]}
+        for k, text in enumerate([*texts, "短"])
+    ]  # fmt: skip
+    for rows, limit in ((listed, "400"), (told, "600")):
+        data, out = write(tmp_path / "a.jsonl", lines(rows)), tmp_path / "out"
+        given = ["--data_file", str(data), "--output_dir", str(out), "--model_name_or_path", str(checkpoints["llama"])]
+        assert prepare.main([*given, "--max_seq_len", limit]) == 2
+        said = capsys.readouterr().err
+        assert "a.jsonl:31: this question's prompt with its" in said
+    assert prepare.main([*given, "--max_seq_len", "5000"]) == 0
+    write(tmp_path / "a.jsonl", lines(listed))
+    assert prepare.main([*given, "--max_seq_len", "400"]) == 2
+    assert "prompt with its 41 candidate intents has" in capsys.readouterr().err
 
 
 def test_python_and_shell_have_the_same_settings() -> None:

@@ -57,7 +57,7 @@ class Catalog:
     left_out: list[list[str]] = field(default_factory=list)
     none_reply: str = ""
     lists: list[list[str]] = field(default_factory=list)
-    decision: dict[str, float] = field(default_factory=dict)
+    decision: dict[str, Any] = field(default_factory=dict)
     retrieval: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -219,8 +219,10 @@ def is_lists(value: Any) -> bool:
 
 
 def is_decision(value: Any) -> bool:
-    """Whether a value is a calibration with a threshold, or nothing."""
-    numbers = isinstance(value, dict) and all(type(number) in (int, float) for number in value.values())
+    """Whether a value is a calibration with a threshold, or nothing; all numbers, but for what a classifier learned."""
+    if not isinstance(value, dict) or not is_text(value.get("learned", "")):
+        return False
+    numbers = all(type(number) in (int, float) for key, number in value.items() if key != "learned")
     return numbers and (not value or (value.get("temperature", 0) > 0 and {"shift", "threshold"} <= set(value)))
 
 

@@ -4,13 +4,17 @@ They see what the model sees: a question whose row lacks some candidates is not 
 unsure is 不符合, by a threshold from cross-validation on the training questions.
 """
 
+import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmops import files
 from llmops.console import UserError
+from llmops.embedding.folder import identity
 from llmops.intents.catalog import Catalog
 from llmops.intents.linear import fit, out_of_fold, too_large
 from llmops.intents.questions import read_faq
@@ -60,13 +64,20 @@ def read_asked(path: Path, catalog: Catalog) -> list[Asked]:
 
 
 class Classifiers:
-    """What is fitted on the training questions; `own`: those whose intent is the question's, not their list's doing."""
+    """What is fitted on the training questions; `own`: those whose intent is the question's, not their list's doing.
+
+    不符合 to a row's own list is the list's doing where the question has an intent in another row.
+    """
 
     def __init__(self, train: Sequence[Asked], catalog: Catalog, features: Features) -> None:
         import numpy as np
 
         self.catalog, self.features, self.train = catalog, features, list(train)
-        self.own = [asked for asked in train if asked.variant is None or asked.intent != catalog.none]
+        inside = {asked.question for asked in train if asked.intent != catalog.none}
+        self.own = [
+            asked for asked in train
+            if asked.variant is None or asked.intent != catalog.none or asked.question not in inside
+        ]  # fmt: skip
         self.texts = [asked.question for asked in self.own]
         self.classes = sorted({asked.intent for asked in self.own})
         place = {intent: k for k, intent in enumerate(self.classes)}
@@ -91,6 +102,21 @@ class Classifiers:
     def out_of_fold(self) -> "np.ndarray":
         """Probabilities (n, classes) of every training question by classifiers that did not see it."""
         return out_of_fold(self.inputs, self.labels, len(self.classes))
+
+    @cached_property
+    def digest(self) -> str:
+        """A name for what is learned: the questions with their intents in any order, and the embedding model."""
+        model = self.features.model
+        learned = sorted({(asked.question, asked.intent) for asked in self.own})
+        text = json.dumps([identity(model, "fp32") if model else "", learned])
+        return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+    @cached_property
+    def judged(self) -> "np.ndarray":
+        """Whether other questions than a training question have its intent, bool (n,); else no fold can know it."""
+        import numpy as np
+
+        return np.bincount(self.labels)[self.labels] > 1
 
     def threshold(self, values: "np.ndarray") -> float:
         """The value under which 不符合 is the better answer; `values` (n, classes) are those of `out_of_fold`."""
@@ -125,12 +151,16 @@ class Classifiers:
         return masked
 
     def answers(self, values: "np.ndarray", test: Sequence[Asked], threshold: float) -> list[dict[str, Any]]:
-        """Rows as faq/predict writes them; the runner-up where 不符合 is the likeliest class."""
+        """Rows as faq/predict writes them; the runner-up where 不符合 is the likeliest class.
+
+        `proposed`, whose probability a row has, where the threshold made it 不符合.
+        """
         variants = [asked.variant for asked in test]
         best, top = self.best(values, variants)
         rows: list[dict[str, Any]] = [
-            {"question": asked.question, "intent": self.classes[k] if value >= threshold else self.catalog.none,
-             "probability": float(value), "reference": asked.intent}
+            {"question": asked.question, "intent": self.classes[k], "probability": float(value),
+             "reference": asked.intent}
+            | ({"intent": self.catalog.none, "proposed": self.classes[k]} if value < threshold else {})
             for asked, k, value in zip(test, best, top, strict=True)
         ]  # fmt: skip
         if self.catalog.none in self.classes:

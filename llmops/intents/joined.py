@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from llmops.console import UserError, stdout_to_stderr
 from llmops.intents.catalog import Catalog
 from llmops.intents.classifiers import Classifiers, read_asked
-from llmops.intents.retrieval import FLOOR, Features
+from llmops.intents.retrieval import FLOOR, ROWS_AT_ONCE, Features
 
 if TYPE_CHECKING:
     import numpy as np
@@ -41,6 +41,20 @@ class Joint:
         logs, names = logs_of(rows, values, self.classifiers.classes, self.classifiers.catalog.none)
         return best(probabilities(np.array(self.weights), logs), names, count)
 
+    def join(
+        self, rows: Sequence[dict[str, Any]], questions: Sequence[str], catalog: Catalog, variants: Sequence[int | None]
+    ) -> list[dict[str, Any]]:
+        """The model's predictions as both together say them, some at once; `model_intent` is the model's own."""
+        found = []
+        for start in range(0, len(rows), ROWS_AT_ONCE):
+            part = slice(start, start + ROWS_AT_ONCE)
+            values = self.values(questions[part], catalog, variants[part])
+            for row, ranked in zip(rows[part], self.ranked(rows[part], values, 2), strict=True):
+                both = told(ranked)
+                more = {"reply": catalog.reply(both["intent"]), "model_intent": row["intent"]}
+                found.append(row | both | more)
+        return found
+
 
 def open_joint(catalog: Catalog, join_file: str, embedding_model: str) -> Joint:
     """The classifier on the questions of `join_file`. Raises UserError where it is not the one of the kept weights."""
@@ -50,7 +64,8 @@ def open_joint(catalog: Catalog, join_file: str, embedding_model: str) -> Joint:
     folder = read_folder(Path(embedding_model)) if embedding_model else None
     with stdout_to_stderr():
         found = Classifiers(train, catalog, Features(folder))
-    if found.inputs.shape[1] != catalog.decision["inputs"]:
+    kept = catalog.decision  # without "learned" where an older faq/score wrote it
+    if found.inputs.shape[1] != kept["inputs"] or kept.get("learned", found.digest) != found.digest:
         raise UserError(
             "faq/score used another --embedding_model or other questions for its weights; pass the same ones"
         )

@@ -10,6 +10,7 @@ Shapes, told apart by their keys, as JSON lines, one JSON array, or csv with a h
 import ast
 import re
 import sys
+import unicodedata
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -30,6 +31,7 @@ LIST_KEY = "input"
 INTENT_KEYS = ("intent", "category", "label", "意图", "类别", "分类")
 NONE_FITS = "不符合"  # the answer when no candidate fits, in the templates and in the original's data
 CONVERTED = re.compile(r"问题[:：]([\s\S]*?)\n\s*候选类别[:：]([\s\S]*)")
+FINAL_MARKS = ".,;:!?~。、·"  # as NFKC writes them
 EXPORT_ROWS = 200  # that tell whether a file is an export
 REPLY_KEYS = ("output", "answer", "reply", "答案", "回复")
 INSTRUCTION_KEYS = ("instruction", "intruction")
@@ -261,10 +263,16 @@ def list_literal(text: str) -> Any:
         return None  # the parser's memory and stack grow with both
     try:
         value = ast.literal_eval(text.strip())
-    except (ValueError, SyntaxError):
+    except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):  # of thousands of signs the last two
         return None
     texts = [item for item in value if isinstance(item, str)] if isinstance(value, list) else []
     return value if all(map(json_text.encodable, texts)) else None
+
+
+def compared(text: str) -> str:
+    """What two texts share that ask the same: NFKC, without case, blanks and the marks at the end."""
+    plain = "".join(unicodedata.normalize("NFKC", text).casefold().split())
+    return plain.rstrip(FINAL_MARKS) or plain
 
 
 def first_text(raw: dict[str, Any], keys: tuple[str, ...]) -> str | None:

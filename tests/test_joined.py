@@ -1,0 +1,134 @@
+"""The tuned model and the linear classifier together: their weights, what is advised, what prediction answers."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from embedding_model import write_embedding_model
+from test_baselines import INTENTS, questions, write, write_catalog
+
+from faq import baselines, predict, score
+from faq.joined import join
+from llmops.embedding.folder import read_folder
+from llmops.intents.catalog import Catalog, load_catalog, wording_of
+from llmops.intents.classifiers import Asked, Classifiers
+from llmops.intents.joined import logs_of, open_joint, probabilities
+from llmops.intents.retrieval import Features
+
+
+def test_two_classifiers_that_know_different_things_are_better_together() -> None:
+    """One tells the first half of the classes apart, the other the second; a useless one gets no weight."""
+    draw = np.random.default_rng(3)
+    classes = [str(k) for k in range(6)]
+    truth = draw.integers(0, 6, 600)
+    linear, rows = np.full((600, 6), 0.1), []
+    for i, true in enumerate(truth):
+        if true < 3:
+            linear[i, true] = 0.5
+        else:
+            linear[i, 3:] = 1 / 6
+        linear[i] /= linear[i].sum()
+        other = (true + 1) % 3 if true < 3 else 3 + (true + 1) % 3
+        said, p = (true, 0.6) if true >= 3 or draw.random() < 0.34 else (other, 0.3)
+        runner = {"intent": str(other if said == true else true), "probability": 0.25}
+        rows.append({"intent": str(said), "reference": str(true), "probability": p, "runner_up": runner})
+    both, weights, again = join(rows, linear, classes, "5")
+    right = np.mean([row["intent"] == row["reference"] for row in both])
+    assert right > max((linear.argmax(1) == truth).mean(), np.mean([r["intent"] == r["reference"] for r in rows]))
+    assert right > 0.95
+    assert min(weights) > 0.1
+    logs, names = logs_of(rows, linear, classes, "5")  # by the weights as they are kept
+    by_hand = probabilities(np.array(weights), logs)
+    assert [row["intent"] for row in again] == [names[k] for k in by_hand.argmax(1)]
+    assert [row["probability"] for row in again] == pytest.approx(by_hand.max(1), abs=1e-6)
+    noise = [{"intent": str(draw.integers(6)), "reference": row["reference"], "probability": 0.9} for row in rows]
+    assert join(noise, linear, classes, "5")[1][0] < 0.05
+    linear[:, 0] = -1  # a candidate that is in no list is not answered
+    assert "0" not in {row["intent"] for row in join(rows, linear, classes, "5")[0]}
+
+
+def test_both_together_are_advised_when_they_are_better_than_each() -> None:
+    """Counted by hand: 9 questions that one way alone has right, against 2, are 7 > 2 * sqrt(11); 8 and 2 are not."""
+    theirs = [True] * 2 + [False] * 9 + [True] * 89
+    ours = [False] * 2 + [True] * 9 + [True] * 89
+    assert baselines.beyond_chance(ours, theirs) == 1
+    assert baselines.beyond_chance(theirs, ours) == -1
+    assert baselines.beyond_chance([False, *ours[1:10], False, *ours[11:]], theirs) == 0
+    rows = [{"intent": "a" if right else "b", "reference": "a"} for right in theirs]
+    best = baselines.Baseline("linear classifier", "n-grams", rows, 0.1)
+    figures = {"accuracy": 0.91, "seconds_per_question": 0.001}
+    alone = [False] * 30 + [True] * 70
+    found = baselines.advice(alone, best, figures, ours)
+    assert found.startswith("Use the tuned model and the linear classifier together (--join true): their 98.0% are")
+    assert baselines.advice(alone, best, figures, theirs).startswith("Use the linear classifier on n-grams (91.0%")
+    assert baselines.advice(alone, best, figures).endswith("so it is not worth its training here.")
+
+
+def test_joined_predictions(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    checkpoints: dict[str, Path],
+) -> None:
+    """A model that knows nothing and a classifier: what score keeps is what predict answers."""
+    train = write(tmp_path / "train.jsonl", [{"question": q, "intent": i} for q, i in questions()[:40]])
+    asked = write(tmp_path / "asked.jsonl", [{"question": q, "intent": i} for q, i in questions()[40:]])
+    intents = tmp_path / "intents.json"
+    write_catalog(intents)
+    common = ["--model_name_or_path", str(checkpoints["llama"]), "--intents_file", str(intents), "--input_file", asked]
+    alone, both = str(tmp_path / "alone.jsonl"), str(tmp_path / "both.jsonl")
+    assert predict.main([*common, "--join_file", train]) == 2
+    assert "--join_file needs weights in the intents file" in capsys.readouterr().err
+    assert predict.main([*common, "--output_file", alone]) == 0
+    kept = ["--intents_file", str(intents), "--train_file", train, "--keep_threshold", "true", "--join", "true"]
+    assert score.main([alone, *kept, "--automate", "0.8"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["joined"]["accuracy"] > found["results"][0]["accuracy"] + 0.3
+    assert predict.main([*common, "--output_file", both]) == 2
+    assert "pass --join_file" in capsys.readouterr().err
+    assert predict.main([*common, "--use_threshold", "false", "--output_file", str(tmp_path / "alone.jsonl")]) == 0
+    plain = [json.loads(line) for line in (tmp_path / "alone.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert not any("proposed" in row or "model_intent" in row for row in plain)
+    assert predict.main([*common, "--join_file", train, "--output_file", both]) == 0
+    rows = score.read_predictions(Path(both))
+    assert np.mean([row["proposed"] == row["reference"] for row in rows]) == pytest.approx(
+        found["joined"]["accuracy"], abs=0.1
+    )
+    # other questions, or the same with other intents, are not those of the weights; their order does not matter
+    learned = [{"question": q, "intent": i} for q, i in questions()[:40]]
+    for others in (learned[:-1], [*learned[:-1], learned[-1] | {"intent": learned[0]["intent"]}]):
+        other = write(tmp_path / "other.jsonl", others)
+        assert predict.main([*common, "--join_file", other, "--output_file", str(tmp_path / "no.jsonl")]) == 2
+        assert "faq/score used another --embedding_model or other questions" in capsys.readouterr().err
+    catalog = load_catalog(intents)
+    assert open_joint(catalog, write(tmp_path / "other.jsonl", learned[::-1]), "").weights[1] > 0
+    del catalog.decision["learned"]  # kept before there was such a name
+    assert open_joint(catalog, write(tmp_path / "other.jsonl", learned[:-1]), "").weights[1] > 0
+    joint = open_joint(catalog, train, "")
+    texts, variants = [row["question"] for row in plain], [None] * len(plain)
+    whole = joint.join(plain, texts, catalog, variants)
+    sizes, values = list[int](), joint.values
+    monkeypatch.setattr("llmops.intents.joined.ROWS_AT_ONCE", 7)
+    monkeypatch.setattr(joint, "values", lambda asked, *more: sizes.append(len(asked)) or values(asked, *more))
+    assert joint.join(plain, texts, catalog, variants) == whole
+    assert sizes == [7, 7, 7, 7, 4]
+    sure = [row for row in rows if row["intent"] != "不符合"]
+    assert len(sure) == int(0.8 * len(rows))  # the threshold belongs to the weights that are kept
+    assert all(row["reply"] == "好的" for row in sure)
+    assert [row["model_intent"] for row in rows] == [row["intent"] for row in score.read_predictions(Path(alone))]
+
+
+def test_what_is_learned_has_a_name(tmp_path: Path) -> None:
+    """Of questions with their intents and of the model's contents, not of its folder or the questions' order."""
+    train = [Asked(q, i, None, k) for k, (q, i) in enumerate(questions()[:20], 1)]
+    catalog = Catalog("auto", wording_of("auto"), INTENTS)
+    folders = [write_embedding_model(tmp_path / name, seed=seed) for seed, name in enumerate("ab")]
+    folders.append(Path(shutil.copytree(folders[0], tmp_path / "c")))
+    a, b, c = (Classifiers(train, catalog, Features(read_folder(folder))) for folder in folders)
+    assert a.inputs.shape == b.inputs.shape
+    plain, turned = (Classifiers(asked, catalog, Features(None)) for asked in (train, train[::-1]))
+    assert a.digest == c.digest
+    assert plain.digest == turned.digest
+    assert len({a.digest, b.digest, plain.digest}) == 3
