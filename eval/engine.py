@@ -15,6 +15,7 @@ from eval.answers import LOCK_NAME, Answers, check_foreign
 from eval.prompts import Fitter, Prepared, Request
 from eval.rendering import Renderer
 from eval.samples import Answer, Sample
+from eval.thoughts import OPEN, after_thought, in_thought, told
 from llmops.console import UserError, check_packages, has_gpu, log, progress
 from llmops.machine import cpu_kernels, devices
 from llmops.machine.kept import Record, fingerprint
@@ -31,7 +32,8 @@ if TYPE_CHECKING:
 class Settings:
     """How to run a model. `gpu_id` -1 is the CPU; without any GPU 0 is too. `batch_size` prompts go through at once.
 
-    0 are as many as memory holds. `max_seq_len` 0 is what the data needs, up to what the model can.
+    0 are as many as memory holds. `max_seq_len` 0 is what the data needs, up to what the model can. `enable_thinking`
+    is auto, true or false.
     """
 
     model: str
@@ -43,6 +45,7 @@ class Settings:
     dtype: str = "auto"
     cpu_kernels: str = "auto"
     chat_template: bool = True
+    enable_thinking: str = "auto"
     reuse_prefix: bool = True
     trust_remote_code: bool = False
     output_path: str = ""
@@ -108,7 +111,7 @@ class Engine:
         self.device = devices.choose_device(settings.gpu_id, processes)
         on_gpu = self.device.type == "cuda"
         self.dtype = devices.choose_dtype(settings.dtype if on_gpu else cpu_dtype(settings.dtype))
-        self.model = ChatModel(checkpoint)
+        self.model = ChatModel(checkpoint, thinking=told(settings.enable_thinking))
         self.renderer = Renderer(self.model, settings.chat_template)
         name = fingerprint([checkpoint.folder, checkpoint.base.folder, *checkpoint.adapters], str(self.dtype))
         asked = settings.max_seq_len
@@ -188,10 +191,13 @@ class Engine:
         return done
 
     def _answer(self, record: Record, request: Request) -> Answer:
+        prompt, whole = str(self.renderer.tokenizer.decode(request.prompt)), record["prediction"]
+        opened = prompt.rstrip().endswith(OPEN) and not request.choices
+        text = after_thought(whole, opened)
         return Answer(
-            request.key, record["prediction"], str(self.renderer.tokenizer.decode(request.prompt)), len(request.prompt),
-            request.cut, tuple(record["loglikelihoods"]), tuple(map(len, request.choices)), request.lost,
-            record["ended"], record["new_tokens"],
+            request.key, text, prompt, len(request.prompt), request.cut, tuple(record["loglikelihoods"]),
+            tuple(map(len, request.choices)), request.lost, record["ended"], record["new_tokens"],
+            whole if whole != text else "", in_thought(whole, opened),
         )  # fmt: skip
 
     def _compute(self, requests: Sequence[Request], samples: Sequence[Sample]) -> Iterator[tuple[int, Record]]:

@@ -136,6 +136,7 @@ class Evaluation:
             gpu_id=options.gpu_id, mode=options.mode, dtype=options.dtype, chat_template=options.chat_template,
             reuse_prefix=options.reuse_prefix, cpu_kernels=options.cpu_kernels,
             trust_remote_code=options.trust_remote_code, output_path=options.output_path,
+            enable_thinking=options.enable_thinking,
         )  # fmt: skip
         if options.export_official and not options.output_path:
             raise UserError("export_official writes into output_path, which is not given; name a folder")
