@@ -29,19 +29,21 @@ def is_record(value: Any) -> bool:
     )
 
 
-def check_foreign(folder: Path, names: Sequence[str], others: Sequence[str] = ()) -> None:
+def check_foreign(folder: Path, names: Sequence[str], others: Sequence[str] = (), exports: Sequence[str] = ()) -> None:
     """Raise UserError when a file that a run would replace was not written by an evaluation.
 
-    `names` are the data sets with a per-sample file, `others` what is written after the results: where there are no
-    results, such files are somebody else's.
+    `names` are the data sets with a per-sample file, `others` what is written after the results, `exports` what is
+    written after a per-sample file: where that is not there, such files are somebody else's.
     """
     results = folder / RESULTS_NAME
     cure = "was not written by an evaluation and would be replaced; choose another output_path"
     if results.exists():
         if writer_of(results) is None:
             raise UserError(f"{results} {cure}")
-    elif strange := [name for name in others if (folder / name).exists()]:
-        raise UserError(f"{folder / strange[0]} {cure}")
+    else:
+        asked = any((folder / SAMPLES / f"{name}.jsonl").exists() for name in names)
+        if strange := [name for name in (*others, *(() if asked else exports)) if (folder / name).exists()]:
+            raise UserError(f"{folder / strange[0]} {cure}")
     for name in names:
         path = folder / SAMPLES / f"{name}.jsonl"
         first = next(files.json_lines(path, "the answers"), None) if path.exists() else None

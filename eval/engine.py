@@ -84,14 +84,17 @@ def check_writable(folder: Path) -> None:
 
 
 @contextmanager
-def owned(output_path: str, names: Sequence[str], processes: Processes, others: Sequence[str] = ()) -> Iterator[None]:
+def owned(
+    output_path: str, names: Sequence[str], processes: Processes, others: Sequence[str] = (),
+    exports: Sequence[str] = (),
+) -> Iterator[None]:  # fmt: skip
     """Within this context nobody else evaluates into output_path, and what is replaced there an evaluation wrote."""
     with ExitStack() as stack:
         if output_path and processes.first:
             folder = Path(output_path)
             busy = f"another evaluation is writing into {folder}; wait for it, or choose another output_path"
             stack.enter_context(lock(folder / LOCK_NAME, busy))
-            check_foreign(folder, names, others)
+            check_foreign(folder, names, others, exports)
         yield
 
 

@@ -324,8 +324,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             with ExitStack() as stack:
                 stack.enter_context(stdout_to_stderr())
                 stack.enter_context(processes.connected())
-                others = [RADAR_NAME, *official]
-                stack.enter_context(owned(options.output_path, names, processes, others))
+                stack.enter_context(owned(options.output_path, names, processes, [RADAR_NAME], official))
                 interrupts = stack.enter_context(Interrupts())
                 stack.enter_context(evaluation)
                 evaluation.run(interrupts)

@@ -26,6 +26,6 @@ def told(setting: str) -> bool | None:
 def thought_note(count: int, asked: int) -> str:
     """What a reader of the scores must know of answers that are all thought."""
     return (
-        f"{count} of {asked} answers never left their thought (</think>) and count as empty; enable_thinking false asks "
-        "for answers without one"
+        f"{count} of {asked} answers never left their thought (</think>) and count as empty; enable_thinking false "
+        "asks for answers without one"
     )

@@ -50,6 +50,27 @@ def test_official_forms_are_what_the_scripts_read(
     assert "export_official writes into output_path" in errors
 
 
+def test_a_kill_after_the_first_official_file_is_no_stranger(
+    capfd: pytest.CaptureFixture[str], checkpoints: dict[str, Path], tmp_path: Path
+) -> None:
+    """Without results our samples say whose the file is; alone it is somebody else's."""
+    out = tmp_path / "out"
+    options = {"data_dir": str(command.SAMPLES), "limit": 2, "output_path": str(out), "export_official": True}
+    code, found, errors = call(capfd, checkpoints["llama"], ["inference_ability"], **options)
+    assert code == 0, errors
+    for name in ("eval_results.json", "five_dimensions.png"):  # what a killed run has not written
+        (out / name).unlink()
+    assert (out / "official" / "afqmc_predict.json").is_file()
+    code, again, errors = call(capfd, checkpoints["llama"], ["inference_ability"], **options)
+    assert (code, again) == (0, found), errors
+    assert "2 of 2 answers are in" in errors
+    for name in ("eval_results.json", "five_dimensions.png", "samples/inference_ability.jsonl"):
+        (out / name).unlink()
+    code, _, errors = call(capfd, checkpoints["llama"], ["inference_ability"], **options)
+    assert code == 2
+    assert "afqmc_predict.json was not written by an evaluation" in errors
+
+
 def test_whole_checkouts_are_read_as_they_are(tmp_path: Path) -> None:
     """M3KE with its test folder of blank answers, CMRC2018's repository, CLUE's folders."""
     name = "Arts & Humanities-High school.jsonl"
