@@ -116,9 +116,11 @@ def load_data(dimension: Dimension, options: Options) -> Data:
     loaded = dimension.read(path)
     if not loaded.samples:
         raise UserError(f"{path} holds no sample of {dimension.dataset} that can be evaluated")
+    read = len(loaded.samples)
     loaded = add_examples(loaded, options.num_fewshot, options.seed)
     drawn = draw(loaded.samples, options.limit, options.seed)
-    return Data(dimension, replace(loaded, samples=drawn, total=len(loaded.samples)), loaded.path or path, shipped)
+    loaded = replace(loaded, samples=drawn, total=len(loaded.samples), read=read)
+    return Data(dimension, loaded, loaded.path or path, shipped)
 
 
 class Evaluation:
@@ -232,6 +234,8 @@ class Evaluation:
         official, name = data.dimension.official, data.dimension.name
         test = official.unlabelled(data.path) if official and official.unlabelled else []
         if test and not self.options.limit:
+            examples = {sample.group: sample.history for sample in data.loaded.samples}
+            test = [replace(sample, history=examples.get(sample.group, ())) for sample in test]
             self.tests[name] = engine.prepare(f"{name}.test", test, data.dimension.max_new_tokens)
         elif official and official.unlabelled:
             why = "limit is given" if self.options.limit else f"there is no test file beside {data.path}"
@@ -257,6 +261,12 @@ class Evaluation:
             files.make_folder(folder)
             files.write_text(folder / official.name, official.text(list(zip(samples, answers, strict=True))))
             log(f"official form in {folder / official.name}")
+            lacking = data.loaded.read - len(samples) if name not in self.tests else 0
+            if lacking:
+                log(
+                    f"{official.name} lacks {lacking} of {data.loaded.read} samples: those that "
+                    "limit drops, that serve as few-shot examples, and whose prompts do not fit"
+                )
 
     def _write_reports(self, engine: Engine) -> None:
         """eval_results.json and the radar chart."""

@@ -87,7 +87,8 @@ class Answer:
 class Loaded:
     """A data set as it was read: what is evaluated, examples by group for few-shot prompts, what a reader must know.
 
-    `path` is where the samples are from when it is not what was read; `total` how many there were before a draw.
+    `path` is where the samples are from when it is not what was read; `total` how many there were before a draw,
+    `read` before some of them became few-shot examples.
     """
 
     samples: list[Sample]
@@ -95,6 +96,7 @@ class Loaded:
     notes: list[str] = field(default_factory=list)
     path: Path | None = None
     total: int = 0
+    read: int = 0
 
 
 def add_examples(loaded: Loaded, count: int, seed: int) -> Loaded:

@@ -50,6 +50,30 @@ def test_official_forms_are_what_the_scripts_read(
     assert "export_official writes into output_path" in errors
 
 
+def test_official_files_are_asked_as_the_score_is_and_say_what_they_lack(
+    capfd: pytest.CaptureFixture[str], checkpoints: dict[str, Path], tmp_path: Path
+) -> None:
+    """The test file's questions follow the same solved examples; a file without all samples says so."""
+    write_afqmc(tmp_path, 5)
+    write_lines(tmp_path / "afqmc_public" / "test.json", [pair(i + 7) | {"id": i} for i in range(2)])
+    out = tmp_path / "out"
+    options = {"data_dir": str(tmp_path), "output_path": str(out), "export_official": True, "num_fewshot": 2}
+    code, _, errors = call(capfd, checkpoints["llama"], ["inference_ability"], **options)
+    assert code == 0, errors
+    assert "lacks" not in errors
+    (scored,) = {
+        row["prompt"].rpartition("下面两个句子")[0] for row in read_lines(out / "samples/inference_ability.jsonl")
+    }
+    tested = read_lines(out / "samples" / "inference_ability.test.jsonl")
+    assert scored.count("下面两个句子") == 2
+    assert [row["prompt"].rpartition("下面两个句子")[0] for row in tested] == [scored] * 2
+    options |= {"data_dir": str(command.SAMPLES), "limit": 3}
+    code, _, errors = call(capfd, checkpoints["llama"], ["reading_comprehension"], **options)
+    assert code == 0, errors
+    count = len(command.cmrc2018.read(command.SAMPLES / "cmrc2018" / "cmrc2018_dev.json").samples)
+    assert f"cmrc2018_predict.json lacks {count - 3} of {count} samples: those that limit drops" in errors
+
+
 def test_a_kill_after_the_first_official_file_is_no_stranger(
     capfd: pytest.CaptureFixture[str], checkpoints: dict[str, Path], tmp_path: Path
 ) -> None:
