@@ -215,7 +215,8 @@ class Engine:
         prompts = [requests[k].prompt for k in free]
         limits = [requests[k].max_new_tokens for k in free]
         for i, generated in self.generator.generate(prompts, limits, self.renderer.stop_ids):
-            yield free[i], made(self.renderer.decode(generated.ids), [], generated.ended, len(generated.ids))
+            ended = generated.ended or self.renderer.ends_by_line(generated.ids)
+            yield free[i], made(self.renderer.decode(generated.ids), [], ended, len(generated.ids))
 
 
 def made(text: str, loglikelihoods: list[float], ended: bool, new_tokens: int) -> Record:
