@@ -26,7 +26,7 @@ from eval.engine import Engine, Settings, check, owned
 from eval.interrupts import Interrupts
 from eval.judging import Data, Outcome, judge, score_answers
 from eval.options import HELP, Options, read_json_argument, read_options
-from eval.prompts import Prepared
+from eval.prompts import Prepared, nothing_fits
 from eval.samples import Answer, add_examples, draw, rows_of
 from llmops import files
 from llmops.console import Parser, Terminated, UserError, log, print_json, run_main, stdout_to_stderr, to_bool
@@ -176,9 +176,8 @@ class Evaluation:
                     self._prepare_test(engine, data)
         asked = [data for data in self.data if self.prepared[data.dimension.name].samples]
         if not asked:
-            needed = min(tokens for found in self.prepared.values() for _, tokens in found.left_out)
-            length = max(found.length for found in self.prepared.values())
-            raise UserError(f"max_seq_len {length} is too small for every prompt; give {needed} or more")
+            least = min(self.prepared.values(), key=lambda prepared: prepared.least)
+            raise nothing_fits(least, max(found.length for found in self.prepared.values()))
         with interrupts.computing():
             log(f"{sum(len(found.samples) for found in self.prepared.values())} prompts are ready")
             engine.generator  # noqa: B018  the weights are loaded at the first look
@@ -211,11 +210,8 @@ class Evaluation:
         name = data.dimension.name
         prepared = self.prepared.get(name)
         if prepared and not prepared.samples:
-            needed = min(tokens for _, tokens in prepared.left_out)
-            return (
-                f"no score: none of its {len(prepared.left_out)} prompts fits into {prepared.length} tokens; give a "
-                f"max_seq_len of {needed} or more"
-            )
+            cure = prepared.too_short(prepared.least) or f"give a max_seq_len of {prepared.least} or more"
+            return f"no score: none of its {len(prepared.left_out)} prompts fits into {prepared.length} tokens; {cure}"
         far = self.engine.how_far(prepared) if self.engine else "none of its answers was there yet"
         return f"not finished, {self.ended_by}: {far}"
 

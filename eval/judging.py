@@ -131,10 +131,11 @@ def prompt_notes(report: dict[str, Any], prepared: Prepared, score: float) -> li
     asked, left_out = counts["samples"], counts["left_out"]
     if left_out:
         everything = asked + left_out
+        cure = prepared.too_short(prepared.needed) or f"with max_seq_len {prepared.needed} none is"
         notes.append(
             f"{left_out} of {everything} prompts do not fit into {prepared.length} tokens even without their passage "
-            f"and are left out of the score (with max_seq_len {prepared.needed} none is; counted as wrong they would "
-            f"make it {score * asked / everything:.3f})"
+            f"and are left out of the score ({cure}; counted as wrong they would make it "
+            f"{score * asked / everything:.3f})"
         )
     if counts["prompts_cut"]:
         cut = [f"{counts['prompts_cut']} of {asked} prompts were longer than max_seq_len allows and were cut"]

@@ -22,7 +22,7 @@ from eval.answers import PERFORMANCE
 from eval.engine import Engine, Settings, check, owned
 from eval.interrupts import Interrupts
 from eval.metrics import METRICS, language
-from eval.prompts import Prepared
+from eval.prompts import Prepared, nothing_fits
 from eval.samples import Answer, Sample, draw, rows_of, summarise
 from eval.thoughts import after_thought, thought_note
 from llmops import files, json_text
@@ -261,8 +261,7 @@ def prepare(engine: Engine, samples: Sequence[Sample], max_new_tokens: int) -> P
     """The prompts as tokens. Raises UserError when none fits."""
     prepared = engine.prepare(NAME, samples, max_new_tokens)
     if not prepared.samples:
-        needed = min(tokens for _, tokens in prepared.left_out)
-        raise UserError(f"max_seq_len {prepared.length} is too small for every prompt; give {needed} or more")
+        raise nothing_fits(prepared, prepared.length)
     return prepared
 
 
@@ -305,9 +304,10 @@ def tell(counts: dict[str, int], prepared: Prepared, languages: dict[str, dict[s
     """What a reader of the scores must know, on stderr."""
     asked = counts["samples"]
     if counts["left_out"]:
+        cure = prepared.too_short(prepared.needed) or f"with max_seq_len {prepared.needed} none is"
         log(
             f"{counts['left_out']} of {asked + counts['left_out']} prompts do not fit into {prepared.length} tokens "
-            f"even without their question and are left out of the score; with max_seq_len {prepared.needed} none is"
+            f"even without their question and are left out of the score; {cure}"
         )
     if counts["prompts_cut"]:
         log(f"{counts['prompts_cut']} of {asked} prompts were longer than max_seq_len allows and were cut")
