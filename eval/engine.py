@@ -121,7 +121,7 @@ class Engine:
         if checkpoint.length and asked > checkpoint.length:
             log(f"max_seq_len is {asked}; the model was made for {checkpoint.length} tokens: these count")
         self.fitter = Fitter(self.renderer, name, settings.max_seq_len, checkpoint.length)
-        self.answers = Answers(Path(settings.output_path) if settings.output_path else None, processes.rank)
+        self.answers = Answers(Path(settings.output_path) if settings.output_path else None, processes.rank, name)
 
     @cached_property
     def generator(self) -> "Generator":
@@ -162,7 +162,7 @@ class Engine:
             todo = self._compute([requests[i] for i in mine], [prepared.samples[i] for i in mine])
             silent = not self.processes.first
             for k, found in progress(todo, f"answering {prepared.name}", len(mine), "samples", silent):
-                answered[mine[k]] = {"key": keys[mine[k]]} | found
+                answered[mine[k]] = {"key": keys[mine[k]], "model": self.answers.model} | found
                 append(answered[mine[k]])
                 self.processes.look()
         fresh = {keys[i]: record for i, record in self.processes.gather(answered).items()}

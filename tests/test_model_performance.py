@@ -226,6 +226,30 @@ def test_killed_and_started_again(
     assert "already" not in errors
 
 
+def test_a_run_with_a_limit_loses_no_answers(
+    capfd: pytest.CaptureFixture[str], checkpoints: dict[str, Path], data: Path, tmp_path: Path
+) -> None:
+    """What a full run answered is there after a small one into its folder; another model's answers go."""
+    folder, other = tmp_path / "out", tmp_path / "other"
+    arguments = ("--dataset_path", str(data), "--gpu_id", "-1", "--max_new_tokens", "3", "--output_path", str(folder))
+    model = ("--model_name_or_path", str(checkpoints["llama"]))
+    total = len(read_samples(data))
+    code, full, _ = call(capfd, *arguments, *model)
+    assert code == 0
+    rows = rows_of(folder)
+    for limit in ("2", "3"):
+        call(capfd, *arguments, *model, "--limit", limit)
+        assert len(rows_of(folder)) == int(limit)
+    code, again, errors = call(capfd, *arguments, *model)
+    assert (code, again) == (0, full)
+    assert f"{total} of {total} answers are in" in errors
+    assert rows_of(folder) == rows
+    assert os.listdir(folder / "samples") == ["model_performance.jsonl"]
+    shutil.copytree(checkpoints["qwen2"], other)
+    call(capfd, *arguments, "--model_name_or_path", str(other), "--limit", "2")
+    assert os.listdir(folder / "samples") == ["model_performance.jsonl"]
+
+
 def test_several_processes_share_the_samples(
     capfd: pytest.CaptureFixture[str], checkpoints: dict[str, Path], data: Path, tmp_path: Path
 ) -> None:
