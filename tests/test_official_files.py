@@ -10,7 +10,7 @@ from test_evaluation_runs import call, pair, question, read_lines, read_report, 
 from eval import evaluate_model_from_five_dimensions as command
 from eval.engine import Engine, Settings
 from eval.metrics import cmrc_em, cmrc_f1
-from eval.samples import Answer
+from eval.samples import Answer, Sample
 from llmops.console import UserError
 from llmops.machine.sharing import Processes
 
@@ -176,7 +176,14 @@ def test_floors_and_ceilings_by_hand(tmp_path: Path) -> None:
     assert both == (1.0, 1.0)
     assert best[0] is not None
     assert 0 < best[0] < 1
+    assert what == "another person's question, against one reference fewer where a passage has one sample"
+    shared = [Sample("", questions, "p") for questions in (("Who sat there?", "Who is it?"), ("Who sat?",), ("Why?",))]
+    what, best = quoref.ceiling(shared)
     assert what == "another person's question"
+    for sample, value in zip(shared, best, strict=True):  # the model's own references, not the passage's
+        others = [one for other in shared if other is not sample for one in other.references]
+        expected = sum(quoref.score(one, sample)["BLEU"] for one in others) / len(others)
+        assert value == pytest.approx(expected)
     for seed in range(5):
         assert quoref.baselines(shipped, seed)["a random question"] < 0.5  # a shuffle that fixes one would give a third
 
