@@ -70,8 +70,8 @@ def bleu(prediction: str, references: Sequence[str]) -> float:
 
     nltk's sentence_bleu; n-gram orders without a match are smoothed geometrically (its method 3, which is NIST's and
     sacrebleu's `exp`), and orders that the prediction is too short for are left out (sacrebleu's effective order), so
-    on the same tokens it is sacrebleu's sentence score with `effective_order=True` divided by 100. Source: Papineni et al. 2002;
-    Chen & Cherry 2014.
+    on the same tokens it is sacrebleu's sentence score with `effective_order=True` divided by 100. Source:
+    Papineni et al. 2002; Chen & Cherry 2014.
     """
     return _bleu(bleu_tokens(prediction), [bleu_tokens(reference) for reference in references])
 
