@@ -15,6 +15,7 @@ from eval.answers import LOCK_NAME, Answers, check_foreign
 from eval.prompts import Fitter, Prepared, Request
 from eval.rendering import Renderer
 from eval.samples import Answer, Sample
+from eval.thoughts import OPEN, after_thought, in_thought, told
 from llmops.console import UserError, check_packages, has_gpu, log, progress
 from llmops.machine import cpu_kernels, devices
 from llmops.machine.kept import Record, fingerprint
@@ -31,7 +32,8 @@ if TYPE_CHECKING:
 class Settings:
     """How to run a model. `gpu_id` -1 is the CPU; without any GPU 0 is too. `batch_size` prompts go through at once.
 
-    0 are as many as memory holds. `max_seq_len` 0 is what the data needs, up to what the model can.
+    0 are as many as memory holds. `max_seq_len` 0 is what the data needs, up to what the model can. `enable_thinking`
+    is auto, true or false.
     """
 
     model: str
@@ -43,6 +45,7 @@ class Settings:
     dtype: str = "auto"
     cpu_kernels: str = "auto"
     chat_template: bool = True
+    enable_thinking: str = "auto"
     reuse_prefix: bool = True
     trust_remote_code: bool = False
     output_path: str = ""
@@ -81,14 +84,17 @@ def check_writable(folder: Path) -> None:
 
 
 @contextmanager
-def owned(output_path: str, names: Sequence[str], processes: Processes, others: Sequence[str] = ()) -> Iterator[None]:
+def owned(
+    output_path: str, names: Sequence[str], processes: Processes, others: Sequence[str] = (),
+    exports: Sequence[str] = (),
+) -> Iterator[None]:  # fmt: skip
     """Within this context nobody else evaluates into output_path, and what is replaced there an evaluation wrote."""
     with ExitStack() as stack:
         if output_path and processes.first:
             folder = Path(output_path)
             busy = f"another evaluation is writing into {folder}; wait for it, or choose another output_path"
             stack.enter_context(lock(folder / LOCK_NAME, busy))
-            check_foreign(folder, names, others)
+            check_foreign(folder, names, others, exports)
         yield
 
 
@@ -108,14 +114,14 @@ class Engine:
         self.device = devices.choose_device(settings.gpu_id, processes)
         on_gpu = self.device.type == "cuda"
         self.dtype = devices.choose_dtype(settings.dtype if on_gpu else cpu_dtype(settings.dtype))
-        self.model = ChatModel(checkpoint)
+        self.model = ChatModel(checkpoint, thinking=told(settings.enable_thinking))
         self.renderer = Renderer(self.model, settings.chat_template)
         name = fingerprint([checkpoint.folder, checkpoint.base.folder, *checkpoint.adapters], str(self.dtype))
         asked = settings.max_seq_len
         if checkpoint.length and asked > checkpoint.length:
             log(f"max_seq_len is {asked}; the model was made for {checkpoint.length} tokens: these count")
         self.fitter = Fitter(self.renderer, name, settings.max_seq_len, checkpoint.length)
-        self.answers = Answers(Path(settings.output_path) if settings.output_path else None, processes.rank)
+        self.answers = Answers(Path(settings.output_path) if settings.output_path else None, processes.rank, name)
 
     @cached_property
     def generator(self) -> "Generator":
@@ -156,7 +162,7 @@ class Engine:
             todo = self._compute([requests[i] for i in mine], [prepared.samples[i] for i in mine])
             silent = not self.processes.first
             for k, found in progress(todo, f"answering {prepared.name}", len(mine), "samples", silent):
-                answered[mine[k]] = {"key": keys[mine[k]]} | found
+                answered[mine[k]] = {"key": keys[mine[k]], "model": self.answers.model} | found
                 append(answered[mine[k]])
                 self.processes.look()
         fresh = {keys[i]: record for i, record in self.processes.gather(answered).items()}
@@ -188,10 +194,13 @@ class Engine:
         return done
 
     def _answer(self, record: Record, request: Request) -> Answer:
+        prompt, whole = str(self.renderer.tokenizer.decode(request.prompt)), record["prediction"]
+        opened = prompt.rstrip().endswith(OPEN) and not request.choices
+        text = after_thought(whole, opened)
         return Answer(
-            request.key, record["prediction"], str(self.renderer.tokenizer.decode(request.prompt)), len(request.prompt),
-            request.cut, tuple(record["loglikelihoods"]), tuple(map(len, request.choices)), request.lost,
-            record["ended"], record["new_tokens"],
+            request.key, text, prompt, len(request.prompt), request.cut, tuple(record["loglikelihoods"]),
+            tuple(map(len, request.choices)), request.lost, record["ended"], record["new_tokens"],
+            whole if whole != text else "", in_thought(whole, opened),
         )  # fmt: skip
 
     def _compute(self, requests: Sequence[Request], samples: Sequence[Sample]) -> Iterator[tuple[int, Record]]:
@@ -206,7 +215,8 @@ class Engine:
         prompts = [requests[k].prompt for k in free]
         limits = [requests[k].max_new_tokens for k in free]
         for i, generated in self.generator.generate(prompts, limits, self.renderer.stop_ids):
-            yield free[i], made(self.renderer.decode(generated.ids), [], generated.ended, len(generated.ids))
+            ended = generated.ended or self.renderer.ends_by_line(generated.ids)
+            yield free[i], made(self.renderer.decode(generated.ids), [], ended, len(generated.ids))
 
 
 def made(text: str, loglikelihoods: list[float], ended: bool, new_tokens: int) -> Record:

@@ -26,7 +26,7 @@ from eval.engine import Engine, Settings, check, owned
 from eval.interrupts import Interrupts
 from eval.judging import Data, Outcome, judge, score_answers
 from eval.options import HELP, Options, read_json_argument, read_options
-from eval.prompts import Prepared
+from eval.prompts import Prepared, nothing_fits
 from eval.samples import Answer, add_examples, draw, rows_of
 from llmops import files
 from llmops.console import Parser, Terminated, UserError, log, print_json, run_main, stdout_to_stderr, to_bool
@@ -116,9 +116,11 @@ def load_data(dimension: Dimension, options: Options) -> Data:
     loaded = dimension.read(path)
     if not loaded.samples:
         raise UserError(f"{path} holds no sample of {dimension.dataset} that can be evaluated")
+    read = len(loaded.samples)
     loaded = add_examples(loaded, options.num_fewshot, options.seed)
     drawn = draw(loaded.samples, options.limit, options.seed)
-    return Data(dimension, replace(loaded, samples=drawn, total=len(loaded.samples)), loaded.path or path, shipped)
+    loaded = replace(loaded, samples=drawn, total=len(loaded.samples), read=read)
+    return Data(dimension, loaded, loaded.path or path, shipped)
 
 
 class Evaluation:
@@ -136,6 +138,7 @@ class Evaluation:
             gpu_id=options.gpu_id, mode=options.mode, dtype=options.dtype, chat_template=options.chat_template,
             reuse_prefix=options.reuse_prefix, cpu_kernels=options.cpu_kernels,
             trust_remote_code=options.trust_remote_code, output_path=options.output_path,
+            enable_thinking=options.enable_thinking,
         )  # fmt: skip
         if options.export_official and not options.output_path:
             raise UserError("export_official writes into output_path, which is not given; name a folder")
@@ -173,9 +176,8 @@ class Evaluation:
                     self._prepare_test(engine, data)
         asked = [data for data in self.data if self.prepared[data.dimension.name].samples]
         if not asked:
-            needed = min(tokens for found in self.prepared.values() for _, tokens in found.left_out)
-            length = max(found.length for found in self.prepared.values())
-            raise UserError(f"max_seq_len {length} is too small for every prompt; give {needed} or more")
+            least = min(self.prepared.values(), key=lambda prepared: prepared.least)
+            raise nothing_fits(least, max(found.length for found in self.prepared.values()))
         with interrupts.computing():
             log(f"{sum(len(found.samples) for found in self.prepared.values())} prompts are ready")
             engine.generator  # noqa: B018  the weights are loaded at the first look
@@ -208,11 +210,8 @@ class Evaluation:
         name = data.dimension.name
         prepared = self.prepared.get(name)
         if prepared and not prepared.samples:
-            needed = min(tokens for _, tokens in prepared.left_out)
-            return (
-                f"no score: none of its {len(prepared.left_out)} prompts fits into {prepared.length} tokens; give a "
-                f"max_seq_len of {needed} or more"
-            )
+            cure = prepared.too_short(prepared.least) or f"give a max_seq_len of {prepared.least} or more"
+            return f"no score: none of its {len(prepared.left_out)} prompts fits into {prepared.length} tokens; {cure}"
         far = self.engine.how_far(prepared) if self.engine else "none of its answers was there yet"
         return f"not finished, {self.ended_by}: {far}"
 
@@ -231,6 +230,8 @@ class Evaluation:
         official, name = data.dimension.official, data.dimension.name
         test = official.unlabelled(data.path) if official and official.unlabelled else []
         if test and not self.options.limit:
+            examples = {sample.group: sample.history for sample in data.loaded.samples}
+            test = [replace(sample, history=examples.get(sample.group, ())) for sample in test]
             self.tests[name] = engine.prepare(f"{name}.test", test, data.dimension.max_new_tokens)
         elif official and official.unlabelled:
             why = "limit is given" if self.options.limit else f"there is no test file beside {data.path}"
@@ -256,6 +257,12 @@ class Evaluation:
             files.make_folder(folder)
             files.write_text(folder / official.name, official.text(list(zip(samples, answers, strict=True))))
             log(f"official form in {folder / official.name}")
+            lacking = data.loaded.read - len(samples) if name not in self.tests else 0
+            if lacking:
+                log(
+                    f"{official.name} lacks {lacking} of {data.loaded.read} samples: those that "
+                    "limit drops, that serve as few-shot examples, and whose prompts do not fit"
+                )
 
     def _write_reports(self, engine: Engine) -> None:
         """eval_results.json and the radar chart."""
@@ -323,8 +330,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             with ExitStack() as stack:
                 stack.enter_context(stdout_to_stderr())
                 stack.enter_context(processes.connected())
-                others = [RADAR_NAME, *official]
-                stack.enter_context(owned(options.output_path, names, processes, others))
+                stack.enter_context(owned(options.output_path, names, processes, [RADAR_NAME], official))
                 interrupts = stack.enter_context(Interrupts())
                 stack.enter_context(evaluation)
                 evaluation.run(interrupts)

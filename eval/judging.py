@@ -9,6 +9,7 @@ from typing import Any
 from eval.dimensions.base import Dimension, Scores
 from eval.prompts import Prepared
 from eval.samples import Answer, Loaded, Sample, spread, summarise
+from eval.thoughts import thought_note
 
 ONE_CHOICE = 0.95  # a model that takes one choice so often has not read the questions
 FEW = 200  # samples under which the interval is said with the score
@@ -97,6 +98,7 @@ def counts_of(data: Data, prepared: Prepared, answers: Sequence[Answer]) -> dict
         "data": data.loaded.total, "samples": len(answers), "left_out": len(prepared.left_out),
         "prompts_cut": sum(answer.cut for answer in answers), "answers_cut_off": sum(a.lost for a in answers),
         "answers_not_read": sum(unread), "answers_at_the_limit": sum(not answer.ended for answer in answers),
+        "answers_in_thought": sum(answer.in_thought for answer in answers),
     }  # fmt: skip
 
 
@@ -129,10 +131,11 @@ def prompt_notes(report: dict[str, Any], prepared: Prepared, score: float) -> li
     asked, left_out = counts["samples"], counts["left_out"]
     if left_out:
         everything = asked + left_out
+        cure = prepared.too_short(prepared.needed) or f"with max_seq_len {prepared.needed} none is"
         notes.append(
             f"{left_out} of {everything} prompts do not fit into {prepared.length} tokens even without their passage "
-            f"and are left out of the score (with max_seq_len {prepared.needed} none is; counted as wrong they would "
-            f"make it {score * asked / everything:.3f})"
+            f"and are left out of the score ({cure}; counted as wrong they would make it "
+            f"{score * asked / everything:.3f})"
         )
     if counts["prompts_cut"]:
         cut = [f"{counts['prompts_cut']} of {asked} prompts were longer than max_seq_len allows and were cut"]
@@ -150,6 +153,8 @@ def answer_notes(report: dict[str, Any]) -> list[str]:
         notes.append(
             f"{counts['answers_not_read']} of {asked} answers could not be read (nothing in them) and count as wrong"
         )
+    if counts["answers_in_thought"]:
+        notes.append(thought_note(counts["answers_in_thought"], asked))
     if counts["answers_at_the_limit"]:
         notes.append(
             f"{counts['answers_at_the_limit']} of {asked} answers ran into the limit of tokens and are scored as far "

@@ -37,7 +37,10 @@ RESAMPLES = 1000
 
 
 def bleu_tokens(text: str) -> list[str]:
-    """Chinese per character, the rest as mteval-v13a does; case is kept. Source: sacrebleu's `zh` and `13a`."""
+    """Chinese per character, the rest as mteval-v13a does; case is kept. Source: sacrebleu's `zh` and `13a`.
+
+    eval/README.md, "What the scores are", lists where they differ.
+    """
     text = " " + APART.sub(r" \1 ", text) + " "
     for pattern, replacement in WESTERN:
         text = pattern.sub(replacement, text)
@@ -67,8 +70,8 @@ def bleu(prediction: str, references: Sequence[str]) -> float:
 
     nltk's sentence_bleu; n-gram orders without a match are smoothed geometrically (its method 3, which is NIST's and
     sacrebleu's `exp`), and orders that the prediction is too short for are left out (sacrebleu's effective order), so
-    it equals sacrebleu's sentence score with `effective_order=True` divided by 100. Source: Papineni et al. 2002;
-    Chen & Cherry 2014.
+    on the same tokens it is sacrebleu's sentence score with `effective_order=True` divided by 100. Source:
+    Papineni et al. 2002; Chen & Cherry 2014.
     """
     return _bleu(bleu_tokens(prediction), [bleu_tokens(reference) for reference in references])
 

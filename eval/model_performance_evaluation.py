@@ -22,8 +22,9 @@ from eval.answers import PERFORMANCE
 from eval.engine import Engine, Settings, check, owned
 from eval.interrupts import Interrupts
 from eval.metrics import METRICS, language
-from eval.prompts import Prepared
+from eval.prompts import Prepared, nothing_fits
 from eval.samples import Answer, Sample, draw, rows_of, summarise
+from eval.thoughts import after_thought, thought_note
 from llmops import files, json_text
 from llmops.console import (
     FailureJson,
@@ -86,6 +87,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--seed", type=int, default=0, help="of the draw and the bootstrap")
     add("--mode", default="auto", choices=list(families()), help="chat format; auto: the checkpoint's own")
     add("--chat_template", type=to_bool, default=True, metavar="true|false", help="false: ask in plain text")
+    add("--enable_thinking", default="auto", choices=["auto", "true", "false"],
+        help="what a thinking model's chat template is told; auto: as in its training")  # fmt: skip
     add("--reuse_prefix", type=to_bool, default=True, metavar="true|false",
         help="compute what prompts share once; false: each prompt anew")  # fmt: skip
     add("--dtype", default="auto", choices=["auto", "bf16", "fp16", "fp32"], help="auto: bf16 where the GPU has it")
@@ -119,6 +122,7 @@ def parse(argv: Sequence[str] | None) -> Config:
         batch_size=given.per_device_batch_size, gpu_id=given.gpu_id, mode=given.mode, dtype=given.dtype,
         cpu_kernels=given.cpu_kernels, chat_template=given.chat_template, reuse_prefix=given.reuse_prefix,
         trust_remote_code=given.trust_remote_code, output_path=given.output_path,
+        enable_thinking=given.enable_thinking,
     )  # fmt: skip
     return Config(
         given.dataset_path, read_metrics(given.evaluation_metrics), given.max_new_tokens, given.limit, given.seed,
@@ -168,8 +172,10 @@ def read_samples(path: Path) -> list[Sample]:
         for i, message in enumerate(messages):
             if message["role"] == "assistant":
                 before = tuple(messages[: i - 1])
-                question = messages[i - 1]["content"]
-                samples.append(Sample("", (message["content"],), passage=question, history=before))
+                question, reference = messages[i - 1]["content"], after_thought(message["content"])
+                if not reference and message["content"]:
+                    problems.append(Problem(read.path, read.number, "an answer is only a thought; take it out"))
+                samples.append(Sample("", (reference,), passage=question, history=before))
     if problems:
         text = str(problems_error(path, problems, rows))
         raise UserError(text.replace(" or pass --skip_bad_lines true to drop and count them", ""))
@@ -196,7 +202,7 @@ def read_predictions(path: Path) -> list[tuple[str, str]]:
                 found = unreadable or 'found no texts under "answer" and "gold"'
                 problems.append(Problem(chunk.path, number, f"{found}; expected them as in the other rows"))
             else:
-                pairs.append((row["answer"], row["gold"]))
+                pairs.append((after_thought(row["answer"]), after_thought(row["gold"])))
     if problems:
         text = str(problems_error(path, problems, count))
         raise UserError(text.replace(" or pass --skip_bad_lines true to drop and count them", ""))
@@ -205,9 +211,7 @@ def read_predictions(path: Path) -> list[tuple[str, str]]:
 
 def score_predictions(config: Config, pairs: Sequence[tuple[str, str]]) -> dict[str, float]:
     """The score by metric of answers that another program gave; no model is asked."""
-    log(
-        f"{config.dataset_path}: {len(pairs):,} answers with their gold; they are scored as they are, no model is asked"
-    )
+    log(f"{config.dataset_path}: {len(pairs):,} answers with their gold; they are scored, no model is asked")
     pairs = draw(pairs, config.limit, config.seed)
     if config.settings.output_path:
         log("--output_path has no effect: no report is written of answers that another program gave")
@@ -257,8 +261,7 @@ def prepare(engine: Engine, samples: Sequence[Sample], max_new_tokens: int) -> P
     """The prompts as tokens. Raises UserError when none fits."""
     prepared = engine.prepare(NAME, samples, max_new_tokens)
     if not prepared.samples:
-        needed = min(tokens for _, tokens in prepared.left_out)
-        raise UserError(f"max_seq_len {prepared.length} is too small for every prompt; give {needed} or more")
+        raise nothing_fits(prepared, prepared.length)
     return prepared
 
 
@@ -278,6 +281,7 @@ def report(
     counts = {
         "samples": len(samples), "left_out": len(prepared.left_out), "prompts_cut": sum(a.cut for a in answers),
         "empty_answers": sum(not a.text for a in answers), "answers_at_the_limit": sum(not a.ended for a in answers),
+        "answers_in_thought": sum(a.in_thought for a in answers),
     }  # fmt: skip
     tell(counts, prepared, languages)
     seconds = time.monotonic() - started
@@ -300,14 +304,17 @@ def tell(counts: dict[str, int], prepared: Prepared, languages: dict[str, dict[s
     """What a reader of the scores must know, on stderr."""
     asked = counts["samples"]
     if counts["left_out"]:
+        cure = prepared.too_short(prepared.needed) or f"with max_seq_len {prepared.needed} none is"
         log(
             f"{counts['left_out']} of {asked + counts['left_out']} prompts do not fit into {prepared.length} tokens "
-            f"even without their question and are left out of the score; with max_seq_len {prepared.needed} none is"
+            f"even without their question and are left out of the score; {cure}"
         )
     if counts["prompts_cut"]:
         log(f"{counts['prompts_cut']} of {asked} prompts were longer than max_seq_len allows and were cut")
     if counts["empty_answers"]:
         log(f"{counts['empty_answers']} of {asked} answers are empty")
+    if counts["answers_in_thought"]:
+        log(thought_note(counts["answers_in_thought"], asked))
     if counts["answers_at_the_limit"]:
         log(f"{counts['answers_at_the_limit']} of {asked} answers ran into the limit of tokens (--max_new_tokens)")
     for name, found in languages.items():

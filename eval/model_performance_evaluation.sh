@@ -34,6 +34,7 @@ LIMIT="${LIMIT:-0}"                                  # evaluate so many samples;
 SEED="${SEED:-0}"                                    # of the draw and the bootstrap
 MODE="${MODE:-auto}"                                 # chat format; auto: the checkpoint's own
 CHAT_TEMPLATE="${CHAT_TEMPLATE:-true}"               # false: ask in plain text
+ENABLE_THINKING="${ENABLE_THINKING:-auto}"           # what a thinking model's chat template is told: true, false; auto: as in its training
 REUSE_PREFIX="${REUSE_PREFIX:-true}"                 # compute what prompts share once
 DTYPE="${DTYPE:-auto}"                               # auto (bf16 where the GPU has it), bf16, fp16, fp32
 CPU_KERNELS="${CPU_KERNELS:-auto}"                   # float32 products on a CPU: auto (the faster exact ones), default

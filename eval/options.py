@@ -26,6 +26,7 @@ class Options:
     adapter: str = ""
     trust_remote_code: bool = False
     chat_template: bool = True
+    enable_thinking: str = "auto"
     mode: str = "auto"
     dtype: str = "auto"
     cpu_kernels: str = "auto"
@@ -34,7 +35,8 @@ class Options:
     export_official: bool = False
 
 
-EXAMPLES = {"max_seq_len": 512}  # where the default is no example of what one gives
+THINKING = ("auto", "true", "false")
+EXAMPLES = {"max_seq_len": 512, "enable_thinking": "false"}  # where the default is no example of what one gives
 HELP = """additional_parameters (JSON object), with their defaults:
   max_seq_len 0          tokens of prompt and answer together; longer prompts are cut, and diagnosis says so;
                          0: what the data needs, up to what the model can
@@ -48,6 +50,7 @@ HELP = """additional_parameters (JSON object), with their defaults:
   adapter                an adapter's folder, put on the model
   trust_remote_code false   run Python code that the checkpoint's folder ships
   chat_template true     false: ask in plain text, for base models
+  enable_thinking auto   what a thinking model's chat template is told: true or false; auto: as in its training
   mode auto              chat format, as --mode of chat_main.sh
   dtype auto             bf16 where the GPU has it; or bf16, fp16, fp32
   cpu_kernels auto       float32 products by oneDNN where they are as exact as torch's and faster; or default
@@ -76,6 +79,10 @@ def read_options(text: str) -> Options:
     if unknown:
         raise UserError(f"additional_parameters: unknown key {unknown[0]!r}; expected some of {', '.join(defaults)}")
     options = Options(**{key: as_kind(key, value, defaults[key]) for key, value in found.items()})
+    if options.enable_thinking not in THINKING:
+        raise UserError(
+            f"additional_parameters: enable_thinking {options.enable_thinking!r}, expected auto, true or false"
+        )
     if options.limit < 0 or options.num_fewshot < 0:
         raise UserError("additional_parameters: limit and num_fewshot must be 0 or more")
     if options.max_seq_len < 0:
@@ -109,6 +116,8 @@ def as_kind(key: str, value: Any, default: Any) -> Any:
         if not isinstance(listed, list) or not all(isinstance(item, str) for item in listed):
             raise wrong
         return tuple(listed)
+    if key == "enable_thinking" and isinstance(value, bool):
+        return json.dumps(value)
     if isinstance(default, bool) and isinstance(value, str):
         try:
             return to_bool({"on": "true", "off": "false"}.get(value.lower(), value))

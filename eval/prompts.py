@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from eval.rendering import Renderer
 from eval.samples import Sample
+from llmops.console import UserError
 
 ANSWER_SHARE = 4  # an answer is sure of its limit, or of this part of the whole length where that is less
 
@@ -32,18 +33,39 @@ class Request:
 
 @dataclass(frozen=True)
 class Prepared:
-    """A data set ready to be asked: what fits into `length` tokens, and what does not, with the tokens it needs."""
+    """A data set ready to be asked: what fits into `length` tokens, and what does not, with the tokens it needs.
+
+    `model_length` is what the model was made for, None where that is not known.
+    """
 
     name: str
     samples: list[Sample]
     requests: list[Request]
     left_out: list[tuple[Sample, int]]
     length: int
+    model_length: int | None = None
 
     @property
     def needed(self) -> int:
         """The length with which nothing is left out."""
         return max((tokens for _, tokens in self.left_out), default=0)
+
+    @property
+    def least(self) -> int:
+        """The length with which something is asked, where nothing is."""
+        return min(tokens for _, tokens in self.left_out)
+
+    def too_short(self, tokens: int) -> str:
+        """That the model is too short for so many tokens, in words; "" where it is not."""
+        if self.model_length is None or tokens <= self.model_length:
+            return ""
+        return f"the model was made for {self.model_length} tokens, {tokens} are needed; take a model that is longer"
+
+
+def nothing_fits(least: Prepared, length: int) -> UserError:
+    """The error of a run without a prompt that fits into `length` tokens; `least` needs the fewest."""
+    cure = least.too_short(least.least) or f"give {least.least} or more"
+    return UserError(f"max_seq_len {length} is too small for every prompt; {cure}")
 
 
 class Fitter:
@@ -70,15 +92,20 @@ class Fitter:
             room = length - self._reserve(choices, limit, length)
             found = (prompt, False, False) if len(prompt) <= room else self._cut(sample, prompt, room)
             if isinstance(found, int):
-                left_out.append((sample, found + max(map(len, choices), default=limit)))
+                left_out.append((sample, self._needed(found, choices, limit)))
                 continue
             kept.append(sample)
             requests.append(self._request(*found, choices, limit, length))
-        return Prepared(name, kept, requests, left_out, length)
+        return Prepared(name, kept, requests, left_out, length, self.model_length)
 
     def _reserve(self, choices: Sequence[Sequence[int]], limit: int, length: int) -> int:
         """The tokens that a prompt leaves to its answer."""
         return max(map(len, choices)) if choices else min(limit, max(1, length // ANSWER_SHARE))
+
+    def _needed(self, bare: int, choices: Sequence[Sequence[int]], limit: int) -> int:
+        """A length that is enough for `bare` tokens and the longest answer, or the model's where that will do."""
+        enough, most = bare + max(map(len, choices), default=limit), self.model_length
+        return most if most and most < enough and bare <= most - self._reserve(choices, limit, most) else enough
 
     def _request(
         self, prompt: list[int], cut: bool, lost: bool, choices: list[list[int]], limit: int, length: int

@@ -63,11 +63,24 @@ class Renderer:
 
     def decode(self, ids: Sequence[int]) -> str:
         """A generated text. In plain text an answer ends with its line, because nothing else ends it."""
-        text = str(self.tokenizer.decode(list(ids), skip_special_tokens=True)).strip()
+        text = self._text(ids)
         return text if self.chat else text.split("\n", 1)[0].rstrip()
+
+    def ends_by_line(self, ids: Sequence[int]) -> bool:
+        """Whether a text without chat format goes on beyond the line that is its answer."""
+        return self.chat is None and "\n" in self._text(ids)
+
+    def _text(self, ids: Sequence[int]) -> str:
+        return str(self.tokenizer.decode(list(ids), skip_special_tokens=True)).strip()
 
     def _bare(self, text: str) -> list[int]:
         return self.controls.encode_text(text)
+
+    def _continued(self, text: str) -> list[int]:
+        """The tokens of a text amid another one: SentencePiece puts a blank before the first word of a whole one."""
+        anchor = self._bare("a")
+        whole = self._bare("a" + text)
+        return whole[len(anchor) :] if whole[: len(anchor)] == anchor else self._bare(text)
 
     def _chat_answer(self, answer: str) -> list[int]:
         """The learned tokens of an answer: it and its end token."""
@@ -89,6 +102,6 @@ class Renderer:
             self._chat_answer("。")  # a format that writes none is told before anything is asked
             found = {*self.chat.stop_ids()}
         else:
-            line_ends = {ids[0] for ids in map(self._bare, ("\n", "\n\n")) if len(ids) == 1}
+            line_ends = {ids[0] for ids in map(self._continued, ("\n", "\n\n")) if len(ids) == 1}
             found = {self.tokenizer.eos_token_id} | line_ends
         return found - {None}

@@ -60,7 +60,8 @@ class Answer:
     """What a model said to a sample: the text, or the choice with the log-likelihood of every choice.
 
     `key` names model, prompt, choices and limit: the same key, the same answer. `cut`: something of the prompt did not
-    fit; `lost`: the answer was in what was cut. `ended` is False when a generated text ran into its limit.
+    fit; `lost`: the answer was in what was cut. `ended` is False when a generated text ran into its limit. `text` is
+    what is scored; `whole` is the answer with its thought where it has one, `in_thought`: it never left that.
     """
 
     key: str
@@ -73,6 +74,8 @@ class Answer:
     lost: bool = False
     ended: bool = True
     new_tokens: int = 0
+    whole: str = ""
+    in_thought: bool = False
 
     def normalised_choice(self, choices: Sequence[str]) -> str:
         """The choice that is the likeliest per token: sums of logarithms favour answers of fewer tokens."""
@@ -84,7 +87,8 @@ class Answer:
 class Loaded:
     """A data set as it was read: what is evaluated, examples by group for few-shot prompts, what a reader must know.
 
-    `path` is where the samples are from when it is not what was read; `total` how many there were before a draw.
+    `path` is where the samples are from when it is not what was read; `total` how many there were before a draw,
+    `read` before some of them became few-shot examples.
     """
 
     samples: list[Sample]
@@ -92,6 +96,7 @@ class Loaded:
     notes: list[str] = field(default_factory=list)
     path: Path | None = None
     total: int = 0
+    read: int = 0
 
 
 def add_examples(loaded: Loaded, count: int, seed: int) -> Loaded:
@@ -175,7 +180,7 @@ def rows_of(
             "prompt_tokens": answer.prompt_tokens,
             "prompt_cut": answer.cut,
             "answer_cut_off": answer.lost,
-            "prediction": answer.text,
+            "prediction": answer.whole or answer.text,
             "new_tokens": answer.new_tokens,
             "ended": answer.ended,
             "references": list(sample.references),

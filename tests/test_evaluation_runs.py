@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -98,6 +99,32 @@ def test_a_question_that_does_not_fit_is_left_out_and_named(
     assert not any("do not fit" in note for note in found["diagnosis"]["innovation_capacity"])
     code, found, _ = call(capfd, checkpoints["llama"], names, data_dir=str(tmp_path))
     assert list(found["evaluation_results"]) == names  # without a length: what the data needs
+
+
+def test_no_length_is_advised_that_the_model_does_not_have(
+    capfd: pytest.CaptureFixture[str], checkpoints: dict[str, Path], tmp_path: Path
+) -> None:
+    """A prompt that is longer than the model: the sentence says so, of all prompts and of some."""
+    model = tmp_path / "model"
+    shutil.copytree(checkpoints["llama"], model)
+    config = json.loads((model / "config.json").read_text(encoding="utf-8"))
+    (model / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 256}), encoding="utf-8")
+    path = tmp_path / "M3KE" / "data" / "dev" / "Maths-Natural Sciences-College.jsonl"
+    rows = [question(i, "A", option="很长的选项" * 120) for i in range(2)]
+    write_lines(path, rows)
+    names = ["innovation_capacity"]
+    code, found, errors = call(capfd, model, names, data_dir=str(tmp_path))
+    assert (code, found) == (2, None)
+    assert "too small for every prompt; the model was made for 256 tokens, " in errors
+    assert errors.strip().endswith(" are needed; take a model that is longer")
+    code, found, errors = call(capfd, checkpoints["llama"], names, data_dir=str(tmp_path), max_seq_len=256)
+    assert code == 2
+    assert "too small for every prompt; give " in errors
+    write_lines(path, [*rows, question(2, "B")])
+    code, found, errors = call(capfd, model, names, data_dir=str(tmp_path))
+    assert code == 0, errors
+    note = next(note for note in found["diagnosis"]["innovation_capacity"] if "do not fit" in note)
+    assert "left out of the score (the model was made for 256 tokens, " in note
 
 
 def test_everything_is_checked_before_the_weights_load(

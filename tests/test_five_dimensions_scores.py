@@ -8,12 +8,17 @@ from pathlib import Path
 import pytest
 from conftest import Messages, teach
 from dimension_calls import ALL, call, lines_of, load
+from tokenizers import Tokenizer, decoders, models, normalizers
+from transformers import PreTrainedTokenizerFast
 
 from eval import evaluate_model_from_five_dimensions as command
 from eval.engine import Engine, Settings
+from eval.rendering import Renderer
 from eval.report import draw_radar
 from eval.samples import Sample, draw
 from llmops.machine.sharing import Processes
+from llmops.models.chat_model import ChatModel
+from llmops.models.checkpoints import Checkpoint
 
 # --- answers ---------------------------------------------------------------------------------------------------------
 
@@ -69,6 +74,25 @@ def test_plain_text_scores_what_is_written(checkpoints: dict[str, Path]) -> None
     assert "答案：否\n\n下面" in text or "答案：是\n\n下面" in text
     (answer,) = engine.answer(engine.prepare("x", [sample], 1))
     assert answer.loglikelihoods == pytest.approx(sum_of_logs(engine, sample), abs=1e-4)
+
+
+def test_plain_text_ends_with_its_line(checkpoints: dict[str, Path]) -> None:
+    """Llama 2's tokenizer puts a blank before every text: the id of a line's end is seen after a word only."""
+    vocabulary = {"<unk>": 0, "<s>": 1, "</s>": 2} | {f"<0x{i:02X}>": i + 3 for i in range(256)}
+    vocabulary |= {piece: 259 + i for i, piece in enumerate(["▁", "a", "b", "▁a"])}
+    core = Tokenizer(models.BPE(vocabulary, [("▁", "a")], unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    core.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    core.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    model = ChatModel(Checkpoint(checkpoints["llama"]))
+    model.tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="</s>", bos_token="<s>")
+    renderer = Renderer(model, chat_template=False)
+    end = vocabulary["<0x0A>"]
+    assert len(core.encode("\n", add_special_tokens=False).ids) == 2
+    assert renderer.stop_ids == [2, end]
+    ids = [vocabulary["▁a"], end, vocabulary["b"]]
+    assert (renderer.decode(ids), renderer.ends_by_line(ids), renderer.ends_by_line(ids[:2])) == ("a", True, False)
 
 
 # --- scores that measure ---------------------------------------------------------------------------------------------

@@ -43,6 +43,25 @@ def corrupted(text: str, draw: random.Random) -> str:
     return "".join(kept)
 
 
+@pytest.mark.parametrize(
+    ("text", "ours", "theirs", "tokenizer"),
+    [
+        *((f"a{mark}b", f"a{mark}b", f"a {mark} b", "zh") for mark in "℃①Ⅱ→≥€"),
+        *((f"a{mark}b", f"a {mark} b", f"a{mark}b", "zh") for mark in "カの\u4db6\u9fbc\U00020000"),
+        ("共 3.", "共 3 .", "共 3.", "zh"),
+        ("a 3.", "a 3 .", "a 3 .", "13a"),
+        ("&lt;a&amp;b", "& lt ; a & amp ; b", "< a & b", "13a"),
+        ("a<skipped>b", "a < skipped > b", "ab", "13a"),
+        ("a-\nb", "a- b", "ab", "13a"),
+        ("中文“a”", "中 文 “ a ”", "中文“a”", "13a"),
+    ],
+)
+def test_where_tokens_are_not_sacrebleus(text: str, ours: str, theirs: str, tokenizer: str) -> None:
+    """What eval/README.md says of it."""
+    assert " ".join(metrics.bleu_tokens(text)) == ours
+    assert sacrebleu.BLEU(tokenize=tokenizer).tokenizer(text) == theirs
+
+
 @pytest.mark.parametrize("tokenizer", ["zh", "13a"])
 def test_bleu_is_sacrebleus(tokenizer: str) -> None:
     """200 pairs, one and two references, full, partial and no overlap: equal to sacrebleu's sentence score."""

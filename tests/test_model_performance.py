@@ -12,10 +12,13 @@ from typing import Any
 
 import pytest
 from conftest import ROOT, Messages, environment, write_jsonl
+from test_thinking import QWEN3
 
 from eval import metrics, model_performance_evaluation
-from eval.engine import Engine, Settings
+from eval.engine import Engine, Settings, made
 from eval.model_performance_evaluation import read_metrics, read_samples
+from eval.options import read_options
+from eval.thoughts import after_thought, in_thought
 from llmops.console import UserError
 from llmops.machine.sharing import Processes
 
@@ -98,6 +101,75 @@ def test_batch_size_and_prefixes_change_nothing(checkpoints: dict[str, Path], da
     assert all(found == answers[0] for found in answers[1:])
 
 
+def test_thoughts_are_not_scored(
+    capfd: pytest.CaptureFixture[str], checkpoints: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of answer and reference counts what follows the last thought; one that never leaves it is empty and said."""
+    said = [
+        "<think>\n\n</think>\n\n八点",
+        "<think>\n先</think>想</think>\n\n九点",
+        "<think>\n九点",
+        "想\n</think>\n\n十点",
+    ]
+    golds = ["八点", "<think>\n要想\n</think>\n\n九点", "九点", "十点"]
+    rows = [[{"role": "user", "content": f"几点{i}"}, {"role": "assistant", "content": g}] for i, g in enumerate(golds)]
+    rows[0][1]["reasoning_content"] = "再想想"
+    data = write_jsonl(tmp_path / "data.jsonl", rows)
+
+    def thinking(_: Engine, requests: Any, samples: Any) -> Any:
+        yield from ((i, made(said[i], [], True, 9)) for i in range(len(requests)))
+
+    monkeypatch.setattr(Engine, "_compute", thinking)
+    model = ("--model_name_or_path", str(checkpoints["llama"]), "--gpu_id", "-1", "--evaluation_metrics", ALL)
+    code, found, errors = call(capfd, *model, "--dataset_path", str(data), "--output_path", str(tmp_path / "out"))
+    assert code == 0, errors
+    assert set(found["data"]["evaluation_results"].values()) == {0.75}
+    assert "1 of 4 answers never left their thought (</think>) and count as empty" in errors
+    assert [row["prediction"] for row in rows_of(tmp_path / "out")] == said
+    assert [row["references"] for row in rows_of(tmp_path / "out")] == [["八点"], ["九点"], ["九点"], ["十点"]]
+    predictions = tmp_path / "predictions.jsonl"
+    lines = [json.dumps({"answer": a, "gold": g}) for a, g in zip(said, golds, strict=True)]
+    predictions.write_text("\n".join(lines), encoding="utf-8")
+    code, found, _ = call(capfd, "--dataset_path", str(predictions), "--evaluation_metrics", ALL)
+    assert set(found["data"]["evaluation_results"].values()) == {0.75}
+    only = write_jsonl(
+        tmp_path / "only.jsonl", [[rows[0][0], {"role": "assistant", "content": "<think>\n想\n</think>"}]]
+    )
+    code, found, _ = call(capfd, *model, "--dataset_path", str(only))
+    assert code == 2
+    assert "only.jsonl:1: an answer is only a thought; take it out" in found["msg"]
+
+
+@pytest.mark.parametrize(("setting", "recorded", "closed"), [
+    ("auto", "", False), ("auto", "false", True), ("false", "", True), ("true", "false", False),
+])  # fmt: skip
+def test_the_template_is_told_whether_to_think(
+    capfd: pytest.CaptureFixture[str], checkpoints: dict[str, Path], taught_data: Path, tmp_path: Path, setting: str,
+    recorded: str, closed: bool,
+) -> None:  # fmt: skip
+    """enable_thinking of both commands; auto is what the run told it that trained the model."""
+    model = tmp_path / "model"
+    shutil.copytree(checkpoints["llama"], model)
+    (model / "chat_template.jinja").write_text(QWEN3, encoding="utf-8")
+    (model / "finetune_config.json").write_text(json.dumps({"enable_thinking": recorded}), encoding="utf-8")
+    arguments = ("--model_name_or_path", str(model), "--dataset_path", str(taught_data), "--gpu_id", "-1")
+    given = ("--limit", "2", "--max_new_tokens", "2", "--output_path", str(tmp_path), "--enable_thinking", setting)
+    code, _, errors = call(capfd, *arguments, *given)
+    assert code == 0, errors
+    assert [row["prompt"].endswith("</think>\n\n") for row in rows_of(tmp_path)] == [closed] * 2
+    options = read_options(json.dumps({"enable_thinking": {"true": True, "false": False}.get(setting, setting)}))
+    assert options.enable_thinking == setting
+
+
+def test_a_thought_that_the_prompt_opened() -> None:
+    """DeepSeek-R1's prompt ends with `<think>`: an answer without `</think>` is all thought."""
+    assert after_thought("想\n</think>\n\n八点", opened=True) == "八点"
+    assert (after_thought("想八点", opened=True), after_thought("想八点")) == ("", "想八点")
+    assert in_thought("想八点", opened=True)
+    assert in_thought("<think>a</think><think>b")
+    assert not in_thought("标签 <think> 是什么")
+
+
 def test_a_model_that_knows_the_answers_scores_one(
     capfd: pytest.CaptureFixture[str], taught: Path, taught_data: Path, tmp_path: Path
 ) -> None:
@@ -152,6 +224,30 @@ def test_killed_and_started_again(
         capfd, *arguments[2:], "--model_name_or_path", str(other), "--output_path", str(folder), "--limit", "2"
     )
     assert "already" not in errors
+
+
+def test_a_run_with_a_limit_loses_no_answers(
+    capfd: pytest.CaptureFixture[str], checkpoints: dict[str, Path], data: Path, tmp_path: Path
+) -> None:
+    """What a full run answered is there after a small one into its folder; another model's answers go."""
+    folder, other = tmp_path / "out", tmp_path / "other"
+    arguments = ("--dataset_path", str(data), "--gpu_id", "-1", "--max_new_tokens", "3", "--output_path", str(folder))
+    model = ("--model_name_or_path", str(checkpoints["llama"]))
+    total = len(read_samples(data))
+    code, full, _ = call(capfd, *arguments, *model)
+    assert code == 0
+    rows = rows_of(folder)
+    for limit in ("2", "3"):
+        call(capfd, *arguments, *model, "--limit", limit)
+        assert len(rows_of(folder)) == int(limit)
+    code, again, errors = call(capfd, *arguments, *model)
+    assert (code, again) == (0, full)
+    assert f"{total} of {total} answers are in" in errors
+    assert rows_of(folder) == rows
+    assert os.listdir(folder / "samples") == ["model_performance.jsonl"]
+    shutil.copytree(checkpoints["qwen2"], other)
+    call(capfd, *arguments, "--model_name_or_path", str(other), "--limit", "2")
+    assert os.listdir(folder / "samples") == ["model_performance.jsonl"]
 
 
 def test_several_processes_share_the_samples(

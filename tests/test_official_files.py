@@ -10,7 +10,7 @@ from test_evaluation_runs import call, pair, question, read_lines, read_report, 
 from eval import evaluate_model_from_five_dimensions as command
 from eval.engine import Engine, Settings
 from eval.metrics import cmrc_em, cmrc_f1
-from eval.samples import Answer
+from eval.samples import Answer, Sample
 from llmops.console import UserError
 from llmops.machine.sharing import Processes
 
@@ -48,6 +48,51 @@ def test_official_forms_are_what_the_scripts_read(
     code, found, errors = call(capfd, checkpoints["llama"], names, **options | {"output_path": ""})
     assert (code, found) == (2, None)
     assert "export_official writes into output_path" in errors
+
+
+def test_official_files_are_asked_as_the_score_is_and_say_what_they_lack(
+    capfd: pytest.CaptureFixture[str], checkpoints: dict[str, Path], tmp_path: Path
+) -> None:
+    """The test file's questions follow the same solved examples; a file without all samples says so."""
+    write_afqmc(tmp_path, 5)
+    write_lines(tmp_path / "afqmc_public" / "test.json", [pair(i + 7) | {"id": i} for i in range(2)])
+    out = tmp_path / "out"
+    options = {"data_dir": str(tmp_path), "output_path": str(out), "export_official": True, "num_fewshot": 2}
+    code, _, errors = call(capfd, checkpoints["llama"], ["inference_ability"], **options)
+    assert code == 0, errors
+    assert "lacks" not in errors
+    (scored,) = {
+        row["prompt"].rpartition("下面两个句子")[0] for row in read_lines(out / "samples/inference_ability.jsonl")
+    }
+    tested = read_lines(out / "samples" / "inference_ability.test.jsonl")
+    assert scored.count("下面两个句子") == 2
+    assert [row["prompt"].rpartition("下面两个句子")[0] for row in tested] == [scored] * 2
+    options |= {"data_dir": str(command.SAMPLES), "limit": 3}
+    code, _, errors = call(capfd, checkpoints["llama"], ["reading_comprehension"], **options)
+    assert code == 0, errors
+    count = len(command.cmrc2018.read(command.SAMPLES / "cmrc2018" / "cmrc2018_dev.json").samples)
+    assert f"cmrc2018_predict.json lacks {count - 3} of {count} samples: those that limit drops" in errors
+
+
+def test_a_kill_after_the_first_official_file_is_no_stranger(
+    capfd: pytest.CaptureFixture[str], checkpoints: dict[str, Path], tmp_path: Path
+) -> None:
+    """Without results our samples say whose the file is; alone it is somebody else's."""
+    out = tmp_path / "out"
+    options = {"data_dir": str(command.SAMPLES), "limit": 2, "output_path": str(out), "export_official": True}
+    code, found, errors = call(capfd, checkpoints["llama"], ["inference_ability"], **options)
+    assert code == 0, errors
+    for name in ("eval_results.json", "five_dimensions.png"):  # what a killed run has not written
+        (out / name).unlink()
+    assert (out / "official" / "afqmc_predict.json").is_file()
+    code, again, errors = call(capfd, checkpoints["llama"], ["inference_ability"], **options)
+    assert (code, again) == (0, found), errors
+    assert "2 of 2 answers are in" in errors
+    for name in ("eval_results.json", "five_dimensions.png", "samples/inference_ability.jsonl"):
+        (out / name).unlink()
+    code, _, errors = call(capfd, checkpoints["llama"], ["inference_ability"], **options)
+    assert code == 2
+    assert "afqmc_predict.json was not written by an evaluation" in errors
 
 
 def test_whole_checkouts_are_read_as_they_are(tmp_path: Path) -> None:
@@ -131,7 +176,14 @@ def test_floors_and_ceilings_by_hand(tmp_path: Path) -> None:
     assert both == (1.0, 1.0)
     assert best[0] is not None
     assert 0 < best[0] < 1
+    assert what == "another person's question, against one reference fewer where a passage has one sample"
+    shared = [Sample("", questions, "p") for questions in (("Who sat there?", "Who is it?"), ("Who sat?",), ("Why?",))]
+    what, best = quoref.ceiling(shared)
     assert what == "another person's question"
+    for sample, value in zip(shared, best, strict=True):  # the model's own references, not the passage's
+        others = [one for other in shared if other is not sample for one in other.references]
+        expected = sum(quoref.score(one, sample)["BLEU"] for one in others) / len(others)
+        assert value == pytest.approx(expected)
     for seed in range(5):
         assert quoref.baselines(shipped, seed)["a random question"] < 0.5  # a shuffle that fixes one would give a third
 

@@ -45,16 +45,24 @@ def score(prediction: str, sample: Sample) -> Scores:
 
 
 def ceiling(samples: Sequence[Sample]) -> tuple[str, list[float | None]]:
-    """BLEU of a question that another person wrote for the same passage, where there is one."""
+    """BLEU of a question that another person wrote for the same passage, where there is one.
+
+    Another sample's question meets the references that the model meets; a passage with one sample has none such, and
+    there each reference meets the others, one fewer than the model does.
+    """
     by_passage: dict[str, list[str]] = {}
     for sample in samples:
         by_passage.setdefault(sample.passage, []).extend(sample.references)
-    found: list[float | None] = []
+    what, found = "another person's question", list[float | None]()
     for sample in samples:
-        questions = list(dict.fromkeys(by_passage[sample.passage]))
-        scores = [metrics.bleu(one, [q for q in questions if q != one]) for one in questions if len(questions) > 1]
+        own = sample.references
+        others = [question for question in dict.fromkeys(by_passage[sample.passage]) if question not in own]
+        scores = [metrics.bleu(one, own) for one in others]
+        if not scores and len(own) > 1:
+            scores = [metrics.bleu(one, [q for q in own if q != one]) for one in own]
+            what = "another person's question, against one reference fewer where a passage has one sample"
         found.append(mean(scores) if scores else None)
-    return "another person's question", found
+    return what, found
 
 
 def baselines(samples: Sequence[Sample], seed: int) -> Scores:
