@@ -107,7 +107,7 @@ def fetch_file(address: str, target: Path, stopped: threading.Event) -> int:
         with opener(redirects=True).open(asking("GET", address, {}), timeout=ATTEMPT_SECONDS) as answer:
             expected = answer.headers.get("Content-Length")
             with files.writing(target, "wb") as stream:
-                while chunk := answer.read1(CHUNK):
+                while chunk := attempt(lambda: answer.read1(CHUNK)):  # its errors are not those of the file
                     if stopped.is_set():
                         raise CallFailed("the job was asked to end", False)
                     stream.write(chunk)

@@ -2,6 +2,7 @@
 
 import base64
 import json
+import socket
 import subprocess
 import sys
 import threading
@@ -145,6 +146,28 @@ def test_half_a_file_is_none(fetch: Fetch, tmp_path: Path, monkeypatch: pytest.M
         finally:
             server.kill()
     assert list((tmp_path / "data").iterdir()) == []
+
+
+def test_a_server_that_falls_silent_amid_a_file(fetch: Fetch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """That is the network's fault and not the file's: another attempt brings it."""
+    monkeypatch.setattr(places, "ATTEMPT_SECONDS", 0.3)
+    kept = []
+
+    def serve() -> None:
+        for body in (b"ab", b"abcd"):
+            connection, _ = server.accept()
+            kept.append(connection)
+            connection.recv(9999)
+            connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 4\r\n\r\n" + body)
+
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        threading.Thread(target=serve, daemon=True).start()
+        path = Path(fetch(f"http://127.0.0.1:{server.getsockname()[1]}/a.jsonl"))
+    assert path.read_bytes() == b"abcd"
+    assert "a.jsonl does not come: timed out; again in" in fetch.said[0]  # type: ignore[attr-defined]
+    assert list((tmp_path / "data").iterdir()) == [path]
+    for connection in kept:
+        connection.close()
 
 
 LOG = [
