@@ -249,6 +249,18 @@ demo_folder() {
     if [ "$1" = "$2/mnt" ] && [ ! -d "$1" ]; then printf '%s\n' "$2/mnt_demo"; else printf '%s\n' "$1/demo"; fi
 }
 
+# forget_settings SCRIPT...: the embedded examples are the same for everybody: the settings of these commands that the
+# environment holds are the user's, for runs of their own. Kept are those of the machine.
+forget_settings() {
+    local name
+    while read -r name; do
+        case $name in
+        CUDA_VISIBLE_DEVICES | CPU_KERNELS | TENSORBOARD* | CONSOLE*) ;;
+        *) unset "$name" ;;
+        esac
+    done < <(sed -n '/^# --- settings/,/^# --- end/s/^\([A-Z][A-Z0-9_]*\)=.*/\1/p' "$@")
+}
+
 # has_gpu: whether an NVIDIA device is there and CUDA_VISIBLE_DEVICES does not say none
 has_gpu() { [ "${CUDA_VISIBLE_DEVICES:-}" != -1 ] && { [ -e /dev/nvidiactl ] || [ -e /dev/dxg ]; }; }
 
