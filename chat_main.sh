@@ -104,9 +104,9 @@ checker=$(project_python "$HERE") || exit 2
 check_launch "$checker"
 if [ "$SCENARIO" = faq ]; then
     status=0
-    PYTHONPATH=$HERE "$checker" -m llmops.intents.questions "$TRAIN_FILE" || status=$?
-    [ "$status" -le 1 ] || exit "$status"
-    if [ "$status" -eq 0 ]; then
+    PYTHONPATH=$HERE "$checker" -P -m llmops.intents.questions "$TRAIN_FILE" || status=$?
+    if [ "$status" -ne 3 ]; then # 3: no questions
+        [ "$status" -eq 0 ] || exit "$status"
         [ "$NO_SSH" != true ] || die "$TRAIN_FILE holds questions with intents; with --no_ssh prepare them first: bash faq/prepare.sh"
         beside=$(dirname -- "$TRAIN_FILE")/test.jsonl
         if [ -z "$TEST_FILE" ] && [ -f "$beside" ]; then TEST_FILE=$beside; fi

@@ -1,11 +1,13 @@
 """Data, names and flags of the platform that these commands come from: records of ours in its shapes."""
 
 import json
+import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT, chat_main
+from conftest import ROOT, chat_main, environment
 
 from eval import analyze_similar_questions_and_intents as similar
 from eval import diagnosis_monitoring, model_performance_evaluation
@@ -97,6 +99,21 @@ def test_raw_records_go_straight_to_the_command(tmp_path: Path, checkpoints: dic
     assert kind_of_data(made) == "prepared"
     arguments = ["--check", "--scenario", "faq", "--train_file", str(made), "--model_name_or_path", model]
     assert finetune.main([*arguments, "--output_path", str(out)]) == 0
+
+
+def test_a_crash_is_no_answer(tmp_path: Path, checkpoints: dict[str, Path]) -> None:
+    """What looks whether the data holds questions breaks: nothing goes on without knowing."""
+    for name in ("llmops", "train"):
+        shutil.copytree(ROOT / name, tmp_path / name)
+    shutil.copy(ROOT / "chat_main.sh", tmp_path)
+    (tmp_path / "llmops" / "intents" / "questions.py").write_text("raise ZeroDivisionError\n")
+    data = lines(tmp_path / "faq.jsonl", [{"question": "退", "intent": "退货"}])
+    command = ["bash", str(tmp_path / "chat_main.sh"), "--scenario", "faq", "--train_file", str(data)]
+    command += ["--model_name_or_path", str(checkpoints["llama"]), "--output_path", str(tmp_path / "out")]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr.endswith("ZeroDivisionError\n")
+    assert done.stderr.count("Traceback") == 1
 
 
 def test_exports_as_conversations_are_refused(
