@@ -113,7 +113,8 @@ if [ "$SCENARIO" = faq ]; then
         prepared=${OUTPUT_PATH%/}_faq
         log "$TRAIN_FILE holds questions with intents: faq/prepare.sh makes conversations of them in $prepared"
         bash "$HERE/faq/prepare.sh" --data_file "$TRAIN_FILE" --test_data_file "$TEST_FILE" --output_dir "$prepared" \
-            --mode "$MODE" --skip_bad_lines "$SKIP_BAD_LINES" --seed "$SEED" --model_name_or_path "" >&2
+            --mode "$MODE" --skip_bad_lines "$SKIP_BAD_LINES" --seed "$SEED" --test_ratio "$EVAL_RATIO" \
+            --model_name_or_path "" >&2
         TRAIN_FILE=$prepared/train.jsonl TEST_FILE=$prepared/test.jsonl
     fi
 fi
