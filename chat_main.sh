@@ -88,6 +88,7 @@ NODE_RANK="${NODE_RANK:-0}"        # with --no_ssh: which machine this is, from 
 
 DEMO=false
 read_settings "${BASH_SOURCE[0]}" "$@"
+if [ -n "$CUDA_VISIBLE_DEVICES" ]; then export CUDA_VISIBLE_DEVICES; else unset CUDA_VISIBLE_DEVICES; fi # to CUDA empty is none
 
 case $SCENARIO in
 general) demo=$HERE/train/demo.sh ;;
@@ -129,12 +130,10 @@ PYTHON=$(ensure_python "$HERE" "$HERE/requirements.txt") || exit 2
 export PYTHONPATH="$HERE${PYTHONPATH:+:$PYTHONPATH}"
 if [ "$DRY_RUN" = true ]; then
     export NUM_PROCESSES
-    [ -z "$CUDA_VISIBLE_DEVICES" ] || export CUDA_VISIBLE_DEVICES
     exec "$PYTHON" "$HERE/train/finetune.py" "${settings[@]}"
 fi
 launcher_flags
 if ! has_gpu; then tune_cpu; fi
-if [ -n "$CUDA_VISIBLE_DEVICES" ]; then export CUDA_VISIBLE_DEVICES; else unset CUDA_VISIBLE_DEVICES; fi
 
 # 3. train
 command=("$PYTHON" "$HERE/llmops/launcher/launch.py" "${LAUNCH[@]}" "$HERE/train/finetune.py")

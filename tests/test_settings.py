@@ -2,6 +2,7 @@
 
 import argparse
 import re
+import shutil
 import subprocess
 import sys
 from dataclasses import fields
@@ -107,6 +108,21 @@ def test_the_environment_is_judged_like_a_flag() -> None:
 def test_good_values_are_written_one_way(name: str, text: str, expected: str) -> None:
     done = shell(f'NAMES=({name}); {name}=$VALUE; check_settings; printf "[%s]" "${name}"', VALUE=text)
     assert done.stdout == f"[{expected}]", done.stderr
+
+
+@pytest.mark.parametrize(("given", "seen"), [("", None), (None, None), (" 0, 3 ", "0,3"), ("-1", "-1")], ids=repr)
+def test_every_part_of_a_run_sees_the_same_gpus(tmp_path: Path, given: str | None, seen: str | None) -> None:
+    """The check and the dry run here: an empty variable means all GPUs, which to CUDA would be none."""
+    shutil.copytree(ROOT / "llmops", tmp_path / "llmops")
+    shutil.copy(ROOT / "chat_main.sh", tmp_path)
+    (tmp_path / "train").mkdir()
+    (tmp_path / "train" / "finetune.py").write_text('import os\nprint(os.environ.get("CUDA_VISIBLE_DEVICES"))\n')
+    (tmp_path / "requirements.txt").write_text("")
+    done = subprocess.run(
+        ["bash", str(tmp_path / "chat_main.sh"), "--dry_run", "true"], capture_output=True, text=True, check=False,
+        env=environment() | ({} if given is None else {"CUDA_VISIBLE_DEVICES": given}),
+    )  # fmt: skip
+    assert done.stdout.splitlines() == [str(seen)] * 2, done.stderr
 
 
 def test_values_that_begin_with_a_dash_stay_values(tmp_path: Path) -> None:
