@@ -165,6 +165,32 @@ def test_blanks_around_the_equals_sign_are_named(tmp_path: Path) -> None:
     assert "edited.sh has 'SEED = ...': a setting is written without blanks around =" in done.stderr
 
 
+def test_two_first_starts_install_once(tmp_path: Path) -> None:
+    """The second waits for the first; the virtual environment's Python is played by a script."""
+    (tmp_path / "requirements.txt").write_text("no-such-package==1.0\n")
+    played = tmp_path / ".venv" / "bin" / "python"
+    played.parent.mkdir(parents=True)
+    played.write_text(
+        f"#!/bin/bash\ncd {tmp_path}\n"
+        'case "$1 $2" in "-m pip") echo once >>pip; sleep 1; touch done ;;\n'
+        f'"- "*) [ -e done ] ;; *) exec {sys.executable} "$@" ;; esac\n'
+    )
+    played.chmod(0o755)
+    line = f"{SOURCE}ensure_python {tmp_path} {tmp_path}/requirements.txt"
+    starts = [
+        subprocess.Popen(
+            ["bash", "-c", line], env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        for _ in range(2)
+    ]
+    said = [start.communicate(timeout=60) for start in starts]
+    assert [out for out, _ in said] == [f"{played}\n"] * 2
+    assert (tmp_path / "pip").read_text() == "once\n"
+    waited = f"another start installs packages into {tmp_path}/.venv; waiting for it\n"
+    installs = f"installing the packages of requirements.txt into {tmp_path}/.venv (once; a few minutes)\n"
+    assert sorted(err for _, err in said) == [waited, installs]
+
+
 @pytest.mark.parametrize("path", SHELLS, ids=lambda path: path.name)
 def test_windows_line_endings_are_named(tmp_path: Path, path: Path) -> None:
     """As an editor on Windows saves a script, or a wrongly set git all of them."""
