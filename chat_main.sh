@@ -88,6 +88,7 @@ NODE_RANK="${NODE_RANK:-0}"        # with --no_ssh: which machine this is, from 
 
 DEMO=false
 read_settings "${BASH_SOURCE[0]}" "$@"
+if [ -n "$CUDA_VISIBLE_DEVICES" ]; then export CUDA_VISIBLE_DEVICES; else unset CUDA_VISIBLE_DEVICES; fi # to CUDA empty is none
 
 case $SCENARIO in
 general) demo=$HERE/train/demo.sh ;;
@@ -104,16 +105,17 @@ checker=$(project_python "$HERE") || exit 2
 check_launch "$checker"
 if [ "$SCENARIO" = faq ]; then
     status=0
-    PYTHONPATH=$HERE "$checker" -m llmops.intents.questions "$TRAIN_FILE" || status=$?
-    [ "$status" -le 1 ] || exit "$status"
-    if [ "$status" -eq 0 ]; then
+    PYTHONPATH=$HERE "$checker" -P -m llmops.intents.questions "$TRAIN_FILE" || status=$?
+    if [ "$status" -ne 3 ]; then # 3: no questions
+        [ "$status" -eq 0 ] || exit "$status"
         [ "$NO_SSH" != true ] || die "$TRAIN_FILE holds questions with intents; with --no_ssh prepare them first: bash faq/prepare.sh"
         beside=$(dirname -- "$TRAIN_FILE")/test.jsonl
         if [ -z "$TEST_FILE" ] && [ -f "$beside" ]; then TEST_FILE=$beside; fi
         prepared=${OUTPUT_PATH%/}_faq
         log "$TRAIN_FILE holds questions with intents: faq/prepare.sh makes conversations of them in $prepared"
         bash "$HERE/faq/prepare.sh" --data_file "$TRAIN_FILE" --test_data_file "$TEST_FILE" --output_dir "$prepared" \
-            --mode "$MODE" --skip_bad_lines "$SKIP_BAD_LINES" --seed "$SEED" --model_name_or_path "" >&2
+            --mode "$MODE" --skip_bad_lines "$SKIP_BAD_LINES" --seed "$SEED" --test_ratio "$EVAL_RATIO" \
+            --model_name_or_path "" >&2
         TRAIN_FILE=$prepared/train.jsonl TEST_FILE=$prepared/test.jsonl
     fi
 fi
@@ -128,12 +130,10 @@ PYTHON=$(ensure_python "$HERE" "$HERE/requirements.txt") || exit 2
 export PYTHONPATH="$HERE${PYTHONPATH:+:$PYTHONPATH}"
 if [ "$DRY_RUN" = true ]; then
     export NUM_PROCESSES
-    [ -z "$CUDA_VISIBLE_DEVICES" ] || export CUDA_VISIBLE_DEVICES
     exec "$PYTHON" "$HERE/train/finetune.py" "${settings[@]}"
 fi
 launcher_flags
 if ! has_gpu; then tune_cpu; fi
-if [ -n "$CUDA_VISIBLE_DEVICES" ]; then export CUDA_VISIBLE_DEVICES; else unset CUDA_VISIBLE_DEVICES; fi
 
 # 3. train
 command=("$PYTHON" "$HERE/llmops/launcher/launch.py" "${LAUNCH[@]}" "$HERE/train/finetune.py")

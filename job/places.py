@@ -68,11 +68,12 @@ def find_model(variable: str, text: str, environment: Mapping[str, str], fetch: 
 
 
 def find_data(
-    variable: str, text: str, folder: Path, stopped: threading.Event, tell: Callable[[str], None], allowed: bool
-) -> str:
+    variable: str, text: str, folder: Path, stopped: threading.Event, tell: Callable[[str], None], allowed: bool,
+    goes_on: bool,
+) -> str:  # fmt: skip
     """The path of data that is given as a path or as an address; what an address names is fetched into `folder`.
 
-    A file that an earlier start fetched is taken as it is: a training that goes on needs the data that it began with.
+    With `goes_on` a file that an earlier start fetched is taken as it is: a training needs the data that it began with.
     Raises UserError, also when it is not `allowed`, and RunStopped when the file does not come.
     """
     if not is_address(text):
@@ -83,7 +84,7 @@ def find_data(
     digest = hashlib.sha256(shown.encode()).hexdigest()[:12]
     suffix = Path(urlsplit(text).path).suffix.lower()
     target = folder / f"{variable.lower()}-{digest}{suffix if suffix in KINDS else '.jsonl'}"
-    if files.is_file(target):
+    if goes_on and files.is_file(target):
         tell(f"{variable}: {target} is there from an earlier start")
         return str(target)
     what = f"{variable}: {shown} does not come"
@@ -107,7 +108,7 @@ def fetch_file(address: str, target: Path, stopped: threading.Event) -> int:
         with opener(redirects=True).open(asking("GET", address, {}), timeout=ATTEMPT_SECONDS) as answer:
             expected = answer.headers.get("Content-Length")
             with files.writing(target, "wb") as stream:
-                while chunk := answer.read1(CHUNK):
+                while chunk := attempt(lambda: answer.read1(CHUNK)):  # its errors are not those of the file
                     if stopped.is_set():
                         raise CallFailed("the job was asked to end", False)
                     stream.write(chunk)

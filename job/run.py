@@ -83,14 +83,14 @@ class Job:
         if settings.run:
             publish.refuse_foreign(Path(settings.output_dir), settings.folder)
         fetch = self.fetch_model if settings.fetch == "true" else None
-        data = settings.folder / "data"
+        data, goes_on = settings.folder / "data", settings.goes_on
 
         def model(variable: str, text: str) -> str:
             return find_model(variable, text, settings.environment, fetch)
 
         def file(variable: str, text: str) -> str:
             allowed = settings.fetch != "false"
-            return find_data(variable, text, data, self.signals.stopped, self.output.tell, allowed)
+            return find_data(variable, text, data, self.signals.stopped, self.output.tell, allowed, goes_on)
 
         return plan(settings, model, file)
 

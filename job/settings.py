@@ -13,7 +13,7 @@ from typing import Any
 from job.calls import Secrets, check_address, check_header, is_address, secrets_in
 from llmops import files
 from llmops.console import Parser, UserError, to_bool
-from llmops.models.checkpoints import JOB_RUN
+from llmops.models.checkpoints import JOB_RUN, RUN_SETTINGS
 
 ROOT = Path(__file__).resolve().parent.parent
 TRAIN, EVALUATE, FIVE, SIMILAR = "train", "evaluate", "five", "similar"
@@ -93,6 +93,14 @@ class Settings:
     def trained(self) -> Path:
         """The training's output_path, however it was chosen."""
         return self.run or Path(self.environment.get("OUTPUT_PATH") or self.mount / "output_path")
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether an earlier start began this training, which is not to begin anew."""
+        given = self.environment.get("OVERWRITE_OUTPUT_PATH", "")
+        flags = [word for word in self.rest if word.startswith("--overwrite_output_path")]
+        anew = bool(flags) or given.strip().lower() in ("true", "yes", "1")
+        return self.task == TRAIN and not anew and files.is_file(self.trained / RUN_SETTINGS)
 
     @property
     def platform_style(self) -> bool:

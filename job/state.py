@@ -11,6 +11,7 @@ from pathlib import Path
 
 from llmops import files
 from llmops.console import UserError
+from llmops.machine.locks import unlockable
 
 LOCK_NAME, STATE_NAME = "lock", "told.json"
 LONGEST_WAIT = 900.0  # seconds for an earlier start of the same job to end: it may be saving a checkpoint
@@ -35,7 +36,7 @@ def alone(folder: Path, stopped: threading.Event, tell: Callable[[str], None]) -
         raise files.unwritable(folder / LOCK_NAME, error) from error
     try:
         waited = 0.0
-        while not taken(descriptor):
+        while not taken(descriptor, folder / LOCK_NAME):
             if not waited:
                 tell(f"an earlier start of this job is still at work in {folder}; waiting for its end")
             if stopped.wait(0.5) or waited > LONGEST_WAIT:
@@ -46,14 +47,14 @@ def alone(folder: Path, stopped: threading.Event, tell: Callable[[str], None]) -
         os.close(descriptor)
 
 
-def taken(descriptor: int) -> bool:
-    """Whether the lock is ours now."""
+def taken(descriptor: int, path: Path) -> bool:
+    """Whether the lock of this file is ours now. Raises UserError where the file system has no locks."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
             return False
-        raise
+        raise unlockable(path, error) from error
     return True
 
 

@@ -249,6 +249,18 @@ demo_folder() {
     if [ "$1" = "$2/mnt" ] && [ ! -d "$1" ]; then printf '%s\n' "$2/mnt_demo"; else printf '%s\n' "$1/demo"; fi
 }
 
+# forget_settings SCRIPT...: the embedded examples are the same for everybody: the settings of these commands that the
+# environment holds are the user's, for runs of their own. Kept are those of the machine.
+forget_settings() {
+    local name
+    while read -r name; do
+        case $name in
+        CUDA_VISIBLE_DEVICES | CPU_KERNELS | TENSORBOARD* | CONSOLE*) ;;
+        *) unset "$name" ;;
+        esac
+    done < <(sed -n '/^# --- settings/,/^# --- end/s/^\([A-Z][A-Z0-9_]*\)=.*/\1/p' "$@")
+}
+
 # has_gpu: whether an NVIDIA device is there and CUDA_VISIBLE_DEVICES does not say none
 has_gpu() { [ "${CUDA_VISIBLE_DEVICES:-}" != -1 ] && { [ -e /dev/nvidiactl ] || [ -e /dev/dxg ]; }; }
 
@@ -335,17 +347,43 @@ sys.exit(not satisfied(pathlib.Path(sys.argv[1])))
 PYTHON
 }
 
+# lock_now PYTHON DESCRIPTOR [wait]: hold the lock of a file that this shell has open, for as long as it is; 3 where
+# somebody else holds it, 4 on a file system without locks
+lock_now() {
+    "$1" -I -c '
+import fcntl, sys
+try:
+    fcntl.flock(int(sys.argv[1]), fcntl.LOCK_EX | (0 if sys.argv[2] else fcntl.LOCK_NB))
+except BlockingIOError:
+    sys.exit(3)
+except OSError:
+    sys.exit(4)' "$2" "${3:-}"
+}
+
 # ensure_python ROOT REQUIREMENTS: prints a Python that has the packages; makes ROOT/.venv when there is none
 ensure_python() {
-    local root=$1 requirements=$2 candidate
+    local root=$1 requirements=$2 candidate held
     for candidate in python3 "$root/.venv/bin/python"; do
         if command -v "$candidate" >/dev/null && has_packages "$candidate" "$requirements"; then
             printf '%s\n' "$candidate"
             return
         fi
     done
-    log "installing the packages of ${requirements##*/} into $root/.venv (once; a few minutes)"
     candidate=$(project_python "$root") || exit 2
+    if mkdir -p "$root/.venv" && exec {held}>>"$root/.venv/.lock"; then # until this subshell ends
+        lock_now "$candidate" "$held" || case $? in
+        3)
+            log "another start installs packages into $root/.venv; waiting for it"
+            lock_now "$candidate" "$held" wait
+            ;;
+        *) log "warning: the file system of $root/.venv has no locks; let no second start install packages meanwhile" ;;
+        esac
+        if [ -x "$root/.venv/bin/python" ] && has_packages "$root/.venv/bin/python" "$requirements"; then
+            printf '%s\n' "$root/.venv/bin/python"
+            return
+        fi
+    fi
+    log "installing the packages of ${requirements##*/} into $root/.venv (once; a few minutes)"
     [ -x "$root/.venv/bin/python" ] || "$candidate" -m venv "$root/.venv" >&2 ||
         die "the virtual environment cannot be made; install the venv module of $candidate (Debian: python3-venv)"
     "$root/.venv/bin/python" -m pip install --quiet --disable-pip-version-check -r "$requirements" >&2 ||

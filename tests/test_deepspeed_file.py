@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from deepspeed.runtime import lr_schedules
 from deepspeed.runtime.constants import GRADIENT_CLIPPING_DEFAULT
 
 from train import deepspeed_file
@@ -26,6 +28,46 @@ def config_with(path: Path, content: Any, **settings: Any) -> Config:
     """Settings with a DeepSpeed file of this content (text as it is)."""
     path.write_text(content if isinstance(content, str) else json.dumps(content), encoding="utf-8")
     return replace(Config(), ds_file=str(path), **settings)
+
+
+@pytest.mark.parametrize(
+    ("kind", "params", "unused"),
+    [
+        ("WarmupLR", {"warmup_num_steps": "auto"}, "--lr_scheduler_type"),
+        ("WarmupDecayLR", {"total_num_steps": "auto"}, "--lr_scheduler_type, --warmup_ratio"),
+        (
+            "OneCycle",
+            {"cycle_min_lr": 1e-5, "cycle_max_lr": 1e-4},
+            "--lr_scheduler_type, --warmup_ratio, --learning_rate",
+        ),
+        ("LRRangeTest", None, "--lr_scheduler_type, --warmup_ratio, --learning_rate"),
+    ],
+)
+def test_settings_that_a_scheduler_of_the_file_leaves_unused(
+    tmp_path: Path, kind: str, params: dict[str, Any] | None, unused: str
+) -> None:
+    section = {"type": kind} | ({} if params is None else {"params": params})
+    config = config_with(tmp_path / "ds.json", GOOD | {"scheduler": section})
+    assert deepspeed_file.find_problems(config) == []
+    (warning,) = deepspeed_file.warnings(config)
+    assert f"scheduler decides how the learning rate runs, and not {unused}; leave the section" in warning
+
+
+@pytest.mark.parametrize("kind", deepspeed_file.OWN_RATES)
+def test_schedulers_of_deepspeed_with_rates_of_their_own(kind: str) -> None:
+    """The optimizer's learning rate is gone when they begin; WarmupLR takes it for its peak."""
+    params: dict[str, dict[str, Any]] = {
+        "OneCycle": {"cycle_min_lr": 1e-5, "cycle_max_lr": 1e-4, "cycle_momentum": False},
+        "LRRangeTest": {},
+    }
+    rates = []
+    for rate in (1.0, 2.0):
+        optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], lr=rate)
+        schedule = getattr(lr_schedules, kind)(optimizer, **params[kind])
+        optimizer.step()
+        schedule.step()
+        rates.append(optimizer.param_groups[0]["lr"])
+    assert rates[0] == rates[1]
 
 
 @pytest.mark.parametrize("stage", DS_FILES)

@@ -21,10 +21,13 @@ def faq(name: str, *arguments: str, timeout: float = 300) -> subprocess.Complete
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a finished demo, after `SCENARIO=faq bash chat_main.sh --demo`."""
-    mount = tmp_path_factory.mktemp("mnt")
-    done = chat_main("--demo", "--mount_path", str(mount), SCENARIO="faq", timeout=900)
+    """The folder of a finished demo, after `SCENARIO=faq bash chat_main.sh --demo`, beside settings of a user's own."""
+    mount, own = tmp_path_factory.mktemp("mnt"), tmp_path_factory.mktemp("own")
+    mine = dict.fromkeys(("TRAIN_FILE", "TEST_FILE", "TEST_DATA_FILE", "INTENTS_FILE"), "/no/such.jsonl")
+    mine |= {"SCENARIO": "faq", "OUTPUT_PATH": str(own), "OVERWRITE_OUTPUT_PATH": "true", "MAX_STEPS": "1"}
+    done = chat_main("--demo", "--mount_path", str(mount), timeout=900, **mine)
     assert done.returncode == 0, done.stderr[-3000:]
+    assert not list(own.iterdir())
     assert "accuracy" in done.stderr
     return mount / "demo" / "faq"
 

@@ -1,5 +1,7 @@
 """llmops/files.py: every kind of file that cannot be read or written is one sentence; what is written is whole."""
 
+import errno
+import fcntl
 import json
 import os
 import resource
@@ -12,6 +14,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
+from job.state import alone
 from llmops import files, json_text
 from llmops.console import RunStopped, UserError
 from llmops.machine.locks import lock
@@ -220,6 +223,22 @@ def test_a_lock_keeps_others_out(tmp_path: Path) -> None:
         order.append("first")
     thread.join(10)
     assert order == ["first", "second"]
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK])
+@pytest.mark.parametrize("wait", [False, True])
+def test_a_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, wait: bool) -> None:
+    """Lustre without -o flock, NFS without a lock service."""
+
+    def flock(descriptor: int, operation: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    sentence = rf"lock cannot be locked \({os.strerror(number)}\): its file system has no locks; have it mounted with"
+    with pytest.raises(UserError, match=sentence), lock(tmp_path / "lock", "busy", wait):
+        pass
+    with pytest.raises(UserError, match=sentence), alone(tmp_path, threading.Event(), print):
+        pass
 
 
 def test_places(tmp_path: Path) -> None:

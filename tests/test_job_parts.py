@@ -2,6 +2,7 @@
 
 import base64
 import json
+import socket
 import subprocess
 import sys
 import threading
@@ -77,15 +78,15 @@ def fetch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Fetch:
     monkeypatch.setattr(calls, "LONGEST_PAUSE", 0.05)
     said: list[str] = []
 
-    def find(text: str, allowed: bool = True) -> str:
-        return find_data("TRAIN_FILE", text, tmp_path / "data", threading.Event(), said.append, allowed)
+    def find(text: str, allowed: bool = True, goes_on: bool = False) -> str:
+        return find_data("TRAIN_FILE", text, tmp_path / "data", threading.Event(), said.append, allowed, goes_on)
 
     find.said = said  # type: ignore[attr-defined]
     return find
 
 
 def test_data_comes_from_an_address(fetch: Fetch, tmp_path: Path) -> None:
-    """Also at the second attempt; the name of the file keeps its kind; a restart takes what is there."""
+    """Also at the second attempt; its name keeps its kind; only a training that goes on takes what is there."""
     with platform_server() as server:
         server.stored["/files/a.json"] = b"[1]" * 100_000
         server.faults = ["drop", 503]
@@ -95,11 +96,15 @@ def test_data_comes_from_an_address(fetch: Fetch, tmp_path: Path) -> None:
         assert path.suffix == ".json"
         assert path.read_bytes() == server.stored["/files/a.json"]
         count = len(server.calls)
-        assert fetch(address.replace("0123456789", "9876543210")) == str(path)  # signed anew
+        server.stored["/files/a.json"] = b"[2]"
+        anew = address.replace("0123456789", "9876543210")  # signed anew, or another file
+        assert fetch(anew, goes_on=True) == str(path)
         assert len(server.calls) == count == 3
         said = fetch.said  # type: ignore[attr-defined]
-        assert not [text for text in said if "0123456789" in text]
         assert said[-1].endswith("is there from an earlier start")
+        assert fetch(anew) == str(path)
+        assert path.read_bytes() == b"[2]"
+        assert not [text for text in said if "0123456789" in text or "9876543210" in text]
     assert fetch("/data/a.jsonl,/data/b.jsonl") == "/data/a.jsonl,/data/b.jsonl"
     assert sorted(path.name for path in (tmp_path / "data").iterdir()) == [path.name]
 
@@ -145,6 +150,28 @@ def test_half_a_file_is_none(fetch: Fetch, tmp_path: Path, monkeypatch: pytest.M
         finally:
             server.kill()
     assert list((tmp_path / "data").iterdir()) == []
+
+
+def test_a_server_that_falls_silent_amid_a_file(fetch: Fetch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """That is the network's fault and not the file's: another attempt brings it."""
+    monkeypatch.setattr(places, "ATTEMPT_SECONDS", 0.3)
+    kept = []
+
+    def serve() -> None:
+        for body in (b"ab", b"abcd"):
+            connection, _ = server.accept()
+            kept.append(connection)
+            connection.recv(9999)
+            connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 4\r\n\r\n" + body)
+
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        threading.Thread(target=serve, daemon=True).start()
+        path = Path(fetch(f"http://127.0.0.1:{server.getsockname()[1]}/a.jsonl"))
+    assert path.read_bytes() == b"abcd"
+    assert "a.jsonl does not come: timed out; again in" in fetch.said[0]  # type: ignore[attr-defined]
+    assert list((tmp_path / "data").iterdir()) == [path]
+    for connection in kept:
+        connection.close()
 
 
 LOG = [

@@ -208,3 +208,15 @@ def test_secrets_are_taken_out_of_texts() -> None:
 def test_addresses_and_headers() -> None:
     assert check_address("A", "http://[::1]:80/a?b#c") == "http://[::1]:80/a?b#c"
     assert check_header("A", " Bearer x ") == "Bearer x"
+
+
+def test_a_training_goes_on_where_one_began(tmp_path: Path) -> None:
+    """Then its data is what it was; an evaluation reads what stands at the address today."""
+    given = TRAINING | {"OUTPUT_DIR": str(tmp_path)}
+    assert not read_settings([], given).goes_on
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "finetune_config.json").write_text("{}")
+    assert read_settings([], given).goes_on
+    assert not read_settings([], given | {"OVERWRITE_OUTPUT_PATH": "True"}).goes_on
+    assert not read_settings(["--", "--overwrite_output_path=true"], given).goes_on
+    assert not read_settings(["--task", "evaluate"], given).goes_on

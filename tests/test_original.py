@@ -1,17 +1,20 @@
 """Data, names and flags of the platform that these commands come from: records of ours in its shapes."""
 
 import json
+import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT, chat_main
+from conftest import ROOT, chat_main, environment
 
 from eval import analyze_similar_questions_and_intents as similar
 from eval import diagnosis_monitoring, model_performance_evaluation
 from eval import evaluate_model_from_five_dimensions as five
 from eval.dimensions import m3ke
 from faq import predict, prepare
+from llmops import files
 from llmops.console import UserError
 from llmops.intents.catalog import load_catalog
 from llmops.intents.questions import kind_of_data, read_faq
@@ -109,18 +112,36 @@ def test_a_broken_converted_record(tmp_path: Path, change: dict[str, str], phras
 
 def test_raw_records_go_straight_to_the_command(tmp_path: Path, checkpoints: dict[str, Path]) -> None:
     """They are prepared on the way, which is said; what is prepared passes the check."""
-    raw = [{"instruction": "判断意图", "question": q, "intent": i, "output": f"请看{i}页面。"} for q, _, i in QUESTIONS]
+    raw = [{"instruction": "判断意图", "question": q + more, "intent": i, "output": f"请看{i}页面。"}
+           for q, _, i in QUESTIONS for more in ("", "吗", "啊", "呀")]  # fmt: skip
     data = lines(tmp_path / "data" / "faq.jsonl", raw)
     model, out = str(checkpoints["llama"]), tmp_path / "out"
     run = chat_main("--train_file", str(data), "--model_name_or_path", model, "--output_path", str(out),
-                    "--learning_rate", "-1", SCENARIO="faq", timeout=60)  # fmt: skip
+                    "--learning_rate", "-1", "--eval_ratio", "0.5", SCENARIO="faq", timeout=60)  # fmt: skip
     assert run.returncode == 2
     assert "learning_rate is -1.0" in run.stderr  # what follows sees the settings as ever
     assert f"{data} holds questions with intents: faq/prepare.sh makes conversations of them in {out}_faq" in run.stderr
     made = tmp_path / "out_faq" / "train.jsonl"
     assert kind_of_data(made) == "prepared"
+    held_out = [line.value["intent"] for line in files.json_lines(made.with_name("test.jsonl"))]
+    assert [held_out.count(intent) for intent in ("改密码", "查快递", "退货", "开发票")] == [4] * 4  # of 8 each
     arguments = ["--check", "--scenario", "faq", "--train_file", str(made), "--model_name_or_path", model]
     assert finetune.main([*arguments, "--output_path", str(out)]) == 0
+
+
+def test_a_crash_is_no_answer(tmp_path: Path, checkpoints: dict[str, Path]) -> None:
+    """What looks whether the data holds questions breaks: nothing goes on without knowing."""
+    for name in ("llmops", "train"):
+        shutil.copytree(ROOT / name, tmp_path / name)
+    shutil.copy(ROOT / "chat_main.sh", tmp_path)
+    (tmp_path / "llmops" / "intents" / "questions.py").write_text("raise ZeroDivisionError\n")
+    data = lines(tmp_path / "faq.jsonl", [{"question": "退", "intent": "退货"}])
+    command = ["bash", str(tmp_path / "chat_main.sh"), "--scenario", "faq", "--train_file", str(data)]
+    command += ["--model_name_or_path", str(checkpoints["llama"]), "--output_path", str(tmp_path / "out")]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr.endswith("ZeroDivisionError\n")
+    assert done.stderr.count("Traceback") == 1
 
 
 def test_exports_as_conversations_are_refused(

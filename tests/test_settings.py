@@ -2,6 +2,7 @@
 
 import argparse
 import re
+import shutil
 import subprocess
 import sys
 from dataclasses import fields
@@ -109,6 +110,21 @@ def test_good_values_are_written_one_way(name: str, text: str, expected: str) ->
     assert done.stdout == f"[{expected}]", done.stderr
 
 
+@pytest.mark.parametrize(("given", "seen"), [("", None), (None, None), (" 0, 3 ", "0,3"), ("-1", "-1")], ids=repr)
+def test_every_part_of_a_run_sees_the_same_gpus(tmp_path: Path, given: str | None, seen: str | None) -> None:
+    """The check and the dry run here: an empty variable means all GPUs, which to CUDA would be none."""
+    shutil.copytree(ROOT / "llmops", tmp_path / "llmops")
+    shutil.copy(ROOT / "chat_main.sh", tmp_path)
+    (tmp_path / "train").mkdir()
+    (tmp_path / "train" / "finetune.py").write_text('import os\nprint(os.environ.get("CUDA_VISIBLE_DEVICES"))\n')
+    (tmp_path / "requirements.txt").write_text("")
+    done = subprocess.run(
+        ["bash", str(tmp_path / "chat_main.sh"), "--dry_run", "true"], capture_output=True, text=True, check=False,
+        env=environment() | ({} if given is None else {"CUDA_VISIBLE_DEVICES": given}),
+    )  # fmt: skip
+    assert done.stdout.splitlines() == [str(seen)] * 2, done.stderr
+
+
 def test_values_that_begin_with_a_dash_stay_values(tmp_path: Path) -> None:
     done = shell("NAMES=(QUESTION SEED); QUESTION='--help me'; SEED=-5; setting_flags | tr '\\0' '\\n'")
     assert done.stdout.splitlines() == ["--question=--help me", "--seed=-5"]
@@ -147,6 +163,32 @@ def test_blanks_around_the_equals_sign_are_named(tmp_path: Path) -> None:
     done = subprocess.run(["bash", str(script)], env=environment(), capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (2, "")
     assert "edited.sh has 'SEED = ...': a setting is written without blanks around =" in done.stderr
+
+
+def test_two_first_starts_install_once(tmp_path: Path) -> None:
+    """The second waits for the first; the virtual environment's Python is played by a script."""
+    (tmp_path / "requirements.txt").write_text("no-such-package==1.0\n")
+    played = tmp_path / ".venv" / "bin" / "python"
+    played.parent.mkdir(parents=True)
+    played.write_text(
+        f"#!/bin/bash\ncd {tmp_path}\n"
+        'case "$1 $2" in "-m pip") echo once >>pip; sleep 1; touch done ;;\n'
+        f'"- "*) [ -e done ] ;; *) exec {sys.executable} "$@" ;; esac\n'
+    )
+    played.chmod(0o755)
+    line = f"{SOURCE}ensure_python {tmp_path} {tmp_path}/requirements.txt"
+    starts = [
+        subprocess.Popen(
+            ["bash", "-c", line], env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        for _ in range(2)
+    ]
+    said = [start.communicate(timeout=60) for start in starts]
+    assert [out for out, _ in said] == [f"{played}\n"] * 2
+    assert (tmp_path / "pip").read_text() == "once\n"
+    waited = f"another start installs packages into {tmp_path}/.venv; waiting for it\n"
+    installs = f"installing the packages of requirements.txt into {tmp_path}/.venv (once; a few minutes)\n"
+    assert sorted(err for _, err in said) == [waited, installs]
 
 
 @pytest.mark.parametrize("path", SHELLS, ids=lambda path: path.name)

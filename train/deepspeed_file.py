@@ -23,6 +23,7 @@ SETTINGS = (  # our setting, and the key of the same meaning
 GATHERING = ("stage3_gather_16bit_weights_on_model_save", "stage3_gather_fp16_weights_on_model_save")  # now, once
 CLIPPING = 1.0  # DeepSpeed's where the key is missing
 DTYPES = ("bf16", "fp16")
+OWN_RATES = ("OneCycle", "LRRangeTest")  # schedulers of DeepSpeed whose learning rates are all in their params
 
 
 def find_problems(config: Config) -> list[str]:
@@ -138,7 +139,25 @@ def warnings(config: Config) -> list[str]:
             f"{config.dtype} is missing, so DeepSpeed keeps no fp32 copy of the weights and scales no loss; "
             f'write "{config.dtype}": {{"enabled": "{AUTO}"}}'
         )
+    unused = unused_by_scheduler(found.get("scheduler"))
+    if unused:
+        told.append(
+            f"its section scheduler decides how the learning rate runs, and not {', '.join(unused)}; "
+            "leave the section out to use these settings"
+        )
     return [f"warning: {WHAT} {config.deepspeed_file}: {sentence}" for sentence in told]
+
+
+def unused_by_scheduler(section: dict[str, Any] | None) -> list[str]:
+    """The flags that have no effect beside a section scheduler.
+
+    Of its params the Trainer fills in and compares warmup_num_steps, total_num_steps and warmup_max_lr alone.
+    """
+    if section is None:
+        return []
+    warms_up = "warmup_num_steps" in section.get("params", {})
+    own_rate = section["type"] in OWN_RATES
+    return ["--lr_scheduler_type"] + ["--warmup_ratio"] * (not warms_up) + ["--learning_rate"] * own_rate
 
 
 def expected(key: str, value: Any, wanted: str) -> str:

@@ -32,6 +32,7 @@ INTENT_KEYS = ("intent", "category", "label", "意图", "类别", "分类")
 NONE_FITS = "不符合"  # the answer when no candidate fits, in the templates and in the original's data
 CONVERTED = re.compile(r"问题[:：]([\s\S]*?)\n\s*候选类别[:：]([\s\S]*)")
 FINAL_MARKS = ".,;:!?~。、·"  # as NFKC writes them
+OTHER_DATA = 3  # the exit code
 EXPORT_ROWS = 200  # that tell whether a file is an export
 REPLY_KEYS = ("output", "answer", "reply", "答案", "回复")
 INSTRUCTION_KEYS = ("instruction", "intruction")
@@ -284,14 +285,14 @@ def first_text(raw: dict[str, Any], keys: tuple[str, ...]) -> str | None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """`python -m llmops.intents.questions FILE`: 0 for questions with intents, 1 for anything else, 2 with a sentence.
+    """`python -m llmops.intents.questions FILE`: 0 for questions with intents, 3 for anything else, 2 with a sentence.
 
-    chat_main.sh asks whether a file has to be prepared before it is learned.
+    chat_main.sh asks whether a file has to be prepared before it is learned. 1 is Python's own, for a crash.
     """
 
     def body() -> int:
         path = Path((sys.argv[1:] if argv is None else argv)[0])
-        return 0 if files.is_file(path) and kind_of_data(path) == "raw" else 1
+        return 0 if files.is_file(path) and kind_of_data(path) == "raw" else OTHER_DATA
 
     return run_main(body)
 
