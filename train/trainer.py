@@ -202,8 +202,8 @@ class ChatTrainer(Trainer):
 
         DeepSpeed calls the norm of such gradients -1. In fp16 it leaves their step out.
         """
-        finite = grad_norm is None or 0 <= float(grad_norm) < math.inf
-        if (self.control.should_evaluate or self.control.should_save) and not finite and not self.args.fp16:
+        due = (self.control.should_evaluate or self.control.should_save) and not self.args.fp16
+        if due and grad_norm is not None and not 0 <= float(grad_norm) < math.inf:  # else nothing waits for a GPU here
             self._stop(f"the gradients are not finite at step {self.state.global_step}")
         super()._maybe_log_save_evaluate(tr_loss, grad_norm, *args, **kwargs)
 
