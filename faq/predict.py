@@ -234,6 +234,8 @@ def read_joint(config: Config, catalog: Catalog) -> "Joint | None":
     """The linear classifier that predictions are joined with, None without --join_file. Raises UserError where
     faq/score kept weights and it is missing, or the other way round."""
     joins = "linear" in catalog.decision
+    if config.join_file and not config.use_threshold:
+        raise UserError("--use_threshold false asks for what the model alone says; leave out --join_file")
     if joins != bool(config.join_file) and config.constrain:
         raise UserError(
             "the intents file keeps weights for model and linear classifier together; pass --join_file (and the same "

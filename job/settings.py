@@ -98,8 +98,11 @@ class Settings:
     def goes_on(self) -> bool:
         """Whether an earlier start began this training, which is not to begin anew."""
         given = self.environment.get("OVERWRITE_OUTPUT_PATH", "")
-        flags = [word for word in self.rest if word.startswith("--overwrite_output_path")]
-        anew = bool(flags) or given.strip().lower() in ("true", "yes", "1")
+        for i, word in enumerate(self.rest):
+            flag, equals, value = word.partition("=")
+            if flag == "--overwrite_output_path":
+                given = value if equals else "".join(self.rest[i + 1 : i + 2])
+        anew = given.strip().lower() in ("true", "yes", "1")
         return self.task == TRAIN and not anew and files.is_file(self.trained / RUN_SETTINGS)
 
     @property

@@ -190,7 +190,11 @@ def test_folders_that_are_named_as_a_run_s_own(mount: Path) -> None:
     (evaluation / "samples").mkdir(parents=True)
     (evaluation / "eval_results.json").write_text("{}")
     (evaluation / "samples" / "a.jsonl").touch()
+    (mount / "going" / "samples").mkdir(parents=True)  # an evaluation that has no results yet
+    (mount / "going" / ".evaluation.lock").touch()
+    (mount / "going" / "samples" / "a.jsonl").touch()
     found = Mounted(mount).look()
+    assert "going/samples/a.jsonl" not in found.data
     assert set(names) <= set(found.runs)
     assert [name for name in found.runs if name.startswith("done/")] == ["done/output_path"]
     assert "evaluation/samples/a.jsonl" not in found.data

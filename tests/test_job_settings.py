@@ -219,4 +219,6 @@ def test_a_training_goes_on_where_one_began(tmp_path: Path) -> None:
     assert read_settings([], given).goes_on
     assert not read_settings([], given | {"OVERWRITE_OUTPUT_PATH": "True"}).goes_on
     assert not read_settings(["--", "--overwrite_output_path=true"], given).goes_on
+    assert not read_settings(["--", "--overwrite_output_path", "true"], given).goes_on
+    assert read_settings(["--", "--overwrite_output_path", "false"], given | {"OVERWRITE_OUTPUT_PATH": "1"}).goes_on
     assert not read_settings(["--task", "evaluate"], given).goes_on

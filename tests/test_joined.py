@@ -91,6 +91,8 @@ def test_joined_predictions(
     assert predict.main([*common, "--use_threshold", "false", "--output_file", str(tmp_path / "alone.jsonl")]) == 0
     plain = [json.loads(line) for line in (tmp_path / "alone.jsonl").read_text(encoding="utf-8").splitlines()]
     assert not any("proposed" in row or "model_intent" in row for row in plain)
+    assert predict.main([*common, "--use_threshold", "false", "--join_file", train, "--output_file", both]) == 2
+    assert "leave out --join_file" in capsys.readouterr().err
     assert predict.main([*common, "--join_file", train, "--output_file", both]) == 0
     rows = score.read_predictions(Path(both))
     assert np.mean([row["proposed"] == row["reference"] for row in rows]) == pytest.approx(

@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -137,8 +138,14 @@ def test_a_run_does_not_go_on_with_other_test_data(
     retention.write_bytes(tested + tested)
     with pytest.raises(UserError, match="retention_sha256 was '"):
         earlier_run(config)
+    results = {"eval_loss_before": 2.0, "eval_loss": 1.0, "best_step": 1, "steps": 2}
+    ownership.claim(tmp_path / "out", ["train_results.json"])
+    files.write_json(tmp_path / "out" / "train_results.json", results)
+    assert earlier_run(config) == results  # a run that is finished is not measured again
+    (tmp_path / "out" / "train_results.json").unlink()
     begin({"train_sha256": data_digest(config)})
     assert earlier_run(config) is None
+    assert data_digests(replace(config, retention_file=""))["retention_sha256"] is None  # ours may change
 
 
 @pytest.mark.parametrize("text", ['{"names": ["../model"]}', '{"names": ["a/b"]}', "[]", "null", '{"names": 3}', "{"])

@@ -119,6 +119,11 @@ def test_one_conversation_in_every_shape(chat: ChatFormat, name: str) -> None:
     assert learned_text(chat, found[0]) == f"{A1}<|im_end|>{A2}<|im_end|>"
 
 
+def test_an_empty_column_of_preference_data_says_nothing(chat: ChatFormat) -> None:
+    more = {"rejected_response": "", "rejected_messages": [], "label": None}
+    assert rendered(chat, TWO_TURNS["messages"] | more) == chat.conversation(MESSAGES)
+
+
 @pytest.fixture(scope="module", params=[AS_OBJECT, AS_TEXT], ids=["object", "text"])
 def tool_chat(checkpoints: dict[str, Path], request: pytest.FixtureRequest) -> ChatFormat:
     """A template that knows tools and wants a call's arguments as an object, or as text."""
@@ -196,7 +201,8 @@ def test_formats_without_tools_refuse(checkpoints: dict[str, Path]) -> None:
         ({"text": "long"}, "text alone is for pretraining"),
         ({"prompt": "q", "chosen": "a", "rejected": "b"}, "found 'chosen' and 'rejected'"),
         ({"conversations": [{"from": "human", "value": "q"}], "chosen": {}, "rejected": {}}, "preference data"),
-        ({"messages": [ASKED, SAID], "rejected_response": "b"}, "there is 'rejected_response': two answers to choose"),
+        ({"messages": [ASKED, SAID], "rejected_response": "b", "rejected_messages": []},
+         "there is 'rejected_response': two answers to choose"),
         ({"messages": [ASKED, SAID], "label": False}, "'label' is false: a mark of good and bad answers is"),
         ({"instruction": "q", "output": "a", "kto_tag": True}, "'kto_tag' is true: a mark of good and bad"),
         ({"query": "q", "response": "a", "label": False}, "'label' is false: a mark"),

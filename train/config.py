@@ -67,7 +67,9 @@ class Config:
     )
     learn: str = setting("all", "which answers are learned: all, or last: those after the last question", LEARN)
     enable_thinking: str = setting(
-        "", "what a thinking model's chat template is told: true or false; empty: nothing", ["", "true", "false"]
+        "",
+        "what a thinking model's chat template is told: true or false; empty or auto: nothing",
+        ["", "auto", "true", "false"],
     )
     output_path: str = setting("mnt/output_path", "where the model, checkpoints, log.txt and pictures go")
     # how to train

@@ -41,6 +41,8 @@ def parse(argv: Sequence[str]) -> tuple[Config, bool]:
     options = vars(build_parser().parse_args(argv))
     options.pop("local_rank")
     only_check = options.pop("check")
+    if options.get("enable_thinking") == "auto":  # as the evaluations say it
+        options["enable_thinking"] = ""
     config = Config(**((FAQ_DEFAULTS if options.get("scenario") == "faq" else {}) | options))
     problems = find_problems(config)
     if problems:

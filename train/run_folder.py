@@ -33,6 +33,7 @@ CACHE_NAME = "cache"  # tokenised data by its key: nothing in it is ever replace
 CLAIMED = (
     CONFIG_NAME, RESULTS_NAME, LOG_NAME, PICTURE_NAME, ownership.HELD_OUT, "tensorboard", checkpointing.STAGING
 )  # fmt: skip
+MEASURES = ("test_sha256", "retention_sha256")  # what is measured with: nothing to a run that is finished
 RESULTS_KEYS = ("eval_loss_before", "eval_loss", "best_step", "steps")
 
 
@@ -47,7 +48,8 @@ def data_digests(config: Config) -> dict[str, str | None]:
     return {
         "train_sha256": data_digest(config),
         "test_sha256": data_files.digest(tested) if tested else None,
-        "retention_sha256": data_files.digest([config.retention_path]),
+        # ours may change from version to version
+        "retention_sha256": data_files.digest([config.retention_path]) if config.retention_file else None,
     }
 
 
@@ -104,7 +106,9 @@ def earlier_run(config: Config, processes: int | None = None) -> dict[str, Any] 
     now = config.to_json() | data_digests(config)  # an earlier version wrote the first one only
     if not config.num_train_epochs and saved.get(NUMBER) and NUMBER not in (saved.get(RECORD) or {}):
         now["num_train_epochs"] = EPOCHS  # a run of version 0.2, whose default that was
-    differing = [key for key in now if key in saved and key not in RESTARTABLE and saved[key] != now[key]]
+    results = read_results(output)
+    passed = RESTARTABLE if results is None else (*RESTARTABLE, *MEASURES)
+    differing = [key for key in now if key in saved and key not in passed and saved[key] != now[key]]
     step = step_of(output, saved)
     if step and set(differing) & set(STEP_SETTINGS):
         refuse_other_step(config, saved, step, processes)
@@ -115,7 +119,6 @@ def earlier_run(config: Config, processes: int | None = None) -> dict[str, Any] 
             f"{output} holds a run with other settings ({'; '.join(changed)}); choose another --output_path, "
             "or pass --overwrite_output_path true to delete it"
         )
-    results = read_results(output)
     if results is None and not config.resume:
         raise UserError(
             f"{output} holds an unfinished run; pass --resume true, or --overwrite_output_path true to delete it"

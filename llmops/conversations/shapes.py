@@ -68,7 +68,7 @@ def refuse_preference(row: Row) -> None:
         if key in row and other in row:
             raise BadRow(f"found {key!r} and {other!r}: {PREFERENCE}")
     for key in REJECTED:
-        if key in row:
+        if row.get(key):  # a table has every column in every row
             raise BadRow(f"there is {key!r}: {PREFERENCE}")
     for key in JUDGED:
         if isinstance(row.get(key), bool):

@@ -61,10 +61,7 @@ class ChatModel:
         ends = self.checkpoint.end_tokens
         chat = ChatFormat(self.tokenizer, family, self.allow_special_tokens, thinking, variables, ends)
         if self.thinking is not None and not chat.knows_thinking:
-            raise UserError(
-                f"--enable_thinking would change nothing: {chat.name} names no variable {' or '.join(THINKING)}; "
-                "leave it out"
-            )
+            log(f"warning: enable_thinking changes nothing: {chat.name} names no variable {' or '.join(THINKING)}")
         return chat
 
     def weights(
@@ -130,7 +127,8 @@ class ChatModel:
         model = merged(model)
         model.save_pretrained(staging)
         del model
-        make_portable(staging, self.checkpoint.base.folder, self.checkpoint.folder)
+        known = self.checkpoint
+        make_portable(staging, known.base.folder, known.folder, known.named_template)
         saved = Checkpoint(staging, trust_remote_code=self.checkpoint.trust_remote_code)
         after = next_logits(load_weights(saved, dtype).eval(), prompts)
         gaps = [(b - a).abs().max() / a.abs().max() for a, b in zip(before, after, strict=True)]

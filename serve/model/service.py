@@ -14,7 +14,7 @@ import torch
 from llmops import files
 from llmops.console import UserError, has_gpu, log
 from llmops.conversations.records import Message, texts_in
-from llmops.formats.chat_format import ChatFormat
+from llmops.formats.chat_format import THINKING, ChatFormat
 from llmops.generation.capacity import cache_bytes, free_memory, vocabulary_of
 from llmops.generation.generator import Generator
 from llmops.generation.packed import pack
@@ -132,6 +132,8 @@ class Service:
         """The chat format that is told some variables; those used last are kept."""
         if not variables:
             return self.model.chat
+        named = [variables[name] for name in THINKING if name in variables]
+        variables = dict.fromkeys(THINKING, named[0]) | variables if named else variables  # one by either name
         key = tuple(sorted(variables.items()))
         if key not in self._formats:
             self._formats[key] = self.model.chat_with(variables)
