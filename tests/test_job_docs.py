@@ -15,7 +15,7 @@ import yaml
 from conftest import ROOT, environment
 from job_platform import platform_server, wait_for
 
-from job.settings import FLAGS, SECRET_NAMES, read_settings
+from job.settings import FLAGS, JOB_IDS, SECRET_NAMES, read_settings
 
 JOBS = ROOT / "docs" / "jobs"
 TEXT = {"type": "string"}
@@ -211,7 +211,7 @@ def test_both_languages_say_the_same_commands() -> None:
     assert blocks[0] == blocks[1]
     names = [set(re.findall(r"`([A-Z][A-Z_]{3,})`", page)) for page in pages]
     assert names[0] == names[1]
-    known = {name.upper() for name in FLAGS} | set(SECRET_NAMES)
+    known = {name.upper() for name in FLAGS} | set(SECRET_NAMES) | set(JOB_IDS)
     same = {"NUM_TRAIN_EPOCHS", "PER_DEVICE_TRAIN_BATCH_SIZE", "PER_DEVICE_EVAL_BATCH_SIZE", "LEARNING_RATE",
             "GRADIENT_ACCUMULATION_STEPS", "MASTER_PORT", "HF_HOME", "HF_TOKEN", "OUTPUT_PATH",
             "POST"}  # fmt: skip
