@@ -245,6 +245,7 @@ def test_suspects_of_the_command(tmp_path: Path) -> None:
 
         own = (Asked("q0", "A", None, 1), Asked("q1", "B", None, 2))
         classes, labels = ("A", "B"), np.array([0, 1])
+        judged = np.array([True, True])
 
     found = suspects(Known(), np.array([[0.01, 0.99], [0.1, 0.9]]))  # type: ignore[arg-type]
     path = tmp_path / "suspects.jsonl"
