@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from serve_inside import QUESTIONS, answers, opened, rendered, user
+from tokenizers import decoders
 
 from serve.answers import ApiError
 from serve.settings import Limits, Model
@@ -331,6 +332,19 @@ def test_text_comes_whole_whatever_the_tokens(service: Any) -> None:
         ids = service.model.tokenizer(text)["input_ids"]
         written = Detokenizer(service.decode)
         assert "".join(written.push(token) for token in ids) + written.finish() == service.decode(ids)
+    # Llama 2's decoder, of bytes where the vocabulary lacks a character
+    llama = decoders.Sequence([
+        decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)
+    ])  # fmt: skip
+    for text in ("😊\n🎉\n", "😀😀😀 ok", "好😊😊😊😊\n\n 两 个"):
+        pieces = ["▁"]
+        for sign in text:
+            known = {" ": ["▁"]}.get(
+                sign, [sign] if sign in "ok好两个" else [f"<0x{byte:02X}>" for byte in sign.encode()]
+            )
+            pieces += known
+        written = Detokenizer(lambda ids, pieces=pieces: llama.decode([pieces[i] for i in ids]))  # type: ignore[misc]
+        assert "".join(written.push(i) for i in range(len(pieces))) + written.finish() == text
     stopping = Detokenizer(service.decode, ["世界", "never"])
     ids = service.model.tokenizer("hello 世界 and more")["input_ids"]
     said = ""

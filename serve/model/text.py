@@ -3,13 +3,14 @@
 from collections.abc import Callable, Sequence
 
 UNFINISHED = "\ufffd"  # what a decoder writes for half a character
-LOOK_BACK = 6  # tokens that decide how the next one is written
+MOST_HELD = 6  # tokens that may wait for the rest of a character
 
 
 class Detokenizer:
     """The text of an answer, piece by piece; a stop's text never comes out, nor what may become one.
 
-    A token is decoded together with a few before it: blanks and characters of several tokens depend on them.
+    A token is decoded together with those of the piece before it, on which its blanks depend. So what is decoded begins
+    where a piece began and never inside a character: a decoder of bytes gives up a whole run of them for half a one.
     """
 
     def __init__(self, decode: Callable[[Sequence[int]], str], stops: Sequence[str] = ()) -> None:
@@ -24,7 +25,7 @@ class Detokenizer:
         """What can be said after one more token."""
         self.ids.append(token)
         whole = self.decode(self.ids[self._begin :])
-        if whole.endswith(UNFINISHED) and len(self.ids) - self._end < LOOK_BACK:
+        if whole.endswith(UNFINISHED) and len(self.ids) - self._end < MOST_HELD:
             return ""
         return self._say(self._new(whole))
 
@@ -39,9 +40,11 @@ class Detokenizer:
 
     def _new(self, whole: str) -> str:
         before = self.decode(self.ids[self._begin : self._end])
-        self._begin = max(0, len(self.ids) - LOOK_BACK)
+        new = whole[len(before) :]
+        if new:  # a token without a text tells nothing of the next one's blanks
+            self._begin = self._end
         self._end = len(self.ids)
-        return whole[len(before) :]
+        return new
 
     def _say(self, new: str) -> str:
         if not self.stops:
