@@ -124,11 +124,11 @@ def test_what_a_run_says(mount: Path) -> None:
 def test_a_log_is_read_from_where_it_was_known(mount: Path, client: TestClient) -> None:
     log = mount / "fresh" / "output_path" / "log.txt"
 
-    def ask(offset: int, identity: int) -> dict[str, Any]:
+    def ask(offset: int, identity: str) -> dict[str, Any]:
         query = f"run=fresh/output_path&offset={offset}&identity={identity}"
         return client.get(f"/console/api/log?{query}").json()
 
-    first = ask(0, 0)
+    first = ask(0, "")
     assert first["columns"]["step"] == [0, *range(1, 8)]
     assert first["columns"]["eval_loss"] == [4.0] + [None] * 7
     assert first["offset"] == log.stat().st_size
@@ -149,7 +149,7 @@ def test_a_log_is_read_from_where_it_was_known(mount: Path, client: TestClient) 
 
 def test_long_logs_come_in_pieces(mount: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runs, "PIECE", 1000)
-    of, offset, identity, steps = runs.Runs(Mounted(mount)), 0, 0, []
+    of, offset, identity, steps = runs.Runs(Mounted(mount)), 0, "", []
     for _ in range(100):
         found = of.log("done/output_path", offset, identity)
         steps += found["columns"]["step"]

@@ -353,3 +353,9 @@ def test_text_comes_whole_whatever_the_tokens(service: Any) -> None:
         if stopping.stopped:
             break
     assert (said, stopping.stopped) == ("hello ", True)
+
+
+def test_zero_is_not_false_to_a_template(service: Any) -> None:
+    zero, false = (service._format({"enable_thinking": value}) for value in (0, False))
+    assert zero is not false
+    assert service._format({"thinking": False}) is false

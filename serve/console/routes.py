@@ -115,7 +115,7 @@ class RunPages:
 
     def log(self, request: Request) -> Any:
         """Columns of a log from a byte on."""
-        return self.runs.log(named(request), whole_number(request, "offset"), whole_number(request, "identity"))
+        return self.runs.log(named(request), whole_number(request, "offset"), request.query_params.get("identity", ""))
 
     def stop(self, body: dict[str, Any]) -> Any:
         """Ask a run to stop."""

@@ -246,19 +246,20 @@ class Runs:
             for step in checkpoint_steps(folder)
         ]
 
-    def log(self, name: str, offset: int, identity: int) -> dict[str, Any]:
+    def log(self, name: str, offset: int, identity: str) -> dict[str, Any]:
         """Columns of the log from a byte on, up to its last whole line and at most PIECE bytes.
 
-        `identity` is what the answer before said; where the log is another one by now (a resume writes it anew) or is
-        shorter, the answer begins at 0 and `restart` is true. `more`: there is more to ask for at once.
+        `identity` is what the answer before said, a text because browsers round large numbers; where the log is another
+        one by now (a resume writes it anew) or is shorter, the answer begins at 0 and `restart` is true. `more`: there
+        is more to ask for at once.
         """
         path = self.mounted.folder(name) / LOG_NAME
         empty: dict[str, Any] = {key: [] for key in COLUMNS}
         if not files.is_file(path) or path.is_symlink():
-            return {"offset": 0, "identity": 0, "restart": offset > 0, "more": False, "columns": empty}
+            return {"offset": 0, "identity": "", "restart": offset > 0, "more": False, "columns": empty}
         with files.open_regular(path, "the log") as stream:
             found = os.fstat(stream.fileno())
-            restart = offset > 0 and (identity != found.st_ino or found.st_size < offset)
+            restart = offset > 0 and (identity != str(found.st_ino) or found.st_size < offset)
             start = 0 if restart else max(0, min(offset, found.st_size))
             stream.seek(start)
             piece = stream.read(PIECE)
@@ -267,7 +268,7 @@ class Runs:
         columns = {key: [number(row.get(key)) for row in rows] for key in COLUMNS}
         stop = start + len(whole)
         more = bool(whole) and stop < found.st_size and len(piece) == PIECE
-        return {"offset": stop, "identity": found.st_ino, "restart": restart, "more": more, "columns": columns}
+        return {"offset": stop, "identity": str(found.st_ino), "restart": restart, "more": more, "columns": columns}
 
     def ask_to_stop(self, name: str) -> None:
         """Put the STOP file into a run's folder. Raises UserError for a run that is not running."""

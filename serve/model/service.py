@@ -55,7 +55,7 @@ class Service:
         self.feedback = feedback
         self.length = model.checkpoint.length
         self.vocabulary = model.checkpoint.vocabulary
-        self._formats: OrderedDict[tuple[tuple[str, Any], ...], ChatFormat] = OrderedDict()
+        self._formats: OrderedDict[tuple[tuple[str, str], ...], ChatFormat] = OrderedDict()
         self._render = ThreadPoolExecutor(1, "render")  # one at a time: tokenizers and templates keep state
         for name, about in (
             ("llmops_prompt_tokens_total", "Tokens of prompts."),
@@ -134,7 +134,7 @@ class Service:
             return self.model.chat
         named = [variables[name] for name in THINKING if name in variables]
         variables = dict.fromkeys(THINKING, named[0]) | variables if named else variables  # one by either name
-        key = tuple(sorted(variables.items()))
+        key = tuple(sorted((name, repr(value)) for name, value in variables.items()))  # 0 is not false to a template
         if key not in self._formats:
             self._formats[key] = self.model.chat_with(variables)
         self._formats.move_to_end(key)

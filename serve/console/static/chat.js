@@ -162,7 +162,8 @@ at("compose").addEventListener("submit", (event) => {
   send();
 });
 at("question").addEventListener("keydown", (event) => {
-  if (event.key !== "Enter" || event.shiftKey || event.isComposing) return; // Enter also ends a Chinese input
+  // Enter also ends a Chinese input, which Safari tells by the key code alone
+  if (event.key !== "Enter" || event.shiftKey || event.isComposing || event.keyCode === 229) return;
   event.preventDefault();
   send();
 });

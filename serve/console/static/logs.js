@@ -9,7 +9,7 @@ export class Log {
 
   clear() {
     this.offset = 0;
-    this.identity = 0;
+    this.identity = "";
     this.columns = null;
   }
 
