@@ -11,7 +11,6 @@ from llmops.machine.kept import Kept, Record
 FIVE, PERFORMANCE = "evaluate_model_from_five_dimensions", "model_performance_evaluation"
 RESULTS_NAME = "eval_results.json"
 RADAR_NAME = "five_dimensions.png"
-LOCK_NAME = ".evaluation.lock"
 SAMPLES = "samples"
 OTHERS = ".others.jsonl"  # after the name of a data set: answers that the last run did not ask for
 FIELDS = ("key", "prediction", "loglikelihoods", "ended", "new_tokens")

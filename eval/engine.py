@@ -11,7 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from eval.answers import LOCK_NAME, Answers, check_foreign
+from eval.answers import Answers, check_foreign
 from eval.prompts import Fitter, Prepared, Request
 from eval.rendering import Renderer
 from eval.samples import Answer, Sample
@@ -19,7 +19,7 @@ from eval.thoughts import OPEN, after_thought, in_thought, told
 from llmops.console import UserError, check_packages, has_gpu, log, progress
 from llmops.machine import cpu_kernels, devices
 from llmops.machine.kept import Record, fingerprint
-from llmops.machine.locks import lock
+from llmops.machine.locks import EVALUATION, lock
 from llmops.machine.sharing import Processes
 from llmops.models.chat_model import ChatModel
 from llmops.models.checkpoints import Checkpoint
@@ -93,7 +93,7 @@ def owned(
         if output_path and processes.first:
             folder = Path(output_path)
             busy = f"another evaluation is writing into {folder}; wait for it, or choose another output_path"
-            stack.enter_context(lock(folder / LOCK_NAME, busy))
+            stack.enter_context(lock(folder / EVALUATION, busy))
             check_foreign(folder, names, others, exports)
         yield
 

@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 import torch
 
+from llmops.generation.capacity import base_of
 from llmops.models import chat_model, tiny
 from llmops.models.chat_model import ChatModel
 from llmops.models.checkpoints import Checkpoint
-from train import choices, estimates
+from train import choices, deepspeed_file, estimates, session
 from train.choices import Choices, Room, resolve
 from train.config import Config
 from train.course import USUAL
@@ -156,3 +157,34 @@ def test_a_model_of_two_layers_is_estimated_with_three(checkpoints: dict[str, Pa
     model = estimates.empty_model(config, torch.float32, layers=3)
     assert model.config.num_hidden_layers == 3
     assert len(getattr(model.config, "layer_types", None) or [0, 0, 0]) == 3
+
+
+@pytest.mark.parametrize(
+    ("zero", "expected"),
+    [
+        ({"stage": 2, "offload_optimizer": {"device": "cpu"}}, "2"), ({"stage": 3}, "3"), ({}, "0"),
+        ({"stage": 3, "offload_param": {"device": "cpu"}}, "3_offload"),
+        ({"stage": 3, "offload_param": {"device": "none"}}, "3"),
+    ],
+)  # fmt: skip
+def test_the_stage_of_a_file_of_ones_own_is_reckoned_with(
+    checkpoints: dict[str, Path], tmp_path: Path, zero: dict[str, Any], expected: str
+) -> None:
+    path = tmp_path / "ds.json"
+    path.write_text(json.dumps({"zero_optimization": zero}), encoding="utf-8")
+    own = Config(model_name_or_path=str(checkpoints["llama"]), train_type="all", ds_file=str(path))
+    named = replace(own, ds_file="", zero_stage=expected)
+    assert deepspeed_file.stage(own) == expected == deepspeed_file.stage(named)
+    shape = estimates.model_shape(own, torch.float32)
+    assert estimates.state_parts(own, shape, 4) == estimates.state_parts(named, shape, 4)
+
+
+def test_the_dry_run_pads_where_the_run_does(checkpoints: dict[str, Path]) -> None:
+    """A sliding window takes no packed rows."""
+    config = Config(model_name_or_path=str(checkpoints["llama"]))
+    model = estimates.empty_model(config, torch.float32, 1)
+    assert session.why_padded(config, base_of(model)) is None
+    assert session.why_padded(replace(config, packing=False), base_of(model)) == "that was asked for"
+    assert "NEFTune" in (session.why_padded(replace(config, neftune_noise_alpha=5.0), base_of(model)) or "")
+    base_of(model).config.sliding_window = 64
+    assert "sliding window" in (session.why_padded(config, base_of(model)) or "")

@@ -15,13 +15,13 @@ from conftest import environment
 
 from eval import evaluate_model_from_five_dimensions as command
 from eval import model_performance_evaluation
-from eval.answers import FIVE, LOCK_NAME, PERFORMANCE
+from eval.answers import FIVE, PERFORMANCE
 from eval.engine import Engine
 from eval.report import read_scores
 from eval.samples import Answer
 from llmops.console import RunStopped
 from llmops.machine.kept import appending
-from llmops.machine.locks import lock
+from llmops.machine.locks import EVALUATION, lock
 
 SCRIPT = Path(command.__file__)
 Call = tuple[int, Any, str]
@@ -285,8 +285,8 @@ def test_two_at_once_and_foreign_files_are_refused(
         code, found, errors = call(capfd, checkpoints["llama"], ["inference_ability"], **options)
         assert (code, found) == (2, None)
         assert phrase in errors
-        after = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name != LOCK_NAME}
-        assert after == {path: text for path, text in before.items() if path.name != LOCK_NAME}
+        after = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name != EVALUATION}
+        assert after == {path: text for path, text in before.items() if path.name != EVALUATION}
 
     contents = {
         "eval_results.json": ('{"command": "mine"}', "was not written by an evaluation and would be replaced; choose"),
@@ -298,7 +298,7 @@ def test_two_at_once_and_foreign_files_are_refused(
         path.parent.mkdir(parents=True)
         path.write_text(text, encoding="utf-8")
         refused(tmp_path / str(i), phrase)
-    with lock(tmp_path / "2" / LOCK_NAME, ""):
+    with lock(tmp_path / "2" / EVALUATION, ""):
         refused(tmp_path / "2", "another evaluation is writing into")
 
 

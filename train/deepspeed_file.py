@@ -10,6 +10,7 @@ from llmops.console import UserError
 from train.config import Config
 
 WHAT = "the DeepSpeed file"
+OFFLOADS = ("offload_optimizer", "offload_param")
 AUTO = "auto"  # the Trainer fills in our setting
 STAGES = (0, 1, 2, 3)
 DEVICES = ("none", "cpu", "nvme")
@@ -54,13 +55,24 @@ def shape_problems(found: dict[str, Any]) -> list[str]:
     return zero_problems(found["zero_optimization"]) + enabled_problems(found) + type_problems(found)
 
 
+def stage(config: Config) -> str:
+    """The stage of ZeRO in force as --zero_stage names it, also where it stands in a file of the user's."""
+    if not config.ds_file:
+        return config.zero_stage
+    zero = files.read_object(config.deepspeed_file, WHAT).get("zero_optimization")
+    found = zero if isinstance(zero, dict) else {}
+    parts = [part for key in OFFLOADS if isinstance(part := found.get(key), dict)]
+    away = any(part.get("device", "none") != "none" for part in parts)
+    return f"{found.get('stage', 0)}{'_offload' if away and found.get('stage') == 3 else ''}"
+
+
 def zero_problems(zero: dict[str, Any]) -> list[str]:
     """The section zero_optimization: its stage, and where it offloads to."""
     problems = []
     stage = zero.get("stage", 0)
     if type(stage) is not int or stage not in STAGES:
         problems.append(expected("zero_optimization.stage", stage, "0, 1, 2 or 3"))
-    for key in ("offload_optimizer", "offload_param"):
+    for key in OFFLOADS:
         part = zero.get(key)
         if part is None:
             continue

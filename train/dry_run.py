@@ -22,7 +22,7 @@ import torch
 from llmops.console import duration, log
 from llmops.generation.capacity import base_of
 from llmops.machine import cpu_kernels, devices
-from train import attention, session
+from train import attention, deepspeed_file, session
 from train.batches import PackedCollator, PaddedCollator, target_losses, to_device
 from train.choices import Choices, free_memory, resolve
 from train.config import Config
@@ -33,6 +33,7 @@ from train.replay import Joined, ReplayOrder, replayed
 from train.run_folder import step_size
 from train.session import Data
 from train.steps import Split, StepCollator, StepSampler
+from train.trainer import EpochSampler
 
 EXAMPLES = 3
 SAMPLED_STEPS = 20
@@ -71,13 +72,14 @@ def measured_flops() -> float:
 class Sample:
     """Some of the run's own steps: what their micro-batches look like."""
 
-    def __init__(self, config: Config, data: Data, split: Split, processes: int) -> None:
+    def __init__(self, config: Config, data: Data, split: Split, processes: int, packed: bool) -> None:
         size = step_size(config, processes)
-        order = np.random.default_rng(config.seed).permutation(len(data.train)).tolist()
+        own = None if packed else size - replayed(size, config.replay_ratio)
+        order = EpochSampler(data.train.lengths, config.seed, own, lambda: 0)
         again = ReplayOrder(data.learned, config.seed, lambda: 0) if isinstance(data.learned, Joined) else ()
         sampler = StepSampler(order, size, again, replayed(size, config.replay_ratio))
         steps = list(islice(sampler, SAMPLED_STEPS))
-        collate = PackedCollator() if config.packing and not config.neftune_noise_alpha else PaddedCollator(0)
+        collate = PackedCollator() if packed else PaddedCollator(0)
         self.batches = [
             batch
             for rank in range(processes)
@@ -215,7 +217,8 @@ def estimate(config: Config, data: Data) -> None:
     choices = resolve(config, dtype, data.learned, device, processes)
     cpu_kernels.allow(choices.kernel)
     log(f"\nmodel: {shape.weights:,} weights, {shape.trained:,} trained ({config.train_type})\n{choices.words()}")
-    sample = Sample(config, data, choices.split, processes)
+    packed = session.why_padded(config, base_of(empty_model(config, dtype, 1))) is None
+    sample = Sample(config, data, choices.split, processes, packed)
     tell_memory(config, shape, choices, sample, processes, device)
     rates = measured_rates(config, shape, dtype, device, sample, choices.recompute)
     tell_time(config, data, choices.course, sample, rates, processes, on_gpu)
@@ -235,7 +238,7 @@ def tell_memory(
     total = sum(parts.values())
     log(
         f"memory per {'GPU' if on_gpu else 'process'}, estimated for {processes} process(es), "
-        f"ZeRO {config.zero_stage}, micro-batches of {tokens:,} tokens: {total / GIB:.2f} GiB"
+        f"ZeRO {deepspeed_file.stage(config)}, micro-batches of {tokens:,} tokens: {total / GIB:.2f} GiB"
     )
     log("  " + ", ".join(f"{name} {size / GIB:.2f}" for name, size in parts.items()) + " GiB")
     if on_gpu:

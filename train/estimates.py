@@ -13,6 +13,7 @@ import torch
 from llmops.generation.capacity import base_of, fixed_attention
 from llmops.models.lora_layers import choose_lora_layers
 from train.config import Config
+from train.deepspeed_file import stage
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -149,8 +150,7 @@ def state_parts(config: Config, shape: Shape, processes: int) -> dict[str, float
 
     On a CPU that is the same memory, so nothing is left out there.
     """
-    stage3 = config.zero_stage.startswith("3")
-    split = processes if stage3 else 1
+    split = processes if stage(config).startswith("3") else 1
     return {
         "weights": shape.weights * shape.width / split,
         "gradients": shape.trained * shape.width / (processes if config.train_type == "all" else 1),
@@ -166,7 +166,7 @@ def memory_parts(
     `tokens`, `learned`: of the largest micro-batch; `every`: every so-manieth layer is recomputed, 0: none.
     """
     states = state_parts(config, shape, processes)
-    if config.zero_stage == "3_offload" and on_gpu:
+    if stage(config) == "3_offload" and on_gpu:
         states = dict.fromkeys(states, 0.0)
     return states | {
         "activations": shape.activations(tokens, every),

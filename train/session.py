@@ -232,14 +232,21 @@ def load_for_training(config: Config, opened: ChatModel, dtype: torch.dtype, dev
     return model
 
 
+def why_padded(config: Config, base: torch.nn.Module) -> str | None:
+    """Why a model's batches are padded, or None where its rows are packed."""
+    if not config.packing:
+        return "that was asked for"
+    if config.neftune_noise_alpha:
+        return "NEFTune's noise is defined per padded row"
+    return attention.supports_packing(base)
+
+
 def choose_collator(
     config: Config, model: torch.nn.Module, tokenizer: Any, device: torch.device, dtype: torch.dtype
 ) -> tuple[PackedCollator | PaddedCollator, str]:
     """Packed batches where they were asked for and the model can take them, and how attention is computed."""
     base = base_of(model)
-    reason = attention.supports_packing(base) if config.packing else "that was asked for"
-    if config.packing and config.neftune_noise_alpha:
-        reason = "NEFTune's noise is defined per padded row"
+    reason = why_padded(config, base)
     if reason:
         left = tokenizer.padding_side == "left" and not tokenizer.is_fast
         how = "padded batches of similar lengths"

@@ -9,6 +9,8 @@ from pathlib import Path
 from llmops import files
 from llmops.console import UserError
 
+EVALUATION = ".evaluation.lock"  # in the folder of an evaluation while it runs
+
 
 def unlockable(path: Path, error: OSError) -> UserError:
     """The error for a file system without locks: Lustre that was mounted without flock, NFS without a lock service."""

@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Generic, TypeVar
 
-from eval.answers import LOCK_NAME
 from llmops import files, json_text
+from llmops.machine.locks import EVALUATION
 from llmops.models.checkpoints import RUN_SETTINGS
 
 T = TypeVar("T")
@@ -207,7 +207,7 @@ def listing_of(folder: str, known: Listing | None) -> Listing:
     for name in names:
         if kind := kind_of(folder, name):
             kinds.setdefault(kind, []).append(name)
-    evaluated = "evaluations" in kinds or LOCK_NAME in names  # one that has not ended yet holds its lock
+    evaluated = "evaluations" in kinds or EVALUATION in names  # one that has not ended yet holds its lock
     passed = (OF_A_RUN if RUN_SETTINGS in names else ()) + ((SAMPLES,) if evaluated else ())
     below = tuple(name for name in folders if name not in passed)
     return Listing(-1 if growing else changed, RUN_SETTINGS in names or LOG_NAME in names, kinds, below)
