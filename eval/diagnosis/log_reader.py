@@ -89,8 +89,7 @@ class LogReader:
         if block.count(b"{") > 2 * count:
             block = parted(block)
         if BAR in block:  # progress bars without a loss say nothing
-            lines = [x for x in block.split(b"\n") if x and (BAR not in x or has_loss_word(x)) and not x.isspace()]
-            block = b"\n".join([*lines, b""])
+            block = without_bars(block)
         if self._table:
             block = self._read_table(self._table, block)
         if self._shape is None:
@@ -189,9 +188,16 @@ class LogReader:
             self.run.add(reading)
 
 
-def has_loss_word(line: bytes) -> bool:
-    """Whether a loss may stand in a line."""
-    return any(word in line for word in LOSS_WORDS)
+def without_bars(block: bytes) -> bytes:
+    """The lines of a block without blank ones and progress bars in which no word for a loss stands."""
+    words = [word for word in LOSS_WORDS if word in block]  # one, as a rule: looked for in millions of lines
+    first, *more = words or [b"\n"]
+    lines = [
+        x
+        for x in block.split(b"\n")
+        if x and (BAR not in x or first in x or (more and any(word in x for word in more))) and not x.isspace()
+    ]
+    return b"\n".join([*lines, b""])
 
 
 def parted(text: bytes) -> bytes:
