@@ -21,7 +21,7 @@ MODE="${MODE:-auto}"                             # chat format; auto: the checkp
 TRAIN_FILE="${TRAIN_FILE:-}"                     # conversations to learn: a file, several with commas, a pattern or a saved dataset; empty: MOUNT_PATH/datasets/train.jsonl
 TEST_FILE="${TEST_FILE:-}"                       # held-out conversations; empty: test.jsonl beside the first training file, else a part of the training data
 LEARN="${LEARN:-all}"                            # which answers are learned: all, or last: those after the last question
-ENABLE_THINKING="${ENABLE_THINKING:-}"           # what a thinking model's chat template is told: true or false; empty: nothing
+ENABLE_THINKING="${ENABLE_THINKING:-}"           # what a thinking model's chat template is told: true or false; empty or auto: nothing
 OUTPUT_PATH="${OUTPUT_PATH:-}"                   # where the model, checkpoints, log.txt and pictures go; empty: MOUNT_PATH/output_path
 # --- settings: how -----------------------------------------------------------------------------------------------------
 TRAIN_TYPE="${TRAIN_TYPE:-lora}"                               # lora: a small adapter; all: every weight
