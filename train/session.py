@@ -308,18 +308,24 @@ def build_trainer(config: Config, data: Data, peers: Peers | None = None) -> tup
     )  # fmt: skip
     trainer.chosen = chosen
     schedule = Schedule(config.eval_steps, choices.course.between, trainer.evaluate_and_compare, output / STOP_NAME)
+    training_log = TrainingLog(output, speaks, arguments.local_process_index == 0, tokens, chosen)
+    add_callbacks(config, trainer, training_log, schedule)
+    trainer.asked_to_end = lambda: schedule.agreed
+    return trainer, schedule
+
+
+def add_callbacks(config: Config, trainer: ChatTrainer, training_log: TrainingLog, schedule: Schedule) -> None:
+    """Ours in the place of the Trainer's: they are called in this order."""
     for replaced in (DefaultFlowCallback, PrinterCallback):
         trainer.remove_callback(replaced)
-    trainer.add_callback(TrainingLog(output, speaks, arguments.local_process_index == 0, tokens, chosen))
+    trainer.add_callback(training_log)
     if config.early_stopping_patience:
         trainer.add_callback(EarlyStopping(config.early_stopping_patience))
     trainer.add_callback(schedule)
-    if speaks:
-        trainer.add_callback(TensorBoardCallback(SummaryWriter(str(output / "tensorboard"))))
+    if trainer.args.process_index == 0:
+        trainer.add_callback(TensorBoardCallback(SummaryWriter(str(trainer.output / "tensorboard"))))
     for tracker in get_reporting_integration_callbacks(config.trackers):
         trainer.add_callback(tracker)
-    trainer.asked_to_end = lambda: schedule.agreed
-    return trainer, schedule
 
 
 def replay_words(config: Config, data: Data, size: int) -> str:
