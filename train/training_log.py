@@ -12,6 +12,7 @@ import socket
 import subprocess
 import sys
 import time
+from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any
 
@@ -148,7 +149,7 @@ class TokenCounter:
         return int(total)
 
 
-class SideServer:
+class SideServer(ABC):
     """A server beside the run that lives as long as this process; a context manager.
 
     `name` is what people know it by, `option` the beginning of its flags (--tensorboard_host, --tensorboard_port).
@@ -162,9 +163,9 @@ class SideServer:
         self.folder, self.host, self.port, self.enabled = folder, host, port, enabled
         self.process: subprocess.Popen[bytes] | None = None
 
+    @abstractmethod
     def command(self) -> list[str]:
         """What is started."""
-        raise NotImplementedError
 
     def __enter__(self) -> "SideServer":
         if not self.enabled:
