@@ -101,6 +101,45 @@ def test_a_model_without_our_attention_answers_batch_by_batch(
         assert plain.close()
 
 
+def test_time_that_is_over_ends_a_batch_and_not_the_server(
+    checkpoints: dict[str, Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from llmops.generation.passes import Passes
+    from serve.model import service as module
+    from serve.model.asked import read_completion
+    from serve.model.exchange import Exchange
+
+    monkeypatch.setattr(module, "Passes", lambda model, pad, _: Passes(model, pad, False))
+    plain = module.open_service(Model(checkpoints["qwen2"]), Limits(rows=4, seconds=0.4), tmp_path / "feedback.jsonl")
+    prompts = rendered(plain, QUESTIONS[:2])
+    asked = read_completion({"prompt": prompts, "max_tokens": 3000, "stop": "never there", "temperature": 0},
+                            plain.limits).asked  # fmt: skip
+
+    async def ends(hang_up: bool) -> list[str | None]:
+        """How the answers to all prompts end; with `hang_up` nobody waits for them."""
+        async with asyncio.timeout(30):
+            told = Exchange(plain, asked, prompts).told()
+            if not hang_up:
+                return [event.finish async for _, event in told]
+            waiting = asyncio.ensure_future(anext(told))
+            while not plain.engine.running:
+                await asyncio.sleep(0.01)
+            waiting.cancel()
+            await asyncio.gather(waiting, return_exceptions=True)
+            while plain.engine.running and plain.alive:
+                await asyncio.sleep(0.01)
+            return []
+
+    try:
+        assert asyncio.run(ends(False)) == ["length"] * 2
+        plain.limits = Limits(rows=4)
+        assert asyncio.run(ends(True)) == []
+        assert plain.alive
+        assert answers(plain, prompts[:1], max_tokens=2)[1].answers[0].done
+    finally:
+        assert plain.close()
+
+
 def ask(service: Any, *requests: tuple[str, dict[str, Any]]) -> list[tuple[int, Any]]:
     """(status, body) of requests that are posted at once to the application, in this process."""
     from serve.app import build_app

@@ -58,6 +58,9 @@ class PlainLane(Lane):
         """The next token of every row by logits [B, V], an end token for those that are done; tells what is new."""
         self._expire(out)
         stop = self.stop_ids[0]
+        if not self.going:  # the last of them ran out of time or hung up just now
+            out.send()
+            return [stop] * len(self.batch)
         found = []
         for answer, (token, logp) in zip(self.batch, self._choose(self.batch, logits), strict=True):
             if not answer.done:
