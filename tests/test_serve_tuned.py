@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from serve_adapter import INTENTS
-from serve_inside import QUESTIONS, answers, opened, rendered
+from serve_inside import QUESTIONS, answers, ask, opened, rendered
 
 from llmops.console import UserError
 from llmops.models.chat_model import ChatModel
@@ -140,50 +140,16 @@ def test_time_that_is_over_ends_a_batch_and_not_the_server(
         assert plain.close()
 
 
-def ask(service: Any, *requests: tuple[str, dict[str, Any]]) -> list[tuple[int, Any]]:
-    """(status, body) of requests that are posted at once to the application, in this process."""
-    from serve.app import build_app
-    from serve.settings import Settings
-
-    app = build_app(Settings(Path("mnt")), service)
-
-    async def post(path: str, body: dict[str, Any]) -> tuple[int, Any]:
-        sent: list[dict[str, Any]] = []
-        inbox = [{"type": "http.request", "body": json.dumps(body).encode(), "more_body": False}]
-
-        async def receive() -> dict[str, Any]:
-            if inbox:
-                return inbox.pop()
-            await asyncio.Event().wait()
-            raise AssertionError
-
-        async def send(message: dict[str, Any]) -> None:
-            sent.append(message)
-
-        headers = [(b"host", b"localhost"), (b"content-type", b"application/json")]
-        await app(
-            {"type": "http", "method": "POST", "path": path, "raw_path": path.encode(), "query_string": b"",
-             "headers": headers, "scheme": "http", "root_path": "", "http_version": "1.1"},
-            receive, send,
-        )  # fmt: skip
-        return sent[0]["status"], json.loads(b"".join(message.get("body", b"") for message in sent[1:]))
-
-    async def run() -> list[tuple[int, Any]]:
-        return await asyncio.gather(*(post(path, body) for path, body in requests))
-
-    return asyncio.run(run())
-
-
 def test_logprobs_are_bounded_and_written_beside_the_loop(service: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     import threading
 
-    places, text = set[str](), service.token_text
+    places, real = set[str](), service.token_bytes
 
-    def token_text(token: int) -> str:
+    def token_bytes(token: int) -> bytes:
         places.add(threading.current_thread().name)
-        return text(token)
+        return real(token)
 
-    monkeypatch.setattr(service, "token_text", token_text)
+    monkeypatch.setattr(service, "token_bytes", token_bytes)
     body = {"prompt": ["A book"] * 3, "max_tokens": 4, "logprobs": 2, "temperature": 0}
     chat = {"messages": [{"role": "user", "content": "x"}], "max_tokens": 4, "logprobs": True, "top_logprobs": 2}
     told = ask(service, ("/v1/completions", body), ("/v1/chat/completions", chat))

@@ -4,7 +4,6 @@ import uuid
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from functools import cache
-from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 from starlette.responses import Response
@@ -12,6 +11,7 @@ from starlette.responses import Response
 from llmops import json_text
 from serve.answers import ApiError, json_response
 from serve.model.exchange import Exchange, Told
+from serve.model.text import Offsets, token_name
 
 if TYPE_CHECKING:
     from serve.model.lanes import Event
@@ -24,7 +24,8 @@ class Form:
     def __init__(self, exchange: Exchange, chat: bool) -> None:
         self.exchange = exchange
         self.chat = chat
-        self.text = cache(exchange.service.token_text)
+        self.bytes = cache(exchange.service.token_bytes)
+        self.offsets = [Offsets(exchange.service.decode) for _ in exchange.answers]
         self.id = ("chatcmpl-" if chat else "cmpl-") + uuid.uuid4().hex
 
     def head(self, stream: bool) -> dict[str, Any]:
@@ -32,21 +33,25 @@ class Form:
         kind = "chat.completion" + (".chunk" if stream else "") if self.chat else "text_completion"
         return {"id": self.id, "object": kind, "created": self.exchange.created, "model": self.exchange.name}
 
-    def logprobs(self, found: Sequence["Logprob"]) -> dict[str, Any] | None:
-        """Log-probabilities as the route words them; None when they were not asked for."""
+    def logprobs(self, place: int, found: Sequence["Logprob"]) -> dict[str, Any] | None:
+        """What is new of an answer's log-probabilities as the route words them; None when they were not asked for."""
         if self.exchange.asked.sampling.logprobs < 0:
             return None
-        text = self.text
         if not self.chat:
+
+            def name(token: int) -> str:
+                return token_name(self.bytes(token), "bytes:")
+
             return {
-                "tokens": [text(one.token) for one in found],
+                "tokens": [name(one.token) for one in found],
                 "token_logprobs": [one.value for one in found],
-                "top_logprobs": [{text(token): value for token, value in one.top} for one in found],
-                "text_offset": [*accumulate([len(text(one.token)) for one in found], initial=0)][: len(found)],
+                "top_logprobs": [{name(token): value for token, value in one.top} for one in found],
+                "text_offset": [self.offsets[place].place(one.token) for one in found],
             }
 
         def told(token: int, value: float) -> dict[str, Any]:
-            return {"token": text(token), "logprob": value, "bytes": list(text(token).encode())}
+            raw = self.bytes(token)
+            return {"token": token_name(raw), "logprob": value, "bytes": list(raw)}
 
         return {
             "content": [
@@ -59,7 +64,7 @@ class Form:
         choices = []
         for place, (text, own, end) in enumerate(zip(texts, found, ends, strict=True)):
             said = {"message": {"role": "assistant", "content": text}} if self.chat else {"text": text}
-            choices.append({"index": place, **said, "logprobs": self.logprobs(own), "finish_reason": end})
+            choices.append({"index": place, **said, "logprobs": self.logprobs(place, own), "finish_reason": end})
         return self.head(False) | {"choices": choices, "usage": self.exchange.usage()} | self.warned()
 
     def warned(self) -> dict[str, Any]:
@@ -74,7 +79,12 @@ class Form:
         if self.chat:
             delta = {"role": "assistant", "content": ""} if text is None else {"content": text} if text else {}
             said = {"delta": delta}
-        return {"index": place, **said, "logprobs": self.logprobs(found) if found else None, "finish_reason": end}
+        return {
+            "index": place,
+            **said,
+            "logprobs": self.logprobs(place, found) if found else None,
+            "finish_reason": end,
+        }
 
 
 async def gathered(form: Form, told: AsyncGenerator[Told, None]) -> Response:

@@ -32,7 +32,7 @@ from serve.model.intents import Intents
 from serve.model.lanes import Answer, BatchLane, Event, Lane
 from serve.model.plain import PlainLane
 from serve.model.sampling import Sampler
-from serve.model.text import Detokenizer
+from serve.model.text import Detokenizer, token_bytes
 from serve.settings import Limits, Model
 
 T = TypeVar("T")
@@ -164,9 +164,9 @@ class Service:
         """Tokens as text, control tokens left out."""
         return str(self.model.tokenizer.decode(list(ids), skip_special_tokens=True))
 
-    def token_text(self, token: int) -> str:
-        """One token as text."""
-        return str(self.model.tokenizer.decode([token]))
+    def token_bytes(self, token: int) -> bytes:
+        """What one token adds to a text."""
+        return token_bytes(self.model.tokenizer, token)
 
 
 def open_service(settings: Model, limits: Limits, feedback: Path) -> Service:

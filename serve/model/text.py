@@ -1,9 +1,16 @@
-"""Tokens to text while they come, and the texts that end an answer."""
+"""Tokens to text while they come, the texts that end an answer, and what a token is by itself."""
 
+import re
 from collections.abc import Callable, Sequence
+from typing import Any
 
 UNFINISHED = "\ufffd"  # what a decoder writes for half a character
 MOST_HELD = 6  # tokens that may wait for the rest of a character
+BLANK = "▁"  # sentencepiece's
+BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")  # a piece that is a byte, where sentencepiece falls back to them
+PRINTABLE = (*range(33, 127), *range(161, 173), *range(174, 256))
+UNPRINTABLE = [byte for byte in range(256) if byte not in PRINTABLE]
+BYTE_LETTERS = {chr(byte): byte for byte in PRINTABLE} | {chr(256 + i): byte for i, byte in enumerate(UNPRINTABLE)}
 
 
 class Detokenizer:
@@ -38,6 +45,13 @@ class Detokenizer:
         held, self.held = self.held, ""
         return said if self.stopped else said + held
 
+    def waiting(self) -> str:
+        """The whole characters of tokens that wait for the rest of one."""
+        if self._end == len(self.ids):
+            return ""
+        before = self.decode(self.ids[self._begin : self._end])
+        return self.decode(self.ids[self._begin :]).rstrip(UNFINISHED)[len(before) :]
+
     def _new(self, whole: str) -> str:
         before = self.decode(self.ids[self._begin : self._end])
         new = whole[len(before) :]
@@ -62,3 +76,49 @@ class Detokenizer:
 def begun(text: str, stop: str) -> int:
     """How many characters at the end of a text are the beginning of a stop."""
     return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)
+
+
+class Offsets:
+    """Where the tokens of an answer begin in its text, in characters; a part of a character: where that one begins."""
+
+    def __init__(self, decode: Callable[[Sequence[int]], str]) -> None:
+        self._detokenizer = Detokenizer(decode)
+        self._said = self._next = 0
+
+    def place(self, token: int) -> int:
+        """Where the next token begins."""
+        begins = self._next
+        self._said += len(self._detokenizer.push(token))
+        self._next = self._said + len(self._detokenizer.waiting())
+        return begins
+
+
+def token_bytes(tokenizer: Any, token: int) -> bytes:
+    """What a token adds to a text in UTF-8: its true bytes where it is a part of a character, its leading blank, too.
+
+    Pieces of half a character are written in the letters of GPT-2's `bytes_to_unicode`, as sentencepiece's `<0xE4>`, or
+    are bytes themselves.
+    """
+    text = str(tokenizer.decode([token]))
+    piece = tokenizer.convert_ids_to_tokens(token)
+    if isinstance(piece, bytes):
+        return piece
+    if not isinstance(piece, str):
+        return text.encode()
+    blanks = piece.replace(BLANK, " ")
+    if piece.startswith(BLANK) and text == blanks[1:]:  # a decoder takes a text's first blank away
+        return blanks.encode()
+    if UNFINISHED in text:
+        if byte := BYTE.fullmatch(piece):
+            return bytes([int(byte[1], 16)])
+        if all(letter in BYTE_LETTERS for letter in piece):
+            return bytes(BYTE_LETTERS[letter] for letter in piece)
+    return text.encode()
+
+
+def token_name(raw: bytes, mark: str = "") -> str:
+    """A token as OpenAI writes it: its text; where it has parts of characters, those as `\\xe4`, after a mark."""
+    try:
+        return raw.decode()
+    except UnicodeDecodeError:
+        return mark + raw.decode(errors="backslashreplace")
