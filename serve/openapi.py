@@ -44,6 +44,12 @@ def shared() -> Schema:
         "stream": flag("events, as they come"),
         "stream_options": {"type": ["object", "null"], "properties": {"include_usage": flag("usage at the end")}},
         "n": {"type": ["integer", "null"], "enum": [1, None]},
+        "response_format": {
+            "type": ["object", "null"],
+            "required": ["type"],
+            "properties": {"type": {"const": "text"}},
+            "description": "answers are free text",
+        },
     }
 
 

@@ -151,6 +151,11 @@ def test_a_client_that_hangs_up_frees_its_row(server: Running) -> None:
         ({"chat_template_kwargs": {"messages": True}}, 400, "chat_template_kwargs"),
         ({"chat_template_kwargs": {"x": "<|im_end|>"}}, 400, "chat_template_kwargs"),
         ({"functions": []}, 400, "functions"),
+        ({"response_format": {"type": "json_object"}}, 400, "response_format"),
+        ({"response_format": {"type": "json_schema", "json_schema": {"name": "x"}}}, 400, "response_format"),
+        ({"response_format": "json"}, 400, "response_format"),
+        ({"response_format": {"type": ["text"]}}, 400, "response_format"),
+        ({"guided_json": {"type": "object"}}, 400, "guided_json"),
     ],
 )
 def test_a_bad_field_is_refused_in_openais_shape(server: Running, fields: dict, status: int, param: str) -> None:
@@ -165,8 +170,21 @@ def test_a_body_that_is_no_object_is_refused(server: Running, body: bytes) -> No
         assert server.ask("POST", path, body).status == 400
 
 
+def test_a_form_that_is_not_held_to_is_refused_in_one_sentence(client: Any) -> None:
+    asked = {"model": "base", "messages": user("x"), "max_tokens": 2}
+    schema = {"name": "x", "schema": {"type": "object"}}
+    with pytest.raises(
+        openai.BadRequestError, match=r'of the type json_schema, expected "text": answers are free text'
+    ):
+        client.chat.completions.create(**asked, response_format={"type": "json_schema", "json_schema": schema})
+    with pytest.raises(openai.BadRequestError, match="response_format"):
+        client.completions.create(model="base", prompt="x", extra_body={"response_format": {"type": "json_object"}})
+    assert client.chat.completions.create(**asked, response_format={"type": "text"}).usage.completion_tokens <= 2
+
+
 def test_unknown_fields_are_left_out_and_named(server: Running) -> None:
     body = {"messages": user("x"), "max_tokens": 2, "top_k": 1, "frequency_penalty": 0, "mirostat": 2, "user": "me"}
+    body |= {"response_format": {"type": "text"}}
     answer = server.ask("POST", "/v1/chat/completions", body)
     assert answer.status == 200
     assert answer.json["warnings"] == ["mirostat is not known here and was left out"]

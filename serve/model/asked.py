@@ -19,15 +19,28 @@ SILENT = frozenset(  # fields that change nothing of an answer here, or do nothi
     ["user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "parallel_tool_calls"]
 )
 NEUTRAL: Mapping[str, tuple[Any, ...]] = {
-    "frequency_penalty": (0,), "presence_penalty": (0,), "logit_bias": ({},), "response_format": ({"type": "text"},),
-    "best_of": (1,), "echo": (False,), "suffix": ("",), "min_p": (0,), "modalities": (["text"],),
+    "frequency_penalty": (0,), "presence_penalty": (0,), "logit_bias": ({},), "best_of": (1,), "echo": (False,),
+    "suffix": ("",), "min_p": (0,), "modalities": (["text"],),
 }  # fmt: skip
+FREE = "answers are free text here; ask for the form in a message, and check the answer"
 REFUSED = {
     "functions": "functions are no longer OpenAI's way; pass tools",
     "audio": "the models here write text",
     "suffix": "the models here write on and do not fill in",
     "echo": "the prompt is not sent back",
     "best_of": "one answer is written",
+    **dict.fromkeys(  # vLLM's and llama.cpp's
+        (
+            "guided_json",
+            "guided_regex",
+            "guided_choice",
+            "guided_grammar",
+            "structured_outputs",
+            "grammar",
+            "json_schema",
+        ),
+        FREE,
+    ),
 }
 
 
@@ -177,6 +190,12 @@ def read_asked(fields: Fields, limits: Limits, logprobs: int, lengths: Sequence[
         seed=fields.whole("seed", None, -(2**63), 2**63 - 1),
         logprobs=logprobs,
     )
+    form = fields.take("response_format", {}, is_form, '{"type": "text"}').get("type", "text")
+    if form != "text":
+        raise ApiError(
+            400, f'response_format is of the type {form}, expected "text": {FREE}', "response_format",
+            "unsupported_parameter",
+        )  # fmt: skip
     if fields.whole("n", 1, 1, 128) != 1:
         raise ApiError(400, "n is more than 1; expected one answer per request", "n", "unsupported_parameter")
     stops = fields.take("stop", (), lambda v: stops_of(v) is not None, f"a text or up to {MOST_STOPS} texts")
@@ -189,6 +208,11 @@ def read_asked(fields: Fields, limits: Limits, logprobs: int, lengths: Sequence[
     if most is not None and most > limits.tokens:
         warnings.append(f"{most} tokens were asked for, and at most {limits.tokens} are written (--max_tokens)")
     return Asked(model, sampling, most, stops_of(stops) or (), stream, with_usage, warnings)
+
+
+def is_form(value: Any) -> bool:
+    """Whether a value is a form of answers that OpenAI knows."""
+    return isinstance(value, dict) and value.get("type") in ("text", "json_object", "json_schema")
 
 
 def stops_of(value: Any) -> tuple[str, ...] | None:
