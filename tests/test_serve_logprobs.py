@@ -1,5 +1,7 @@
 """What is told of tokens: their bytes, where they begin in the text, in both routes and while they come."""
 
+import asyncio
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,6 +13,11 @@ from tokenizers import Tokenizer, decoders, models, normalizers
 from transformers import PreTrainedTokenizerFast
 
 from serve.model import lanes
+from serve.model.asked import read_completion
+from serve.model.exchange import Exchange
+from serve.model.forms import Form, gathered
+from serve.model.lanes import Event
+from serve.model.sampling import Logprob
 from serve.model.text import Offsets, token_bytes, token_name
 from serve.settings import Model
 
@@ -94,3 +101,41 @@ def test_answers_of_parts_of_characters(service: Any, monkeypatch: pytest.Monkey
     assert all(len(top) == 5 for one in found for top in one["top_logprobs"])  # no two of them have one name
     told = [choice["logprobs"] for event in chatted for choice in event["choices"] if choice["logprobs"]]
     assert b"".join(bytes(one["bytes"]) for part in told for one in part["content"]) == TEXT.encode()
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_others_are_served_while_many_are_written(service: Any, chat: bool) -> None:
+    count, done = 4000, list[Any]()
+    found = [Logprob(i % service.vocabulary, -1.0, [(i % 7, -2.0)]) for i in range(count)]
+    asked = read_completion({"prompt": "x", "logprobs": 1}, service.limits).asked
+
+    async def in_order(work: Any) -> Any:
+        """As the service's, which tells what was done."""
+        result = await type(service).in_order(service, work)
+        done.append(len(result) if isinstance(result, dict) else "prompt")
+        return result
+
+    async def told() -> Any:
+        yield 0, Event("x", found[:1000])
+        yield 0, Event("y", found[1000:], "length")
+
+    async def both() -> Any:
+        form = Form(Exchange(service, asked, [[1]]), chat)
+        whole = asyncio.ensure_future(gathered(form, told()))
+        while not done:
+            await asyncio.sleep(0)
+        await service.prompt(user("x"), [], {})
+        return await whole
+
+    service.in_order = in_order
+    try:
+        body = json.loads(asyncio.run(both()).body)
+    finally:
+        del service.in_order
+    assert "prompt" in done[1:-8]
+    (choice,) = body["choices"]
+    assert choice["finish_reason"] == "length"
+    logprobs = choice["logprobs"]
+    assert {len(values) for values in logprobs.values()} == {count}
+    assert (choice["message"]["content"] if chat else choice["text"]) == "xy"
+    assert body["usage"]["total_tokens"] == 1

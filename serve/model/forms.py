@@ -3,19 +3,21 @@
 import uuid
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
-from functools import cache
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any
 
 from starlette.responses import Response
 
 from llmops import json_text
-from serve.answers import ApiError, json_response
+from serve.answers import ApiError
 from serve.model.exchange import Exchange, Told
 from serve.model.text import Offsets, token_name
 
 if TYPE_CHECKING:
     from serve.model.lanes import Event
     from serve.model.sampling import Logprob
+
+AT_A_TIME = 500  # log-probabilities that are written before anything else may be done
 
 
 class Form:
@@ -33,7 +35,7 @@ class Form:
         kind = "chat.completion" + (".chunk" if stream else "") if self.chat else "text_completion"
         return {"id": self.id, "object": kind, "created": self.exchange.created, "model": self.exchange.name}
 
-    def logprobs(self, place: int, found: Sequence["Logprob"]) -> dict[str, Any] | None:
+    def logprobs(self, place: int, found: Sequence["Logprob"]) -> dict[str, list[Any]] | None:
         """What is new of an answer's log-probabilities as the route words them; None when they were not asked for."""
         if self.exchange.asked.sampling.logprobs < 0:
             return None
@@ -59,13 +61,19 @@ class Form:
             ]
         }
 
-    def whole(self, texts: list[str], found: list[list["Logprob"]], ends: list[str]) -> dict[str, Any]:
-        """The body of an answer that is given at once."""
+    def written(self, place: int, found: Sequence["Logprob"]) -> dict[str, str]:
+        """The same as JSON: what stands in the list of each name."""
+        return {name: json_text.dumps(told)[1:-1] for name, told in (self.logprobs(place, found) or {}).items()}
+
+    def whole(self, texts: Sequence[str], logprobs: Sequence[str], ends: Sequence[str]) -> str:
+        """The body of an answer that is given at once; `logprobs` are JSON already."""
         choices = []
-        for place, (text, own, end) in enumerate(zip(texts, found, ends, strict=True)):
+        for place, (text, own, end) in enumerate(zip(texts, logprobs, ends, strict=True)):
             said = {"message": {"role": "assistant", "content": text}} if self.chat else {"text": text}
-            choices.append({"index": place, **said, "logprobs": self.logprobs(place, own), "finish_reason": end})
-        return self.head(False) | {"choices": choices, "usage": self.exchange.usage()} | self.warned()
+            choice = json_text.dumps({"index": place, **said, "finish_reason": end})
+            choices.append(f'{choice[:-1]}, "logprobs": {own}}}')
+        body = json_text.dumps(self.head(False) | {"usage": self.exchange.usage()} | self.warned())
+        return f'{body[:-1]}, "choices": [{", ".join(choices)}]}}'
 
     def warned(self) -> dict[str, Any]:
         """What was left out of the request, if anything."""
@@ -88,18 +96,29 @@ class Form:
 
 
 async def gathered(form: Form, told: AsyncGenerator[Told, None]) -> Response:
-    """A whole answer; many log-probabilities are written beside the loop that answers everybody."""
+    """A whole answer."""
     count = len(form.exchange.answers)
     texts, found, ends = [""] * count, [list["Logprob"]() for _ in range(count)], [""] * count
     async for place, event in told:
         texts[place] += event.text
         found[place] += event.logprobs
         ends[place] = event.finish or ""
+    logprobs = [await told_of(form, place, own) for place, own in enumerate(found)]
+    return Response(form.whole(texts, logprobs, ends), media_type="application/json")
 
-    def write() -> Response:
-        return json_response(form.whole(texts, found, ends))
 
-    return await form.exchange.service.in_order(write) if any(found) else write()
+async def told_of(form: Form, place: int, found: Sequence["Logprob"]) -> str:
+    """An answer's log-probabilities as JSON, written some at a time in the thread that renders.
+
+    Between two pieces others have their prompts rendered, and the loop is free: writing JSON stops all threads.
+    """
+    told = form.exchange.asked.sampling.logprobs
+    if told < 0:
+        return "null"
+    size = max(1, AT_A_TIME // (1 + told))
+    pieces = [found[at : at + size] for at in range(0, len(found), size)] or [found]
+    written = [await form.exchange.service.in_order(partial(form.written, place, piece)) for piece in pieces]
+    return "{" + ", ".join(f'"{name}": [{", ".join(one[name] for one in written)}]' for name in written[0]) + "}"
 
 
 async def events(form: Form, first: Told, told: AsyncGenerator[Told, None]) -> AsyncGenerator[str, None]:
