@@ -113,7 +113,12 @@ def build_parser() -> argparse.ArgumentParser:
     add("--max_queue", type=int, default=256, help="requests that wait for a place; more are refused with 429")
     add("--max_tokens", type=int, default=4096, help="longest answer that may be asked for")
     add("--request_seconds", type=float, default=600, help="longest time of a request")
-    add("--prefix_cache_mb", type=float, default=1024, help="memory for beginnings of prompts; 0: none are kept")
+    add(
+        "--prefix_cache_mb",
+        type=float,
+        default=1024,
+        help="memory for beginnings of prompts, of all models together; 0: none are kept",
+    )
     add_model_settings(parser)
     add("--base_too", type=to_bool, default=True, metavar="true|false",
         help="beside an adapter its base model, as `base`; false: the adapter is merged, which is faster")  # fmt: skip

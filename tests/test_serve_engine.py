@@ -43,11 +43,11 @@ def test_a_conversation_goes_on_from_what_is_known(service: Any) -> None:
     longer = [*ids, *first.answers[0].ids, *rendered(service, ["And then?"])[0]]
     known, again = answers(service, [longer], temperature=0, max_tokens=8)
     assert again.answers[0].cached >= len(ids) - 16
-    service.engine.lanes["base"].prefixes = type(service.engine.lanes["base"].prefixes)(0)
+    service.engine.lanes["base"].room.clear()
+    assert service.engine.lanes["base"].known_bytes == 0
     fresh, third = answers(service, [longer], temperature=0, max_tokens=8)
     assert third.answers[0].cached == 0
     assert fresh == known
-    service.engine.lanes["base"].prefixes = type(service.engine.lanes["base"].prefixes)(1 << 20)
 
 
 def test_a_seed_decides_alone_and_in_company(service: Any) -> None:
@@ -299,12 +299,13 @@ def test_known_beginnings_stay_within_their_memory() -> None:
     import torch
 
     from llmops.generation.shared_prefix import NOTHING, Prefix
-    from serve.model.prefixes import Prefixes, chain
+    from serve.model.prefixes import Prefixes, Room, chain
 
     def made(ids: list[int]) -> Prefix:
         return Prefix(ids, [(torch.zeros(1, len(ids), 4), torch.zeros(1, len(ids), 4))])  # 32 bytes a token
 
-    kept = Prefixes(32 * 200)
+    room = Room(32 * 200)
+    kept = Prefixes(room)
     kept.keep(made(list(range(64))))
     assert kept.longest([*range(64), 1]).ids == list(range(64))
     assert kept.longest([*range(50), 999]).ids == list(range(48))
@@ -323,6 +324,18 @@ def test_known_beginnings_stay_within_their_memory() -> None:
     kept.keep(made(list(range(5000))))
     assert kept.bytes <= 32 * 200
     assert kept._blocks.keys() == {key for prefix in kept._kept.values() for key in chain(prefix.ids)}
+    other = Prefixes(room)  # another model's: the limit is of both together
+    assert kept.longest([*range(2000, 2060), 1]).length == 48
+    for start in (7000, 8000):
+        other.keep(made(list(range(start, start + 60))))
+    assert (kept.bytes + other.bytes, room.bytes) == (32 * 180, 32 * 180)
+    assert kept.longest([*range(2000, 2060), 1]).length == 48  # used last of all: the others go first
+    other.keep(made(list(range(9000, 9060))))
+    assert [len(kept), len(other), room.bytes] == [1, 2, 32 * 180]
+    other.keep(made(list(range(200))))
+    assert [len(kept), len(other), room.bytes] == [0, 1, 32 * 200]
+    room.clear()
+    assert (room.bytes, kept.bytes + other.bytes, len(room.used), len(other)) == (0, 0, 0, 0)
 
 
 def test_text_comes_whole_whatever_the_tokens(service: Any) -> None:

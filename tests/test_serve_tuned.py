@@ -62,6 +62,19 @@ def test_base_and_tuned_answer_side_by_side(service: Any, adapter: Path, checkpo
         assert found[1::2] == tuned
 
 
+def test_memory_for_beginnings_is_of_both_models_together(service: Any) -> None:
+    ids = rendered(service, ["A long question. " * 30])[0]
+    lanes, most = list(service.engine.lanes.values()), 0
+    for name in ("base", "tuned", "base", "tuned"):
+        _, exchange = answers(service, [ids], model=name, temperature=0, max_tokens=2)
+        most = most or 3 * lanes[1].known_bytes // 2  # of one conversation and a half
+        lanes[0].room.most_bytes = most
+        assert exchange.answers[0].cached == 0, name  # the other one's took its place
+        assert 0 < sum(lane.known_bytes for lane in lanes) == lanes[0].room.bytes <= most
+    lanes[0].room.clear()
+    lanes[0].room.most_bytes = service.limits.prefix_bytes
+
+
 def test_an_adapter_alone_is_merged(adapter: Path, service: Any) -> None:
     from serve.model.service import open_service
 

@@ -17,7 +17,7 @@ from llmops.generation.passes import Passes
 from llmops.generation.shared_prefix import NOTHING, Prefix, group_by_prefix, layers_of
 from serve.answers import RETRY_SECONDS, ApiError
 from serve.metrics import Metrics
-from serve.model.prefixes import Prefixes
+from serve.model.prefixes import Prefixes, Room
 from serve.model.sampling import Logprob, Sampler, choose, logprob
 from serve.model.text import Detokenizer
 from serve.settings import Limits
@@ -118,11 +118,12 @@ def deliver(events: Sequence[tuple[Callable[[Any], None], Any]]) -> None:
 class Lane(ABC):
     """One model id: who waits for a place, and how the next tokens are chosen.
 
-    `budget`: tokens of all rows together that memory holds. `activate` makes the weights this model's.
+    `budget`: tokens of all rows together that memory holds. `activate` makes the weights this model's. `room` is what
+    all lanes together have for beginnings of prompts.
     """
 
     def __init__(
-        self, passes: Passes, stop_ids: Sequence[int], limits: Limits, budget: int, metrics: Metrics,
+        self, passes: Passes, stop_ids: Sequence[int], limits: Limits, budget: int, metrics: Metrics, room: Room,
         activate: Callable[[], None] = lambda: None,
     ) -> None:  # fmt: skip
         self.passes = passes
@@ -131,6 +132,7 @@ class Lane(ABC):
         self.rows = limits.rows
         self.budget = budget
         self.metrics = metrics
+        self.room = room
         self.activate = activate
         self.waiting: deque[Answer] = deque()
         self._well = 0  # answers that ended since `rows` changed
@@ -204,7 +206,7 @@ class BatchLane(Lane):
     def __init__(self, *given: Any, **named: Any) -> None:
         super().__init__(*given, **named)
         self.pool: Pool[Answer] = Pool(self.passes, self.stop_ids, self._choose, own_caches=True)
-        self.prefixes = Prefixes(self.limits.prefix_bytes)
+        self.prefixes = Prefixes(self.room)
         self.at_once, self.pass_cost = PACE.get(self.passes.device.type, PACE["cuda"])
         self.due = 0
 
@@ -319,7 +321,7 @@ class BatchLane(Lane):
     def _keep(self, place: int, answer: Answer) -> None:
         """Remember the keys and values of a conversation that may go on."""
         state = self.pool.state
-        if not self.prefixes.most_bytes or state is None or state.cache is None:
+        if not self.room.most_bytes or state is None or state.cache is None:
             return
         count = int(state.valid[place].sum())
         try:
@@ -328,14 +330,14 @@ class BatchLane(Lane):
                 for layer in layers_of(state.cache)
             ]
         except torch.OutOfMemoryError:  # the answer is there; room for the others comes first
-            self.prefixes = Prefixes(self.prefixes.most_bytes)
+            self.room.clear()
             return
         self.prefixes.keep(Prefix([*answer.prompt, *answer.ids][:count], layers))
 
     def _fewer(self, back: list[Answer], out: Outbox) -> None:
         """After the device's memory did not suffice: fewer rows together from now on, and nothing known of prompts."""
-        held = self.prefixes.bytes
-        self.prefixes = Prefixes(self.prefixes.most_bytes)
+        held = self.room.bytes
+        self.room.clear()
         for answer in [*back, *self.waiting]:
             answer.known = NOTHING
         for answer in back:  # a token that was chosen and not taken is chosen again

@@ -9,11 +9,30 @@ LEAST = 2 * BLOCK  # a shorter one is computed as fast as it is put in place
 LOOKED_AT = 8  # of those that share the same blocks, the ones used last
 
 
-class Prefixes:
-    """Kept beginnings within a limit of bytes. A longer one that begins with a shorter one takes its place."""
+class Room:
+    """Memory for the beginnings of all models together; who is over it loses the longest unused one of all."""
 
     def __init__(self, most_bytes: int) -> None:
         self.most_bytes = most_bytes
+        self.bytes = 0
+        self.used: dict[tuple[Prefixes, int], None] = {}  # (whose, by what number), the longest unused first
+
+    def free(self, size: int) -> None:
+        """Drop beginnings until so many bytes more have room."""
+        while self.used and self.bytes + size > self.most_bytes:
+            prefixes, number = next(iter(self.used))
+            prefixes.drop(number)
+
+    def clear(self) -> None:
+        """Drop all of them."""
+        self.free(self.most_bytes + 1)
+
+
+class Prefixes:
+    """One model's beginnings within the room of all. A longer one that begins with a shorter one takes its place."""
+
+    def __init__(self, room: Room) -> None:
+        self.room = room
         self.bytes = 0
         self._kept: dict[int, Prefix] = {}  # by a number of its own, the longest unused first
         self._blocks: dict[int, dict[int, None]] = {}  # numbers of those that begin with some blocks, by their hash
@@ -32,7 +51,8 @@ class Prefixes:
         length = min(length, len(ids) - 1) // BLOCK * BLOCK
         if number is None or length < LEAST:
             return NOTHING
-        self._kept[number] = found = self._kept.pop(number)
+        found = self._kept[number]
+        self._use(number)
         cuts = self._cuts.setdefault(number, {})
         if length not in cuts:
             cuts[length] = found.cut(length)
@@ -41,21 +61,27 @@ class Prefixes:
     def keep(self, prefix: Prefix) -> None:
         """Keep a beginning, unless it is too short or known already."""
         size = bytes_of(prefix)
-        if prefix.length < LEAST or size > self.most_bytes:
+        if prefix.length < LEAST or size > self.room.most_bytes:
             return
         number, length = self._find(prefix.ids)
         if number is not None and length == prefix.length:
-            self._kept[number] = self._kept.pop(number)
+            self._use(number)
             return
         if number is not None and length == self._kept[number].length:
-            self._drop(number)
-        while self._kept and self.bytes + size > self.most_bytes:
-            self._drop(next(iter(self._kept)))
+            self.drop(number)
+        self.room.free(size)
         self._kept[self._next] = prefix
+        self.room.used[self, self._next] = None
         for key in chain(prefix.ids):
             self._blocks.setdefault(key, {})[self._next] = None
         self.bytes += size
+        self.room.bytes += size
         self._next += 1
+
+    def _use(self, number: int) -> None:
+        """It is the last one that was used now, of this model's and of all."""
+        self._kept[number] = self._kept.pop(number)
+        self.room.used[self, number] = self.room.used.pop((self, number))
 
     def _find(self, ids: Sequence[int]) -> tuple[int | None, int]:
         """(number of the one that shares the longest beginning, how long that is)."""
@@ -71,10 +97,13 @@ class Prefixes:
                 best, most = number, same
         return best, most
 
-    def _drop(self, number: int) -> None:
+    def drop(self, number: int) -> None:
+        """Give up one of them."""
         prefix = self._kept.pop(number)
+        del self.room.used[self, number]
         self._cuts.pop(number, None)
         self.bytes -= bytes_of(prefix)
+        self.room.bytes -= bytes_of(prefix)
         for key in chain(prefix.ids):
             del self._blocks[key][number]
             if not self._blocks[key]:

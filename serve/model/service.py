@@ -31,6 +31,7 @@ from serve.model.engine import Engine
 from serve.model.intents import Intents
 from serve.model.lanes import Answer, BatchLane, Event, Lane
 from serve.model.plain import PlainLane
+from serve.model.prefixes import Room
 from serve.model.sampling import Sampler
 from serve.model.text import Detokenizer, token_bytes
 from serve.settings import Limits, Model
@@ -198,9 +199,10 @@ def open_service(settings: Model, limits: Limits, feedback: Path) -> Service:
     lane_class: type[Lane] = BatchLane if passes.plain_because is None else PlainLane
     memory = free_memory(device) // 2 // (len(service.names) if device.type == "cpu" else 1)
     budget = memory // cache_bytes(passes.model) if passes.plain_because is None else UNKNOWN
+    room = Room(limits.prefix_bytes)
     lanes = {
         name: lane_class(
-            passes, stop_ids, limits=limits, budget=budget, metrics=service.metrics,
+            passes, stop_ids, limits=limits, budget=budget, metrics=service.metrics, room=room,
             activate=partial(adapter.use, name == TUNED) if adapter else nothing,
         )
         for name in service.names
