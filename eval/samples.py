@@ -1,5 +1,6 @@
 """What is asked and how good the answers are: the records that data sets, the engine and the reports share."""
 
+import hashlib
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -7,6 +8,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from eval import metrics
+from llmops import json_text
 from llmops.conversations.records import Message
 
 T = TypeVar("T")
@@ -166,6 +168,11 @@ def summarise(scores: Sequence[dict[str, float]], seed: int = 0) -> dict[str, di
     return {name: metrics.summary([row[name] for row in scores], seed) for name in scores[0]}
 
 
+def asked_of(sample: Sample) -> str:
+    """By what the same conversation is known whatever model it was put to: its prompt is in the model's own format."""
+    return hashlib.sha256(json_text.dumps(sample.messages).encode()).hexdigest()[:16]
+
+
 def rows_of(
     samples: Sequence[Sample], answers: Sequence[Answer], scores: Sequence[dict[str, float]]
 ) -> list[dict[str, Any]]:
@@ -175,6 +182,7 @@ def rows_of(
             "index": i,
             "id": sample.id,
             "key": answer.key,
+            "asked": asked_of(sample),
             "group": sample.group,
             "prompt": answer.prompt,
             "prompt_tokens": answer.prompt_tokens,

@@ -1,16 +1,20 @@
 """The pages of evaluations and FAQ predictions: the numbers of the files, the questions that are asked for."""
 
+import html
 import json
 import math
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from urllib.parse import quote
 
 import pytest
 from conftest import ROOT
 from starlette.applications import Starlette
 from starlette.testclient import TestClient
 
+from eval import samples
+from eval.samples import Answer, Sample
 from faq.score import score
 from serve.console import evaluations
 from serve.console.evaluations import DIMENSIONS, Evaluations, labels_of
@@ -143,6 +147,90 @@ def test_samples(client: TestClient, show: str, search: str, ids: list[int]) -> 
     page = client.get("/evaluations/samples", params=names | {"show": show, "q": search}).text
     assert [int(number) for number in re.findall(r'<p class="small quiet">#(\d+)', page)] == ids
     assert "<script>alert" not in page
+
+
+def performance(folder: Path, data: str, rows: list[dict[str, object]]) -> str:
+    """Results of a data set of the user's, as the command writes them; their name."""
+    (folder / "samples").mkdir(parents=True)
+    told = {"command": "model_performance_evaluation", "model": f"/models/{folder.name}", "dataset_path": data,
+            "evaluation_results": {"Acc": 0.5}, "metrics": {}, "baselines": {}}  # fmt: skip
+    (folder / "eval_results.json").write_text(json.dumps(told))
+    lines = "".join(json.dumps({"id": "", "group": "", "references": ["yes"]} | row) + "\n" for row in rows)
+    (folder / "samples" / "model_performance.jsonl").write_text(lines)
+    return f"{folder.name}/eval_results.json"
+
+
+def rows_of(*questions: str, model: str, told: bool = True) -> list[dict[str, object]]:
+    """Rows of the command's own making: the prompts are in the model's format."""
+    made = [Sample(question, ("yes",)) for question in questions]
+    answers = [Answer(f"k{i}", f"{model} to {q}", f"<{model}>{q}", 3, False) for i, q in enumerate(questions)]
+    rows = samples.rows_of(made, answers, [{"Acc": 1.0}] * len(made))
+    return [row if told else {key: value for key, value in row.items() if key != "asked"} for row in rows]
+
+
+@pytest.mark.parametrize(("models", "told", "expected", "lacking", "prompts"), [
+    ("ab", True, {"q1": "b to q1", "q2": "b to q2", "q3": None, "q1 again": "b to q1"}, 1, False),
+    ("aa", False, {"q1": "a to q1", "q2": "a to q2", "q3": None, "q1 again": "a to q1"}, 1, True),  # an older version's
+    ("ab", False, {"q1": None, "q2": None, "q3": None, "q1 again": None}, 4, True),
+])  # fmt: skip
+def test_samples_of_a_data_set_are_paired_by_what_was_asked(
+    tmp_path: Path, models: str, told: bool, expected: dict[str, str | None], lacking: int, prompts: bool
+) -> None:
+    """The other model was asked in another order, and not the same."""
+    one = performance(tmp_path / "one", "/a/data.jsonl", rows_of("q1", "q2", "q3", "q1", model=models[0], told=told))
+    two = performance(tmp_path / "two", "/b/data.jsonl", rows_of("q2", "q1", "q4", "q1", model=models[1], told=told))
+    performance(tmp_path / "three", "/b/other.jsonl", rows_of("q1", model="a"))
+    found = Evaluations(Mounted(tmp_path)).asked(one, two, "model_performance")
+    assert [row.other["prediction"] if row.other else None for row in found.rows] == list(expected.values())
+    assert (found.alone, found.lacking, found.others, found.prompts) == (
+        list(expected.values()).count(None), lacking, 4, prompts,
+    )  # fmt: skip
+    with TestClient(Starlette(routes=routes(tmp_path))) as client:
+        names = {"a": one, "b": two, "set": "model_performance"}
+        page = client.get("/evaluations/samples", params=names).text
+        assert f"{found.alone} of these 4 samples have no counterpart, and {lacking} of the other model&#39;s 4" in page
+        assert ("between chat formats" in page) == prompts
+        assert f'<option value="{two}" selected>' in page
+        assert "three/" not in page  # another data set
+        alone = client.get("/evaluations/samples", params=names | {"show": "unpaired"}).text
+        assert len(re.findall(r'<p class="small quiet">#', alone)) == found.alone
+        chosen = client.get("/evaluations", params={"result": ["three/eval_results.json", one, two]}).text
+        assert f"samples?a={quote(one, '')}&amp;b={quote(two, '')}&amp;set=model_performance" in chosen
+
+
+def test_ids_of_other_data_are_no_pair(mount: Path) -> None:
+    path = mount / "two" / "samples" / f"{DIMENSIONS[0]}.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    rows[1]["references"] = ["no"]  # the same id in another version of the benchmark
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = Evaluations(Mounted(mount)).asked("one/eval_results.json", "two/eval_results.json", DIMENSIONS[0])
+    assert [row.other is None for row in found.rows] == [False, True, False]
+
+
+def test_a_sample_without_a_metric_is_not_scored(mount: Path, client: TestClient) -> None:
+    path = mount / "one" / "samples" / f"{DIMENSIONS[0]}.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    rows[1]["scores"] = {}
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    names = {"a": "one/eval_results.json", "b": "two/eval_results.json", "set": DIMENSIONS[0]}
+    shown = {}
+    for show in ("right", "wrong", "unscored", "better", "worse", "differ"):
+        page = client.get("/evaluations/samples", params=names | {"show": show}).text
+        shown[show] = [int(number) for number in re.findall(r'<p class="small quiet">#(\d+)', page)]
+    assert shown == {"right": [0, 2], "wrong": [], "unscored": [1], "better": [2], "worse": [], "differ": [1, 2]}
+    assert '<span class="tag">not scored</span>' in client.get("/evaluations/samples", params=names).text
+
+
+def test_links_to_samples_lead_somewhere(mount: Path, client: TestClient) -> None:
+    """The second model was not asked everything, and most files of samples are gone."""
+    (mount / "one" / "samples" / f"{DIMENSIONS[4]}.jsonl").write_text('{"id": "0", "prediction": "x"}\n')
+    page = client.get("/evaluations?result=one/eval_results.json&result=two/eval_results.json").text
+    links = [html.unescape(link) for link in re.findall(r'href="(/evaluations/samples[^"]*)"', page)]
+    assert len(links) == 3
+    assert {client.get(link).status_code for link in links} == {200}
+    assert page.count("whose file is not here") == 6
+    single = client.get("/evaluations/samples", params={"a": "one/eval_results.json", "set": DIMENSIONS[4]}).text
+    assert "two/" not in single
 
 
 def test_samples_stay_inside(client: TestClient) -> None:

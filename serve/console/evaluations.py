@@ -1,14 +1,15 @@
 """Evaluation results as the commands of eval/ write them: scores with interval, floor and ceiling, their samples."""
 
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from math import nan
 from pathlib import Path
 from typing import Any
 
 from llmops import files
 from llmops.console import UserError
-from serve.console.mount import KEPT_BYTES, SAMPLES, Cached, Mounted
+from serve.console.mount import KEPT_BYTES, SAMPLES, Cached, Mounted, NotFound
 from serve.console.runs import number, text
 
 FIVE, PERFORMANCE = "evaluate_model_from_five_dimensions", "model_performance_evaluation"  # eval/answers.py's
@@ -18,7 +19,8 @@ DIMENSIONS = (
 PERFORMANCE_SAMPLES = "model_performance"
 CURE = "the evaluation commands write such a file"
 BIGGEST = 256 << 20  # bytes of a file of samples or predictions
-FILTERS = ("all", "right", "wrong", "differ", "better", "worse")
+Row = Mapping[str, Any]
+FILTERS = ("all", "right", "wrong", "unscored", "differ", "better", "worse", "unpaired")  # the first four of one result
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,11 @@ class Result:
     def sets(self) -> list[str]:
         """The names of its files of samples."""
         return list(self.scores) if self.five else [PERFORMANCE_SAMPLES]
+
+    def shares(self, other: "Result", of: str) -> bool:
+        """Whether another result has samples of the same set; of a data set, of a file of the same name."""
+        mine, theirs = (Path(one.about).name for one in (self, other))
+        return of in self.sets and of in other.sets and (self.five or not mine or not theirs or mine == theirs)
 
 
 def section(value: Any) -> dict[str, Any]:
@@ -144,7 +151,7 @@ def read_samples(path: Path) -> list[dict[str, Any]]:
         references = row.get("references")
         rows.append({
             "place": len(rows), "id": str(row.get("id", "")), "group": text(row.get("group")),
-            "prompt": text(row.get("prompt")), "prediction": row["prediction"],
+            "asked": text(row.get("asked")), "prompt": text(row.get("prompt")), "prediction": row["prediction"],
             "references": [r for r in references if isinstance(r, str)] if isinstance(references, list) else [],
             "scores": {k: v for k, v in section(row.get("scores")).items() if number(v) is not None},
             "cut": row.get("prompt_cut") is True, "ended": row.get("ended") is not False,
@@ -154,7 +161,7 @@ def read_samples(path: Path) -> list[dict[str, Any]]:
 
 @dataclass(frozen=True)
 class Asked:
-    """A sample with what one or two models said to it (the same question is known by its id and group)."""
+    """A sample with what one or two models said to it; a score is None where there is none."""
 
     row: Mapping[str, Any]
     other: Mapping[str, Any] | None
@@ -162,18 +169,38 @@ class Asked:
     other_score: float | None
 
     def passes(self, chosen: str) -> bool:
-        """Whether it belongs to one of FILTERS."""
-        mine, theirs = self.score or 0.0, self.other_score or 0.0
+        """Whether it belongs to one of FILTERS. What was not scored is neither right nor wrong, better nor worse."""
+        mine, theirs = (nan if score is None else score for score in (self.score, self.other_score))
         return {
-            "right": mine >= 1, "wrong": mine < 1,
+            "right": mine >= 1, "wrong": mine < 1, "unscored": self.score is None,
             "differ": self.other is not None and self.other["prediction"] != self.row["prediction"],
-            "better": self.other is not None and mine > theirs, "worse": self.other is not None and mine < theirs,
+            "better": mine > theirs, "worse": mine < theirs, "unpaired": self.other is None,
         }.get(chosen, True)  # fmt: skip
 
     def has(self, wanted: str) -> bool:
         """Whether a text stands in it."""
         texts = [self.row["prompt"], self.row["prediction"], *self.row["references"], self.row["id"], self.row["group"]]
         return any(wanted in one.lower() for one in [*texts, self.other["prediction"] if self.other else ""])
+
+
+@dataclass(frozen=True)
+class Samples:
+    """A set's samples and the metrics that they have, the set's own first.
+
+    Beside another result: how many of the `others` samples that one has are not here, and whether the `prompts` had to
+    tell what is the same, which models of other chat formats word in other ways.
+    """
+
+    rows: list[Asked]
+    metrics: list[str]
+    others: int = 0
+    lacking: int = 0
+    prompts: bool = False
+
+    @property
+    def alone(self) -> int:
+        """How many have nothing beside them."""
+        return sum(row.other is None for row in self.rows)
 
 
 class Evaluations:
@@ -196,29 +223,65 @@ class Evaluations:
         """A result by name. Raises NotFound, UserError."""
         return self.results(self.mounted.file(name))
 
-    def asked(self, first: str, second: str, of: str) -> tuple[list[Asked], list[str]]:
-        """(samples of a set with the answers of one or two results, metrics that they have)."""
+    def asked(self, first: str, second: str, of: str) -> Samples:
+        """The samples of a set, with the answers of one or two results."""
         result = self.one(first)
         metric = result.scores[of].metric if of in result.scores else next(iter(result.scores), "")
         rows, metrics = self._set(first, of), Counter[str]()
-        others = {key_of(row): row for row in self._set(second, of)} if second else {}
+        others = self._set(second, of) if second else []
+        beside, prompts = paired(rows, others)
         found = []
-        for row in rows:
+        for row, other in zip(rows, beside, strict=True):
             metrics.update(row["scores"])
-            other = others.get(key_of(row))
             found.append(Asked(row, other, row["scores"].get(metric), other["scores"].get(metric) if other else None))
-        return found, sorted(metrics, key=lambda name: (name != metric, name))
+        named = sorted(metrics, key=lambda name: (name != metric, name))
+        lacking = len(others) - sum(other is not None for other in beside)
+        return Samples(found, named, len(others), lacking, prompts)
+
+    def has(self, name: str, of: str) -> bool:
+        """Whether a result's samples of a set are there."""
+        try:
+            return of in self.one(name).sets and bool(self.mounted.file(samples_of(name, of)))
+        except (NotFound, UserError):
+            return False
+
+    def beside(self, name: str, of: str, among: Iterable[tuple[str, Result | None]]) -> list[str]:
+        """The names of other results whose samples of a set stand for the same data."""
+        own = self.one(name)
+        return [other for other, one in among if one and other != name and own.shares(one, of) and self.has(other, of)]
 
     def _set(self, name: str, of: str) -> list[dict[str, Any]]:
         if of not in self.one(name).sets:
             raise UserError(f"{name} has no samples of {files.shown(of)}")
-        folder = name.rpartition("/")[0]
-        return self.rows(self.mounted.file(f"{folder}/{SAMPLES}/{of}.jsonl" if folder else f"{SAMPLES}/{of}.jsonl"))
+        return self.rows(self.mounted.file(samples_of(name, of)))
 
 
-def key_of(row: Mapping[str, Any]) -> tuple[Any, ...]:
-    """By what a question is the same in two results: the benchmark's id, else its place in the data."""
-    return (row["group"], row["id"]) if row["id"] else ("", row["place"])
+def samples_of(name: str, of: str) -> str:
+    """The name of the file of samples beside a result."""
+    folder = name.rpartition("/")[0]
+    return f"{folder}/{SAMPLES}/{of}.jsonl" if folder else f"{SAMPLES}/{of}.jsonl"
+
+
+def paired(rows: Sequence[Row], others: Sequence[Row]) -> tuple[list[Row | None], bool]:
+    """(what of the others was asked as each row was, None for nothing; whether only the prompts told that).
+
+    The benchmark's id and group tell it, else the conversation as the evaluation wrote it down, else the prompt; the
+    references have to be the same, too. A question that was asked twice is paired in the order of the data.
+    """
+    told = "asked" if all(row["asked"] or row["id"] for row in (*rows, *others)) else "prompt"
+    waiting: dict[tuple[Any, ...], deque[Row]] = {}
+    for row in others:
+        waiting.setdefault(key_of(row, told), deque()).append(row)
+    found: list[Row | None] = []
+    for row in rows:
+        alike = waiting.get(key_of(row, told)) if row["id"] or row[told] else None
+        found.append(alike.popleft() if alike else None)
+    return found, told == "prompt" and any(not row["id"] for row in rows)
+
+
+def key_of(row: Row, told: str) -> tuple[Any, ...]:
+    """By what a question is the same in two results."""
+    return (row["group"], row["id"], "" if row["id"] else row[told], *row["references"])
 
 
 def labels_of(results: Sequence[tuple[str, Result]]) -> list[str]:

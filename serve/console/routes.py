@@ -16,7 +16,7 @@ from serve.console.diagnosis import Diagnoses
 from serve.console.evaluations import DIMENSIONS, FILTERS, Evaluations, labels_of
 from serve.console.languages import language_of
 from serve.console.mount import Mounted
-from serve.console.pages import Pages, whole_number
+from serve.console.pages import Pages, query, whole_number
 from serve.console.radar import radar
 from serve.console.runs import STATES, Runs
 
@@ -147,11 +147,15 @@ class EvaluationPages:
         told = dict.fromkeys(d for _, result in five for d in result.scores)
         dimensions = [d for d in DIMENSIONS if d in told] + [d for d in told if d not in DIMENSIONS]
         others = [(name, result) for name, result in marked if not result.five]
+        links = {
+            (name, of): query(a=name, b=next(iter(self.evaluations.beside(name, of, marked)), ""), set=of)
+            for name, result in marked for of in result.sets if self.evaluations.has(name, of)
+        }  # fmt: skip
         return self.pages.render(
             request, "evaluations.html", found=found, marked=[name for name, _ in marked], five=five, others=others,
             labels=labels_of(five), other_labels=labels_of(others), dimensions=dimensions,
             metrics=list(dict.fromkeys(metric for _, result in others for metric in result.scores)),
-            drawn=radar([result for _, result in five], dimensions),
+            drawn=radar([result for _, result in five], dimensions), links=links,
         )  # fmt: skip
 
     def samples(self, request: Request) -> Response:
@@ -160,16 +164,17 @@ class EvaluationPages:
         first, second, of = asked.get("a", ""), asked.get("b", ""), asked.get("set", "")
         chosen, search = asked.get("show", "all"), asked.get("q", "").strip()
         result = self.evaluations.one(first)
-        rows, metrics = self.evaluations.asked(first, second, of)
-        kept = [row for row in rows if row.passes(chosen) and (not search or row.has(search.lower()))]
+        found = self.evaluations.asked(first, second, of)
+        filters = FILTERS if second else FILTERS[:4]
+        chosen = chosen if chosen in filters else "all"
+        kept = [row for row in found.rows if row.passes(chosen) and (not search or row.has(search.lower()))]
         page, last = page_of(request, len(kept), SAMPLES_PER_PAGE)
-        alike = [name for name, other in self.evaluations.all() if other and name != first and of in other.sets]
+        alike = self.evaluations.beside(first, of, self.evaluations.all())
         both = [(first, result)] + ([(second, self.evaluations.one(second))] if second else [])
         return self.pages.render(
-            request, "samples.html", first=first, second=second, of=of, chosen=chosen, search=search, total=len(rows),
+            request, "samples.html", first=first, second=second, of=of, chosen=chosen, search=search, found=found,
             kept=len(kept), rows=kept[(page - 1) * SAMPLES_PER_PAGE : page * SAMPLES_PER_PAGE], page=page, last=last,
-            metrics=metrics, alike=alike, labels=labels_of(both),
-            filters=FILTERS if second else FILTERS[:3],
+            alike=alike, labels=labels_of(both), filters=filters,
         )  # fmt: skip
 
 
