@@ -200,6 +200,19 @@ def test_folders_that_are_named_as_a_run_s_own(mount: Path) -> None:
     assert "evaluation/samples/a.jsonl" not in found.data
 
 
+def test_what_a_curator_is_offered_is_data(tmp_path: Path) -> None:
+    for name in ("faq.json", "faq.csv", "my_config.json", "more/faq.jsonl"):  # data
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("question,intent\n")
+    for name in ("faq.json.changes.json", "faq.json.cleaned.jsonl", "faq.json.decisions.jsonl", "config.json",
+                 "generation_config.json", "tokenizer.json", "model.safetensors.index.json", "intents.json",
+                 "finetune_config.json", "train_results.json", "run_manifest.json", "adapter_config.json"):  # fmt: skip
+        (tmp_path / "more" / name).write_text("{}")
+    found = Mounted(tmp_path).look()
+    assert found.data == ["faq.csv", "faq.json", "more/faq.jsonl", "my_config.json"]
+    assert found.pairs == []
+
+
 def test_little_of_large_files_is_kept(tmp_path: Path) -> None:
     sizes = {"a": 40, "b": 30, "c": 30, "d": 200, "e": 1}
     for name, size in sizes.items():

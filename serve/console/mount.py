@@ -32,6 +32,13 @@ PASSED_STARTS = (".", "checkpoint-", "global_step")
 SETTLED = 2_000_000_000  # nanoseconds: a folder that changed just now may change within the same tick of its clock
 HEAD = 4096  # bytes that tell whether a file is a report for the curator
 DATA_SUFFIXES = (".jsonl", ".json", ".csv")
+CURATORS = (".decisions.jsonl", ".cleaned.jsonl", ".changes.json")  # what the curator writes beside data
+NO_DATA = frozenset([  # what checkpoints and runs are made of
+    RUN_SETTINGS, "adapter_config.json", "added_tokens.json", "chat_template.json", "config.json",
+    "generation_config.json", "intents.json", "preprocessor_config.json", "run_manifest.json",
+    "special_tokens_map.json", "tokenizer.json", "tokenizer_config.json", "train_results.json", "trainer_state.json",
+    "vocab.json",
+])  # fmt: skip
 
 
 class NotFound(Exception):
@@ -215,7 +222,7 @@ def listing_of(folder: str, known: Listing | None) -> Listing:
 
 def kind_of(folder: str, name: str) -> str:
     """Which of the lists of `Found` a file belongs to; "" for none."""
-    if name.endswith((".decisions.jsonl", ".cleaned.jsonl")) or not name.endswith(DATA_SUFFIXES):
+    if name.endswith((*CURATORS, ".index.json")) or name in NO_DATA or not name.endswith(DATA_SUFFIXES):
         return ""
     if name.startswith("eval_results") and name.endswith(".json"):
         return "evaluations"
