@@ -16,7 +16,6 @@ from eval import analyze_similar_questions_and_intents as similar
 from llmops import files, json_text
 from llmops.intents.questions import read_faq
 from serve.console import pairs as pairs_module
-from serve.console.cleaning import Edits, clean
 from serve.console.mount import Mounted
 from serve.console.routes import routes
 
@@ -346,54 +345,3 @@ def test_links_are_not_written_through(mount: Path, client: TestClient) -> None:
     assert client.post(DECIDE, json=NAMES | {"pair": pair["key"], "action": "keep"}).status_code == 422
     assert client.post(WRITE, json=NAMES).status_code == 422
     assert outside.read_text() == "mine\n"
-
-
-def rows_of(path: Path, rows: list[dict[str, Any]], **edits: Any) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    path.write_text("".join(json_text.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    cleaned = clean(path, Edits(**edits))
-    return cleaned.rows, cleaned.changes
-
-
-def test_rows_keep_their_shape(tmp_path: Path) -> None:
-    rows = [
-        {"id": 7, "question": "q0", "intent": "A", "output": "a"},
-        {"input": "['q1', 'q2', 'q3']", "intent": "B", "output": "b", "note": "n"},
-        {"input": ["q4"], "意图": "C"},
-        {"question": "q1", "intent": "A", "output": "a"},
-    ]
-    path = tmp_path / "data.jsonl"
-    assert rows_of(path, rows)[0] == rows
-    found, changes = rows_of(path, rows, relabelled={(1, "q2"): "A", (1, "q1"): "A"}, dropped={(2, "q4")})
-    assert found == [
-        rows[0],
-        {"input": "['q3']", "intent": "B", "output": "b", "note": "n"},
-        {"input": "['q2']", "intent": "A", "output": "a", "note": "n"},
-        rows[3],
-    ]  # q1 stands under A already, in the last row
-    assert [(c["question"], c["change"]) for c in changes] == [
-        ("q1", "dropped"),
-        ("q2", "relabelled"),
-        ("q4", "dropped"),
-    ]
-
-
-def test_merges_that_meet(tmp_path: Path) -> None:
-    rows = [{"question": f"q{i}", "intent": intent} for i, intent in enumerate("ABCD")]
-    edits = Edits()
-    edits.merge("A", "B")
-    edits.merge("B", "C")  # A goes along
-    edits.merge("D", "A")
-    path = tmp_path / "data.jsonl"
-    found, _ = rows_of(path, rows, merged=edits.merged)
-    assert [row["intent"] for row in found] == ["C", "C", "C", "C"]
-    edits.merge("C", "B")  # turned around: B stays
-    assert {edits.final(intent) for intent in "ABCD"} == {"B"}
-
-
-def test_prompts_that_are_made_already_are_not_edited(tmp_path: Path) -> None:
-    messages = [{"role": "user", "content": "候选意图：A B\n问题：q"}, {"role": "assistant", "content": "A"}]
-    rows = [{"question": "q", "messages": messages}, {"question": "q0", "intent": "B"}]
-    path = tmp_path / "data.jsonl"
-    assert rows_of(path, rows, dropped={(1, "q0")})[0] == rows[:1]
-    with pytest.raises(Exception, match=r"data.jsonl:1 holds a prompt that is made already"):
-        rows_of(path, rows, relabelled={(0, "q"): "B"})

@@ -1,8 +1,10 @@
 """FAQ data with a curator's decisions carried out: a new file of rows, and what changed. The original stays as it is.
 
 A row keeps its keys. A question that gets another intent leaves its row for one of its own when the row has several;
-the reply is then the one that the other intent has. A question that stands under its new intent already is not written
-twice. Of two decisions about one question a drop wins over a new intent, and the later intent over the earlier one.
+the reply is then the one that the other intent has, or none where it has none: the old one is about something else. Of
+two intents that became one the name that stays has the reply, or else the other. A question that stands under its new
+intent already is not written twice. Of two decisions about one question a drop wins over a new intent, and the later
+intent over the earlier one.
 """
 
 from collections import Counter
@@ -57,15 +59,17 @@ def clean(path: Path, edits: Edits) -> Cleaned:
     """Carry out edits on the rows of a file. Raises UserError for a row that cannot be edited."""
     records = {record.index: record for record in read_faq(path, skip_bad_lines=True).records}
     replies: dict[str, str] = {}
+    of_merged: dict[str, str] = {}
     held: set[tuple[str, str]] = set()  # (question, intent) that stay where they are
     for record in records.values():
         if record.reply:
             replies.setdefault(record.intent, record.reply)
+            of_merged.setdefault(edits.final(record.intent), record.reply)
         for question in record.questions:
             place = record.index, question
             if place not in edits.dropped and place not in edits.relabelled and record.intent not in edits.merged:
                 held.add((question, record.intent))
-    cleaned = Cleaned()
+    cleaned, replies = Cleaned(), of_merged | replies
     for index, (line, raw, _) in enumerate(raw_records(path)[1]):
         read = records.get(index)
         if read is None:
@@ -125,8 +129,11 @@ def row_with(raw: Row, record: FaqRecord, questions: Sequence[str], intent: str,
         row[first_key(raw, QUESTION_KEYS)] = questions[0]
     if intent != record.intent:
         row[first_key(raw, INTENT_KEYS)] = intent
-        if intent in replies:
-            row[first_key(raw, REPLY_KEYS)] = replies[intent]
+        for key in [key for key in REPLY_KEYS if key in row] or ([REPLY_KEYS[0]] if intent in replies else []):
+            if intent in replies:
+                row[key] = replies[intent]
+            else:
+                del row[key]
     return row
 
 

@@ -2,8 +2,9 @@
 
 Decisions are lines of `DATA.decisions.jsonl` beside the data, each on the disk before the page hears of it. A pair is
 known by its questions, intents and records, so decisions outlast a new report with another threshold. The last line of
-a pair counts; `undo` takes it back. A decision is carried out only where the data still has what it is about. Nothing
-is ever changed but these files: the decisions, the cleaned copy, its changes.
+a pair counts; `undo` takes it back. Of a merge and a pair of its intents that is kept the later one counts. A decision
+is carried out only where the data still has what it is about. Nothing is ever changed but these files: the decisions,
+the cleaned copy, its changes.
 """
 
 import threading
@@ -90,7 +91,7 @@ class Curation:
             kept.pop(line["pair"], None)  # the later one stands later
             if line["action"] != "undo":
                 kept[line["pair"]] = line
-        return kept
+        return without_contradictions(kept)
 
     def decide(self, body: dict[str, Any]) -> dict[str, Any]:
         """Keep one decision, on the disk before this returns. Raises UserError for one that makes no sense."""
@@ -139,6 +140,30 @@ class Curation:
             cleaned = cleaning.clean(path, edits)
             summary = cleaning.write(path, cleaned, cleaned_path(path), changes_path(path), len(decided), unfit)
         return summary | {"changes": changes_path(path).name}
+
+
+def without_contradictions(decided: dict[str, Decision]) -> dict[str, Decision]:
+    """Of merges of two intents, and of pairs of them that were kept as they are, those that the last of them bears.
+
+    After a merge nothing is kept of either intent, and who keeps both takes their merge back. What a later one bars
+    stays in the file, and counts again when that one is undone. A suspect is kept under its intent, whatever its name.
+    """
+    last: dict[tuple[str, ...], Decision] = {}
+    for one in decided.values():
+        if is_about_intents(one):
+            last[tuple(one["group"])] = one
+
+    def holds(one: Decision) -> bool:
+        newest = last.get(tuple(one["group"]))
+        both_kept = newest is not None and newest["action"] == one["action"] == "keep"
+        return not is_about_intents(one) or newest is one or both_kept
+
+    return {key: one for key, one in decided.items() if holds(one)}
+
+
+def is_about_intents(decision: Decision) -> bool:
+    """Whether a decision says that two intents are one, or that they are not."""
+    return decision["action"] == "merge" or (decision["action"] == "keep" and not decision.get("suspect"))
 
 
 def edits_of(decided: dict[str, Decision], data: Data) -> tuple[cleaning.Edits, list[Decision]]:

@@ -67,11 +67,13 @@ async function decide(what) {
   const pair = pairs[current];
   try {
     const { decision } = await post("/console/api/curator/decide", { report, data, pair: pair.key, ...what });
-    if (what.action === "merge" || what.action === "undo") await load(pair.key); // others of the group change, too
+    const merged = pairs.some((one) => one.number === pair.number && one.decision?.action === "merge");
+    if (merged || what.action === "merge" || what.action === "undo") await load(pair.key); // others of the group change, too
     else pair.decision = decision;
     if (what.action !== "undo") current = nextOpen(current + 1);
     show();
-    if (!pairs.some(isOpen)) say(t("All pairs are looked at. Now write the cleaned file."));
+    if (merged && what.action === "keep") say(t("Both are right, so the merge of their intents is taken back."));
+    else if (!pairs.some(isOpen)) say(t("All pairs are looked at. Now write the cleaned file."));
   } catch (error) {
     say(error.message, true);
   }
