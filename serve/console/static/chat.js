@@ -1,5 +1,5 @@
 // The chat: every model that is served answers the same question, side by side, as it writes.
-import { el, get, post, say, t } from "./common.js";
+import { announce, el, get, post, say, t } from "./common.js";
 
 const at = (id) => document.getElementById(id);
 const KEPT = "llmops.chat"; // this tab's conversation outlives a reload
@@ -116,6 +116,8 @@ async function intents(question, round) {
   const found = await post("/v1/intents", { questions: [question], top: 5 });
   if (running !== round) return; // there is a new conversation
   const [first] = found.data;
+  const [{ intent: likeliest, probability: share }] = first.top;
+  announce(t("Intent: {intent}, {n}%", { intent: likeliest, n: (100 * share).toFixed(1) }));
   at("intents").hidden = false;
   at("bars").replaceChildren(
     ...first.top.map(({ intent, probability }) =>

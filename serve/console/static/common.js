@@ -50,6 +50,12 @@ export function say(text, wrong = false) {
   say.timer = setTimeout(() => place.classList.remove("shown"), wrong ? 9000 : 4000);
 }
 
+/** Let screen readers speak what is new, and no more: what stands on the page is not repeated. */
+export function announce(text) {
+  const place = document.getElementById("news");
+  if (place.textContent !== text) place.textContent = text;
+}
+
 /** Call `work` again and again, `seconds()` apart, while the page is seen; null ends it. One failure does not. */
 export function poll(work, seconds) {
   let timer = 0;
@@ -89,9 +95,15 @@ export function fill(place, run) {
 const themes = ["auto", "light", "dark"];
 const button = document.getElementById("theme");
 const current = () => document.documentElement.dataset.theme ?? "auto";
-const label = () => (button.textContent = button.dataset[current()]);
+const following = () => themes[(themes.indexOf(current()) + 1) % themes.length];
+function label() {
+  button.textContent = button.dataset[current()];
+  const name = t("Colours: {now}. Change to: {next}", { now: button.dataset[current()], next: button.dataset[following()] });
+  button.setAttribute("aria-label", name); // it begins with what is seen, and says what a press does
+  button.title = name;
+}
 button.addEventListener("click", () => {
-  const next = themes[(themes.indexOf(current()) + 1) % themes.length];
+  const next = following();
   if (next === "auto") delete document.documentElement.dataset.theme;
   else document.documentElement.dataset.theme = next;
   try {
@@ -100,6 +112,7 @@ button.addEventListener("click", () => {
     say(t("This browser keeps no settings, so the colours last until the page is left."));
   }
   label();
+  announce(t("Colours: {now}", { now: button.dataset[next] }));
   document.dispatchEvent(new Event("theme"));
 });
 label();

@@ -1,5 +1,5 @@
 // The curator: one pair at a time, by keyboard; every decision is on the server's disk before the next pair is shown.
-import { el, get, post, say, t } from "./common.js";
+import { announce, el, get, post, say, t } from "./common.js";
 
 const place = document.getElementById("curate");
 const { report, data } = place.dataset;
@@ -61,6 +61,13 @@ function nextOpen(from) {
 function move(to) {
   current = Math.max(0, Math.min(pairs.length - 1, to));
   show();
+  if (pairs.length) announce(summary(pairs[current]));
+}
+
+/** A pair in one sentence, for whoever does not see it. */
+function summary(pair) {
+  const sides = pair.sides.map((side) => `${side.question}: ${side.intent}`);
+  return [...sides, ...(suspects ? [pair.suggested] : []), told(pair)].join(" – ");
 }
 
 async function decide(what) {
@@ -72,6 +79,7 @@ async function decide(what) {
     else pair.decision = decision;
     if (what.action !== "undo") current = nextOpen(current + 1);
     show();
+    announce([WORDS[what.action], summary(pairs[current])].filter(Boolean).join(". "));
     if (merged && what.action === "keep") say(t("Both are right, so the merge of their intents is taken back."));
     else if (!pairs.some(isOpen)) say(t("All pairs are looked at. Now write the cleaned file."));
   } catch (error) {
@@ -137,9 +145,19 @@ function suggestion({ suggested, probability }) {
   );
 }
 
+/** What has the focus among the buttons that are made anew, by their `data-hold`. */
+function held() {
+  const hold = document.activeElement?.dataset.hold ?? "";
+  const [list] = hold.split(" ");
+  if (list === "pair") return () => `pair ${current}`; // the focus goes along with the pair that is looked at
+  if (list === "group") return () => `group ${pairs[current].number}`;
+  return () => hold;
+}
+
 function show() {
   const pair = pairs[current];
   if (!pair) return;
+  const hold = held();
   at("pair").replaceChildren(
     el(
       "div",
@@ -159,7 +177,7 @@ function show() {
     el("p", { class: "verdict" }, badge(pair.decision), " ", told(pair)),
   );
   at("actions").replaceChildren(
-    ...ACTIONS.map(([key, words, act]) => el("button", { type: "button", "data-key": key, onclick: () => soon(act) }, typeof words === "function" ? words() : words, " ", el("kbd", {}, key))),
+    ...ACTIONS.map(([key, words, act]) => el("button", { type: "button", "data-hold": `act ${key}`, onclick: () => soon(act) }, typeof words === "function" ? words() : words, " ", el("kbd", {}, key))),
   );
   const rows = pairs.map((one, i) => [one, i]).filter(([one]) => one.number === pair.number);
   at("pairs").replaceChildren(
@@ -167,13 +185,14 @@ function show() {
       el(
         "li",
         {},
-        el("button", { type: "button", "aria-current": i === current ? "true" : null, onclick: () => soon(() => move(i)) },
+        el("button", { type: "button", "data-hold": `pair ${i}`, "aria-current": i === current ? "true" : null, onclick: () => soon(() => move(i)) },
           el("span", { class: "two" }, el("span", {}, one.sides[0].question), el("span", {}, suspects ? one.suggested : one.sides[1].question)), badge(one.decision)),
       ),
     ),
   );
   at("pairs").querySelector("[aria-current]")?.scrollIntoView({ block: "nearest" });
   groups(pair.number);
+  if (hold()) (document.querySelector(`[data-hold="${hold()}"]`) ?? at("pair")).focus({ preventScroll: true });
   const done = pairs.filter((one) => !isOpen(one)).length;
   at("share").value = pairs.length ? done / pairs.length : 1;
   at("counted").textContent = t("{done} of {all} looked at", { done, all: pairs.length }) + (state.shown < state.total ? ` · ${t("the first {n} of {all} pairs are shown", { n: state.shown, all: state.total })}` : "");
@@ -189,7 +208,7 @@ function groups(number) {
         {},
         el(
           "button",
-          { type: "button", "aria-current": i === number ? "true" : null, onclick: () => soon(() => move(pairs.findIndex((pair) => pair.number === i))) },
+          { type: "button", "data-hold": `group ${i}`, "aria-current": i === number ? "true" : null, onclick: () => soon(() => move(pairs.findIndex((pair) => pair.number === i))) },
           el("span", { class: "names" }, group.intents[0], el("span", { class: "quiet" }, " ↔ "), group.intents[1]),
           group.alike ? el("span", { class: "tag" }, t("alike names")) : null,
           el("span", { class: "quiet n" }, open ? t("{open} of {all} open", { open, all: group.pairs.length }) : t("done")),
@@ -208,12 +227,34 @@ at("key-list").replaceChildren(
   ),
 );
 
+const KEYS = "llmops.keys"; // who speaks to the computer, or whose hand slips, turns single keys off
+function keysAct() {
+  try {
+    return localStorage.getItem(KEYS) !== "off";
+  } catch {
+    return at("keys-on").checked; // storage is switched off: as long as the page
+  }
+}
+at("keys-on").checked = keysAct();
+document.body.classList.toggle("no-keys", !at("keys-on").checked);
+at("keys-on").addEventListener("change", () => {
+  const on = at("keys-on").checked;
+  try {
+    localStorage.setItem(KEYS, on ? "on" : "off");
+  } catch {
+    say(t("This browser keeps no settings, so the keys are as they are until the page is left."));
+  }
+  document.body.classList.toggle("no-keys", !on);
+});
+
 document.addEventListener("keydown", (event) => {
-  if (event.ctrlKey || event.metaKey || event.altKey || document.querySelector("dialog[open]")) return;
+  if (!keysAct() || event.isComposing) return;
+  const modified = ["Control", "Meta", "Alt", "AltGraph"].some((key) => event.getModifierState(key));
+  if (modified || document.querySelector("dialog[open]")) return;
   if (/^(input|textarea|select)$/i.test(event.target.tagName) && event.target.type !== "checkbox") return;
   const pressed = event.shiftKey && event.key.toUpperCase() === "M" ? "Shift+M" : (NAMES[event.key] ?? event.key);
   const found = [...ACTIONS, ...MOVES].find(([key]) => key === pressed);
-  if (!found) return;
+  if (!found || (event.repeat && ACTIONS.includes(found))) return; // a key that is held decides once
   event.preventDefault();
   soon(found[2]);
 });
@@ -230,5 +271,6 @@ at("write").addEventListener("click", async () => {
 });
 
 flatten();
-if (pairs.length) move(nextOpen(0));
-else at("pair").replaceChildren(el("p", {}, t("The report has no pairs.")));
+current = nextOpen(0);
+show();
+if (!pairs.length) at("pair").replaceChildren(el("p", {}, t("The report has no pairs.")));

@@ -1,6 +1,6 @@
 // A run's page: live values, curves, the diagnosis with its evidence marked on them, the way to stop it.
 import { Chart, color, controls, figure } from "./chart.js";
-import { el, fill, get, poll, post, say, t } from "./common.js";
+import { announce, el, fill, get, poll, post, say, t } from "./common.js";
 import { Log, smoothed } from "./logs.js";
 
 const head = document.getElementById("run");
@@ -111,8 +111,23 @@ function advice(risk, finding) {
   return finding.diverged ? DIVERGED : ADVICE[`${risk} ${finding.level}`];
 }
 
+let told = {}; // the level of each risk that was spoken
+let shown = "";
+
+/** Speak the risks whose level is another one now. */
+function speak(findings) {
+  const levels = Object.fromEntries(Object.entries(findings).map(([risk, { level }]) => [risk, level]));
+  const news = Object.keys(levels).filter((risk) => levels[risk] !== told[risk]);
+  if (news.length) announce(news.map((risk) => `${RISKS[risk]}: ${t(levels[risk])}`).join(". "));
+  told = levels;
+}
+
 async function judge() {
   diagnosis = await get("/console/api/diagnosis", { run: name });
+  const found = JSON.stringify(diagnosis);
+  if (found === shown) return;
+  shown = found;
+  speak(diagnosis.findings ?? {});
   const place = document.getElementById("judging");
   place.hidden = !diagnosis.problem;
   if (diagnosis.problem) place.textContent = diagnosis.problem;
@@ -133,9 +148,12 @@ async function judge() {
     ),
   );
   const list = document.getElementById("findings");
-  const open = [...list.querySelectorAll("details")].map((details) => details.open);
+  const before = [...list.querySelectorAll("details")];
+  const focused = before.findIndex((details) => details.contains(document.activeElement));
   list.replaceChildren(...findings);
-  list.querySelectorAll("details").forEach((details, i) => (details.open = open[i] ?? false));
+  const now = list.querySelectorAll("details");
+  now.forEach((details, i) => (details.open = before[i]?.open ?? false));
+  now[focused]?.querySelector("summary").focus({ preventScroll: true });
   chart.plot?.redraw();
 }
 
