@@ -65,6 +65,7 @@ def test_base_and_tuned_answer_side_by_side(service: Any, adapter: Path, checkpo
 def test_memory_for_beginnings_is_of_both_models_together(service: Any) -> None:
     ids = rendered(service, ["A long question. " * 30])[0]
     lanes, most = list(service.engine.lanes.values()), 0
+    lanes[0].room.clear()
     for name in ("base", "tuned", "base", "tuned"):
         _, exchange = answers(service, [ids], model=name, temperature=0, max_tokens=2)
         most = most or 3 * lanes[1].known_bytes // 2  # of one conversation and a half
