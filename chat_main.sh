@@ -109,7 +109,7 @@ if [ "$SCENARIO" = faq ]; then
     if [ "$status" -ne 3 ]; then # 3: no questions
         [ "$status" -eq 0 ] || exit "$status"
         [ "$NO_SSH" != true ] || die "$TRAIN_FILE holds questions with intents; with --no_ssh prepare them first: bash faq/prepare.sh"
-        : "${TEST_FILE:=$beside}"
+        [ -n "$TEST_FILE" ] || TEST_FILE=$beside
         prepared=${OUTPUT_PATH%/}_faq
         log "$TRAIN_FILE holds questions with intents: faq/prepare.sh makes conversations of them in $prepared"
         bash "$HERE/faq/prepare.sh" --data_file "$TRAIN_FILE" --test_data_file "$TEST_FILE" --output_dir "$prepared" \
