@@ -105,12 +105,11 @@ checker=$(project_python "$HERE") || exit 2
 check_launch "$checker"
 if [ "$SCENARIO" = faq ]; then
     status=0
-    PYTHONPATH=$HERE "$checker" -P -m llmops.intents.questions "$TRAIN_FILE" || status=$?
+    beside=$(PYTHONPATH=$HERE "$checker" -P -m llmops.intents.questions "$TRAIN_FILE") || status=$?
     if [ "$status" -ne 3 ]; then # 3: no questions
         [ "$status" -eq 0 ] || exit "$status"
         [ "$NO_SSH" != true ] || die "$TRAIN_FILE holds questions with intents; with --no_ssh prepare them first: bash faq/prepare.sh"
-        beside=$(dirname -- "$TRAIN_FILE")/test.jsonl
-        if [ -z "$TEST_FILE" ] && [ -f "$beside" ]; then TEST_FILE=$beside; fi
+        [ -n "$TEST_FILE" ] || TEST_FILE=$beside
         prepared=${OUTPUT_PATH%/}_faq
         log "$TRAIN_FILE holds questions with intents: faq/prepare.sh makes conversations of them in $prepared"
         bash "$HERE/faq/prepare.sh" --data_file "$TRAIN_FILE" --test_data_file "$TEST_FILE" --output_dir "$prepared" \

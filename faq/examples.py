@@ -2,13 +2,14 @@
 
 import json
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 
 from llmops import files
 from llmops.console import UserError, log
+from llmops.conversations.data_files import list_files
 from llmops.conversations.records import Message
 from llmops.intents.catalog import ENGLISH
 from llmops.intents.questions import BadRecords, FaqFile, FaqRecord, compared, read_faq
@@ -54,26 +55,40 @@ class Example:
         return f"{self.path}:{self.line}"
 
 
-def read_data(path: Path, skip_bad: bool) -> FaqFile:
-    """A file's records, and what was dropped is said. Raises UserError for bad records and questions with two intents.
+Pairs = list[tuple[Example, Example]]
 
-    Both come at once: who has mended the first should not find the second in the next start.
+
+def read_data(given: str, skip_bad: bool) -> list[FaqFile]:
+    """The records of the files that a setting names, and what was dropped is said.
+
+    Raises UserError for bad records and questions with two intents, of all files at once: who has mended the first
+    should not find the second in the next start.
     """
-    try:
-        data = read_faq(path, skip_bad)
-    except BadRecords as error:
-        conflicts = find_conflicts(examples_of(error.others))[0]
-        raise UserError(f"{error}\n{conflict_words(conflicts)}" if conflicts else str(error)) from error
-    log(f"{data.path}: {data.kind}, {len(data.records)} records")
-    if data.problems:
-        log(f"{len(data.problems)} bad records dropped:\n  " + "\n  ".join(map(str, data.problems[:LINES_SHOWN])))
-    return data
+    found: list[FaqFile] = []
+    errors: list[str] = []
+    for path in list_files(given):
+        try:
+            found.append(read_faq(path, skip_bad))
+        except BadRecords as error:
+            errors.append(str(error))
+            found.append(error.others)
+        except UserError as error:
+            errors.append(str(error))
+    if errors:
+        conflicts = [] if skip_bad else find_conflicts(examples_of(found))[0]
+        raise UserError("\n".join([*errors, *([conflict_words(conflicts)] if conflicts else [])]))
+    for data in found:
+        log(f"{data.path}: {data.kind}, {len(data.records)} records")
+        if data.problems:
+            log(f"{len(data.problems)} bad records dropped:\n  " + "\n  ".join(map(str, data.problems[:LINES_SHOWN])))
+    return found
 
 
-def examples_of(data: FaqFile) -> list[Example]:
+def examples_of(found: Sequence[FaqFile]) -> list[Example]:
     """One example per question."""
     return [
         Example(data.path, record.line, question, record.intent, record.messages, record.candidates)
+        for data in found
         for record in data.records
         for question in record.questions
     ]
@@ -85,29 +100,41 @@ def listed(places: Sequence[str]) -> str:
     return ", ".join(places[:LINES_SHOWN]) + more
 
 
-def find_conflicts(examples: Sequence[Example]) -> tuple[list[tuple[Example, Example]], list[str], list[Example]]:
-    """(pairs of one question with two intents, lines of questions that come again, each question once)."""
+def by_file(places: Iterable[tuple[Path, int]]) -> Iterator[tuple[Path, int, str]]:
+    """(file, how many of these places are in it, their lines), file by file."""
+    lines: dict[Path, list[str]] = {}
+    for path, line in places:
+        lines.setdefault(path, []).append(str(line))
+    for path, found in lines.items():
+        yield path, len(found), listed(found)
+
+
+def find_conflicts(examples: Sequence[Example]) -> tuple[Pairs, Pairs, list[Example]]:
+    """(pairs of one question with two intents, pairs with the same, the earlier first; each question once)."""
     first: dict[str, Example] = {}
-    repeats, conflicts = [], []
+    repeats: Pairs = []
+    conflicts: Pairs = []
     for example in examples:
         known = first.setdefault(example.asked, example)
         if known is example:
             continue
-        if known.intent == example.intent:
-            repeats.append(str(example.line))
-        else:
-            conflicts.append((known, example))
+        (repeats if known.intent == example.intent else conflicts).append((known, example))
     return conflicts, repeats, list(first.values())
 
 
 def conflict_words(conflicts: Sequence[tuple[Example, Example]]) -> str:
     """Which questions have two intents, the first of them with their lines."""
-    shown = "\n  ".join(
-        f"{b.place}: {files.shown(b.question)} has the intent {files.shown(b.intent)} here and "
-        f"{files.shown(a.intent)} in line {a.line}"
-        for a, b in conflicts[:LINES_SHOWN]
-    )
+    shown = "\n  ".join(conflict_line(*pair) for pair in conflicts[:LINES_SHOWN])
     return f"{len(conflicts)} questions have two intents; decide on one each:\n  {shown}"
+
+
+def conflict_line(first: Example, again: Example) -> str:
+    """Both places of a question with two intents."""
+    place, question, here = again.place, files.shown(again.question), files.shown(again.intent)
+    there = files.shown(first.intent)
+    if first.path == again.path:
+        return f"{place}: {question} has the intent {here} here and {there} in line {first.line}"
+    return f"{place}: {question} has the intent {here} here and {there} in {first.place}"
 
 
 def without_conflicts(examples: Sequence[Example], skip_bad: bool, repeats_stay: bool = False) -> list[Example]:
@@ -122,10 +149,20 @@ def without_conflicts(examples: Sequence[Example], skip_bad: bool, repeats_stay:
             raise UserError(f"{text}\n  or pass --skip_bad_lines true to leave these questions out")
         log(f"left out: {text}")
     if repeats:
-        kept = "stay" if repeats_stay else "are kept once"
-        log(f"{examples[0].path}: {len(repeats)} repeated questions {kept}; lines {listed(repeats)}")
+        say_repeats(repeats, "stay" if repeats_stay else "are kept once")
     unclear = {example.asked for _, example in conflicts}
     return [e for e in (examples if repeats_stay else first) if e.asked not in unclear]
+
+
+def say_repeats(repeats: Pairs, kept: str) -> None:
+    """Say which questions come again: in their file by lines, in another file with both places."""
+    for path, count, lines in by_file((b.path, b.line) for a, b in repeats if a.path == b.path):
+        log(f"{path}: {count} repeated questions {kept}; lines {lines}")
+    across = [(a, b) for a, b in repeats if a.path != b.path]
+    if across:
+        shown = "\n  ".join(f"{b.place}: the same question as in {a.place}" for a, b in across[:LINES_SHOWN])
+        more = f"\n  and {len(across) - LINES_SHOWN} more" if len(across) > LINES_SHOWN else ""
+        log(f"{len(across)} questions of one file are repeated in another and {kept}:\n  {shown}{more}")
 
 
 def split(examples: Sequence[Example], ratio: float, seed: int) -> tuple[list[Example], list[Example]]:
@@ -148,13 +185,11 @@ def split(examples: Sequence[Example], ratio: float, seed: int) -> tuple[list[Ex
     return [e for e in examples if e.held not in held], [e for e in examples if e.held in held]
 
 
-def without_tests(examples: list[Example], test: Sequence[Example], path: Path) -> list[Example]:
+def without_tests(examples: list[Example], test: Sequence[Example]) -> list[Example]:
     """Training examples whose questions are no test questions, too."""
     held = {example.held for example in test}
-    both = [e for e in examples if e.held in held]
-    if both:
-        places = listed([str(e.line) for e in both])
-        log(f"{path}: {len(both)} questions are test questions, too, and left out of training; lines {places}")
+    for path, count, lines in by_file((e.path, e.line) for e in examples if e.held in held):
+        log(f"{path}: {count} questions are test questions, too, and left out of training; lines {lines}")
     return [e for e in examples if e.held not in held]
 
 
@@ -172,19 +207,18 @@ def check_known(test: list[Example], intents: dict[str, str], none: str, skip_ba
     return [e for e in test if e.intent in intents or e.intent == none]
 
 
-def collect_intents(records: Sequence[FaqRecord], none: str) -> tuple[dict[str, str], str]:
+def collect_intents(found: Sequence[FaqFile], none: str) -> tuple[dict[str, str], str]:
     """(reply of each intent, reply when none fits); another reply to the same intent is reported and not used."""
     replies: dict[str, str] = {}
-    differing = []
-    for record in records:
+    differing: list[tuple[Path, int]] = []
+    for path, record in ((data.path, record) for data in found for record in data.records):
         known = replies.setdefault(record.intent, record.reply)
         if not known:
             replies[record.intent] = record.reply
         elif record.reply and record.reply != known:
-            differing.append(str(record.line))
-    if differing:
-        log(f"{len(differing)} records have another reply than their intent's first one, which is used: lines "
-            f"{listed(differing)}")  # fmt: skip
+            differing.append((path, record.line))
+    for path, count, lines in by_file(differing):
+        log(f"{path}: {count} records have another reply than their intent's first one, which is used: lines {lines}")
     none_reply = replies.pop(none, "")
     return replies, none_reply
 

@@ -31,6 +31,7 @@ from faq.examples import (
 from faq.prepared import OUTPUTS
 from llmops import files, json_text
 from llmops.console import Parser, UserError, log, print_json, run_main, to_bool
+from llmops.conversations.data_files import list_files, path_of
 from llmops.conversations.records import Message
 from llmops.formats.families import families
 from llmops.intents.catalog import ORDERS, Catalog, wording_of
@@ -70,8 +71,8 @@ def build_parser() -> argparse.ArgumentParser:
     """Every setting with its default."""
     parser = Parser(prog="prepare.py", description="Make the FAQ scenario's training data.", allow_abbrev=False)
     add = parser.add_argument
-    add("--data_file", required=True, help="questions with intents: JSON lines, a JSON array, or csv")
-    add("--test_data_file", default="", help="questions to test with; empty: a part of data_file is held out")
+    add("--data_file", required=True, help="questions with intents: a file, several with commas, or a pattern")
+    add("--test_data_file", default="", help="questions to test with, named likewise; empty: a part of data_file")
     add("--output_dir", default="mnt/datasets", help="folder for train.jsonl, test.jsonl, intents.json")
     add(
         "--mode",
@@ -129,9 +130,12 @@ def check(config: Config) -> None:
     if not config.test_data_file and config.test_ratio == 0:
         problems.append("there is no --test_data_file and --test_ratio is 0; give one of the two")
     output = Path(config.output_dir)
-    for given in (config.data_file, config.test_data_file):
-        if given and any(files.real(Path(given)) == files.real(output / name) for name in OUTPUTS):
-            problems.append(f"{given} would be overwritten by its own result; move it out of --output_dir")
+    results = {files.real(output / name) for name in OUTPUTS}
+    given = [path for text in (config.data_file, config.test_data_file) if text for path in list_files(text)]
+    problems += [
+        f"{path} would be overwritten by its own result; move it out of --output_dir"
+        for path in given if files.real(path) in results
+    ]  # fmt: skip
     if config.model_name_or_path:
         model = Path(config.model_name_or_path)
         if not files.is_file(model / "config.json"):
@@ -231,23 +235,26 @@ def run(config: Config) -> dict[str, Any]:
     """Read, check, split, write; what was made, as printed."""
     # 1. read every record
     check(config)
-    data = read_data(Path(config.data_file), config.skip_bad_lines)
+    data = read_data(config.data_file, config.skip_bad_lines)
+    path, records = path_of([one.path for one in data]), [record for one in data for record in one.records]
     if not config.overwrite:
         prepared.complete(Path(config.output_dir))
         prepared.refuse_foreign(Path(config.output_dir))
-    made = {bool(record.messages) for record in data.records}
-    if len(made) > 1:
-        raise UserError(f"{data.path} mixes 'messages' with questions and intents; expected one of the two")
+    made, asked = ([e for e in examples_of(data) if bool(e.messages) == whole] for whole in (True, False))
+    if made and asked:
+        raise UserError(
+            f"{made[0].place} has 'messages' and {asked[0].place} a question with its intent; expected one of the two"
+        )
     none = wording_of(config.mode).none
-    language = language_of(data.records, none) if config.prompt_language == "auto" else config.prompt_language
-    wording = None if made == {True} else wording_of(config.mode, config.instruction, language)
-    own = {record.instruction for record in data.records} - {""}
+    language = language_of(records, none) if config.prompt_language == "auto" else config.prompt_language
+    wording = None if made else wording_of(config.mode, config.instruction, language)
+    own = {record.instruction for record in records} - {""}
     if own and not config.instruction and wording:
         log(f"the records' own instruction ({sorted(own)[0]!r}) is not used; --instruction sets another one")
     examples = without_conflicts(examples_of(data), config.skip_bad_lines)
-    intents, none_reply = collect_intents(data.records, none)
+    intents, none_reply = collect_intents(data, none)
     if len(intents) < 2:
-        raise UserError(f"{data.path} has {len(intents)} intent beside {none!r}; expected at least two to choose from")
+        raise UserError(f"{path} has {len(intents)} intent beside {none!r}; expected at least two to choose from")
     # 2. training and test
     tested = read_tests(config) if config.test_data_file else None
     lists = own_lists([*examples, *(tested or [])], intents, none)
@@ -255,7 +262,7 @@ def run(config: Config) -> dict[str, Any]:
         examples, test = split(examples, config.test_ratio, config.seed)
     else:
         test = check_known(tested, intents, none, config.skip_bad_lines)
-        examples = without_tests(examples, test, data.path)
+        examples = without_tests(examples, test)
     if not examples or not test:
         raise UserError(f"0 rows left for {'training' if not examples else 'the test'}; give more questions per intent")
     # 3. prompts
@@ -264,7 +271,7 @@ def run(config: Config) -> dict[str, Any]:
     recall: dict[str, Any] = {}
     if config.candidates != "all":
         if lists or not wording:
-            raise UserError(f"{data.path} brings its own candidates or prompts; leave --candidates out")
+            raise UserError(f"{path} brings its own candidates or prompts; leave --candidates out")
         from faq.retrieval import retrieve
 
         examples, test, catalog, recall = retrieve(config, examples, test, catalog)
@@ -287,7 +294,7 @@ def run(config: Config) -> dict[str, Any]:
 
 def read_tests(config: Config) -> list[Example]:
     """The examples of a given test file, which is not changed."""
-    tested = read_data(Path(config.test_data_file), config.skip_bad_lines)
+    tested = read_data(config.test_data_file, config.skip_bad_lines)
     return without_conflicts(examples_of(tested), config.skip_bad_lines, repeats_stay=True)
 
 

@@ -3,6 +3,7 @@
 #
 #   bash faq/prepare.sh --data_file my_faq.jsonl              into mnt/datasets
 #   bash faq/prepare.sh --data_file a.csv --test_data_file b.csv
+#   bash faq/prepare.sh --data_file 'a.csv,more/*.jsonl'     several files, of any shapes
 #
 # Prints what it made as one JSON object. A setting can be edited here, set in the environment or given as a flag.
 # shellcheck source=llmops/environment.sh
@@ -12,8 +13,8 @@ HERE=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
 
 # --- settings ----------------------------------------------------------------------------------------------------------
 MOUNT_PATH="${MOUNT_PATH:-$HERE/mnt}"           # folder with datasets/
-DATA_FILE="${DATA_FILE:-}"                      # questions with intents: JSON lines, a JSON array, or csv
-TEST_DATA_FILE="${TEST_DATA_FILE:-}"            # questions to test with; empty: a part of DATA_FILE
+DATA_FILE="${DATA_FILE:-}"                      # questions with intents: a file, several with commas, or a pattern
+TEST_DATA_FILE="${TEST_DATA_FILE:-}"            # questions to test with, named likewise; empty: a part of DATA_FILE
 OUTPUT_DIR="${OUTPUT_DIR:-}"                    # empty: MOUNT_PATH/datasets
 MODE="${MODE:-auto}"                            # prompt wording: a file of llmops/formats/templates
 MODEL_NAME_OR_PATH="${MODEL_NAME_OR_PATH:-}"    # base model; if given, the prompts' length is checked with it

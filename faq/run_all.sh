@@ -13,8 +13,8 @@ HERE=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
 # --- settings ----------------------------------------------------------------------------------------------------------
 CUDA_VISIBLE_DEVICES="${CUDA_VISIBLE_DEVICES:-}" # GPUs to use, such as 0,1; empty: all, or the CPU without any
 MOUNT_PATH="${MOUNT_PATH:-$HERE/mnt}"            # folder with the base model, datasets/ and output_path/
-DATA_FILE="${DATA_FILE:-}"                       # questions with intents: JSON lines, a JSON array, or csv
-TEST_DATA_FILE="${TEST_DATA_FILE:-}"             # questions to test with; empty: a part of DATA_FILE
+DATA_FILE="${DATA_FILE:-}"                       # questions with intents: a file, several with commas, or a pattern
+TEST_DATA_FILE="${TEST_DATA_FILE:-}"             # questions to test with, named likewise; empty: a part of DATA_FILE
 MODEL_NAME_OR_PATH="${MODEL_NAME_OR_PATH:-}"     # base model; empty: MOUNT_PATH/Llama-2-13b-chat-hf
 OUTPUT_PATH="${OUTPUT_PATH:-}"                   # empty: MOUNT_PATH/output_path
 MODE="${MODE:-auto}"                             # auto glm glm2 glm3 baichuan2_13b qwen1.5 llama2: llmops/formats/templates

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Load saved folders with the transformers and PEFT of 2024 and of today: same ids, same greedy tokens?
+# Load saved folders with the transformers and PEFT of 2024 and of today: same ids, same greedy tokens? A table.
 #   bash tests/loads_elsewhere.sh FOLDER...    folders with a whole model or an adapter (its base must load there, too)
 # PEER_PYTHON: a Python with those packages; without it an environment is made in bench/.work.
 set -euo pipefail
@@ -14,8 +14,4 @@ if [ -z "${PEER_PYTHON:-}" ]; then
     [ -x "$PEER_PYTHON" ] || "$PYTHON" -m venv "$HERE/bench/.work/2024"
     "$PEER_PYTHON" -m pip install --quiet --requirement "$HERE/bench/peers/requirements-2024.txt" >&2
 fi
-answers=$(mktemp -d)
-trap 'rm -rf -- "$answers"' EXIT
-"$PYTHON" "$HERE/tests/loads_elsewhere.py" answer "$answers/today.json" "$@" >&2
-"$PEER_PYTHON" "$HERE/tests/loads_elsewhere.py" answer "$answers/then.json" "$@" >&2
-"$PYTHON" "$HERE/tests/loads_elsewhere.py" compare "$answers/today.json" "$answers/then.json"
+exec "$PYTHON" "$HERE/tests/loads_elsewhere.py" "$PYTHON" "$PEER_PYTHON" "$@"

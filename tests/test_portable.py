@@ -10,12 +10,13 @@ from pathlib import Path
 
 import pytest
 from peft import LoraConfig
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer, StableLmConfig
 
 from llmops.models import portable
 from llmops.models.chat_model import ChatModel
 from llmops.models.checkpoints import Checkpoint
 
+PART = {"rope_type": "default", "rope_theta": 5e5, "partial_rotary_factor": 0.375}
 TEXTS = ["你好，世界！ Hello  world\n\n123", "<|im_start|>user\nhi<|im_end|>\n", "\t  多 个 空格"]
 
 
@@ -123,9 +124,15 @@ def test_a_model_is_asked_as_it_was_trained(checkpoints: dict[str, Path], tmp_pa
     ("rope", "scaling"),
     [
         ({"rope_type": "default", "rope_theta": 123456.0}, None),
+        ({"rope_type": "linear", "rope_theta": 5e5, "factor": 4.0}, {"type": "linear", "factor": 4.0}),
+        ({"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2}, {"type": "dynamic", "factor": 2.0}),
         (
-            {"rope_type": "linear", "rope_theta": 5e5, "factor": 4.0},
-            {"rope_type": "linear", "type": "linear", "factor": 4.0},
+            {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0, "original_max_position_embeddings": 4096},
+            {"type": "dynamic", "factor": 2.0},
+        ),
+        (
+            {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0, "original_max_position_embeddings": 77},
+            {"rope_type": "dynamic", "type": "dynamic", "factor": 2.0, "original_max_position_embeddings": 77},
         ),
         (
             {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
@@ -151,10 +158,22 @@ def test_the_config_has_both_spellings(base: Path, rope: dict[str, object], scal
     assert found["torch_dtype"] == found["dtype"]
     assert (found["use_cache"], found["seq_length"]) == (True, 77)
     read = AutoConfig.from_pretrained(folder)
-    assert {key: read.rope_parameters[key] for key in rope} == rope
-    assert {key: value for key, value in read.rope_parameters.items() if key != "type"} == expected.rope_parameters
+    said = {key: value for key, value in expected.rope_parameters.items() if value != expected.max_position_embeddings}
+    assert {key: value for key, value in read.rope_parameters.items() if key in expected.rope_parameters} == said
+    assert set(read.rope_parameters) <= {*expected.rope_parameters, "type"}
     assert (folder / "LICENSE.txt").read_text(encoding="utf-8") == "terms"
     assert (folder / "generation_config.json").read_bytes() == (base / "generation_config.json").read_bytes()
+
+
+def test_the_part_that_rotates_has_both_spellings() -> None:
+    """Inside rope_parameters today, beside rope_scaling before: a Phi or StableLM would be another model without it."""
+    config = portable.both_spellings(StableLmConfig(rope_parameters=PART).to_dict())
+    assert (config["partial_rotary_factor"], config["rope_theta"], config["rope_scaling"]) == (0.375, 5e5, None)
+    scaled = portable.both_spellings({"rope_parameters": PART | {"rope_type": "linear", "factor": 3.0}})
+    assert (scaled["partial_rotary_factor"], scaled["rope_scaling"]) == (0.375, {"type": "linear", "factor": 3.0})
+    for written, kind in ((config, "default"), (scaled, "linear")):
+        read = StableLmConfig.from_dict(written).rope_parameters
+        assert {key: read[key] for key in PART} | {"rope_type": read["rope_type"]} == PART | {"rope_type": kind}
 
 
 def test_an_adapter_names_only_what_it_uses(base: Path, tmp_path: Path) -> None:

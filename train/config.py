@@ -10,7 +10,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from llmops import files
 from llmops.console import to_bool
 from llmops.conversations import data_files
 from llmops.conversations.records import LEARN
@@ -225,8 +224,7 @@ class Config:
         """The held-out files; none when a part of the training data is held out."""
         if self.test_file:
             return data_files.list_files(self.test_file)
-        beside = self.train_files[0].with_name("test.jsonl")
-        return [beside] if files.is_file(beside) and beside not in self.train_files else []
+        return data_files.tests_beside(self.train_files)
 
 
 # Settings that may differ between two starts of the same run: they change neither what is learned nor in which order.

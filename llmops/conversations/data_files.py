@@ -97,9 +97,20 @@ def list_files(text: str) -> list[Path]:
     return list(dict.fromkeys(paths))
 
 
+def tests_beside(paths: Sequence[Path]) -> list[Path]:
+    """test.jsonl beside the first training file, where it is there and no training file itself."""
+    beside = paths[0].with_name("test.jsonl")
+    return [beside] if files.is_file(beside) and beside not in paths else []
+
+
 def name_of(paths: Sequence[Path]) -> str:
     """What messages call these files."""
     return paths[0].name + (f" and {len(paths) - 1} more" if len(paths) > 1 else "")
+
+
+def path_of(paths: Sequence[Path]) -> str:
+    """What errors call these files: a single one by its whole path."""
+    return str(paths[0]) if len(paths) == 1 else name_of(paths)
 
 
 def kind_of(path: Path) -> str:
@@ -349,7 +360,7 @@ def validate_files(paths: Sequence[Path], skip_bad_lines: bool = False) -> Found
 
 def judge(paths: Sequence[Path], found: Found, problems: Sequence[Problem], skip_bad_lines: bool) -> Found:
     """What was found, or the UserError for it."""
-    where = name_of(paths) if len(paths) > 1 else str(paths[0])
+    where = path_of(paths)
     if problems and not skip_bad_lines:
         raise problems_error(where, problems, found.good + found.bad)
     if not found.good:

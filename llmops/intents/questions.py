@@ -20,7 +20,7 @@ from typing import Any
 from llmops import files, json_text
 from llmops.console import UserError, run_main
 from llmops.conversations import shapes
-from llmops.conversations.data_files import kind_of, read_chunks, rows_of
+from llmops.conversations.data_files import kind_of, list_files, read_chunks, rows_of, tests_beside
 from llmops.conversations.records import BadRow, Message, Problem, problems_error
 
 LITERAL_LIMIT = 1 << 20  # characters of a list that is written as text
@@ -285,14 +285,29 @@ def first_text(raw: dict[str, Any], keys: tuple[str, ...]) -> str | None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """`python -m llmops.intents.questions FILE`: 0 for questions with intents, 3 for anything else, 2 with a sentence.
+    """`python -m llmops.intents.questions FILES`: 0 for questions with intents, 3 for anything else, 2 with a sentence.
 
-    chat_main.sh asks whether a file has to be prepared before it is learned. 1 is Python's own, for a crash.
+    chat_main.sh asks whether its training files have to be prepared before they are learned, and which test file is
+    beside them, which is printed. 1 is Python's own, for a crash.
     """
 
     def body() -> int:
-        path = Path((sys.argv[1:] if argv is None else argv)[0])
-        return 0 if files.is_file(path) and kind_of_data(path) == "raw" else OTHER_DATA
+        given = (sys.argv[1:] if argv is None else argv)[0]
+        try:
+            paths = list_files(given)
+        except UserError:  # the check of all settings says so, with what else is wrong
+            return OTHER_DATA
+        kinds = {path: kind_of_data(path) for path in paths if files.is_file(path)}
+        raw, prepared = ([path for path, kind in kinds.items() if kind == which] for which in ("raw", "prepared"))
+        if raw and prepared:
+            raise UserError(
+                f"{raw[0]} holds questions with intents and {prepared[0]} conversations; prepare the questions first "
+                "(faq/prepare.sh), or learn one of the two"
+            )
+        if not raw:
+            return OTHER_DATA
+        print(*tests_beside(paths), end="")
+        return 0
 
     return run_main(body)
 

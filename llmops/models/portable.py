@@ -25,6 +25,7 @@ CONFIG = "config.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"
 TEMPLATE = "chat_template.jinja"
 NEW_CLASS, OLD_CLASS = "TokenizersBackend", "PreTrainedTokenizerFast"  # one class under two names
+BESIDE_ROPE = ("rope_theta", "partial_rotary_factor")  # inside rope_parameters, beside rope_scaling before release 5
 # settings of LoRA that every release of PEFT knows; the others are written where they say something
 LORA_SETTINGS = (
     "auto_mapping", "base_model_name_or_path", "bias", "fan_in_fan_out", "inference_mode", "init_lora_weights",
@@ -133,11 +134,27 @@ def both_spellings(config: dict[str, Any]) -> dict[str, Any]:
         config["torch_dtype"] = config["dtype"]
     rope = config.get("rope_parameters")
     if isinstance(rope, dict) and "rope_theta" in rope:  # flat; layers of several kinds have no old spelling
-        config["rope_theta"] = rope["rope_theta"]
-        kind = rope.get("rope_type", "default")
-        scaling = {key: value for key, value in rope.items() if key != "rope_theta"} | {"type": kind}
-        config["rope_scaling"] = None if kind == "default" else scaling
+        config |= {key: rope[key] for key in BESIDE_ROPE if key in rope}
+        config["rope_scaling"] = old_scaling(rope, config.get("max_position_embeddings"))
     return config
+
+
+def old_scaling(rope: dict[str, Any], length: object) -> dict[str, Any] | None:
+    """`rope_scaling` of release 4; None where nothing is scaled.
+
+    Until release 4.42 `linear` and `dynamic` had to have `type` and `factor` and no other field. So what release 5 adds
+    to them is left out where it says nothing: the old name, and the model's own `length` as that before scaling.
+    """
+    kind = rope.get("rope_type", "default")
+    if kind == "default":
+        return None
+    scaling = {key: value for key, value in rope.items() if key not in BESIDE_ROPE} | {"type": kind}
+    told = {key: value for key, value in scaling.items() if key != "rope_type"}
+    if told.get("original_max_position_embeddings") == length:
+        told.pop("original_max_position_embeddings", None)
+    if kind in ("linear", "dynamic") and set(told) == {"type", "factor"}:
+        return {"type": kind, "factor": float(told["factor"])}
+    return scaling
 
 
 def write_adapter_config(folder: Path) -> None:
