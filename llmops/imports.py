@@ -14,10 +14,10 @@ def quick_imports(*unused: str) -> Iterator[None]:
 
     A million objects come with the libraries and stay. Python would walk over them again and again on the way, which
     takes an eighth of the time, and at every full collection afterwards: they are frozen (gc.freeze). `unused` are
-    packages that a library imports wherever it finds them; whoever asks for one after the block gets it. One that is
-    there already stays, as do all where transformers is, which looks once for what is installed.
+    packages that a library imports wherever it finds them; whoever asks for one after the block gets it, and one that
+    is there already stays.
     """
-    hidden = [] if "transformers" in sys.modules else [name for name in unused if name not in sys.modules]
+    hidden = [name for name in unused if name not in sys.modules]
     enabled, before = gc.isenabled(), len(sys.modules)
     sys.modules.update(dict.fromkeys(hidden))  # type: ignore[arg-type] # None: an import of it raises ImportError
     gc.disable()

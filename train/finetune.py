@@ -59,6 +59,11 @@ def check(config: Config) -> int:
     return 0
 
 
+def unused() -> Sequence[str]:
+    """What the libraries shall not import. None where transformers is, which looks once for what is installed."""
+    return () if "transformers" in sys.modules else UNUSED
+
+
 def run(config: Config) -> dict[str, Any]:
     """Train as configured; the results that train_results.json holds. Runs in every process."""
     # 1. who am I, is there something to do
@@ -76,7 +81,7 @@ def run(config: Config) -> dict[str, Any]:
         return results
     # 2. from here on the heavy libraries; with DeepSpeed's, torch takes a GPU for usable that its driver is too old for
     devices.check_gpu()
-    with quick_imports(*UNUSED):
+    with quick_imports(*unused()):
         from train import faults, held_out, outcome, session
 
     with OutputFolder(config, rank), watch_launcher(), Peers(REMAINS) as peers:
@@ -105,7 +110,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             if config.dry_run:
                 devices.prepare_process(os.environ)
                 devices.check_gpu()
-                with quick_imports(*UNUSED):
+                with quick_imports(*unused()):
                     from train import dry_run
 
                 dry_run.run(config)
