@@ -17,6 +17,7 @@ from eval.rendering import Renderer
 from eval.samples import Answer, Sample
 from eval.thoughts import OPEN, after_thought, in_thought, told
 from llmops.console import UserError, check_packages, has_gpu, log, progress
+from llmops.imports import quick_imports
 from llmops.machine import cpu_kernels, devices
 from llmops.machine.kept import Record, fingerprint
 from llmops.machine.locks import EVALUATION, lock
@@ -104,7 +105,9 @@ class Engine:
     def __init__(self, settings: Settings, processes: Processes) -> None:
         checkpoint = check(settings)
         devices.tune_cpu()
-        import transformers
+        with quick_imports():
+            import torch  # noqa: F401
+            import transformers
 
         transformers.logging.set_verbosity_error()
         transformers.logging.disable_progress_bar()

@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
 from typing import Any
 
+from llmops.imports import quick_imports
+
 # what is written without blanks between words: CJK ideographs, kana, full-width forms, CJK punctuation. Together with
 # the general punctuation this is what sacrebleu's `zh` takes apart (its own tables reach further by a quirk)
 CJK = (
@@ -76,7 +78,15 @@ def bleu(prediction: str, references: Sequence[str]) -> float:
     return _bleu(bleu_tokens(prediction), [bleu_tokens(reference) for reference in references])
 
 
+@lru_cache(maxsize=1)
+def _import_nltk() -> None:
+    """Import nltk, which rouge_score does, too, without the classifiers that it would import: over a second."""
+    with quick_imports("sklearn", "scipy"):
+        import nltk  # noqa: F401
+
+
 def _bleu(predicted: list[str], references: list[list[str]]) -> float:
+    _import_nltk()
     from nltk.translate.bleu_score import SmoothingFunction, sentence_bleu
 
     if not predicted:
@@ -138,6 +148,7 @@ class WordTokenizer:
 
 @lru_cache(maxsize=1)
 def _rouge_scorer() -> Any:
+    _import_nltk()
     from rouge_score.rouge_scorer import RougeScorer
 
     return RougeScorer(["rouge1", "rouge2", "rougeL"], tokenizer=WordTokenizer())
@@ -221,6 +232,7 @@ def cmrc_tokens(text: str) -> list[str]:
     The script's sentence splitter, which needs a download, is left out: it only matters inside a run of several
     English sentences.
     """
+    _import_nltk()
     from nltk.tokenize import NLTKWordTokenizer
 
     kept = "".join(c for c in text.lower().strip() if c not in CMRC_DROPPED)

@@ -21,6 +21,7 @@ from llmops import files, json_text
 from llmops.console import Parser, UserError, log, progress, run_main, stdout_to_stderr, to_bool, write_stdout
 from llmops.conversations.records import Message
 from llmops.formats.families import families
+from llmops.imports import quick_imports
 from llmops.intents.catalog import Catalog, load_catalog
 from llmops.intents.prediction import candidate_tokens, decide, prediction, top_prediction
 from llmops.intents.questions import INTENTS_NAME, FaqRecord, read_faq, refuse_unfinished
@@ -292,7 +293,9 @@ def open_all(config: Config, processes: Processes) -> tuple[Opened, "Joint | Non
     joint = read_joint(config, catalog) if processes.first else None
     # 2. from here on the heavy libraries
     devices.tune_cpu()
-    import transformers
+    with quick_imports():
+        import torch  # noqa: F401
+        import transformers
 
     device = devices.choose_device(0, processes)
     transformers.logging.set_verbosity_error()

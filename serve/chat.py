@@ -18,6 +18,7 @@ sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from llmops.console import Parser, UserError, log, run_main, stdout_to_stderr, to_bool
 from llmops.conversations.records import Message
+from llmops.imports import quick_imports
 from llmops.machine import devices
 from serve.answers import ApiError
 from serve.settings import Limits, add_model_settings, check_model
@@ -148,7 +149,8 @@ def run(given: argparse.Namespace) -> int:
         raise UserError("--model_name_or_path is none; expected a model's folder")
     devices.tune_cpu()
     with stdout_to_stderr():
-        from serve.model.service import open_service
+        with quick_imports():
+            from serve.model.service import open_service
 
         service = open_service(settings, Limits(rows=2, tokens=given.max_new_tokens), Path(os.devnull))
     if given.compare and len(service.names) == 1:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from llmops.console import log, print_json, run_main, stdout_to_stderr
+from llmops.imports import quick_imports
 from llmops.machine import devices
 from serve.settings import Settings, read_settings
 
@@ -25,7 +26,8 @@ def open_model(settings: Settings) -> "Service | None":
         return None
     devices.tune_cpu()
     with stdout_to_stderr():
-        from serve.model.service import open_service
+        with quick_imports():
+            from serve.model.service import open_service
 
         return open_service(settings.model, settings.limits, settings.feedback)
 

@@ -18,14 +18,19 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 os.environ["DS_ACCELERATOR"] = "cpu"
 
-import matplotlib.pyplot  # noqa: F401 - imported once, before the processes are forked
-import peft  # noqa: F401
-from deepspeed.runtime.zero.muon import original_muon  # noqa: F401 - what takes longest of DeepSpeed's first start
-from transformers import LlamaForCausalLM, PreTrainedTokenizerFast  # noqa: F401
-
+from llmops.imports import quick_imports
 from llmops.machine.process_group import free_port
-from train import finetune, session
-from train.shards import Shards
+from train import finetune
+
+with quick_imports(*finetune.UNUSED):  # once, before the processes are forked
+    import matplotlib.pyplot  # noqa: F401
+    import peft  # noqa: F401
+    from transformers import LlamaForCausalLM, PreTrainedTokenizerFast  # noqa: F401
+
+    from train import muon, session
+    from train.shards import Shards
+
+    muon.compile_late()
 
 
 def preempted(step: int) -> None:

@@ -41,6 +41,18 @@ def run(folder: Path, argv: list[str], world: int, stop: int = 0, killed: bool =
     return {"argv": argv, "world": world, "stop": stop, "killed": killed, "log": f"{folder}.err"}
 
 
+def drive(folder: Path, runs: list[dict[str, Any]], ends: list[list[int]]) -> None:
+    """Run these one after the other by tests/elastic_driver.py; `ends`: their processes' exit codes."""
+    (folder / "runs.json").write_text(json.dumps(runs))
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "tests" / "elastic_driver.py"), str(folder / "runs.json")], env=environment(),
+        stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=280, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    for codes, expected, one in zip(json.loads(done.stdout), ends, runs, strict=True):
+        assert codes == expected, (one, Path(one["log"]).read_text()[-4000:])
+
+
 @pytest.fixture(scope="module")
 def driven(tmp_path_factory: pytest.TempPathFactory, conversations: list[Messages]) -> Path:
     """A folder with each way's run of one process that nobody disturbs, and its run that is taken back three times.
@@ -73,14 +85,7 @@ def driven(tmp_path_factory: pytest.TempPathFactory, conversations: list[Message
         way = [*common, "--zero_stage", "2", "--train_type", "all", *more]
         runs.append(run(folder / "stages", way, world, stop))
         ends.append([143 if stop else 0] * world)
-    (folder / "runs.json").write_text(json.dumps(runs))
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "tests" / "elastic_driver.py"), str(folder / "runs.json")], env=environment(),
-        stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=280, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    for codes, expected, one in zip(json.loads(done.stdout), ends, runs, strict=True):
-        assert codes == expected, (one, Path(one["log"]).read_text()[-4000:])
+    drive(folder, runs, ends)
     return folder
 
 

@@ -14,6 +14,7 @@ import torch
 from conftest import FAST, ROOT, chat_main, environment, read_log, read_messages, train_losses
 from mlflow import MlflowClient
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from test_elastic import drive, run
 
 from llmops.models.chat_model import ChatModel
 from llmops.models.checkpoints import Checkpoint
@@ -24,13 +25,6 @@ from train.token_cache import load_or_encode
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 SAME_STEP = ("--per_device_train_batch_size", "2", "--num_train_epochs", "2")
-
-
-def losses(run: Run, output: Path, *arguments: str, **options: str) -> list[float]:
-    """The training losses of a run that must succeed."""
-    done = run("--output_path", str(output), *arguments, **options)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return list(train_losses(output).values())
 
 
 def eval_loss_of(folder: Path, data: Path, base: Path) -> float:
@@ -101,23 +95,24 @@ def test_a_run_leaves_what_it_promises(
 
 
 def test_processes_accumulation_packing_and_nodes_give_the_same_losses(
-    train_run: Run, small_data: Path, tmp_path: Path, checkpoints: dict[str, Path]
+    small_data: Path, tmp_path: Path, checkpoints: dict[str, Path]
 ) -> None:
     """One process with four micro-batches, two with two, padded instead of packed, two nodes of one process each."""
-    expected = losses(train_run, tmp_path / "one", *SAME_STEP, "--gradient_accumulation_steps", "4")
-    two = losses(train_run, tmp_path / "two", *SAME_STEP, "--gradient_accumulation_steps", "2", "--num_processes", "2")
-    padded = losses(
-        train_run, tmp_path / "padded", *SAME_STEP, "--gradient_accumulation_steps", "4", "--packing", "false",
-        "--per_device_train_batch_size", "24", "--gradient_accumulation_steps", "1",
-    )  # fmt: skip
-    packed = losses(
-        train_run,
-        tmp_path / "packed",
-        *SAME_STEP,
-        "--per_device_train_batch_size",
-        "24",
-        "--gradient_accumulation_steps",
-        "1",
+    data = small_data / "datasets"
+    common = [
+        "--train_file", str(data / "train.jsonl"), "--test_file", str(data / "test.jsonl"),
+        "--model_name_or_path", str(checkpoints["llama"]), *FAST, *SAME_STEP,
+    ]  # fmt: skip
+    at_once = ["--per_device_train_batch_size", "24", "--gradient_accumulation_steps", "1"]
+    runs = [
+        run(tmp_path / "one", [*common, "--gradient_accumulation_steps", "4"], 1),
+        run(tmp_path / "two", [*common, "--gradient_accumulation_steps", "2"], 2),
+        run(tmp_path / "padded", [*common, *at_once, "--packing", "false"], 1),
+        run(tmp_path / "packed", [*common, *at_once], 1),
+    ]
+    drive(tmp_path, runs, [[0] * one["world"] for one in runs])
+    expected, two, padded, packed = (
+        list(train_losses(tmp_path / name).values()) for name in ("one", "two", "padded", "packed")
     )
     assert len(expected) == 6
     assert two == pytest.approx(expected, rel=1e-4)
@@ -125,13 +120,13 @@ def test_processes_accumulation_packing_and_nodes_give_the_same_losses(
 
     hostfile = tmp_path / "hostfile"
     hostfile.write_text("node-a slots=1\nnode-b slots=1\n")
-    common = [
+    shared = [
         "--mount_path", str(small_data), "--model_name_or_path", str(checkpoints["llama"]), *FAST, *SAME_STEP,
         "--gradient_accumulation_steps", "2", "--output_path", str(tmp_path / "nodes"), "--hostfile", str(hostfile),
         "--no_ssh", "true", "--master_addr", "127.0.0.1", "--master_port", "29611",
     ]  # fmt: skip
     nodes = [
-        subprocess.Popen(["bash", str(ROOT / "chat_main.sh"), *common, "--node_rank", str(rank)], env=environment(),
+        subprocess.Popen(["bash", str(ROOT / "chat_main.sh"), *shared, "--node_rank", str(rank)], env=environment(),
                          stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
         for rank in (0, 1)
     ]  # fmt: skip
@@ -301,7 +296,8 @@ def test_dry_run_shows_what_is_learned(train_run: Run, small_data: Path) -> None
     ]
     assert f"⟦{first[-1]['content']}<|im_end|>⟧" in done.stderr
     assert "1 of the 4 conversations of every step are general ones (100 of replay.jsonl" in done.stderr
-    for phrase in ("tokens per conversation", "memory per process", "time: 16 steps of 4", "nothing was trained"):
+    few = "warning: 16 optimizer steps will hardly change what the model answers; without --num_train_epochs there are"
+    for phrase in ("tokens per conversation", "memory per process", "time: 16 steps of 4", "nothing was trained", few):
         assert phrase in done.stderr
     assert not (small_data / "output_path" / "log.txt").exists()
 
@@ -322,10 +318,3 @@ def test_held_out_part_and_skipped_lines(train_run: Run, small_data: Path, check
     assert all(messages in read_messages(train) for messages in held)
     found = eval_loss_of(small_data / "output_path", small_data / "output_path" / "held_out.jsonl", model)
     assert found == pytest.approx(results["eval_loss"], rel=1e-4)
-
-
-def test_a_run_of_few_steps_is_warned_about(train_run: Run, small_data: Path) -> None:
-    settings = ("--num_train_epochs", "1", "--dry_run", "true")
-    said = "warning: 6 optimizer steps will hardly change what the model answers; without --num_train_epochs there are"
-    assert said in train_run(*settings).stderr
-    assert "optimizer step" not in train_run(*settings, "--num_train_epochs", "4").stderr

@@ -6,8 +6,7 @@ python train/finetune.py --check ...   settings, paths and data only; needs no t
 
 import os
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from llmops import files
 from llmops.console import log, run_main, stdout_to_stderr
 from llmops.conversations import data_files
+from llmops.imports import quick_imports
 from llmops.intents.questions import INTENTS_NAME, refuse_exported, refuse_unfinished
 from llmops.machine import devices, process_group
 from llmops.machine.peers import Peers, watch_launcher
@@ -26,6 +26,8 @@ from train.run_folder import OutputFolder, earlier_run, say_finished
 
 PLACE = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}  # of this process, as the launcher tells it
 REMAINS = "the checkpoints saved before are whole"
+# what DeepSpeed's autotuner, the Trainer's `datasets` and detection losses import, a second and a half of every start
+UNUSED = ("mlflow", "datasets", "scipy")
 EXIT_FINISHED = 10  # of --check: the run is finished
 
 
@@ -57,20 +59,9 @@ def check(config: Config) -> int:
     return 0
 
 
-@contextmanager
-def without_mlflow() -> Iterator[None]:
-    """Within the block mlflow counts as not installed: DeepSpeed imports it for its autotuner, which is not used here.
-
-    It takes over a second of every start; a tracker that was asked for imports it later.
-    """
-    if "mlflow" in sys.modules:
-        yield
-        return
-    sys.modules["mlflow"] = None  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        del sys.modules["mlflow"]
+def unused() -> Sequence[str]:
+    """What the libraries shall not import. None where transformers is, which looks once for what is installed."""
+    return () if "transformers" in sys.modules else UNUSED
 
 
 def run(config: Config) -> dict[str, Any]:
@@ -90,7 +81,7 @@ def run(config: Config) -> dict[str, Any]:
         return results
     # 2. from here on the heavy libraries; with DeepSpeed's, torch takes a GPU for usable that its driver is too old for
     devices.check_gpu()
-    with without_mlflow():
+    with quick_imports(*unused()):
         from train import faults, held_out, outcome, session
 
     with OutputFolder(config, rank), watch_launcher(), Peers(REMAINS) as peers:
@@ -119,7 +110,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             if config.dry_run:
                 devices.prepare_process(os.environ)
                 devices.check_gpu()
-                with without_mlflow():
+                with quick_imports(*unused()):
                     from train import dry_run
 
                 dry_run.run(config)

@@ -27,7 +27,7 @@ from llmops.machine import cpu_kernels, devices, process_group
 from llmops.machine.peers import Peers
 from llmops.models.chat_model import ChatModel
 from llmops.models.checkpoints import Checkpoint
-from train import attention, checkpointing, elastic, states
+from train import attention, checkpointing, elastic, muon, states
 from train.batches import PackedCollator, PaddedCollator, cross_entropy_name, why_no_loss_kernel
 from train.choices import Choices, resolve
 from train.config import Config
@@ -133,6 +133,7 @@ def join_processes() -> torch.device:
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
+    muon.compile_late()
     # the Trainer's ddp_timeout comes too late for this group
     with process_group.meeting():
         deepspeed.init_distributed(timeout=LONGEST_WAIT, init_method=process_group.init_method())

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from llmops.console import RunStopped, UserError, log, progress
 from llmops.embedding.folder import COPY, LIBRARY, ModelFolder
+from llmops.imports import quick_imports
 from llmops.loading import loading
 from llmops.machine import cpu_kernels
 
@@ -140,7 +141,8 @@ def load_model(
 
     Nothing is downloaded, and code that the folder brings runs only when it is trusted.
     """
-    from sentence_transformers import SentenceTransformer
+    with quick_imports():
+        from sentence_transformers import SentenceTransformer
     from sentence_transformers.base.modules import Transformer
     from sentence_transformers.sentence_transformer.modules import Pooling
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, cast
 from llmops import files
 from llmops.console import UserError, log
 from llmops.formats.chat_format import THINKING, ChatFormat
+from llmops.imports import quick_imports
 from llmops.loading import loading
 from llmops.machine import cpu_kernels
 from llmops.models.checkpoints import COPY, Checkpoint, check_files, recorded_thinking
@@ -147,7 +148,8 @@ class ChatModel:
 
 def load_tokenizer(checkpoint: Checkpoint) -> "PreTrainedTokenizerBase":
     """The tokenizer of a checkpoint folder, with a padding token."""
-    from transformers import AutoTokenizer
+    with quick_imports():
+        from transformers import AutoTokenizer
 
     folder, trusted = checkpoint.folder, checkpoint.trust_remote_code
     checkpoint.check_trust()
@@ -172,7 +174,8 @@ def load_tokenizer(checkpoint: Checkpoint) -> "PreTrainedTokenizerBase":
 
 def causal_class(checkpoint: Checkpoint) -> Any:
     """The Auto class for the causal model of a folder; what the folder's own classes lack is put right before."""
-    from transformers import AutoModelForCausalLM
+    with quick_imports():
+        from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel  # noqa: F401
 
     checkpoint.check_trust()
     if not checkpoint.trust_remote_code:

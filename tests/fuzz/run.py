@@ -8,6 +8,7 @@ sentence of ours; when nothing is left that the command should not write; when i
 
 import argparse
 import faulthandler
+import gc
 import json
 import os
 import resource
@@ -20,6 +21,7 @@ import time
 import traceback
 from collections import Counter, defaultdict
 from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
 from random import Random
 
@@ -37,6 +39,15 @@ from fuzz.subjects import Subject
 
 STARTED = time.monotonic()
 MEMORY = 8 << 30
+LIGHT = (
+    "eval.diagnosis.explain", "eval.diagnosis.plot", "eval.diagnosis.watch", "matplotlib.pyplot", "scipy.optimize",
+    "scipy.stats", "sklearn.linear_model", "sklearn.metrics", "sklearn.model_selection",
+)  # fmt: skip
+HEAVY = (
+    "transformers.models.auto.modeling_auto", "transformers.models.bert.modeling_bert",
+    "transformers.models.llama.modeling_llama", "train.dry_run", "train.session", "llmops.formats.template_limits",
+    "llmops.generation.generator", "peft", "rouge_score.rouge_scorer", "sentence_transformers",
+)  # fmt: skip
 
 # --- a case
 
@@ -224,19 +235,12 @@ def build_parser() -> argparse.ArgumentParser:
 def preload(heavy: bool) -> None:
     """Import what the commands would import, once for all cases; no threads are started."""
     subjects.commands()
-    from eval.diagnosis import explain, plot, watch  # noqa: F401
     from llmops import pictures
 
     pictures.prepare_labels(["x"])
-    import matplotlib.pyplot  # noqa: F401
-
-    if heavy:
-        import transformers.models.auto.modeling_auto
-        import transformers.models.bert.modeling_bert
-        import transformers.models.llama.modeling_llama  # noqa: F401
-
-        import train.dry_run
-        import train.session  # noqa: F401
+    for name in (*LIGHT, *(HEAVY if heavy else ())):
+        import_module(name)
+    gc.freeze()  # no case looks through what was imported, whose pages would be copied
 
 
 def main() -> int:
