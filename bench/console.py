@@ -4,6 +4,9 @@ Every page is opened in a new browser context (nothing is in its cache) --times 
 `painted` the browser's first contentful paint, `there` until the numbers that the page fetches itself are shown,
 `longest_task` the longest piece of work of the page's own thread while it is used as people do (scrolled, marked, the
 scale switched, the curve zoomed and hovered): an input waits no longer than that. Browser and server share the machine.
+
+With --training CHECKPOINT it measures instead what the console costs a run beside it: one training of equal steps, and
+beside it in turns no console, and a console that is asked as two open pages ask it (a browser is usually elsewhere).
 """
 
 import argparse
@@ -15,10 +18,15 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
+import time
+import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlencode
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
@@ -132,6 +140,81 @@ def measure(browser: Any, url: str, path: str, there: str, use: Callable[[Any], 
         context.close()
 
 
+def rounded(value: Any) -> Any:
+    """A number, or each of a list, to four places."""
+    return [rounded(one) for one in value] if isinstance(value, list) else round(value, 4)
+
+
+def until(condition: Callable[[], bool], process: "subprocess.Popen[bytes]") -> None:
+    """Wait for something that a process brings about. Raises UserError if it ends before."""
+    while not condition():
+        if process.poll() is not None:
+            raise UserError("the training ended early; what it said stands above")
+        time.sleep(0.1)
+
+
+def ask_as_pages(url: str, run: str, ended: threading.Event) -> None:
+    """What the list of runs and a run's page ask for while a run is live, every two seconds."""
+    asked = ("/console/api/runs", f"/console/api/run?run={run}", f"/console/api/diagnosis?run={run}")
+    offset, identity = 0, ""
+    while not ended.wait(2):
+        log_of = "/console/api/log?" + urlencode({"run": run, "offset": offset, "identity": identity})
+        for path in (*asked, log_of):
+            request = urllib.request.Request(url + path, headers={"authorization": f"Bearer {TOKEN}"})
+            with urllib.request.urlopen(request, timeout=60) as answer:
+                found = json.load(answer)
+        offset, identity = found["offset"], found["identity"]
+
+
+def cost(checkpoint: Path, seconds: int, turns: int) -> dict[str, Any]:
+    """Median seconds of a step without and with the console beside it, and the median of the turns' ratios."""
+    with tempfile.TemporaryDirectory() as folder:
+        mount, run = Path(folder, "mnt"), Path(folder, "mnt", "output_path")
+        files.make_folder(mount / "datasets", "the data's folder")
+        talk = [{"role": "user", "content": "What is bread made of?"}, {"role": "assistant", "content": "Flour. " * 40}]
+        files.write_text(mount / "datasets" / "train.jsonl", (json.dumps({"messages": talk}) + "\n") * 400)
+        command = [
+            "bash", str(HERE.parent / "chat_main.sh"), "--mount_path", str(mount), "--model_name_or_path",
+            str(checkpoint), "--num_train_epochs", "1000", "--per_device_train_batch_size", "1",
+            "--gradient_accumulation_steps", "1", "--logging_steps", "1", "--tensorboard", "false",
+        ]  # fmt: skip
+        process = subprocess.Popen(command, stdout=sys.stderr)
+
+        def steps() -> list[float]:
+            lines = (run / "log.txt").read_text(encoding="utf-8").splitlines() if (run / "log.txt").is_file() else []
+            return [row["elapsed"] for row in map(json.loads, lines) if "loss" in row]
+
+        def turn(name: str) -> float:
+            first = len(steps())
+            time.sleep(seconds)
+            until(lambda: len(steps()) > first + 2, process)
+            times = steps()[first:]
+            found = statistics.median(b - a for a, b in pairwise(times))
+            log(f"{name}: {found:.3f} s a step, median of {len(times) - 1}")
+            return found
+
+        try:
+            until(lambda: len(steps()) > 5, process)
+            alone, beside = [], []
+            for _ in range(turns):
+                alone.append(turn("alone"))
+                with console(mount) as url:
+                    ended = threading.Event()
+                    pages = threading.Thread(target=ask_as_pages, args=(url, "output_path", ended))
+                    pages.start()
+                    beside.append(turn("with the console"))
+                    ended.set()
+                    pages.join()
+            alone.append(turn("alone"))
+            around = [(before + after) / 2 for before, after in pairwise(alone)]
+            ratios = [with_it / without for with_it, without in zip(beside, around, strict=True)]
+            told = {"alone": statistics.median(alone), "beside": statistics.median(beside)}
+            return told | {"ratio": statistics.median(ratios), "ratios": ratios}
+        finally:
+            process.terminate()
+            process.wait(120)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Make the runs, visit the pages, print one JSON object."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
@@ -139,8 +222,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=10_000, help="steps of the longest one; the others have 100")
     parser.add_argument("--times", type=int, default=5, help="visits of each page")
 
+    parser.add_argument("--training", type=Path, help="measure what the console costs a training of this checkpoint")
+    parser.add_argument("--seconds", type=int, default=30, help="with --training: of each turn")
+
     def body() -> int:
         given = parser.parse_args(argv)
+        if given.training:
+            found = cost(given.training, given.seconds, given.times)
+            print(json.dumps({key: rounded(value) for key, value in found.items()}, indent=2))
+            return 0
         from playwright.sync_api import sync_playwright
 
         chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), "")

@@ -1,4 +1,4 @@
-"""The weights of model and linear classifier together.
+"""The weights of model and linear classifier together, and the offset of the none answer.
 
 They are fitted on one half of the questions and judged on the other, both ways; those on all questions are kept.
 """
@@ -14,7 +14,11 @@ if TYPE_CHECKING:
 
 
 def fit(logs: "np.ndarray", truth: "np.ndarray") -> "np.ndarray":
-    """The weights (2,), 0 or more, with the least log loss; `truth` (n,): the true class, -1 for none of them."""
+    """The weights with the least log loss: of model and classifier, 0 or more, and the none answer's offset.
+
+    `logs` (3, n, classes); `truth` (n,): the true class, -1 for none of the classes. The offset is 0 where no question
+    has the none answer: how often it comes in use cannot be told from these.
+    """
     import numpy as np
     from scipy.optimize import minimize
 
@@ -24,7 +28,9 @@ def fit(logs: "np.ndarray", truth: "np.ndarray") -> "np.ndarray":
     def loss(weights: "np.ndarray") -> float:
         return float(-np.log(np.maximum(FLOOR, probabilities(weights, logs[:, known])[rows, truth[known]])).mean())
 
-    return minimize(loss, np.ones(2), method="L-BFGS-B", bounds=[(0, 10), (0, 10)]).x
+    with_none = bool(logs[2, known][rows, truth[known]].any())
+    bounds = [(0, 10), (0, 10), (-10, 10) if with_none else (0, 0)]
+    return minimize(loss, [1.0, 1.0, 0.0], method="L-BFGS-B", bounds=bounds).x
 
 
 def join(

@@ -292,11 +292,12 @@ def compare(
     alone = [row for row in rows if "probability" in row and row.get("constrained", True) and "model_intent" not in row]
     if len(alone) == len(rows) and linear and linear.values is not None and len(rows) >= FEWEST_JUDGED:
         from faq.joined import join
+        from llmops.intents.joined import NONE_OFFSET
 
         ways[JOINED], weights, answers = join(unthresholded(rows), linear.values, classifiers.classes, catalog.none)
         found = score(ways[JOINED], catalog.none)
         kept = {key: found[key] for key in FIGURES}
-        compared["joined"] = {"weights": {"model": weights[0], "linear": weights[1]}} | kept
+        compared["joined"] = {"weights": dict(zip(("model", "linear", NONE_OFFSET), weights, strict=True))} | kept
         compared["joined"] |= {"inputs": classifiers.inputs.shape[1], "learned": classifiers.digest}
     judged = (unthresholded(rows), ways.get(JOINED, []))  # as the classifiers: no threshold for precision is theirs
     right, together = ([row["intent"] == row["reference"] for row in found] for found in judged)

@@ -38,7 +38,7 @@ def test_two_classifiers_that_know_different_things_are_better_together() -> Non
     right = np.mean([row["intent"] == row["reference"] for row in both])
     assert right > max((linear.argmax(1) == truth).mean(), np.mean([r["intent"] == r["reference"] for r in rows]))
     assert right > 0.95
-    assert min(weights) > 0.1
+    assert min(weights[:2]) > 0.1
     logs, names = logs_of(rows, linear, classes, "5")  # by the weights as they are kept
     by_hand = probabilities(np.array(weights), logs)
     assert [row["intent"] for row in again] == [names[k] for k in by_hand.argmax(1)]
@@ -47,6 +47,33 @@ def test_two_classifiers_that_know_different_things_are_better_together() -> Non
     assert join(noise, linear, classes, "5")[1][0] < 0.05
     linear[:, 0] = -1  # a candidate that is in no list is not answered
     assert "0" not in {row["intent"] for row in join(rows, linear, classes, "5")[0]}
+
+
+def test_the_none_answer_is_as_frequent_as_in_the_test() -> None:
+    """A classifier that learned from 10% without an intent, asked 50%: by Bayes' rule its odds grow 9 times."""
+    draw = np.random.default_rng(0)
+    truth = draw.integers(0, 2, 4000)  # 1: no intent
+    seen = draw.normal(2.0 * truth)
+    odds = np.exp(2.0 * seen - 2.0) / 9  # of the two densities, times the odds of training
+    linear = np.stack([1 / (1 + odds), odds / (1 + odds)], 1)
+    names = ["a", "none"]
+    rows = [
+        {
+            "intent": "a",
+            "reference": names[k],
+            "probability": 0.5,
+            "runner_up": {"intent": "none", "probability": 0.5},
+        }
+        for k in truth
+    ]
+    both, (_, weight, offset), _ = join(rows, linear, names, "none")
+    assert weight == pytest.approx(1, abs=0.1)
+    assert offset == pytest.approx(np.log(9), abs=0.2)
+    right = np.mean([row["intent"] == row["reference"] for row in both])
+    assert right == pytest.approx(0.841, abs=0.02)  # the normal distribution at 1: nobody can do better
+    assert right > np.mean(linear.argmax(1) == truth) + 0.05
+    known = truth == 0  # where nothing is asked that has no intent, nothing is known of how often that comes
+    assert join([row for row, one in zip(rows, known, strict=True) if one], linear[known], names, "none")[1][2] == 0
 
 
 def test_both_together_are_advised_when_they_are_better_than_each() -> None:

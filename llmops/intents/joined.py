@@ -1,5 +1,6 @@
 """The tuned model and the linear classifier as one: their log probabilities, weighted and added (a conditional logit).
 
+The none answer has an offset of its own: how often questions have no intent is another thing in use than in training.
 Where a row has the probabilities of all its candidates they count; else what best answer and runner-up leave is shared
 evenly by the others. faq/score fits the two weights and keeps them in intents.json.
 """
@@ -16,6 +17,8 @@ from llmops.intents.retrieval import FLOOR, ROWS_AT_ONCE, Features
 if TYPE_CHECKING:
     import numpy as np
 
+NONE_OFFSET = "none"  # its name beside `model` and `linear`; of files from before it is 0
+
 
 class Joint:
     """The linear classifier beside a model, with the weights of both that the catalog keeps."""
@@ -23,7 +26,7 @@ class Joint:
     def __init__(self, classifiers: Classifiers) -> None:
         self.classifiers, self.fitted = classifiers, classifiers.fit()
         catalog = classifiers.catalog
-        self.weights = [catalog.decision["model"], catalog.decision["linear"]]
+        self.weights = [catalog.decision["model"], catalog.decision["linear"], catalog.decision.get(NONE_OFFSET, 0.0)]
 
     def values(self, questions: Sequence[str], catalog: Catalog, variants: Sequence[int | None]) -> "np.ndarray":
         """The classifier's probabilities (n, classes), -1 where a question's candidate list lacks the intent."""
@@ -93,7 +96,7 @@ def log_of_model(rows: Sequence[dict[str, Any]], classes: Sequence[str]) -> "np.
 
 
 def probabilities(weights: "np.ndarray", logs: "np.ndarray") -> "np.ndarray":
-    """Joined probabilities (n, classes); `logs` (2, n, classes)."""
+    """Joined probabilities (n, classes); `logs` (3, n, classes), `weights` of the three."""
     import numpy as np
 
     added = np.tensordot(weights, logs, 1)
@@ -104,7 +107,7 @@ def probabilities(weights: "np.ndarray", logs: "np.ndarray") -> "np.ndarray":
 def logs_of(
     rows: Sequence[dict[str, Any]], linear: "np.ndarray", classes: Sequence[str], none: str
 ) -> "tuple[np.ndarray, list[str]]":
-    """(log probabilities (2, n, classes) of model and classifier, the classes with the none answer among them).
+    """(log probabilities of model and classifier, 1 for the none answer and 0 for others (3, n, classes); the classes).
 
     `linear`: the classifier's values (n, classes), below 0 where a candidate is not listed. A classifier that knows no
     question without an intent says nothing of the none answer: it gets an even share.
@@ -115,8 +118,9 @@ def logs_of(
     if none not in names:
         names.append(none)
         linear = np.hstack([linear, np.full((len(linear), 1), 1 / len(names))])
-    logs = np.stack([log_of_model(rows, names), np.log(np.maximum(FLOOR, linear))])
-    logs[:, linear < 0] = -1e3
+    is_none = np.broadcast_to([float(name == none) for name in names], linear.shape)
+    logs = np.stack([log_of_model(rows, names), np.log(np.maximum(FLOOR, linear)), is_none])
+    logs[:2, linear < 0] = -1e3
     return logs, names
 
 
