@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from faq.orders import Query, as_one, in_orders
 from llmops import files, json_text
 from llmops.console import Parser, UserError, log, progress, run_main, stdout_to_stderr, to_bool, write_stdout
-from llmops.conversations.records import Message
 from llmops.formats.families import families
 from llmops.imports import quick_imports
 from llmops.intents.catalog import Catalog, load_catalog
@@ -34,6 +34,7 @@ from llmops.models.checkpoints import Checkpoint
 if TYPE_CHECKING:
     from llmops.generation.generator import Generator
     from llmops.intents.joined import Joint
+    from llmops.intents.retrieval import Shown
 
 
 @dataclass(frozen=True)
@@ -51,31 +52,13 @@ class Config:
     mode: str
     constrain: bool
     use_threshold: bool
+    orders: int
     reuse_prefix: bool
     batch_size: int
     max_new_tokens: int
     dtype: str
     cpu_kernels: str
     trust_remote_code: bool
-
-
-Shown = tuple[tuple[str, ...], ...]  # questions beside each candidate
-
-
-@dataclass(frozen=True)
-class Query:
-    """One question with its prompt; `reference` is its true intent where the file has it."""
-
-    question: str
-    prompt: tuple[Message, ...]
-    variant: int | None = None
-    reference: str = ""
-
-    @property
-    def known(self) -> dict[str, Any]:
-        """What the file says of the question, for faq/score: its true intent and its candidate list."""
-        found = {"reference": self.reference} if self.reference else {}
-        return found if self.variant is None else found | {"variant": self.variant}
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -94,6 +77,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--constrain", type=to_bool, default=True, metavar="true|false", help="answer known intents only")
     add("--use_threshold", type=to_bool, default=True, metavar="true|false",
         help="hold to what faq/score kept, a threshold and --join; false: what the model alone says")  # fmt: skip
+    add("--orders", type=int, default=0,
+        help="random-order candidates: ask in N orders, join the answers; 0: as faq/score kept, else one")  # fmt: skip
     add("--reuse_prefix", type=to_bool, default=True, metavar="true|false",
         help="compute what all prompts share once; false: each prompt anew")  # fmt: skip
     add("--batch_size", type=int, default=0, help="questions per pass; 0: as the mode's template says")
@@ -107,9 +92,11 @@ def build_parser() -> argparse.ArgumentParser:
 
 def check(config: Config) -> Path:
     """The intents file. Raises UserError for paths that are not there and numbers that cannot be."""
-    for name in ("batch_size", "max_new_tokens"):
+    for name in ("orders", "batch_size", "max_new_tokens"):
         if getattr(config, name) < 0:
             raise UserError(f"--{name} is {getattr(config, name)}, expected 0 or more")
+    if config.orders > 1 and not config.constrain:
+        raise UserError("--orders goes with --constrain true; leave it out")
     model = Path(config.model_name_or_path)
     if not Checkpoint(model).is_whole and not Checkpoint(model).is_adapter:
         raise UserError(f"{model} holds no model; expected the output_path of chat_main.sh or a checkpoint folder")
@@ -169,7 +156,7 @@ def read_queries(config: Config, catalog: Catalog) -> list[Query]:
     return queries
 
 
-def bare_lists(config: Config, catalog: Catalog, questions: Sequence[str]) -> list[tuple[int | None, Shown]]:
+def bare_lists(config: Config, catalog: Catalog, questions: Sequence[str]) -> "list[tuple[int | None, Shown]]":
     """The candidate list of each bare question: the whole one, or the one that is found by similarity, and what it
     shows beside each candidate."""
     if not catalog.retrieval or not questions:
@@ -273,10 +260,11 @@ def kept_prediction(value: Any) -> dict[str, Any] | None:
 
 @dataclass(frozen=True)
 class Opened:
-    """What is asked, and the model that answers."""
+    """What is asked, the same in several orders of the candidates, and the model that answers."""
 
     catalog: Catalog
     queries: list[Query]
+    turned: list[Query]
     model: ChatModel
     generator: "Generator"
     dtype: str
@@ -290,6 +278,9 @@ def open_all(config: Config, processes: Processes) -> tuple[Opened, "Joint | Non
     if not config.use_threshold:
         catalog = replace(catalog, decision={})
     queries = read_queries(config, catalog)
+    turned, orders = queries, 1
+    if config.constrain:
+        turned, orders = in_orders(catalog, queries, config.orders, config.embedding_model)
     joint = read_joint(config, catalog) if processes.first else None
     # 2. from here on the heavy libraries
     devices.tune_cpu()
@@ -309,7 +300,9 @@ def open_all(config: Config, processes: Processes) -> tuple[Opened, "Joint | Non
     how = f"prompts computed anew each time, because {generator.plain_because}" if generator.plain_because else ""
     if processes.first:
         log(f"{chat.name}; {len(queries)} questions, {len(catalog.intents)} intents" + (f"; {how}" if how else ""))
-    return Opened(catalog, queries, model, generator, str(dtype)), joint
+        if orders > 1:
+            log(f"each question is asked in {orders} orders of its candidates")
+    return Opened(catalog, queries, turned, model, generator, str(dtype)), joint
 
 
 def answer(config: Config, processes: Processes, opened: Opened) -> list[dict[str, Any]]:
@@ -361,7 +354,9 @@ def write(output: Path, text: str) -> None:
 def run(config: Config, processes: Processes) -> Iterator[tuple[Config, list[dict[str, Any]]]]:
     """(settings, predictions) of what is asked; then of the same without holding to known intents, if that is, too."""
     opened, joint = open_all(config, processes)
-    rows = answer(config, processes, opened)
+    rows = answer(config, processes, replace(opened, queries=opened.turned))
+    if len(rows) > len(opened.queries):
+        rows = as_one(opened.catalog, rows, opened.queries)
     if joint:
         texts, variants = [query.question for query in opened.queries], [query.variant for query in opened.queries]
         rows = joint.join(rows, texts, opened.catalog, variants)

@@ -24,6 +24,7 @@ EMBEDDING_MODEL="${EMBEDDING_MODEL:-}"           # what finds candidates, if it 
 MODE="${MODE:-}"                                 # chat format; empty: the mode of prepare.sh
 CONSTRAIN="${CONSTRAIN:-true}"                   # answer known intents only; false: whatever the model says
 USE_THRESHOLD="${USE_THRESHOLD:-true}"           # hold to the threshold and the joining that score.sh kept
+ORDERS="${ORDERS:-0}"                            # random-order candidates: ask in N orders, join the answers; 0: as score.sh kept
 REUSE_PREFIX="${REUSE_PREFIX:-true}"             # compute what all prompts share once
 BATCH_SIZE="${BATCH_SIZE:-0}"                    # questions per pass; 0: as the mode's template says
 MAX_NEW_TOKENS="${MAX_NEW_TOKENS:-0}"            # length limit without constraint; 0: as the template says

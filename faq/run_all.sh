@@ -24,6 +24,7 @@ OUT_OF_SCOPE_RATIO="${OUT_OF_SCOPE_RATIO:-0.1}"  # questions added whose intent 
 CANDIDATES="${CANDIDATES:-all}"                  # list all intents, or only the K most similar to each question
 CANDIDATE_EXAMPLES="${CANDIDATE_EXAMPLES:-0}"    # with CANDIDATES=K: show each with N of its most similar questions
 CANDIDATE_ORDER="${CANDIDATE_ORDER:-}"           # empty: similarity with examples, number without; random: for score.sh --join
+ORDERS="${ORDERS:-0}"                            # with CANDIDATE_ORDER=random: ask in N orders, join the answers
 EMBEDDING_MODEL="${EMBEDDING_MODEL:-}"           # sentence embedding model: finds candidates, score's baselines use it
 UNTUNED="${UNTUNED:-true}"                       # let the base model answer, too: what training added
 SKIP_BAD_LINES="${SKIP_BAD_LINES:-false}"        # drop and count bad records instead of stopping
@@ -54,6 +55,7 @@ trap - ERR
 log "3. predict"
 forward bash "$HERE/faq/predict.sh" --model_name_or_path "$OUTPUT_PATH" --embedding_model "" \
     --intents_file "" --input_file "$MOUNT_PATH/datasets/test.jsonl" --constrain true --use_threshold false --join_file "" \
+    --orders "$ORDERS" \
     --output_file "$OUTPUT_PATH/predictions.jsonl" --unconstrained_file "$OUTPUT_PATH/predictions_unconstrained.jsonl" \
     --mode "$MODE" --cuda_visible_devices "$CUDA_VISIBLE_DEVICES" --trust_remote_code "$TRUST_REMOTE_CODE"
 untuned=
@@ -63,7 +65,7 @@ if [ "$UNTUNED" = true ]; then
     forward bash "$HERE/faq/predict.sh" --model_name_or_path "$MODEL_NAME_OR_PATH" --embedding_model "" \
         --intents_file "$OUTPUT_PATH/intents.json" --input_file "$MOUNT_PATH/datasets/test.jsonl" \
         --output_file "$untuned" --unconstrained_file "" --constrain true --use_threshold false --join_file "" \
-        --mode "$MODE" \
+        --orders "$ORDERS" --mode "$MODE" \
         --cuda_visible_devices "$CUDA_VISIBLE_DEVICES" --trust_remote_code "$TRUST_REMOTE_CODE"
 fi
 log "4. score"

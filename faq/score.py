@@ -235,6 +235,8 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     if arguments.keep_threshold:  # that of both together is for the weights that are kept
         answers = ways | ({JOINED: together} if together else {})
         kept = decide(answers, none, wished, JOINED if arguments.join else "model")
+    if kept and read[0][0].get("orders", 1) > 1:
+        kept["orders"] = read[0][0]["orders"]
     if kept and arguments.join:  # decide() has refused predictions that cannot be joined
         kept |= found["joined"]["weights"] | {key: found["joined"][key] for key in ("inputs", "learned")}
     # all is read and computed; now the files

@@ -1,6 +1,7 @@
 """What a model says of a question's intent: its candidates as tokens, the prediction as it is told, its confidence."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +32,17 @@ def candidate_tokens(chat: ChatFormat, prompt: Sequence[Message], answers: Seque
 def top_prediction(catalog: Catalog, named: Sequence[tuple[str, float]]) -> dict[str, Any]:
     """The prediction of a constrained choice: (answer, probability), the most probable first."""
     return prediction(catalog, named[0], named[1] if len(named) > 1 else None, True)
+
+
+def agreed(shares: Sequence[Mapping[str, float]]) -> list[tuple[str, float]]:
+    """What answers to one question in several orders of its candidates come to, the most probable first.
+
+    The geometric mean of each answer's probabilities, scaled to add up to 1: a place that the model likes by itself,
+    whatever stands there, counts in every order for another candidate.
+    """
+    means = {name: math.exp(sum(math.log(max(EDGE, one[name])) for one in shares) / len(shares)) for name in shares[0]}
+    total = sum(means.values())
+    return sorted(((name, mean / total) for name, mean in means.items()), key=lambda named: -named[1])
 
 
 def prediction(

@@ -8,14 +8,14 @@ list begins with the most similar intent, so that its place tells what the embed
 has to read: alone it knows less, joined with the classifier more.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from copy import copy
 from functools import cached_property
 from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING, Any
 
-from llmops.console import stdout_to_stderr
+from llmops.console import UserError, stdout_to_stderr
 from llmops.embedding.ngrams import DIMENSION
 from llmops.intents.catalog import BY_CHANCE, BY_NUMBER, BY_SIMILARITY, COSINE, JOINT, Catalog
 from llmops.intents.linear import fit, out_of_fold
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
     from llmops.embedding.encoder import Encoder
     from llmops.embedding.folder import ModelFolder
+
+Shown = tuple[tuple[str, ...], ...]  # questions beside each candidate
 
 NGRAM_WEIGHT = 0.5  # of n-grams beside an embedding's vectors: wording helps where meanings are near
 NAME_WEIGHT = 0.3  # of the cosines with intents' names; both tried on banking77, where they add 0.7 points
@@ -216,9 +218,51 @@ def retriever_of(catalog: Catalog, embedding_model: str = "") -> Retriever:
         return Retriever(how["examples"], folder, how.get("ranked_by", COSINE))
 
 
-def candidates_of(
-    catalog: Catalog, questions: Sequence[str], retriever: Retriever
-) -> list[tuple[int, tuple[tuple[str, ...], ...]]]:
+def orders_of(catalog: Catalog, asked: int = 0) -> int:
+    """In how many orders a question's candidates are asked: `asked`, else as faq/score kept, else one. Raises UserError
+    for an order that the model learned from, and for more than there are candidates."""
+    kept = int(catalog.decision.get("orders", 1))
+    if asked and catalog.decision and asked != kept:
+        raise UserError(
+            f"--orders is {asked} and the intents file keeps a threshold for {kept}; leave --orders out, or "
+            "--use_threshold false"
+        )
+    orders, how = asked or kept, catalog.retrieval
+    if orders > 1 and how.get("order", BY_NUMBER) != BY_CHANCE:
+        raise UserError(
+            "--orders goes with candidates in random order, which the model learned not to go by: "
+            "faq/prepare --candidates K --candidate_order random"
+        )
+    if orders > max(1, how.get("candidates", 1)):
+        raise UserError(
+            f"--orders is {orders} and a question has {how['candidates']} candidates; expected at most these"
+        )
+    return orders
+
+
+def in_orders(catalog: Catalog, variant: int, shown: Shown, orders: int) -> list[tuple[int, Shown]]:
+    """A candidate list and what is shown with it, and the same turned by one place, by two: no candidate is twice at
+    the same place. Lists that are new are added to the catalog."""
+    names = catalog.candidates(variant)
+    turned = [(variant, shown)]
+    for k in range(1, orders):
+        turned.append((catalog.variant_of([*names[k:], *names[:k]]), (*shown[k:], *shown[:k])))
+    return turned
+
+
+def shown_with(catalog: Catalog, rows: Sequence[tuple[str, int]], retriever: Retriever) -> Iterator[Shown]:
+    """What is shown with the candidates of each (question, variant)."""
+    count = catalog.retrieval.get("shown", 0)
+    for start in range(0, len(rows), ROWS_AT_ONCE):
+        part = rows[start : start + ROWS_AT_ONCE]
+        with stdout_to_stderr():
+            vectors = retriever.features.vectors([question for question, _ in part])
+        for vector, (question, variant) in zip(vectors, part, strict=True):
+            numbers = [retriever.number[name] for name in catalog.candidates(variant)]
+            yield tuple(retriever.similar(vector, question, number, count) for number in numbers)
+
+
+def candidates_of(catalog: Catalog, questions: Sequence[str], retriever: Retriever) -> list[tuple[int, Shown]]:
     """The candidate lists of bare questions as numbers of variants, and what is shown with each candidate.
 
     Lists that are new are added to the catalog.

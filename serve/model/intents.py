@@ -14,7 +14,7 @@ from llmops.generation.choice_search import Tree
 from llmops.generation.generator import Generator
 from llmops.generation.shared_prefix import MIN_SHARED, NOTHING, common_length
 from llmops.intents.catalog import Catalog
-from llmops.intents.prediction import candidate_tokens, decide, top_prediction
+from llmops.intents.prediction import agreed, candidate_tokens, decide, top_prediction
 from llmops.intents.questions import check_record
 from serve.answers import RETRY_SECONDS, ApiError
 from serve.model.asked import Fields
@@ -36,13 +36,15 @@ MOST_TOP = 50
 class Prepared:
     """A question as the model reads it: token ids, its candidates as a tree, what they say.
 
-    `values` (classes,): what the linear classifier says of it, where there is one.
+    `values` (classes,): what the linear classifier says of it, where there is one; `turned`: the same in the other
+    orders of its candidates that faq/score kept.
     """
 
     prompt: list[int]
     tree: Tree
     answers: list[str]
     values: "np.ndarray | None" = None
+    turned: "tuple[Prepared, ...]" = ()
 
 
 @dataclass(eq=False)
@@ -71,6 +73,7 @@ class Intents:
     waiting: deque[Questions] = field(default_factory=deque)
 
     def __post_init__(self) -> None:
+        self.orders = int(self.catalog.decision.get("orders", 1))
         self._trees: dict[int | None, tuple[Tree, list[str]]] = {}
         if self.retriever is None:
             self._pin()
@@ -97,23 +100,37 @@ class Intents:
             values = [*self.joint.values(questions, catalog, [variant for variant, _ in lists])]
         found = []
         for text, (variant, shown), value in zip(questions, lists, values, strict=True):
-            messages = catalog.prompt(text, variant, shown)
-            if variant is not None or None not in self._trees:
-                answers = catalog.answers(variant)
-                candidates = Tree(candidate_tokens(self.chat, messages, answers)), answers
-                if variant is None:
-                    self._trees[None] = candidates
-            else:
-                candidates = self._trees[None]
-            prompt = self.chat.prompt(messages)
-            more = max(map(len, candidates[0].candidates))
-            if self.length and len(prompt) + more > self.length:
-                raise ApiError(
-                    400, f"the question {files.shown(text, 40)} makes {len(prompt)} prompt tokens and up to {more} of "
-                    f"answer, more than the model's {self.length}", "questions", "context_length_exceeded",
-                )  # fmt: skip
-            found.append(Prepared(prompt, *candidates, value))
+            turned = [self._prepared(catalog, text, *one) for one in self._in_orders(catalog, variant, shown)]
+            found.append(replace(self._prepared(catalog, text, variant, shown), values=value, turned=tuple(turned)))
         return found
+
+    def _in_orders(
+        self, catalog: Catalog, variant: int | None, shown: Sequence[Sequence[str]]
+    ) -> list[tuple[int, Sequence[Sequence[str]]]]:
+        """The other orders of a question's candidates."""
+        if variant is None or self.orders == 1:
+            return []
+        from llmops.intents.retrieval import in_orders
+
+        return [*in_orders(catalog, variant, tuple(map(tuple, shown)), self.orders)[1:]]
+
+    def _prepared(self, catalog: Catalog, text: str, variant: int | None, shown: Sequence[Sequence[str]]) -> Prepared:
+        messages = catalog.prompt(text, variant, shown)
+        if variant is not None or None not in self._trees:
+            answers = catalog.answers(variant)
+            candidates = Tree(candidate_tokens(self.chat, messages, answers)), answers
+            if variant is None:
+                self._trees[None] = candidates
+        else:
+            candidates = self._trees[None]
+        prompt = self.chat.prompt(messages)
+        more = max(map(len, candidates[0].candidates))
+        if self.length and len(prompt) + more > self.length:
+            raise ApiError(
+                400, f"the question {files.shown(text, 40)} makes {len(prompt)} prompt tokens and up to {more} of "
+                f"answer, more than the model's {self.length}", "questions", "context_length_exceeded",
+            )  # fmt: skip
+        return Prepared(prompt, *candidates)
 
     def turn(self, out: Outbox) -> bool:
         """Answer the requests that wait, together; whether there were any."""
@@ -153,16 +170,19 @@ class Intents:
 
     def _tell(self, taken: Sequence[Questions], out: Outbox) -> None:
         """What the model says of the questions. Raises UserError and RunStopped, with nothing told."""
-        rows = [row for asked in taken for row in asked.prepared]
+        rows = [one for asked in taken for row in asked.prepared for one in (row, *row.turned)]
         best = max(2, self.catalog.retrieval.get("candidates", 1) + 1, *(asked.top for asked in taken))
         chosen = dict(self.generator.choose([row.prompt for row in rows], [row.tree for row in rows], best))
         place, found = 0, []
         for asked in taken:
             told = []
             for text, row in zip(asked.texts, asked.prepared, strict=True):
-                named = [(row.answers[k], p) for k, p in chosen[place].ranked]
+                said = []
+                for one in (row, *row.turned):
+                    said.append([(one.answers[k], p) for k, p in chosen[place].ranked])
+                    place += 1
+                named = agreed([dict(one) for one in said]) if row.turned else said[0]
                 told.append(self._told(text, named, row.values, asked.top))
-                place += 1
             found.append((asked.tell, told))
         for tell, told in found:
             out.say(tell, told)

@@ -247,8 +247,9 @@ def open_intents(
     """The FAQ side of a model."""
     retriever = None
     if catalog.retrieval:
-        from llmops.intents.retrieval import retriever_of
+        from llmops.intents.retrieval import orders_of, retriever_of
 
+        orders_of(catalog)
         retriever = retriever_of(catalog, settings.embedding_model)
     generator = Generator(passes.model, passes.pad_id, model.chat.family.generation["batch_size"])
     joint = None
