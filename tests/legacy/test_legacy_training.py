@@ -189,6 +189,7 @@ def test_the_server_answers(make: Make, style: str) -> None:
     from serve.model.asked import Sampling
     from serve.model.lanes import Answer, Event, Outbox
     from serve.model.plain import PlainLane
+    from serve.model.prefixes import Room
     from serve.model.sampling import Sampler
     from serve.model.text import Detokenizer
     from serve.settings import Limits
@@ -199,7 +200,7 @@ def test_the_server_answers(make: Make, style: str) -> None:
     metrics = Metrics()
     for name in ("llmops_prompt_tokens_total", "llmops_completion_tokens_total"):
         metrics.counter(name, name)
-    lane = PlainLane(Passes(model, 0, True), [EOP], limits=Limits(), budget=1000, metrics=metrics)
+    lane = PlainLane(Passes(model, 0, True), [EOP], limits=Limits(), budget=1000, metrics=metrics, room=Room(0))
     found: list[Event] = []
     for ids, limit in zip(prompts, (6, 4), strict=True):
         written = Detokenizer(lambda tokens: "".join(map(chr, tokens)))
