@@ -35,6 +35,7 @@ from llmops import files
 from llmops.console import UserError, log, progress, run_main
 
 TOKEN = "token-of-the-benchmark"
+SETTLED = 5  # seconds after which a console has started and read what was there
 TASKS = """
 window.longest = 0;
 new PerformanceObserver((list) => {
@@ -202,6 +203,7 @@ def cost(checkpoint: Path, seconds: int, turns: int) -> dict[str, Any]:
                     ended = threading.Event()
                     pages = threading.Thread(target=ask_as_pages, args=(url, "output_path", ended))
                     pages.start()
+                    time.sleep(SETTLED)  # it starts once, and a run is long
                     beside.append(turn("with the console"))
                     ended.set()
                     pages.join()
