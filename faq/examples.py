@@ -165,8 +165,8 @@ def say_repeats(repeats: Pairs, kept: str) -> None:
         log(f"{len(across)} questions of one file are repeated in another and {kept}:\n  {shown}{more}")
 
 
-def split(examples: Sequence[Example], ratio: float, seed: int) -> tuple[list[Example], list[Example]]:
-    """(training, test): of each intent's questions `ratio` are held out, at least one where there are two.
+def split(examples: Sequence[Example], ratio: float, seed: int, fewest: int = 1) -> tuple[list[Example], list[Example]]:
+    """(training, held out): `ratio` of each intent's questions, at least one where `fewest` stay.
 
     A question that comes with several intents, in lists of its own, counts for the one with the fewest examples.
     """
@@ -180,8 +180,8 @@ def split(examples: Sequence[Example], ratio: float, seed: int) -> tuple[list[Ex
         groups[intent].append(question)
     held: set[str] = set()
     for intent, group in groups.items():
-        count = min(max(1, round(ratio * len(group))), len(group) - 1)
-        held.update(Random(f"{seed} {intent}").sample(group, count))
+        count = min(max(1, round(ratio * len(group))), len(group) - fewest)
+        held.update(Random(f"{seed} {intent}").sample(group, max(0, count)))
     return [e for e in examples if e.held not in held], [e for e in examples if e.held in held]
 
 

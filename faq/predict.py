@@ -305,8 +305,8 @@ def open_all(config: Config, processes: Processes) -> tuple[Opened, "Joint | Non
     return Opened(catalog, queries, turned, model, generator, str(dtype)), joint
 
 
-def answer(config: Config, processes: Processes, opened: Opened) -> list[dict[str, Any]]:
-    """The predictions in the order of the questions, in the first process.
+def answer(config: Config, processes: Processes, opened: Opened, what: str = "questions") -> list[dict[str, Any]]:
+    """The predictions in the order of the questions, in the first process; `what` progress counts.
 
     Each is kept beside --output_file as soon as it is known; the same command goes on there.
     """
@@ -326,7 +326,7 @@ def answer(config: Config, processes: Processes, opened: Opened) -> list[dict[st
     mine = processes.share([i for i in range(len(queries)) if i not in found])
     todo = predict(config, catalog, [queries[i] for i in mine], model, opened.generator) if mine else iter(())
     with keeper.appender(name) as keep:
-        for k, predicted in progress(todo, "predicting", len(mine), "questions", not processes.first):
+        for k, predicted in progress(todo, "predicting", len(mine), what, not processes.first):
             fresh[mine[k]] = predicted
             keep({"key": keys[mine[k]], "prediction": predicted})
             processes.look()
@@ -334,7 +334,11 @@ def answer(config: Config, processes: Processes, opened: Opened) -> list[dict[st
     if not processes.first:
         return []
     seconds = time.monotonic() - started
-    log(f"{len(fresh)} questions in {seconds:.1f} s, {len(fresh) / seconds:.1f} questions/s")
+    rate = len(fresh) / seconds
+    if what == "prompts":
+        log(f"{len(fresh)} prompts in {seconds:.1f} s, {rate:.1f} prompts/s")
+    else:
+        log(f"{len(fresh)} questions in {seconds:.1f} s, {rate:.1f} questions/s")
     found |= fresh
     return [{"question": query.question} | found[i] | query.known for i, query in enumerate(queries)]
 
@@ -354,7 +358,8 @@ def write(output: Path, text: str) -> None:
 def run(config: Config, processes: Processes) -> Iterator[tuple[Config, list[dict[str, Any]]]]:
     """(settings, predictions) of what is asked; then of the same without holding to known intents, if that is, too."""
     opened, joint = open_all(config, processes)
-    rows = answer(config, processes, replace(opened, queries=opened.turned))
+    several = len(opened.turned) > len(opened.queries)
+    rows = answer(config, processes, replace(opened, queries=opened.turned), "prompts" if several else "questions")
     if len(rows) > len(opened.queries):
         rows = as_one(opened.catalog, rows, opened.queries)
     if joint:

@@ -28,7 +28,7 @@ from faq.examples import (
     without_conflicts,
     without_tests,
 )  # fmt: skip
-from faq.prepared import OUTPUTS
+from faq.prepared import OUTPUTS, VALIDATION_NAME
 from llmops import files, json_text
 from llmops.console import Parser, UserError, log, print_json, run_main, to_bool
 from llmops.conversations.data_files import list_files, path_of
@@ -54,6 +54,7 @@ class Config:
     max_seq_len: int
     instruction: str
     test_ratio: float
+    validation_ratio: float
     out_of_scope_ratio: float
     variants: int
     prompt_language: str
@@ -90,6 +91,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="of the prompt's wording; auto: the data's",
     )
     add("--test_ratio", type=float, default=0.1, help="share of each intent's questions that is held out")
+    add("--validation_ratio", type=float, default=0.0, help="share of the rest to choose the best checkpoint by")
     add("--out_of_scope_ratio", type=float, default=0.1, help="questions added whose intent is left out of the list")
     add(
         "--candidates", default="all", metavar="all|K", help="list every intent, or the K most similar to each question"
@@ -117,7 +119,7 @@ def build_parser() -> argparse.ArgumentParser:
 def check(config: Config) -> None:
     """Raise UserError that lists every problem of the settings."""
     problems = []
-    for name in ("test_ratio", "out_of_scope_ratio"):
+    for name in ("test_ratio", "validation_ratio", "out_of_scope_ratio"):
         if not 0 <= getattr(config, name) < 1:
             problems.append(f"--{name} is {getattr(config, name)}, expected at least 0 and less than 1")
     if config.max_seq_len < 1:
@@ -239,7 +241,7 @@ def run(config: Config) -> dict[str, Any]:
     path, records = path_of([one.path for one in data]), [record for one in data for record in one.records]
     if not config.overwrite:
         prepared.complete(Path(config.output_dir))
-        prepared.refuse_foreign(Path(config.output_dir))
+        prepared.refuse_foreign(Path(config.output_dir), names_of(config))
     made, asked = ([e for e in examples_of(data) if bool(e.messages) == whole] for whole in (True, False))
     if made and asked:
         raise UserError(
@@ -255,16 +257,12 @@ def run(config: Config) -> dict[str, Any]:
     intents, none_reply = collect_intents(data, none)
     if len(intents) < 2:
         raise UserError(f"{path} has {len(intents)} intent beside {none!r}; expected at least two to choose from")
-    # 2. training and test
+    # 2. training, test, validation
     tested = read_tests(config) if config.test_data_file else None
     lists = own_lists([*examples, *(tested or [])], intents, none)
-    if tested is None:
-        examples, test = split(examples, config.test_ratio, config.seed)
-    else:
-        test = check_known(tested, intents, none, config.skip_bad_lines)
-        examples = without_tests(examples, test)
-    if not examples or not test:
-        raise UserError(f"0 rows left for {'training' if not examples else 'the test'}; give more questions per intent")
+    if tested is not None:
+        tested = check_known(tested, intents, none, config.skip_bad_lines)
+    examples, test, validation = parts_of(config, examples, tested)
     # 3. prompts
     left_out = make_variants(list(intents), config) if wording and not lists else []
     catalog = Catalog(config.mode, wording, intents, left_out, none_reply, lists)
@@ -274,22 +272,51 @@ def run(config: Config) -> dict[str, Any]:
             raise UserError(f"{path} brings its own candidates or prompts; leave --candidates out")
         from faq.retrieval import retrieve
 
-        examples, test, catalog, recall = retrieve(config, examples, test, catalog)
+        (examples, test, validation), catalog, recall = retrieve(config, examples, test, validation, catalog)
     if config.model_name_or_path:
-        check_length(config, [*examples, *test], catalog)
+        check_length(config, [*examples, *test, *validation], catalog)
     ratio = config.out_of_scope_ratio
     rows = {
         "train.jsonl": make_rows(examples, catalog, ratio, config.seed),
         # a given test file is not changed
         "test.jsonl": make_rows(test, catalog, 0 if config.test_data_file else ratio, config.seed),
     }
+    if config.validation_ratio:
+        rows[VALIDATION_NAME] = make_rows(validation, catalog, ratio, config.seed)
     # 4. all files, or none
     write_outputs(config, rows, catalog)
     counts = {name.partition(".")[0]: len(found) for name, found in rows.items()}
     none_rows = sum(row["intent"] == none for row in rows["train.jsonl"])
     summary = f"{counts['train']} rows to train on ({none_rows} of them {none}), {counts['test']} to test"
     log(f"{config.output_dir}: {summary}")
+    if config.validation_ratio:
+        log(f"{config.output_dir}: {counts['validation']} rows of {VALIDATION_NAME} to choose the best checkpoint by")
     return counts | {"intents": len(intents), "output_dir": config.output_dir} | recall
+
+
+def parts_of(
+    config: Config, examples: list[Example], tested: list[Example] | None
+) -> tuple[list[Example], list[Example], list[Example]]:
+    """(training, test, validation); `tested`: those of a given test file. Raises UserError for a part that is empty."""
+    validation: list[Example] = []
+    if tested is None:
+        examples, test = split(examples, config.test_ratio, config.seed)
+    else:
+        examples, test = without_tests(examples, tested), tested
+    if config.validation_ratio:
+        examples, validation = split(examples, config.validation_ratio, config.seed, fewest=2)
+    wanted = {"training": examples, "the test": test}
+    if config.validation_ratio:
+        wanted["validation"] = validation
+    for name, part in wanted.items():
+        if not part:
+            raise UserError(f"0 rows left for {name}; give more questions per intent")
+    return examples, test, validation
+
+
+def names_of(config: Config) -> list[str]:
+    """The files that are written."""
+    return [name for name in OUTPUTS if name != VALIDATION_NAME or config.validation_ratio]
 
 
 def read_tests(config: Config) -> list[Example]:

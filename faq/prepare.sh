@@ -21,6 +21,7 @@ MODEL_NAME_OR_PATH="${MODEL_NAME_OR_PATH:-}"    # base model; if given, the prom
 MAX_SEQ_LEN="${MAX_SEQ_LEN:-2048}"              # longest prompt and answer in tokens
 INSTRUCTION="${INSTRUCTION:-}"                  # instead of the template's instruction
 TEST_RATIO="${TEST_RATIO:-0.1}"                 # share of each intent's questions that is held out
+VALIDATION_RATIO="${VALIDATION_RATIO:-0.0}"     # share of the rest to choose the best checkpoint by
 OUT_OF_SCOPE_RATIO="${OUT_OF_SCOPE_RATIO:-0.1}" # questions added whose intent is left out of the list
 VARIANTS="${VARIANTS:-2}"                       # how many such lists
 CANDIDATES="${CANDIDATES:-all}"                 # list all intents, or only the K most similar to each question

@@ -6,7 +6,7 @@ names of their own and get theirs one after the other: a start that was killed i
 
 import hashlib
 import os
-from collections.abc import Mapping
+from collections.abc import Container, Iterable, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 
@@ -16,7 +16,8 @@ from llmops.intents.catalog import load_catalog
 from llmops.intents.questions import INTENTS_NAME, PREPARED_NAME
 from llmops.machine.locks import lock
 
-OUTPUTS = ("train.jsonl", "test.jsonl", INTENTS_NAME)
+VALIDATION_NAME = "validation.jsonl"  # only where it was asked for
+OUTPUTS = ("train.jsonl", "test.jsonl", VALIDATION_NAME, INTENTS_NAME)
 LOCK_NAME = ".prepare.lock"
 
 
@@ -66,11 +67,11 @@ def complete(folder: Path) -> None:
         log(f"an earlier start was killed while it wrote to {folder}; its files are whole now")
 
 
-def foreign_files(folder: Path) -> list[str]:
-    """What is wrong with each output that is there and that this command did not write, or that was changed since."""
+def foreign_files(folder: Path, names: Iterable[str] = OUTPUTS) -> list[str]:
+    """What is wrong with each of `names` that is there: this command did not write it, or it was changed since."""
     _, listed = read_state(folder)
     problems = []
-    for name in OUTPUTS:
+    for name in names:
         found = digest(folder / name)
         if not found or found == listed.get(name):
             continue
@@ -93,9 +94,10 @@ def write(folder: Path, texts: Mapping[str, str], overwrite: bool) -> None:
     files.make_folder(folder, "the output folder")
     with locked(folder):
         if not overwrite:
-            refuse_foreign(folder)
+            refuse_foreign(folder, texts)
         for name, text in texts.items():
             files.write_text(staged(folder, name), text)
+        remove_earlier(folder, texts)
         listed = {name: digest(staged(folder, name)) for name in texts}
         write_state(folder, "writing", listed)
         for name in texts:
@@ -104,9 +106,17 @@ def write(folder: Path, texts: Mapping[str, str], overwrite: bool) -> None:
         write_state(folder, "done", listed)
 
 
-def refuse_foreign(folder: Path) -> None:
+def remove_earlier(folder: Path, names: Container[str]) -> None:
+    """Remove what an earlier start wrote under a name that this one has no use for."""
+    _, listed = read_state(folder)
+    for name, expected in listed.items():
+        if name not in names and digest(folder / name) == expected:
+            (folder / name).unlink()
+
+
+def refuse_foreign(folder: Path, names: Iterable[str]) -> None:
     """Raise UserError when an output would replace what this command did not write, or what was changed since."""
-    problems = foreign_files(folder)
+    problems = foreign_files(folder, names)
     if problems:
         raise UserError(
             f"{folder} holds {' and '.join(problems)}; move what you want to keep, choose another folder "

@@ -60,11 +60,12 @@ def kept(examples: Mapping[str, Sequence[str]], config: "Config", ranked_by: str
 
 
 def retrieve(
-    config: "Config", examples: "list[Example]", test: "list[Example]", catalog: Catalog
-) -> "tuple[list[Example], list[Example], Catalog, dict[str, float]]":
-    """Training and test examples with the candidates most similar to each, the catalog with these lists, their recall.
+    config: "Config", examples: "list[Example]", test: "list[Example]", validation: "list[Example]", catalog: Catalog
+) -> "tuple[list[list[Example]], Catalog, dict[str, float]]":
+    """(training, test and validation examples with the candidates most similar to each, the catalog with these lists,
+    the recall of the test's).
 
-    Test lists are as they were found: an intent that is not listed cannot be answered.
+    The lists of test and validation are as they were found: an intent that is not listed cannot be answered.
     """
     count, texts = int(config.candidates), {intent: list[str]() for intent in catalog.intents}
     if count > len(texts):
@@ -75,21 +76,21 @@ def retrieve(
     with stdout_to_stderr():
         retriever, ranked_by = choose_ranking(texts, config)
         rows = {
-            learned: list(listed_rows(retriever, part, catalog.none, config, learned))
-            for learned, part in ((True, examples), (False, test))
+            name: list(listed_rows(retriever, part, catalog.none, config, name))
+            for name, part in (("train", examples), ("test", test), ("validation", validation))
         }
-    asked = [row for row in rows[False] if row.known and row.answered]
+    asked = [row for row in rows["test"] if row.known and row.answered]
     recall = sum(row.found for row in asked) / max(1, len(asked))
     log(
         f"{count} candidates by {retriever.features.name} hold the right intent of {recall:.1%} of the test questions, "
         "the most that can be answered rightly"
     )
-    made = [[row.example for row in rows[learned]] for learned in (True, False)]
+    made = [[row.example for row in part] for part in rows.values()]
     lists = dict.fromkeys(example.candidates for part in made for example in part)
     catalog = replace(
         catalog, lists=[list(listed) for listed in lists], left_out=[], retrieval=kept(texts, config, ranked_by)
     )  # fmt: skip
-    return made[0], made[1], catalog, {"recall": round(recall, 4)}
+    return made, catalog, {"recall": round(recall, 4)}
 
 
 def lists_of(own: int, found: list[int], count: int, learned: bool, dropped: bool) -> list[tuple[bool, list[int]]]:
@@ -116,12 +117,16 @@ class Listed:
 
 
 def listed_rows(
-    retriever: Retriever, part: "list[Example]", none: str, config: "Config", learned: bool
+    retriever: Retriever, part: "list[Example]", none: str, config: "Config", name: str
 ) -> Iterator[Listed]:
-    """The examples with their candidates; some of them once more without their intent (`out_of_scope_ratio`)."""
+    """The examples with their candidates; some of them once more without their intent (`out_of_scope_ratio`).
+
+    `name`: train, test or validation.
+    """
+    learned = name == "train"
     count = int(config.candidates)
     more = min(count + 1, len(retriever.intents))
-    share = config.out_of_scope_ratio if learned or not config.test_data_file else 0  # a given test is not changed
+    share = 0 if name == "test" and config.test_data_file else config.out_of_scope_ratio  # a given test is not changed
     dropped = set(Random(config.seed + 1).sample(range(len(part)), round(share * len(part))))
     for start in range(0, len(part), ROWS_AT_ONCE):
         some = part[start : start + ROWS_AT_ONCE]

@@ -20,6 +20,7 @@ OUTPUT_PATH="${OUTPUT_PATH:-}"                   # empty: MOUNT_PATH/output_path
 MODE="${MODE:-auto}"                             # auto glm glm2 glm3 baichuan2_13b qwen1.5 llama2: llmops/formats/templates
 MAX_SEQ_LEN="${MAX_SEQ_LEN:-2048}"               # longest prompt and answer in tokens
 TEST_RATIO="${TEST_RATIO:-0.1}"                  # share of each intent's questions that is held out
+VALIDATION_RATIO="${VALIDATION_RATIO:-0.0}"      # share of the rest to choose the best checkpoint by
 OUT_OF_SCOPE_RATIO="${OUT_OF_SCOPE_RATIO:-0.1}"  # questions added whose intent is left out of the list
 CANDIDATES="${CANDIDATES:-all}"                  # list all intents, or only the K most similar to each question
 CANDIDATE_EXAMPLES="${CANDIDATE_EXAMPLES:-0}"    # with CANDIDATES=K: show each with N of its most similar questions
@@ -40,17 +41,20 @@ read_settings "${BASH_SOURCE[0]}" "$@"
 log "1. prepare"
 bash "$HERE/faq/prepare.sh" --data_file "$DATA_FILE" --test_data_file "$TEST_DATA_FILE" --mount_path "$MOUNT_PATH" \
     --model_name_or_path "$MODEL_NAME_OR_PATH" --mode "$MODE" --test_ratio "$TEST_RATIO" \
+    --validation_ratio "$VALIDATION_RATIO" \
     --output_dir "$MOUNT_PATH/datasets" --max_seq_len "$MAX_SEQ_LEN" \
     --out_of_scope_ratio "$OUT_OF_SCOPE_RATIO" --candidates "$CANDIDATES" --embedding_model "$EMBEDDING_MODEL" \
     --candidate_examples "$CANDIDATE_EXAMPLES" --candidate_order "$CANDIDATE_ORDER" --skip_bad_lines "$SKIP_BAD_LINES" \
     --overwrite "$OVERWRITE" --trust_remote_code "$TRUST_REMOTE_CODE" >&2
 log "2. train"
+judge=()
+[[ ! $VALIDATION_RATIO =~ [1-9] ]] || judge=(--test_file "$MOUNT_PATH/datasets/validation.jsonl")
 # its error may name flags that this command does not have
 trap 'log "run_all.sh: flags of chat_main.sh follow --, as in faq/run_all.sh ... -- --overwrite_output_path true"' ERR
 forward bash "$HERE/chat_main.sh" --scenario faq --mount_path "$MOUNT_PATH" --model_name_or_path "$MODEL_NAME_OR_PATH" \
     --mode "$MODE" --output_path "$OUTPUT_PATH" --max_seq_len "$MAX_SEQ_LEN" \
     --cuda_visible_devices "$CUDA_VISIBLE_DEVICES" --trust_remote_code "$TRUST_REMOTE_CODE" \
-    --skip_bad_lines "$SKIP_BAD_LINES" ${REST[@]+"${REST[@]}"} >&2
+    --skip_bad_lines "$SKIP_BAD_LINES" ${judge[@]+"${judge[@]}"} ${REST[@]+"${REST[@]}"} >&2
 trap - ERR
 log "3. predict"
 forward bash "$HERE/faq/predict.sh" --model_name_or_path "$OUTPUT_PATH" --embedding_model "" \

@@ -201,6 +201,18 @@ def test_run_all_where_general_was_trained_before(tmp_path: Path, checkpoints: d
     )
 
 
+def test_run_all_chooses_by_the_validation(tmp_path: Path, checkpoints: dict[str, Path]) -> None:
+    """Shown by giving training the same file to learn."""
+    data, datasets = tmp_path / "faq.csv", tmp_path / "mnt" / "datasets"
+    rows = [f"{intent}的问题{i},{intent}" for intent in ("退款", "物流", "发票", "地址") for i in range(5)]
+    data.write_text("\n".join(["问题,类别", *rows]), encoding="utf-8")
+    command = ("--mount_path", str(tmp_path / "mnt"), "--model_name_or_path", str(checkpoints["llama"]))
+    command = (*command, "--data_file", str(data), "--validation_ratio", "0.2")
+    done = faq("run_all.sh", *command, "--", "--train_file", str(datasets / "validation.jsonl"))
+    assert done.returncode == 2
+    assert "validation.jsonl is learned (--train_file) and tests what was learned (--test_file)" in done.stderr
+
+
 def test_run_all_needs_data() -> None:
     done = faq("run_all.sh")
     assert done.returncode == 2

@@ -242,10 +242,10 @@ def questions(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("renamed", [0, 1, 2])
 def test_prepare_killed_between_its_files_is_completed(questions: Path, tmp_path: Path, renamed: int) -> None:
-    """The state that a kill leaves after so many of the three renames, made by hand; then any next start."""
+    """The state that a kill leaves after so many of the four renames, made by hand; then any next start."""
     whole, output = tmp_path / "whole", tmp_path / "out"
     assert prepare(questions, output, "--seed", "7").returncode == 0
-    assert prepare(questions, whole).returncode == 0
+    assert prepare(questions, whole, "--validation_ratio", "0.3").returncode == 0
     listed = {name: prepared.digest(whole / name) for name in prepared.OUTPUTS}
     prepared.write_state(output, "writing", listed)
     for i, name in enumerate(prepared.OUTPUTS):

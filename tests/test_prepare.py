@@ -41,6 +41,11 @@ def single_rows() -> list[dict[str, str]]:
     ]
 
 
+def read(path: Path) -> list[dict[str, Any]]:
+    """The rows of a file of JSON lines."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
 def run(data: Path, output: Path, *flags: str) -> subprocess.CompletedProcess[str]:
     """faq/prepare.sh as a user runs it."""
     command = ["bash", str(ROOT / "faq" / "prepare.sh"), "--data_file", str(data), "--output_dir", str(output), *flags]
@@ -76,7 +81,7 @@ def test_every_shape_gives_the_same(tmp_path: Path, shape: str) -> None:
     assert ("csv" if "csv" in shape else "JSON array" if "array" in shape else "JSON lines") in done.stderr
     catalog = load_catalog(tmp_path / "out" / "intents.json")
     assert catalog.intents == {intent: f"{intent}的答复" for intent in INTENTS}
-    rows = [json.loads(line) for line in (tmp_path / "out" / "test.jsonl").read_text(encoding="utf-8").splitlines()]
+    rows = read(tmp_path / "out" / "test.jsonl")
     assert sorted(row["intent"] for row in rows) == sorted(INTENTS)  # stratified: one of each
     for row in rows:
         assert row["question"] in INTENTS[row["intent"]]
@@ -89,7 +94,7 @@ def test_every_shape_gives_the_same(tmp_path: Path, shape: str) -> None:
 def test_the_prompt_has_the_question_last(tmp_path: Path) -> None:
     """So that all rows share their prompt's beginning: instruction, then every candidate, then the question."""
     run(write(tmp_path / "a.jsonl", lines(single_rows())), tmp_path / "out", "--out_of_scope_ratio", "0")
-    rows = [json.loads(line) for line in (tmp_path / "out" / "train.jsonl").read_text(encoding="utf-8").splitlines()]
+    rows = read(tmp_path / "out" / "train.jsonl")
     heads = {row["messages"][0]["content"].removesuffix(row["question"]) for row in rows}
     assert len(heads) == 1
     (head,) = heads
@@ -128,7 +133,7 @@ def test_out_of_scope_rows(tmp_path: Path) -> None:
     catalog = load_catalog(tmp_path / "out" / "intents.json")
     assert "不符合" not in catalog.intents
     assert len(catalog.left_out) == 1  # four intents are too few for two variants
-    made = [json.loads(line) for line in (tmp_path / "out" / "train.jsonl").read_text(encoding="utf-8").splitlines()]
+    made = read(tmp_path / "out" / "train.jsonl")
     variants = [row for row in made if "variant" in row]
     assert variants
     truth = {q: intent for intent, questions in INTENTS.items() for q in questions}
@@ -265,6 +270,8 @@ def test_test_intents_must_be_known(tmp_path: Path) -> None:
     [
         (["--mode", "vicuna"], "invalid choice: 'vicuna'"),
         (["--test_ratio", "1"], "--test_ratio is 1.0"),
+        (["--validation_ratio", "-1"], "--validation_ratio is -1.0"),
+        (["--test_ratio", "0.7", "--validation_ratio", "0.1"], "0 rows left for validation"),
         (["--test_ratio", "0"], "there is no --test_data_file and --test_ratio is 0"),
         (["--model_name_or_path", "/no/model"], "the model folder /no/model has no config.json"),
     ],
@@ -273,6 +280,27 @@ def test_wrong_settings(tmp_path: Path, flags: list[str], phrase: str) -> None:
     done = run(write(tmp_path / "a.jsonl", lines(single_rows())), tmp_path / "out", *flags)
     assert done.returncode == 2
     assert phrase in done.stderr
+
+
+@pytest.mark.parametrize("more", [(), ("--candidates", "2", "--out_of_scope_ratio", "0.5")])
+def test_validation_is_apart_from_training_and_test(tmp_path: Path, more: tuple[str, ...]) -> None:
+    data, out = write(tmp_path / "a.jsonl", lines(single_rows())), tmp_path / "out"
+    done = run(data, out, "--test_ratio", "0.25", "--validation_ratio", "0.3", *more)
+    assert done.returncode == 0, done.stderr
+    rows = {name: read(out / f"{name}.jsonl") for name in ("train", "test", "validation")}
+    assert json.loads(done.stdout).items() >= {name: len(found) for name, found in rows.items()}.items()
+    asked = {name: {row["question"] for row in found} for name, found in rows.items()}
+    assert sum(map(len, asked.values())) == len(set().union(*asked.values())) == 16
+    assert [len(asked[name]) for name in ("train", "test", "validation")] == [8, 4, 4]
+    assert run(data, out, "--test_ratio", "0.25", *more).returncode == 0
+    assert {row["question"] for row in read(out / "test.jsonl")} == asked["test"]
+    assert not (out / "validation.jsonl").exists()
+    own = write(out / "validation.jsonl", "mine\n")
+    assert run(data, out, *more).returncode == 0
+    assert own.read_text(encoding="utf-8") == "mine\n"
+    done = run(data, out, "--validation_ratio", "0.3", *more)
+    assert done.returncode == 2
+    assert "holds validation.jsonl that this command did not write" in done.stderr
 
 
 def test_nothing_of_others_is_overwritten(tmp_path: Path) -> None:
