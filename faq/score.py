@@ -112,6 +112,20 @@ def read_predictions(path: Path) -> list[dict[str, Any]]:
     return found
 
 
+def orders_of(rows: Sequence[dict[str, Any]], path: Path) -> int:
+    """In how many orders of its candidates each question was asked. Raises UserError where some were in others."""
+    found = [row.get("orders", 1) for row in rows]
+    for number, orders in enumerate(found, 1):
+        if type(orders) is not int or orders < 1:
+            raise UserError(f"{path}:{number}: 'orders' is {files.shown(orders)}, expected a whole number from 1")
+        if orders != found[0]:
+            raise UserError(
+                f"{path}:{number}: 'orders' is {orders}, and {found[0]} on line 1; a threshold holds for one of them: "
+                "predict all questions anew with the same --orders"
+            )
+    return found[0]
+
+
 def is_runner_up(value: Any) -> bool:
     """Whether a value names an intent with its probability, or is null."""
     named = isinstance(value, dict) and isinstance(value.get("intent"), str)
@@ -235,8 +249,8 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     if arguments.keep_threshold:  # that of both together is for the weights that are kept
         answers = ways | ({JOINED: together} if together else {})
         kept = decide(answers, none, wished, JOINED if arguments.join else "model")
-    if kept and read[0][0].get("orders", 1) > 1:
-        kept["orders"] = read[0][0]["orders"]
+    if kept and (orders := orders_of(read[0], paths[0])) > 1:
+        kept["orders"] = orders
     if kept and arguments.join:  # decide() has refused predictions that cannot be joined
         kept |= found["joined"]["weights"] | {key: found["joined"][key] for key in ("inputs", "learned")}
     # all is read and computed; now the files

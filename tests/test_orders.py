@@ -113,6 +113,12 @@ def test_what_score_keeps_is_held_to(
     kept = ["--intents_file", str(intents), "--train_file", "", "--keep_threshold", "true", "--automate", "0.9"]
     assert score.main([str(asked / "joined.jsonl"), *kept]) == 0
     assert load_catalog(intents).decision["orders"] == 3
+    mixed = tmp_path / "mixed.jsonl"
+    for number, wrong, phrase in ((2, 1, "'orders' is 1, and 3 on line 1"), (1, 0, "'orders' is 0, expected a whole number from 1")):
+        changed = [row | {"orders": wrong} if k == number else row for k, row in enumerate(rows, 1)]
+        mixed.write_text("".join(json.dumps(row) + "\n" for row in changed), encoding="utf-8")
+        assert score.main([str(mixed), *kept]) == 2
+        assert f"mixed.jsonl:{number}: {phrase}" in " ".join(capsys.readouterr().err.split())
     capsys.readouterr()
     bare = ["--question", rows[0]["question"], "--question", rows[1]["question"]]
     assert predict.main([*common, *bare]) == 0
