@@ -10,6 +10,7 @@ import json
 import os
 import sys
 import time
+from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -35,6 +36,9 @@ if TYPE_CHECKING:
     from llmops.generation.generator import Generator
     from llmops.intents.joined import Joint
     from llmops.intents.retrieval import Shown
+
+
+QUERIES_AT_ONCE = 8192  # whose prompts and candidates are held as tokens
 
 
 @dataclass(frozen=True)
@@ -197,6 +201,13 @@ def predict(
     from llmops.generation.choice_search import Tree
 
     chat, length = model.chat, model.checkpoint.length
+    if len(queries) > QUERIES_AT_ONCE:  # all lengths are checked now, and nobody waits for the last part to learn it
+        check_length([array("i", chat.prompt(query.prompt)) for query in queries], queries, 1, length)
+        for start in range(0, len(queries), QUERIES_AT_ONCE):
+            part = predict(config, catalog, queries[start : start + QUERIES_AT_ONCE], model, generator)
+            for i, predicted in part:
+                yield start + i, predicted
+        return
     prompts = [chat.prompt(query.prompt) for query in queries]
     if config.constrain:
         variants = {query.variant: query.prompt for query in queries}

@@ -6,7 +6,7 @@ names of their own and get theirs one after the other: a start that was killed i
 
 import hashlib
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 
@@ -88,14 +88,23 @@ def is_older_version(folder: Path) -> bool:
     return True
 
 
-def write(folder: Path, texts: Mapping[str, str], overwrite: bool) -> None:
-    """Write all files, or none. Raises UserError when another start writes there, or a file is not ours to replace."""
+def write(folder: Path, texts: Mapping[str, Iterable[str]], overwrite: bool) -> None:
+    """Write all files, or none, part by part of their texts.
+
+    Raises UserError when another start writes there, or a file is not ours to replace.
+    """
     files.make_folder(folder, "the output folder")
     with locked(folder):
         if not overwrite:
             refuse_foreign(folder)
-        for name, text in texts.items():
-            files.write_text(staged(folder, name), text)
+        try:
+            for name, parts in texts.items():
+                with files.writing(staged(folder, name)) as stream:
+                    stream.writelines(parts)
+        except BaseException:
+            for name in texts:
+                staged(folder, name).unlink(missing_ok=True)
+            raise
         listed = {name: digest(staged(folder, name)) for name in texts}
         write_state(folder, "writing", listed)
         for name in texts:

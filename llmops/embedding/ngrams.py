@@ -35,8 +35,8 @@ def ngram_vectors(texts: Sequence[str]) -> "np.ndarray":
     for start in range(0, len(texts), TEXTS_AT_ONCE):
         some = vectors[start : start + TEXTS_AT_ONCE]
         add_grams(some, texts[start : start + TEXTS_AT_ONCE])
-        for row in some:
-            row /= np.linalg.norm(row) or 1
+        for number, row in enumerate(some):
+            some[number] /= np.linalg.norm(row) or 1
     return vectors
 
 
@@ -65,7 +65,7 @@ def add_grams(vectors: "np.ndarray", texts: Sequence[str]) -> None:
 
 
 class NgramRows:
-    """The vectors of many texts without their zeros, about an eighth of them: 6 bytes each; rows (k, 1024) on asking."""
+    """The vectors of many texts without their zeros, 6 bytes for each other number; rows (k, 1024) when asked for."""
 
     def __init__(self, texts: Sequence[str]) -> None:
         import numpy as np

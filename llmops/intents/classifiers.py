@@ -49,7 +49,7 @@ def read_asked(path: Path, catalog: Catalog) -> list[Asked]:
     """The training questions: train.jsonl of faq/prepare, or data in any shape that it reads."""
     found = [
         Asked(question, record.intent, record.variant, record.line)
-        for record in read_faq(path).records
+        for record in read_faq(path, with_prompts=False).records
         for question in record.questions
     ]
     known = {*catalog.intents, catalog.none}

@@ -125,7 +125,7 @@ def nearest(vectors: "Rows", known: "Rows", labels: "np.ndarray", own: Sequence[
 
 
 def class_blocks(starts: "np.ndarray") -> Iterator[tuple[int, int]]:
-    """(first class, one after the last) of blocks with at most KNOWN_AT_ONCE vectors, or one class; `starts` (c + 1,)."""
+    """(first class, one after the last) of blocks of at most KNOWN_AT_ONCE vectors, or one class; `starts` (c + 1,)."""
     first, classes = 0, len(starts) - 1
     while first < classes:
         last = first + 1
@@ -226,12 +226,16 @@ class Retriever:
 
     def similar(self, vector: "np.ndarray", question: str, number: int, count: int) -> tuple[str, ...]:
         """The `count` questions of an intent that are most similar to this one, the most similar first; not itself."""
+        return tuple(self.texts[row] for row in self.similar_rows(vector, question, number, count))
+
+    def similar_rows(self, vector: "np.ndarray", question: str, number: int, count: int) -> list[int]:
+        """The same as places in `texts`."""
         first, last = self.starts[number] + 1, self.starts[number + 1]
         if not count or first == last:
-            return ()
+            return []
         cosines = self.known[first:last] @ vector
-        texts = (self.texts[first + place] for place in (-cosines).argsort(kind="stable"))
-        return tuple(text for text in texts if text != question)[:count]
+        rows = (first + place for place in (-cosines).argsort(kind="stable").tolist())
+        return [row for row in rows if self.texts[row] != question][:count]
 
     def names(self, numbers: Sequence[int]) -> tuple[str, ...]:
         """The intents of these numbers."""
