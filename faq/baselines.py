@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from llmops import files
 from llmops.console import UserError, log
 from llmops.intents.classifiers import Asked, Classifiers
+from llmops.intents.neighbours import Neighbours
 from llmops.intents.questions import compared
 
 if TYPE_CHECKING:
@@ -42,10 +43,12 @@ def compare(classifiers: Classifiers, folds: "np.ndarray", test: Sequence[Asked]
     started = time.perf_counter()
     vectors = features.vectors(texts)
     encoded = time.perf_counter()
-    near = classifiers.nearest(vectors)
-    seconds = time.perf_counter() - started
-    cut = classifiers.threshold(classifiers.nearest(classifiers.vectors, leave_out=True))
-    found = [Baseline("nearest neighbour", name, classifiers.answers(near, test, cut), seconds)]
+    neighbours = Neighbours(classifiers)
+    cut = neighbours.threshold()
+    near = time.perf_counter()
+    answers = neighbours.answers(vectors, test, cut)
+    seconds = time.perf_counter() - near + encoded - started
+    found = [Baseline("nearest neighbour", name, answers, seconds)]
     rows = [{"question": a.question, "intent": frequent, "probability": 0.0, "reference": a.intent} for a in test]
     most = Baseline("most frequent intent", "", rows, 0.0)
     if classifiers.too_large:

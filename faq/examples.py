@@ -17,11 +17,12 @@ from llmops.intents.questions import BadRecords, FaqFile, FaqRecord, compared, r
 LINES_SHOWN = 10
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Example:
     """One question with its intent, and where it was read; `messages` when its prompt was made elsewhere.
 
-    `candidates` when it brings a list of its own; `shown`: questions to show beside each of these.
+    `candidates` when it brings a list of its own; `variant` when one was found for it, a number of the catalog;
+    `shown`: questions to show beside each candidate.
     """
 
     path: Path
@@ -30,6 +31,7 @@ class Example:
     intent: str
     messages: tuple[Message, ...] = ()
     candidates: tuple[str, ...] = ()
+    variant: int | None = None
     shown: tuple[tuple[str, ...], ...] = ()
 
     @property

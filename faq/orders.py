@@ -67,3 +67,10 @@ def as_one(catalog: Catalog, rows: Sequence[dict[str, Any]], queries: Sequence[Q
         shares = {"probabilities": {name: round(share, 6) for name, share in named}, "orders": orders}
         found.append({"question": query.question} | top_prediction(catalog, named) | shares | query.known)
     return found
+
+
+def took(count: int, seconds: float, what: str) -> str:
+    """How long so many questions took, or prompts where a question has several."""
+    if what == "prompts":
+        return f"{count} prompts in {seconds:.1f} s, {count / seconds:.1f} prompts/s"
+    return f"{count} questions in {seconds:.1f} s, {count / seconds:.1f} questions/s"

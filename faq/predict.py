@@ -10,6 +10,7 @@ import json
 import os
 import sys
 import time
+from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from faq.orders import Query, as_one, in_orders
+from faq.orders import Query, as_one, in_orders, took
 from llmops import files, json_text
 from llmops.console import Parser, UserError, log, progress, run_main, stdout_to_stderr, to_bool, write_stdout
 from llmops.formats.families import families
@@ -35,6 +36,9 @@ if TYPE_CHECKING:
     from llmops.generation.generator import Generator
     from llmops.intents.joined import Joint
     from llmops.intents.retrieval import Shown
+
+
+QUERIES_AT_ONCE = 8192  # whose prompts and candidates are held as tokens
 
 
 @dataclass(frozen=True)
@@ -197,6 +201,13 @@ def predict(
     from llmops.generation.choice_search import Tree
 
     chat, length = model.chat, model.checkpoint.length
+    if len(queries) > QUERIES_AT_ONCE:  # all lengths are checked now, and nobody waits for the last part to learn it
+        check_length([array("i", chat.prompt(query.prompt)) for query in queries], queries, 1, length)
+        for start in range(0, len(queries), QUERIES_AT_ONCE):
+            part = predict(config, catalog, queries[start : start + QUERIES_AT_ONCE], model, generator)
+            for i, predicted in part:
+                yield start + i, predicted
+        return
     prompts = [chat.prompt(query.prompt) for query in queries]
     if config.constrain:
         variants = {query.variant: query.prompt for query in queries}
@@ -333,12 +344,7 @@ def answer(config: Config, processes: Processes, opened: Opened, what: str = "qu
     fresh = processes.gather(fresh)
     if not processes.first:
         return []
-    seconds = time.monotonic() - started
-    rate = len(fresh) / seconds
-    if what == "prompts":
-        log(f"{len(fresh)} prompts in {seconds:.1f} s, {rate:.1f} prompts/s")
-    else:
-        log(f"{len(fresh)} questions in {seconds:.1f} s, {rate:.1f} questions/s")
+    log(took(len(fresh), time.monotonic() - started, what))
     found |= fresh
     return [{"question": query.question} | found[i] | query.known for i, query in enumerate(queries)]
 

@@ -6,9 +6,11 @@ Prints what it made as one JSON object on stdout; says on stderr what it read an
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from heapq import nlargest
+from itertools import chain
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -28,7 +30,7 @@ from faq.examples import (
     without_conflicts,
     without_tests,
 )  # fmt: skip
-from faq.prepared import OUTPUTS, VALIDATION_NAME
+from faq.prepared import OUTPUTS, TEST_NAME, TRAIN_NAME, VALIDATION_NAME
 from llmops import files, json_text
 from llmops.console import Parser, UserError, log, print_json, run_main, to_bool
 from llmops.conversations.data_files import list_files, path_of
@@ -173,20 +175,23 @@ def make_variants(intents: Sequence[str], config: Config) -> list[list[str]]:
     return [shuffled[k * size : (k + 1) * size] for k in range(count)]
 
 
-def make_rows(examples: Sequence[Example], catalog: Catalog, ratio: float, seed: int) -> list[dict[str, Any]]:
+def make_rows(examples: Sequence[Example], catalog: Catalog, ratio: float, seed: int) -> Iterator[dict[str, Any]]:
     """One row per example, then `ratio` as many rows of questions whose intent a variant leaves out."""
-    rows = [make_row(example, example.intent, catalog, variant_of_own(example, catalog)) for example in examples]
+    for example in examples:
+        yield make_row(example, example.intent, catalog, variant_of_own(example, catalog))
     variant_of = {intent: k for k, absent in enumerate(catalog.left_out) for intent in absent}
     if variant_of and ratio:
         movable = [e for e in examples if e.intent in variant_of]
         count = min(len(movable), round(ratio * len(examples)))
         chosen = Random(seed + 1).sample(movable, count)
-        rows += [make_row(e, catalog.none, catalog, variant_of[e.intent]) for e in chosen]
-    return rows
+        for example in chosen:
+            yield make_row(example, catalog.none, catalog, variant_of[example.intent])
 
 
 def variant_of_own(example: Example, catalog: Catalog) -> int | None:
-    """The number of the list that an example brings, or None."""
+    """The number of the list that an example brings or that was found for it, or None."""
+    if example.variant is not None:
+        return example.variant
     return catalog.variant_of(example.candidates) if example.candidates else None
 
 
@@ -199,7 +204,7 @@ def make_row(example: Example, answer: str, catalog: Catalog, variant: int | Non
     return row if variant is None else row | {"variant": variant}
 
 
-def check_length(config: Config, examples: Sequence[Example], catalog: Catalog) -> None:
+def check_length(config: Config, parts: Sequence[Sequence[Example]], catalog: Catalog) -> None:
     """Raise UserError when the longest prompt with its answer is longer than the model or --max_seq_len allows."""
     from llmops.console import stdout_to_stderr
 
@@ -211,7 +216,7 @@ def check_length(config: Config, examples: Sequence[Example], catalog: Catalog) 
     limit, whose = config.max_seq_len, f"--max_seq_len {config.max_seq_len}"
     if length and length < limit:
         limit, whose = length, f"the model's length of {length}"
-    longest, tokens = examples[0], 0
+    longest, tokens = parts[0][0], 0
 
     def written(example: Example) -> list[Message]:
         return make_row(example, example.intent, catalog, variant_of_own(example, catalog))["messages"]
@@ -219,7 +224,7 @@ def check_length(config: Config, examples: Sequence[Example], catalog: Catalog) 
     def size(example: Example) -> int:
         return sum(len(message["content"]) for message in written(example))
 
-    for example in nlargest(LENGTHS_TRIED, examples, key=size):
+    for example in nlargest(LENGTHS_TRIED, chain(*parts), key=size):
         length = len(chat.conversation(written(example))[-1].ids)
         if length > tokens:
             longest, tokens = example, length
@@ -242,10 +247,11 @@ def run(config: Config) -> dict[str, Any]:
     if not config.overwrite:
         prepared.complete(Path(config.output_dir))
         prepared.refuse_foreign(Path(config.output_dir), names_of(config))
-    made, asked = ([e for e in examples_of(data) if bool(e.messages) == whole] for whole in (True, False))
+    examples = examples_of(data)
+    made, asked = (next((e for e in examples if bool(e.messages) == whole), None) for whole in (True, False))
     if made and asked:
         raise UserError(
-            f"{made[0].place} has 'messages' and {asked[0].place} a question with its intent; expected one of the two"
+            f"{made.place} has 'messages' and {asked.place} a question with its intent; expected one of the two"
         )
     none = wording_of(config.mode).none
     language = language_of(records, none) if config.prompt_language == "auto" else config.prompt_language
@@ -253,7 +259,7 @@ def run(config: Config) -> dict[str, Any]:
     own = {record.instruction for record in records} - {""}
     if own and not config.instruction and wording:
         log(f"the records' own instruction ({sorted(own)[0]!r}) is not used; --instruction sets another one")
-    examples = without_conflicts(examples_of(data), config.skip_bad_lines)
+    examples = without_conflicts(examples, config.skip_bad_lines)
     intents, none_reply = collect_intents(data, none)
     if len(intents) < 2:
         raise UserError(f"{path} has {len(intents)} intent beside {none!r}; expected at least two to choose from")
@@ -262,8 +268,9 @@ def run(config: Config) -> dict[str, Any]:
     lists = own_lists([*examples, *(tested or [])], intents, none)
     if tested is not None:
         tested = check_known(tested, intents, none, config.skip_bad_lines)
-    examples, test, validation = parts_of(config, examples, tested)
+    parts = parts_of(config, examples, tested)
     # 3. prompts
+    del data, records, tested
     left_out = make_variants(list(intents), config) if wording and not lists else []
     catalog = Catalog(config.mode, wording, intents, left_out, none_reply, lists)
     recall: dict[str, Any] = {}
@@ -272,21 +279,14 @@ def run(config: Config) -> dict[str, Any]:
             raise UserError(f"{path} brings its own candidates or prompts; leave --candidates out")
         from faq.retrieval import retrieve
 
-        (examples, test, validation), catalog, recall = retrieve(config, examples, test, validation, catalog)
+        parts, catalog, recall = retrieve(config, parts, catalog)
     if config.model_name_or_path:
-        check_length(config, [*examples, *test, *validation], catalog)
-    ratio = config.out_of_scope_ratio
-    rows = {
-        "train.jsonl": make_rows(examples, catalog, ratio, config.seed),
-        # a given test file is not changed
-        "test.jsonl": make_rows(test, catalog, 0 if config.test_data_file else ratio, config.seed),
-    }
-    if config.validation_ratio:
-        rows[VALIDATION_NAME] = make_rows(validation, catalog, ratio, config.seed)
+        check_length(config, [*parts.values()], catalog)
+    rows = {name: make_rows(part, catalog, ratio_of(config, name), config.seed) for name, part in parts.items()}
     # 4. all files, or none
-    write_outputs(config, rows, catalog)
-    counts = {name.partition(".")[0]: len(found) for name, found in rows.items()}
-    none_rows = sum(row["intent"] == none for row in rows["train.jsonl"])
+    written = write_outputs(config, rows, catalog, none)
+    counts = {name.partition(".")[0]: written[name].total() for name in rows}
+    none_rows = written[TRAIN_NAME][True]
     summary = f"{counts['train']} rows to train on ({none_rows} of them {none}), {counts['test']} to test"
     log(f"{config.output_dir}: {summary}")
     if config.validation_ratio:
@@ -294,24 +294,24 @@ def run(config: Config) -> dict[str, Any]:
     return counts | {"intents": len(intents), "output_dir": config.output_dir} | recall
 
 
-def parts_of(
-    config: Config, examples: list[Example], tested: list[Example] | None
-) -> tuple[list[Example], list[Example], list[Example]]:
-    """(training, test, validation); `tested`: those of a given test file. Raises UserError for a part that is empty."""
-    validation: list[Example] = []
+def parts_of(config: Config, examples: list[Example], tested: list[Example] | None) -> "dict[str, Sequence[Example]]":
+    """The examples of every file; `tested`: those of a given test file. Raises UserError for a part that is empty."""
     if tested is None:
         examples, test = split(examples, config.test_ratio, config.seed)
     else:
         examples, test = without_tests(examples, tested), tested
+    found: dict[str, Sequence[Example]] = {TRAIN_NAME: examples, TEST_NAME: test}
     if config.validation_ratio:
-        examples, validation = split(examples, config.validation_ratio, config.seed, fewest=2)
-    wanted = {"training": examples, "the test": test}
-    if config.validation_ratio:
-        wanted["validation"] = validation
-    for name, part in wanted.items():
+        found[TRAIN_NAME], found[VALIDATION_NAME] = split(examples, config.validation_ratio, config.seed, fewest=2)
+    for (_, part), name in zip(found.items(), ("training", "the test", "validation"), strict=False):
         if not part:
             raise UserError(f"0 rows left for {name}; give more questions per intent")
-    return examples, test, validation
+    return found
+
+
+def ratio_of(config: Config, name: str) -> float:
+    """How many rows without their intent a file has beside the others; a given test file is not changed."""
+    return 0 if name == TEST_NAME and config.test_data_file else config.out_of_scope_ratio
 
 
 def names_of(config: Config) -> list[str]:
@@ -325,10 +325,20 @@ def read_tests(config: Config) -> list[Example]:
     return without_conflicts(examples_of(tested), config.skip_bad_lines, repeats_stay=True)
 
 
-def write_outputs(config: Config, rows: dict[str, list[dict[str, Any]]], catalog: Catalog) -> None:
-    """Write all files, or none."""
-    texts = {name: "".join(json_text.dumps(row) + "\n" for row in found) for name, found in rows.items()}
-    prepared.write(Path(config.output_dir), texts | {INTENTS_NAME: catalog.to_json()}, config.overwrite)
+def write_outputs(
+    config: Config, rows: dict[str, Iterator[dict[str, Any]]], catalog: Catalog, none: str
+) -> dict[str, Counter[bool]]:
+    """Write all files, or none, row by row. By name, how many rows are answered with `none` (True) and how many not."""
+    counts = {name: Counter[bool]() for name in rows}
+
+    def lines(name: str) -> Iterator[str]:
+        for row in rows[name]:
+            counts[name][row["intent"] == none] += 1
+            yield json_text.dumps(row) + "\n"
+
+    texts = {name: lines(name) for name in rows}
+    prepared.write(Path(config.output_dir), texts | {INTENTS_NAME: catalog.json_parts()}, config.overwrite)
+    return counts
 
 
 def main(argv: Sequence[str] | None = None) -> int:

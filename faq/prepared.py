@@ -16,8 +16,9 @@ from llmops.intents.catalog import load_catalog
 from llmops.intents.questions import INTENTS_NAME, PREPARED_NAME
 from llmops.machine.locks import lock
 
+TRAIN_NAME, TEST_NAME = "train.jsonl", "test.jsonl"
 VALIDATION_NAME = "validation.jsonl"  # only where it was asked for
-OUTPUTS = ("train.jsonl", "test.jsonl", VALIDATION_NAME, INTENTS_NAME)
+OUTPUTS = (TRAIN_NAME, TEST_NAME, VALIDATION_NAME, INTENTS_NAME)
 LOCK_NAME = ".prepare.lock"
 
 
@@ -89,14 +90,23 @@ def is_older_version(folder: Path) -> bool:
     return True
 
 
-def write(folder: Path, texts: Mapping[str, str], overwrite: bool) -> None:
-    """Write all files, or none. Raises UserError when another start writes there, or a file is not ours to replace."""
+def write(folder: Path, texts: Mapping[str, Iterable[str]], overwrite: bool) -> None:
+    """Write all files, or none, part by part of their texts.
+
+    Raises UserError when another start writes there, or a file is not ours to replace.
+    """
     files.make_folder(folder, "the output folder")
     with locked(folder):
         if not overwrite:
             refuse_foreign(folder, texts)
-        for name, text in texts.items():
-            files.write_text(staged(folder, name), text)
+        try:
+            for name, parts in texts.items():
+                with files.writing(staged(folder, name)) as stream:
+                    stream.writelines(parts)
+        except BaseException:
+            for name in texts:
+                staged(folder, name).unlink(missing_ok=True)
+            raise
         remove_earlier(folder, texts)
         listed = {name: digest(staged(folder, name)) for name in texts}
         write_state(folder, "writing", listed)

@@ -132,11 +132,11 @@ def is_runner_up(value: Any) -> bool:
     return value is None or (named and isinstance(value.get("probability"), int | float))
 
 
-def rates(pairs: Sequence[tuple[str, str]], intent: str) -> dict[str, float]:
-    """Precision, recall and F1 of one intent against the rest; 0 where there is nothing to divide by."""
-    hits = sum(true == predicted == intent for true, predicted in pairs)
-    predicted_as = sum(predicted == intent for _, predicted in pairs)
-    support = sum(true == intent for true, _ in pairs)
+def rates(hits: int, predicted_as: int, support: int) -> dict[str, float]:
+    """Precision, recall and F1 of one intent against the rest; 0 where there is nothing to divide by.
+
+    Of how many questions it is predicted and true, predicted, and true.
+    """
     precision, recall = hits / predicted_as if predicted_as else 0.0, hits / support if support else 0.0
     f1 = 2 * precision * recall / (precision + recall) if hits else 0.0
     return {"precision": round(precision, 4), "recall": round(recall, 4), "f1": round(f1, 4), "support": support}
@@ -149,7 +149,9 @@ def score(rows: Sequence[dict[str, Any]], none: str) -> dict[str, Any]:
     right = sum(true == predicted for true, predicted in pairs)
     accuracy = right / len(pairs)
     judged = {true for true, _ in pairs} | {row["intent"] for row in rows if row.get("known", True)}
-    by_intent = {intent: rates(pairs, intent) for intent in sorted(judged)}
+    hits = Counter(true for true, predicted in pairs if true == predicted)
+    said, support = Counter(predicted for _, predicted in pairs), Counter(true for true, _ in pairs)
+    by_intent = {intent: rates(hits[intent], said[intent], support[intent]) for intent in sorted(judged)}
     confused = Counter(pair for pair in pairs if pair[0] != pair[1])
     return {
         "constrained": all(row.get("constrained", True) for row in rows),
@@ -158,7 +160,7 @@ def score(rows: Sequence[dict[str, Any]], none: str) -> dict[str, Any]:
         "accuracy_standard_error": round(math.sqrt(accuracy * (1 - accuracy) / len(pairs)), 4),
         "accuracy_interval": interval(right, len(pairs)),
         "macro_f1": round(sum(found["f1"] for found in by_intent.values()) / len(by_intent), 4),
-        "none_of_the_intents": rates(pairs, none),
+        "none_of_the_intents": rates(hits[none], said[none], support[none]),
         "outside_the_candidates": outside,
         "most_confused": [
             {"intent": true, "predicted": predicted, "count": count}
@@ -314,7 +316,7 @@ def compare(
         found = score(ways[JOINED], catalog.none)
         kept = {key: found[key] for key in FIGURES}
         compared["joined"] = {"weights": dict(zip(("model", "linear", NONE_OFFSET), weights, strict=True))} | kept
-        compared["joined"] |= {"inputs": classifiers.inputs.shape[1], "learned": classifiers.digest}
+        compared["joined"] |= {"inputs": classifiers.width, "learned": classifiers.digest}
     judged = (unthresholded(rows), ways.get(JOINED, []))  # as the classifiers: no threshold for precision is theirs
     right, together = ([row["intent"] == row["reference"] for row in found] for found in judged)
     compared["recommendation"] = advice(right, baselines[best], figures[best], together)

@@ -4,9 +4,9 @@ A variant is a candidate list with some intents left out, whose questions then h
 rows of the data brought with them. Rows with the same list share their prompts' beginnings.
 """
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
-from functools import cached_property
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from itertools import islice
 from pathlib import Path
 from string import Formatter
 from typing import Any
@@ -15,12 +15,14 @@ from llmops import files, json_text
 from llmops.console import UserError
 from llmops.conversations.records import Message
 from llmops.formats.families import families
+from llmops.intents.candidate_lists import CandidateLists
 from llmops.intents.questions import INTENTS_NAME
 
 BETWEEN_EXAMPLES = " / "
 ENGLISH = "en"
 BY_NUMBER, BY_SIMILARITY, BY_CHANCE = "number", "similarity", "random"
 ORDERS = (BY_NUMBER, BY_SIMILARITY, BY_CHANCE)  # how retrieved candidates are ordered in a prompt
+LISTS_AT_ONCE = 10_000  # that are written
 COSINE, JOINT = "cosine", "joint"  # how they are found: by similarity, or with a linear classifier's help
 
 
@@ -56,26 +58,28 @@ class Catalog:
     intents: dict[str, str]
     left_out: list[list[str]] = field(default_factory=list)
     none_reply: str = ""
-    lists: list[list[str]] = field(default_factory=list)
+    lists: Sequence[list[str]] = field(default_factory=CandidateLists)
     decision: dict[str, Any] = field(default_factory=dict)
     retrieval: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.lists, CandidateLists):
+            object.__setattr__(self, "lists", CandidateLists(self.lists, self.intents))
+
+    @property
+    def kept_lists(self) -> CandidateLists:
+        """The lists, to be added to."""
+        assert isinstance(self.lists, CandidateLists)
+        return self.lists
 
     @property
     def variants(self) -> int:
         """How many candidate lists there are beside that of all intents."""
         return len(self.left_out) + len(self.lists)
 
-    @cached_property
-    def _numbers(self) -> dict[tuple[str, ...], int]:
-        return {tuple(listed): number for number, listed in enumerate(self.lists)}
-
     def variant_of(self, listed: Sequence[str]) -> int:
         """The variant that has this list of its own; a list that is new is added."""
-        own = tuple(listed)
-        if own not in self._numbers:
-            self._numbers[own] = len(self.lists)
-            self.lists.append(list(own))
-        return len(self.left_out) + self._numbers[own]
+        return len(self.left_out) + self.kept_lists.place_of(listed)
 
     @property
     def none(self) -> str:
@@ -121,7 +125,25 @@ class Catalog:
 
     def to_json(self) -> str:
         """The text of intents.json."""
-        return json_text.dumps(asdict(self), indent=2) + "\n"
+        return "".join(self.json_parts())
+
+    def json_parts(self) -> Iterator[str]:
+        """The text of intents.json, in parts. Lists that were found by similarity are numbers of intents, from 0."""
+        values = {one.name: getattr(self, one.name) for one in fields(self) if one.name != "wording"}
+        numbered = bool(self.lists and self.retrieval)
+        given = {"mode": self.mode, "wording": self.wording and asdict(self.wording)}
+        given |= values | {"lists": [] if numbered else list(self.lists)}
+        text = json_text.dumps(given, indent=2) + "\n"
+        if not numbered:
+            yield text
+            return
+        before, mark, after = text.partition('\n  "lists": [')  # deeper keys have more blanks
+        yield before + mark
+        numbers, first = self.kept_lists.all_numbers(), "\n    "
+        while some := ",\n    ".join(map(str, islice(numbers, LISTS_AT_ONCE))):
+            yield first + some
+            first = ",\n    "
+        yield "\n  " + after
 
 
 def wording_of(mode: str, instruction: str = "", language: str = "zh") -> Wording:
@@ -178,7 +200,7 @@ def load_catalog(path: Path) -> Catalog:
     """Read intents.json. Raises UserError when it is not there or not one."""
     values = files.read_object(path, "the intents file", "faq/prepare.sh writes it, or pass --intents_file")
     checks = {
-        "mode": is_mode, "intents": is_texts, "left_out": is_lists, "none_reply": is_text, "lists": is_lists,
+        "mode": is_mode, "intents": is_texts, "left_out": is_lists, "none_reply": is_text, "lists": is_known_lists,
         "decision": is_decision, "retrieval": is_retrieval,
     }  # fmt: skip
     unknown = [key for key in values if key not in {*checks, "wording"}]
@@ -195,7 +217,24 @@ def load_catalog(path: Path) -> Catalog:
         found = f"{files.shown(outside[0])} is left out of a variant and no intent" if outside else "no intents"
         raise UserError(f"{path} is not an {INTENTS_NAME} of faq/prepare.sh ({found}); prepare the data again")
     wording = None if values["wording"] is None else check_wording(values["wording"], str(path))
-    return Catalog(**(values | {"wording": wording}))
+    lists = CandidateLists(names=values["intents"])
+    for listed in values.pop("lists", []):
+        add_list(lists, listed, path)
+    return Catalog(**(values | {"wording": wording, "lists": lists}))
+
+
+def add_list(lists: CandidateLists, listed: list[str] | list[int], path: Path) -> None:
+    """Add a list of names, or of numbers of intents. Raises UserError for a number that no intent has."""
+    if not listed or isinstance(listed[0], str):
+        lists.append([str(name) for name in listed])
+        return
+    try:
+        lists.append_numbers([int(number) for number in listed])
+    except (IndexError, OverflowError) as error:
+        raise UserError(
+            f"{path} is not an {INTENTS_NAME} of faq/prepare.sh (a candidate list has a number that no intent has, "
+            f"{files.shown(listed)}); prepare the data again"
+        ) from error
 
 
 def is_mode(value: Any) -> bool:
@@ -216,6 +255,14 @@ def is_texts(value: Any) -> bool:
 def is_lists(value: Any) -> bool:
     """Whether a value is a list of lists of texts."""
     return isinstance(value, list) and all(isinstance(names, list) and all(map(is_text, names)) for names in value)
+
+
+def is_known_lists(value: Any) -> bool:
+    """Whether a value is a list of lists, each of texts or of numbers."""
+    return isinstance(value, list) and all(
+        isinstance(listed, list) and (all(map(is_text, listed)) or all(type(number) is int for number in listed))
+        for listed in value
+    )
 
 
 def is_decision(value: Any) -> bool:

@@ -23,10 +23,12 @@ from llmops.intents.retrieval import Features, nearest
 if TYPE_CHECKING:
     import numpy as np
 
+    from llmops.intents.retrieval import Rows
+
 ALL = -2.0  # a threshold below every cosine and probability
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Asked:
     """A question with its true intent; `variant`: the candidate list that its row has; `line`: where it stands."""
 
@@ -47,7 +49,7 @@ def read_asked(path: Path, catalog: Catalog) -> list[Asked]:
     """The training questions: train.jsonl of faq/prepare, or data in any shape that it reads."""
     found = [
         Asked(question, record.intent, record.variant, record.line)
-        for record in read_faq(path).records
+        for record in read_faq(path, with_prompts=False).records
         for question in record.questions
     ]
     known = {*catalog.intents, catalog.none}
@@ -80,27 +82,45 @@ class Classifiers:
         ]  # fmt: skip
         self.texts = [asked.question for asked in self.own]
         self.classes = sorted({asked.intent for asked in self.own})
-        place = {intent: k for k, intent in enumerate(self.classes)}
-        self.labels = np.array([place[asked.intent] for asked in self.own])
+        self.place = {intent: k for k, intent in enumerate(self.classes)}
+        self.labels = np.array([self.place[asked.intent] for asked in self.own])
         self.vectors = features.known(self.texts)
-        self.names = features.vectors([intent.replace("_", " ") for intent in self.classes])
-        self.inputs = features.joined(self.texts, self.vectors, self.names)
 
-    def nearest(self, vectors: "np.ndarray", leave_out: bool = False) -> "np.ndarray":
+    @cached_property
+    def names(self) -> "Rows":
+        """The intents' names as vectors (classes, d)."""
+        return self.features.vectors([intent.replace("_", " ") for intent in self.classes])
+
+    @cached_property
+    def inputs(self) -> "np.ndarray":
+        """What a linear classifier reads of the training questions (n, width)."""
+        return self.features.joined(self.texts, self.vectors, self.names)
+
+    @property
+    def width(self) -> int:
+        """How many features a linear classifier reads of a question."""
+        return self.features.width(self.vectors, len(self.classes))
+
+    def nearest(self, vectors: "Rows", leave_out: bool = False) -> "np.ndarray":
         """Cosine (n, classes) of each row with the nearest training question of each class, itself left out."""
         return nearest(vectors, self.vectors, self.labels, list(range(len(vectors))) if leave_out else [])
 
     @property
     def too_large(self) -> bool:
         """Whether a linear classifier would take hours."""
-        return too_large(self.inputs, len(self.classes))
+        return too_large(len(self.own) * self.width, len(self.classes))
 
     def fit(self) -> Any:
         """A logistic regression on the training questions."""
         return fit(self.inputs, self.labels)
 
     def out_of_fold(self) -> "np.ndarray":
-        """Probabilities (n, classes) of every training question by classifiers that did not see it."""
+        """Probabilities (n, classes) of every training question by classifiers that did not see it; (0, classes) where
+        these would take hours."""
+        import numpy as np
+
+        if self.too_large:
+            return np.zeros((0, len(self.classes)), np.float32)
         return out_of_fold(self.inputs, self.labels, len(self.classes))
 
     @cached_property
@@ -118,13 +138,22 @@ class Classifiers:
 
         return np.bincount(self.labels)[self.labels] > 1
 
+    @cached_property
+    def judged_rows(self) -> list[tuple[int, Asked]]:
+        """(number of its question, row) of the training rows whose question is one of `own`."""
+        row_of = {text: k for k, text in enumerate(self.texts)}
+        return [(row_of[asked.question], asked) for asked in self.train if asked.question in row_of]
+
     def threshold(self, values: "np.ndarray") -> float:
         """The value under which 不符合 is the better answer; `values` (n, classes) are those of `out_of_fold`."""
-        row_of = {text: k for k, text in enumerate(self.texts)}
-        rows = [(row_of[asked.question], asked) for asked in self.train if asked.question in row_of]
         if not values.any():
             return ALL
+        rows = self.judged_rows
         best, top = self.best(values[[k for k, _ in rows]], [asked.variant for _, asked in rows])
+        return self.cut(best, top, rows)
+
+    def cut(self, best: "np.ndarray", top: "np.ndarray", rows: Sequence[tuple[int, Asked]]) -> float:
+        """The value under which 不符合 is the better answer to rows, by the likeliest class and its value of each."""
         none = self.catalog.none
         kept = [self.classes[k] == asked.intent for k, (_, asked) in zip(best, rows, strict=True)]
         return best_cut(top, kept, [asked.intent == none for _, asked in rows])
@@ -141,14 +170,27 @@ class Classifiers:
         self, values: "np.ndarray", variants: Sequence[int | None], catalog: Catalog | None = None
     ) -> "np.ndarray":
         """The values (n, classes) with -1 where a row's list lacks the intent; `catalog`: with more lists than ours."""
-        masked, lists = values.copy(), catalog or self.catalog
-        absent: dict[int | None, list[int]] = {None: []}
+        import numpy as np
+
+        masked = np.full_like(values, -1)
+        lists: dict[int | None, list[int] | None] = {}
         for row, variant in enumerate(variants):
-            if variant not in absent:
-                listed = {*lists.candidates(variant), lists.none}
-                absent[variant] = [k for k, intent in enumerate(self.classes) if intent not in listed]
-            masked[row, absent[variant]] = -1
+            if variant not in lists:
+                lists[variant] = self.listed(variant, catalog)
+            listed = lists[variant]
+            if listed is None:
+                masked[row] = values[row]
+            else:
+                masked[row, listed] = values[row, listed]
         return masked
+
+    def listed(self, variant: int | None, catalog: Catalog | None = None) -> list[int] | None:
+        """The classes that may be answered to a candidate list, ascending; None for all."""
+        if variant is None:
+            return None
+        lists = catalog or self.catalog
+        names = {*lists.candidates(variant), lists.none}
+        return sorted(self.place[name] for name in names if name in self.place)
 
     def answers(self, values: "np.ndarray", test: Sequence[Asked], threshold: float) -> list[dict[str, Any]]:
         """Rows as faq/predict writes them; the runner-up where 不符合 is the likeliest class.

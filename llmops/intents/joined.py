@@ -68,7 +68,7 @@ def open_joint(catalog: Catalog, join_file: str, embedding_model: str) -> Joint:
     with stdout_to_stderr():
         found = Classifiers(train, catalog, Features(folder))
     kept = catalog.decision  # without "learned" where an older faq/score wrote it
-    if found.inputs.shape[1] != kept["inputs"] or kept.get("learned", found.digest) != found.digest:
+    if found.width != kept["inputs"] or kept.get("learned", found.digest) != found.digest:
         raise UserError(
             "faq/score used another --embedding_model or other questions for its weights; pass the same ones"
         )

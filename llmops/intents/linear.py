@@ -11,9 +11,9 @@ STRENGTH = 30.0  # inverse regularisation C, for features of length 1
 LARGEST_FIT = 5e10  # questions x features x intents; all of banking77 have 1e9
 
 
-def too_large(inputs: "np.ndarray", classes: int) -> bool:
-    """Whether a fit to these features (n, e) would take hours."""
-    return inputs.size * classes > LARGEST_FIT
+def too_large(features: int, classes: int) -> bool:
+    """Whether a fit to so many features, of all questions together, would take hours."""
+    return features * classes > LARGEST_FIT
 
 
 def fit(inputs: "np.ndarray", labels: "np.ndarray") -> Any:
@@ -33,7 +33,7 @@ def out_of_fold(inputs: "np.ndarray", labels: "np.ndarray", classes: int) -> "np
 
     found = np.zeros((len(labels), classes), np.float32)
     folds = min(FOLDS, int(np.bincount(labels, minlength=1).max()))
-    if folds < 2 or too_large(inputs, classes):  # one question an intent
+    if folds < 2 or too_large(inputs.size, classes):  # one question an intent
         return found
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # an intent with fewer questions than folds

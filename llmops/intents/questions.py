@@ -12,7 +12,7 @@ import re
 import sys
 import unicodedata
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -38,7 +38,7 @@ REPLY_KEYS = ("output", "answer", "reply", "答案", "回复")
 INSTRUCTION_KEYS = ("instruction", "intruction")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class FaqRecord:
     """One record of a file: where it stands (line from 1, index from 0), its questions, intent and reply.
 
@@ -86,10 +86,11 @@ def refuse_unfinished(folder: Path) -> None:
         )
 
 
-def read_faq(path: Path, skip_bad_lines: bool = False, need_intent: bool = True) -> FaqFile:
+def read_faq(path: Path, skip_bad_lines: bool = False, need_intent: bool = True, with_prompts: bool = True) -> FaqFile:
     """Every record of a file. Raises UserError that names all bad lines, unless they are to be skipped; or no record.
 
-    `need_intent` False: questions to be classified, whose intent may be missing.
+    `need_intent` False: questions to be classified, whose intent may be missing. `with_prompts` False: records without
+    their messages, of which a million are gigabytes.
     """
     shape, rows = raw_records(path)
     refuse_exported(path)
@@ -103,7 +104,7 @@ def read_faq(path: Path, skip_bad_lines: bool = False, need_intent: bool = True)
         if problem:
             problems.append(Problem(path, line, problem))
         elif record is not None:
-            records.append(record)
+            records.append(record if with_prompts else replace(record, messages=()))
             keys.update(dict.fromkeys(raw))
     found = FaqFile(path, f"{shape} with {', '.join(map(str, keys))}", records, problems)
     if problems and not skip_bad_lines:

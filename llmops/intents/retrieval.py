@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 
     from llmops.embedding.encoder import Encoder
     from llmops.embedding.folder import ModelFolder
+    from llmops.embedding.ngrams import NgramRows
+
+    Rows = np.ndarray | NgramRows
 
 Shown = tuple[tuple[str, ...], ...]  # questions beside each candidate
 
@@ -33,7 +36,9 @@ NAME_WEIGHT = 0.3  # of the cosines with intents' names; both tried on banking77
 LINEAR_WEIGHT = 0.1  # of log probabilities beside cosines; 0.05 to 0.5 serve alike on banking77's training questions
 FLOOR = 1e-6  # the least probability that counts
 LARGEST_RANKED = 1e9  # questions x features x intents that are fitted at every start, in about 10 s
-COMPARED_AT_ONCE = 512  # questions that are compared with every known one together
+COMPARED_AT_ONCE = 512  # questions that are compared with known ones together
+KNOWN_AT_ONCE = 32768  # of these; so many cosines are 64 MiB
+VALUES_AT_ONCE = 1 << 25  # questions x intents
 ROWS_AT_ONCE = 4096  # questions
 
 
@@ -52,13 +57,15 @@ class Features:
         self.encoder = load_encoder(model, device) if model else None
         self.name = f"embeddings of {model.folder.name}" if model else "character n-grams"
 
-    def vectors(self, texts: Sequence[str]) -> "np.ndarray":
-        """Unit vectors (n, d) for comparing texts with each other."""
-        from llmops.embedding.ngrams import ngram_vectors
+    def vectors(self, texts: Sequence[str]) -> "Rows":
+        """Unit vectors (n, d) for comparing texts with each other; n-grams of many texts without their zeros."""
+        from llmops.embedding.ngrams import NgramRows, ngram_vectors
 
-        return self.encoder.encode(texts) if self.encoder else ngram_vectors(texts)
+        if self.encoder:
+            return self.encoder.encode(texts)
+        return ngram_vectors(texts) if len(texts) <= KNOWN_AT_ONCE else NgramRows(texts)
 
-    def known(self, texts: Sequence[str]) -> "np.ndarray":
+    def known(self, texts: Sequence[str]) -> "Rows":
         """The same of texts that are asked for at every start: kept in the cache of embeddings."""
         from llmops.embedding.cache import Cache, default_cache, embed
 
@@ -68,7 +75,7 @@ class Features:
         encoder = self.encoder
         return embed(texts, Cache(default_cache(), self.model, "fp32", must_work=False), lambda: encoder)
 
-    def joined(self, texts: Sequence[str], vectors: "np.ndarray", names: "np.ndarray") -> "np.ndarray":
+    def joined(self, texts: Sequence[str], vectors: "Rows", names: "Rows") -> "np.ndarray":
         """What the linear classifier reads (n, e).
 
         With an embedding model its vectors, n-grams and cosines with the names of the intents (c, d), side by side;
@@ -79,27 +86,53 @@ class Features:
         from llmops.embedding.ngrams import ngram_vectors
 
         if not self.encoder:
-            return vectors
+            return vectors[:]
         return np.hstack([vectors, NGRAM_WEIGHT * ngram_vectors(texts), NAME_WEIGHT * (vectors @ names.T)])
 
+    def width(self, vectors: "Rows", names: int) -> int:
+        """How many features `joined` makes of such vectors and so many names."""
+        return vectors.shape[1] + (self.encoder is not None) * (DIMENSION + names)
 
-def nearest(vectors: "np.ndarray", known: "np.ndarray", labels: "np.ndarray", own: Sequence[int] = ()) -> "np.ndarray":
+
+def nearest(vectors: "Rows", known: "Rows", labels: "np.ndarray", own: Sequence[int] = ()) -> "np.ndarray":
     """Cosine (n, classes) of each row (n, d) with the nearest of `known` (m, d) of each class; `labels` (m,) from 0.
 
-    `own`: the known vector that each row is, which does not count for it; -1 for none.
+    `own`: the known vector that each row is, which does not count for it; -1 for none. Beside what it returns it takes
+    no more memory than COMPARED_AT_ONCE rows and KNOWN_AT_ONCE known ones, or those of one class, need.
     """
     import numpy as np
 
     order = np.argsort(labels, kind="stable")
-    starts = np.searchsorted(labels[order], np.arange(int(labels.max()) + 1))
-    found = np.empty((len(vectors), len(starts)), np.float32)
-    for start in range(0, len(vectors), COMPARED_AT_ONCE):
-        cosines = vectors[start : start + COMPARED_AT_ONCE] @ known.T
-        for row, place in enumerate(own[start : start + COMPARED_AT_ONCE]):
-            if place >= 0:
-                cosines[row, place] = -1
-        found[start : start + COMPARED_AT_ONCE] = np.maximum.reduceat(cosines[:, order], starts, axis=1)
+    starts = np.searchsorted(labels[order], np.arange(int(labels.max()) + 2))
+    place = np.empty_like(order)
+    place[order] = np.arange(len(order))
+    in_order = bool((order == place).all())
+    found = np.empty((len(vectors), len(starts) - 1), np.float32)
+    for first, last in class_blocks(starts):
+        begin, end = starts[first], starts[last]
+        whole = in_order or end - begin == len(labels)  # the columns stay as they are known
+        block = known[begin:end] if whole else known[order[begin:end]]
+        for start in range(0, len(vectors), COMPARED_AT_ONCE):
+            rows = slice(start, start + COMPARED_AT_ONCE)
+            cosines = vectors[rows] @ block.T
+            for row, number in enumerate(own[rows]):
+                if number >= 0 and begin <= place[number] < end:
+                    cosines[row, number if whole and not in_order else place[number] - begin] = -1
+            if whole and not in_order:
+                cosines = cosines[:, order]
+            found[rows, first:last] = np.maximum.reduceat(cosines, starts[first:last] - begin, axis=1)
     return found
+
+
+def class_blocks(starts: "np.ndarray") -> Iterator[tuple[int, int]]:
+    """(first class, one after the last) of blocks of at most KNOWN_AT_ONCE vectors, or one class; `starts` (c + 1,)."""
+    first, classes = 0, len(starts) - 1
+    while first < classes:
+        last = first + 1
+        while last < classes and starts[last + 1] - starts[first] <= KNOWN_AT_ONCE:
+            last += 1
+        yield first, last
+        first = last
 
 
 class Retriever:
@@ -150,7 +183,7 @@ class Retriever:
     def can_join(self) -> bool:
         """Whether a linear classifier can be fitted to these questions at every start."""
         count = len(self.questions)
-        width = len(self.known[0]) + (self.features.encoder is not None) * (DIMENSION + len(self.intents))
+        width = self.features.width(self.known, len(self.intents))
         return count >= 2 * len(self.intents) and count * width * len(self.intents) <= LARGEST_RANKED
 
     def scores(self, questions: Sequence[str], vectors: "np.ndarray", itself: bool = True) -> "np.ndarray":
@@ -185,20 +218,43 @@ class Retriever:
         self, questions: Sequence[str], vectors: "np.ndarray", count: int, itself: bool = True
     ) -> "list[list[int]]":
         """Numbers of the `count` most similar intents of each question, the most similar first; see `scores`."""
-        return (-self.scores(questions, vectors, itself)).argsort(axis=1, kind="stable")[:, :count].tolist()
+        return [
+            largest(row, count)
+            for part in parts(len(questions), len(self.intents))
+            for row in self.scores(questions[part], vectors[part], itself)
+        ]
 
     def similar(self, vector: "np.ndarray", question: str, number: int, count: int) -> tuple[str, ...]:
         """The `count` questions of an intent that are most similar to this one, the most similar first; not itself."""
+        return tuple(self.texts[row] for row in self.similar_rows(vector, question, number, count))
+
+    def similar_rows(self, vector: "np.ndarray", question: str, number: int, count: int) -> list[int]:
+        """The same as places in `texts`."""
         first, last = self.starts[number] + 1, self.starts[number + 1]
         if not count or first == last:
-            return ()
+            return []
         cosines = self.known[first:last] @ vector
-        texts = (self.texts[first + place] for place in (-cosines).argsort(kind="stable"))
-        return tuple(text for text in texts if text != question)[:count]
+        rows = (first + place for place in (-cosines).argsort(kind="stable").tolist())
+        return [row for row in rows if self.texts[row] != question][:count]
 
     def names(self, numbers: Sequence[int]) -> tuple[str, ...]:
         """The intents of these numbers."""
         return tuple(self.intents[number] for number in numbers)
+
+
+def parts(questions: int, intents: int) -> Iterator[slice]:
+    """Questions whose values for all intents are computed together: whole blocks of COMPARED_AT_ONCE."""
+    step = COMPARED_AT_ONCE * max(1, VALUES_AT_ONCE // intents // COMPARED_AT_ONCE)
+    return (slice(start, start + step) for start in range(0, questions, step))
+
+
+def largest(values: "np.ndarray", count: int) -> list[int]:
+    """Places of the `count` largest of some values (n,), the largest first, of equal ones the first."""
+    import numpy as np
+
+    least = np.partition(values, -count)[-count] if count < len(values) else values.min()
+    places = (values >= least).nonzero()[0]
+    return places[(-values[places]).argsort(kind="stable")][:count].tolist()
 
 
 def in_prompt_order(numbers: Sequence[int], order: str, question: str) -> list[int]:

@@ -93,7 +93,7 @@ class Intents:
         if self.retriever is not None:
             from llmops.intents.retrieval import candidates_of
 
-            catalog = replace(catalog, lists=list(catalog.lists))  # new lists are this request's own
+            catalog = replace(catalog, lists=[])  # all lists are this request's own
             lists = candidates_of(catalog, questions, self.retriever)
         values: list[Any] = [None] * len(questions)
         if self.joint:
