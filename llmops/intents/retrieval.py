@@ -25,9 +25,8 @@ if TYPE_CHECKING:
 
     from llmops.embedding.encoder import Encoder
     from llmops.embedding.folder import ModelFolder
-    from llmops.embedding.ngrams import NgramRows
 
-    Rows = np.ndarray | NgramRows
+    Rows = Any  # an array (n, d), or NgramRows, whose slices are arrays
 
 Shown = tuple[tuple[str, ...], ...]  # questions beside each candidate
 
