@@ -109,6 +109,11 @@ class ChatModel:
             pack(model)
         return generator
 
+    def make_portable(self, folder: Path) -> None:
+        """Mend the files of what was just saved in `folder`, trained or merged from this model."""
+        known = self.checkpoint
+        make_portable(folder, known.base.folder, known.tokenizer_folder, known.named_template, self.chat.stop_ids())
+
     def save_merged(self, target: Path, dtype: "torch.dtype", prompts: Sequence[list[int]]) -> float:
         """Merge the adapters into the base model, save it as `target`, check that the saved model answers alike.
 
@@ -128,8 +133,10 @@ class ChatModel:
         model = merged(model)
         model.save_pretrained(staging)
         del model
-        known = self.checkpoint
-        make_portable(staging, known.base.folder, known.folder, known.named_template)
+        self.tokenizer.save_pretrained(staging)
+        self.make_portable(staging)
+        for path in staging.glob("*.safetensors"):
+            path.chmod(0o666 & ~files.current_umask())  # safetensors writes for the owner alone
         saved = Checkpoint(staging, trust_remote_code=self.checkpoint.trust_remote_code)
         after = next_logits(load_weights(saved, dtype).eval(), prompts)
         gaps = [(b - a).abs().max() / a.abs().max() for a, b in zip(before, after, strict=True)]
@@ -140,9 +147,11 @@ class ChatModel:
                 f"the merged model differs from base + adapter by {worst:.1e} (bound {bound:.0e}); it is left in "
                 f"{staging}"
             )
+        files.fsync_tree(staging)
         if target.exists():
             shutil.rmtree(target)
         os.rename(staging, target)
+        files.fsync_entry(target.parent)
         return worst
 
 
@@ -151,7 +160,7 @@ def load_tokenizer(checkpoint: Checkpoint) -> "PreTrainedTokenizerBase":
     with quick_imports():
         from transformers import AutoTokenizer
 
-    folder, trusted = checkpoint.folder, checkpoint.trust_remote_code
+    folder, trusted = checkpoint.tokenizer_folder, checkpoint.trust_remote_code
     checkpoint.check_trust()
     check_files(folder, TOKENIZER_FILES)
     if trusted:
@@ -259,6 +268,12 @@ def put_adapter(model: "PreTrainedModel | PeftModel", folder: Path) -> "PeftMode
         wanted = set(get_peft_model_state_dict(adapted, save_embedding_layers=False))
         may_be = set(get_peft_model_state_dict(adapted, save_embedding_layers=True))
         given = set(load_peft_weights(str(folder), device="cpu", local_files_only=True))
+    if not hasattr(adapted, "merge_and_unload"):
+        kind = files.plain(str(settings.get("peft_type")))
+        raise UserError(
+            f"the adapter {folder} is of the kind {kind}, which adds to the prompt and not to the weights, so it "
+            "cannot be merged or answered with here; expected LoRA or another kind that changes weights"
+        )
     missing, strange = wanted - given, given - wanted - may_be
     if missing or strange:
         raise UserError(

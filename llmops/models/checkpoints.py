@@ -48,6 +48,13 @@ class Checkpoint:
         return [*([self.folder] if self.is_adapter else []), *([self.adapter] if self.adapter else [])]
 
     @property
+    def tokenizer_folder(self) -> Path:
+        """Where the tokenizer is: in the folder, or in the base's where an adapter came without one."""
+        names = ("tokenizer_config.json", "tokenizer.json")
+        alone = self.is_adapter and not any(os.path.isfile(self.folder / name) for name in names)
+        return self.base.folder if alone else self.folder
+
+    @property
     def trained(self) -> Path:
         """The folder of what was trained last: that of the one more adapter, where there is one."""
         return self.adapter or self.folder
