@@ -95,6 +95,22 @@ def test_a_template_that_only_the_training_had_is_kept(base: Path) -> None:
     assert AutoTokenizer.from_pretrained(folder).chat_template == "{{ messages }}"
 
 
+def test_templates_for_tools_are_kept_beside_the_default_one(base: Path) -> None:
+    """Today's libraries write them into a folder, which is no file of a model; both releases read a list of them."""
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    several = {"default": "{{ messages }}", "tool_use": "{{ tools }}"}
+    tokenizer.chat_template = several
+    tokenizer.save_pretrained(base)
+    assert (base / portable.NAMED).is_dir()
+    folder = saved(base)
+    portable.make_portable(folder, base)
+    assert AutoTokenizer.from_pretrained(folder).chat_template == several
+    assert not [path for path in folder.iterdir() if path.is_dir() or path.name == portable.TEMPLATE]
+    assert {
+        one["name"]: one["template"] for one in settings(folder, "tokenizer_config.json")["chat_template"]
+    } == several  # type: ignore[attr-defined]
+
+
 def test_the_template_of_a_named_mode_goes_before_the_tokenizers_own(base: Path) -> None:
     own = (base / "chat_template.jinja").read_text(encoding="utf-8")
     folder = saved(base)
@@ -217,12 +233,14 @@ def test_the_text_part_of_a_larger_model_opens_again(base: Path) -> None:
     """As Qwen3.5: the checkpoint holds a vision part, what is trained and saved is the text part alone."""
     text = {
         "vocab_size": 900, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "head_dim": 16,
+        "max_position_embeddings": 4096,
         "num_attention_heads": 2, "num_key_value_heads": 1, "linear_num_value_heads": 2, "linear_num_key_heads": 2,
         "linear_key_head_dim": 8, "linear_value_head_dim": 8, "layer_types": ["linear_attention", "full_attention"],
     }  # fmt: skip
     vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 32, "num_heads": 2, "out_hidden_size": 32}
     Qwen3_5ForConditionalGeneration(Qwen3_5Config(text_config=text, vision_config=vision)).save_pretrained(base)
     opened = ChatModel(Checkpoint(base))
+    assert (opened.checkpoint.vocabulary, opened.checkpoint.length) == (900, 4096)
     model = opened.weights(torch.float32)
     folder = base.parent / "saved"
     model.save_pretrained(folder)

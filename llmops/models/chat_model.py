@@ -91,6 +91,8 @@ class ChatModel:
         if base is not self.checkpoint:
             log(f"the adapter {self.checkpoint.folder} goes on {base.folder}")
         model: PreTrainedModel | PeftModel = load_weights(base, dtype, device)
+        if self.checkpoint.adapter:
+            warn_of_another_base(self.checkpoint.adapter, base.folder)
         for folder in self.checkpoint.adapters:
             model = put_adapter(model, folder)
         return merged(model) if merge else model
@@ -245,6 +247,17 @@ def build_empty(
                 text.layer_types = [kinds[i % len(kinds)] for i in range(layers)]
     with loading(f"the model's configuration in {folder}"), torch.device(device):
         return auto_class.from_config(settings, trust_remote_code=trusted, dtype=dtype)
+
+
+def warn_of_another_base(adapter: Path, base: Path) -> None:
+    """Say that an adapter was trained on a folder of another name: its tensors may fit all the same."""
+    settings = files.read_object(adapter / "adapter_config.json", "the adapter's settings", COPY)
+    name = settings.get("base_model_name_or_path")
+    if isinstance(name, str) and Path(name).name not in (base.name, files.real(base).name):
+        log(
+            f"warning: the adapter {adapter} was trained on {files.plain(name, 200)} and goes on {base}; where that is "
+            "another model, its answers mean nothing"
+        )
 
 
 def put_adapter(model: "PreTrainedModel | PeftModel", folder: Path) -> "PeftModel":

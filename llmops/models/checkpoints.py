@@ -90,15 +90,21 @@ class Checkpoint:
         return self.base.config if self.is_adapter else read_config(self.folder / "config.json")
 
     @property
+    def sizes(self) -> dict[str, Any]:
+        """config.json with what it says of the text part, where the model has other parts, too."""
+        text = self.config.get("text_config")
+        return self.config | text if isinstance(text, dict) else self.config
+
+    @property
     def length(self) -> int | None:
         """How many positions the model was made for, by its config.json; None when that does not say."""
-        lengths = [self.config[name] for name in LENGTHS if type(self.config.get(name)) is int]
+        lengths = [size for size in map(self.sizes.get, LENGTHS) if type(size) is int]
         return max(lengths, default=None)
 
     @property
     def vocabulary(self) -> int | None:
         """How many tokens the model has embeddings for, by its config.json; None when that does not say."""
-        known = self.config.get("padded_vocab_size") or self.config.get("vocab_size")
+        known = self.sizes.get("padded_vocab_size") or self.sizes.get("vocab_size")
         return known if isinstance(known, int) else None
 
     @property

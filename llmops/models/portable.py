@@ -26,6 +26,7 @@ CODE = ("*.py",)
 CONFIG = "config.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"
 TEMPLATE = "chat_template.jinja"
+NAMED = "additional_chat_templates"  # a folder of those for tools and others, beside TEMPLATE
 NEW_CLASS, OLD_CLASS = "TokenizersBackend", "PreTrainedTokenizerFast"  # one class under two names
 BESIDE_ROPE = ("rope_theta", "partial_rotary_factor")  # inside rope_parameters, beside rope_scaling before release 5
 # settings of LoRA that every release of PEFT knows; the others are written where they say something
@@ -77,7 +78,8 @@ def copy_tokenizer(folder: Path, source: Path, learned: str = "") -> None:
     """Put the tokenizer of `source` in the place of what a library wrote of it: byte for byte, where that is readable.
 
     The chat template stands in tokenizer_config.json and in chat_template.jinja; it is the `learned` one, else that of
-    `source`, or where that has none the one that was written with the tokenizer.
+    `source`, or where that has none the one that was written with the tokenizer. Several stand in tokenizer_config.json
+    alone, which both releases read.
     """
     written = files.read_text(folder / TEMPLATE) if files.is_file(folder / TEMPLATE) else None
     if has_vocabulary(source):  # else it has a name that is not known here, and what was written stays
@@ -91,7 +93,14 @@ def copy_tokenizer(folder: Path, source: Path, learned: str = "") -> None:
     if learned:
         mended["chat_template"] = learned
     template = learned or template or mended.get("chat_template") or written
-    if isinstance(template, str):
+    named = {} if learned else {path.stem: files.read_text(path) for path in sorted((source / NAMED).glob("*.jinja"))}
+    if named and isinstance(template, str):
+        several = {"default": template} | named
+        mended["chat_template"] = [{"name": name, "template": text} for name, text in several.items()]
+        (folder / TEMPLATE).unlink(missing_ok=True)
+        if files.is_folder(folder / NAMED):
+            shutil.rmtree(folder / NAMED)
+    elif isinstance(template, str):
         mended.setdefault("chat_template", template)
         if learned or not files.is_file(folder / TEMPLATE):
             files.write_text(folder / TEMPLATE, template)
