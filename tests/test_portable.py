@@ -222,7 +222,7 @@ def test_the_end_that_was_learned_stands_beside_those_of_a_base_that_was_no_chat
     opened = ChatModel(Checkpoint(adapter))  # as PEFT saves it, without a tokenizer: the base's is its own
     end = opened.tokenizer.convert_tokens_to_ids("<|im_end|>")
     assert opened.chat.stop_ids() == [0, end]
-    opened.save_merged(base.parent / "merged", torch.float32, [[5, 6]])
+    opened.save_merged(base.parent / "merged", torch.float32, [[5, 6]], opened.chat.stop_ids())
     assert settings(base.parent / "merged", "generation_config.json") == text_end | {"eos_token_id": [0, end]}
     readable = {path.stat().st_mode & 0o777 for path in (base.parent / "merged").iterdir()}
     assert readable == {0o666 & ~files.current_umask()}

@@ -234,13 +234,13 @@ def load_for_training(config: Config, opened: ChatModel, dtype: torch.dtype, dev
     return model
 
 
-def keep_ends_alone(model: torch.nn.Module) -> None:
+def keep_ends_alone(model: transformers.PreTrainedModel) -> None:
     """Take all but tokens from the settings of generation, which no training reads: the base's own file is saved.
 
     The Trainer fits their tokens to the tokenizer's, and what was changed is not saved while it also holds a
     temperature without sampling, as published models do (Vicuna).
     """
-    found: GenerationConfig | None = getattr(model, "generation_config", None)
+    found = getattr(model, "generation_config", None)
     if found is not None:
         tokens = {name: getattr(found, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
         model.generation_config = GenerationConfig(**tokens)

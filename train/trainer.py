@@ -307,7 +307,7 @@ class ChatTrainer(Trainer):
         super()._save(output_dir, state_dict)
         if not self.args.should_save:  # ZeRO 3 gathers on every process, one writes
             return
-        self.opened.make_portable(Path(output_dir or self.output))
+        self.opened.make_portable(Path(output_dir or self.output), self.opened.chat.stop_ids())
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
         """Save aside, then give the checkpoint its name; a kill or a full disk leaves the earlier ones whole."""

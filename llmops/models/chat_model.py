@@ -111,14 +111,20 @@ class ChatModel:
             pack(model)
         return generator
 
-    def make_portable(self, folder: Path) -> None:
-        """Mend the files of what was just saved in `folder`, trained or merged from this model."""
-        known = self.checkpoint
-        make_portable(folder, known.base.folder, known.tokenizer_folder, known.named_template, self.chat.stop_ids())
+    def make_portable(self, folder: Path, ends: Sequence[int] = ()) -> None:
+        """Mend the files of what was just saved in `folder`, trained or merged from this model.
 
-    def save_merged(self, target: Path, dtype: "torch.dtype", prompts: Sequence[list[int]]) -> float:
+        `ends`: the tokens that it learned to end an answer with.
+        """
+        known = self.checkpoint
+        make_portable(folder, known.base.folder, known.tokenizer_folder, known.named_template, ends)
+
+    def save_merged(
+        self, target: Path, dtype: "torch.dtype", prompts: Sequence[list[int]], ends: Sequence[int] = ()
+    ) -> float:
         """Merge the adapters into the base model, save it as `target`, check that the saved model answers alike.
 
+        `ends`: the tokens that it learned to end an answer with.
         Returns the largest difference of logits over `prompts`, relative to the largest logit. No two models are in
         memory at once. The folder appears when it is complete. Raises UserError when the saved model's next tokens
         differ beyond rounding.
@@ -136,7 +142,7 @@ class ChatModel:
         model.save_pretrained(staging)
         del model
         self.tokenizer.save_pretrained(staging)
-        self.make_portable(staging)
+        self.make_portable(staging, ends)
         for path in staging.glob("*.safetensors"):
             path.chmod(0o666 & ~files.current_umask())  # safetensors writes for the owner alone
         saved = Checkpoint(staging, trust_remote_code=self.checkpoint.trust_remote_code)

@@ -143,7 +143,7 @@ def add_ends(path: Path, ends: Sequence[int]) -> None:
     """
     if not files.is_file(path):
         return
-    settings = files.read_object(path, "the settings of generation")
+    settings = files.read_object(path, "the checkpoint's file")
     named = settings.get("eos_token_id")
     known = named if isinstance(named, list) else [] if named is None else [named]
     missing = [token for token in ends if token not in known]
