@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import ROOT
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PrefixTuningConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from eval import model_performance_evaluation
@@ -170,6 +170,25 @@ def test_adapters_that_do_not_fit(adapter: Path) -> None:
         save_file(dict(tensors), adapter / "adapter_model.safetensors")
         with pytest.raises(UserError, match=sentence):
             ChatModel(Checkpoint(adapter)).load(torch.float32)
+
+
+def test_an_adapter_on_another_model_is_said(adapter: Path, model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its tensors fit every model of that size; a mount that moved has another path, and the same name."""
+    for name, said in (("/moved/model", False), ("/moved/other", True)):
+        change(adapter / "adapter_config.json", base_model_name_or_path=name)
+        ChatModel(Checkpoint(model, adapter=adapter)).load(torch.float32)
+        warning = f"warning: the adapter {adapter} was trained on {name} and goes on {model}; where that is"
+        assert (warning in capsys.readouterr().err) == said
+
+
+def test_an_adapter_that_adds_to_the_prompt_is_refused(model: Path) -> None:
+    """Its tokens are in no prompt that is put through here: it would be answered with as if it were not there."""
+    whole = ChatModel(Checkpoint(model)).weights(torch.float32)
+    folder = model.parent / "prefix"
+    get_peft_model(whole, PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)).save_pretrained(folder)
+    change(folder / "adapter_config.json", base_model_name_or_path=str(model))
+    with pytest.raises(UserError, match="is of the kind PREFIX_TUNING, which adds to the prompt and not to the wei"):
+        ChatModel(Checkpoint(folder)).load(torch.float32)
 
 
 def test_bases_of_adapters(adapter: Path) -> None:

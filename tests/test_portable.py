@@ -9,9 +9,11 @@ import shutil
 from pathlib import Path
 
 import pytest
-from peft import LoraConfig
-from transformers import AutoConfig, AutoTokenizer, StableLmConfig
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoConfig, AutoTokenizer, Qwen3_5Config, Qwen3_5ForConditionalGeneration, StableLmConfig
 
+from llmops import files
 from llmops.models import portable
 from llmops.models.chat_model import ChatModel
 from llmops.models.checkpoints import Checkpoint
@@ -91,6 +93,22 @@ def test_a_template_that_only_the_training_had_is_kept(base: Path) -> None:
     portable.make_portable(folder, base)
     assert settings(folder, "tokenizer_config.json")["chat_template"] == "{{ messages }}"
     assert AutoTokenizer.from_pretrained(folder).chat_template == "{{ messages }}"
+
+
+def test_templates_for_tools_are_kept_beside_the_default_one(base: Path) -> None:
+    """Today's libraries write them into a folder, which is no file of a model; both releases read a list of them."""
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    several = {"default": "{{ messages }}", "tool_use": "{{ tools }}"}
+    tokenizer.chat_template = several
+    tokenizer.save_pretrained(base)
+    assert (base / portable.NAMED).is_dir()
+    folder = saved(base)
+    portable.make_portable(folder, base)
+    assert AutoTokenizer.from_pretrained(folder).chat_template == several
+    assert not [path for path in folder.iterdir() if path.is_dir() or path.name == portable.TEMPLATE]
+    assert {
+        one["name"]: one["template"] for one in settings(folder, "tokenizer_config.json")["chat_template"]
+    } == several  # type: ignore[attr-defined]
 
 
 def test_the_template_of_a_named_mode_goes_before_the_tokenizers_own(base: Path) -> None:
@@ -187,3 +205,61 @@ def test_an_adapter_names_only_what_it_uses(base: Path, tmp_path: Path) -> None:
         assert set(found) == set(portable.LORA_SETTINGS) & set(written) | more
         assert LoraConfig.from_pretrained(folder).to_dict() == config.to_dict()
     assert set(portable.LORA_SETTINGS) - set(inspect.signature(LoraConfig).parameters) <= {"auto_mapping"}
+
+
+def test_the_end_that_was_learned_stands_beside_those_of_a_base_that_was_no_chat_model(base: Path) -> None:
+    """As Qwen2.5-0.5B: a text ends with one token, an answer of its template with another. Byte for byte else."""
+    folder = saved(base)
+    portable.make_portable(folder, base, ends=ChatModel(Checkpoint(base)).chat.stop_ids())
+    assert (folder / "generation_config.json").read_bytes() == (base / "generation_config.json").read_bytes()
+    path, text_end = base / "generation_config.json", {"eos_token_id": 0, "temperature": 0.9, "do_sample": False}
+    path.write_text(json.dumps(text_end), encoding="utf-8")
+    adapter = base.parent / "adapter"
+    whole = ChatModel(Checkpoint(base)).weights(torch.float32)
+    get_peft_model(whole, LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained(adapter)
+    told = settings(adapter, "adapter_config.json") | {"base_model_name_or_path": str(base)}
+    (adapter / "adapter_config.json").write_text(json.dumps(told), encoding="utf-8")
+    opened = ChatModel(Checkpoint(adapter))  # as PEFT saves it, without a tokenizer: the base's is its own
+    end = opened.tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert opened.chat.stop_ids() == [0, end]
+    opened.save_merged(base.parent / "merged", torch.float32, [[5, 6]], opened.chat.stop_ids())
+    assert settings(base.parent / "merged", "generation_config.json") == text_end | {"eos_token_id": [0, end]}
+    readable = {path.stat().st_mode & 0o777 for path in (base.parent / "merged").iterdir()}
+    assert readable == {0o666 & ~files.current_umask()}
+    assert ChatModel(Checkpoint(base.parent / "merged")).tokenizer.get_vocab() == opened.tokenizer.get_vocab()
+
+
+def test_the_text_part_of_a_larger_model_opens_again(base: Path) -> None:
+    """As Qwen3.5: the checkpoint holds a vision part, what is trained and saved is the text part alone."""
+    text = {
+        "vocab_size": 900, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "head_dim": 16,
+        "max_position_embeddings": 4096,
+        "num_attention_heads": 2, "num_key_value_heads": 1, "linear_num_value_heads": 2, "linear_num_key_heads": 2,
+        "linear_key_head_dim": 8, "linear_value_head_dim": 8, "layer_types": ["linear_attention", "full_attention"],
+    }  # fmt: skip
+    vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 32, "num_heads": 2, "out_hidden_size": 32}
+    Qwen3_5ForConditionalGeneration(Qwen3_5Config(text_config=text, vision_config=vision)).save_pretrained(base)
+    opened = ChatModel(Checkpoint(base))
+    assert (opened.checkpoint.vocabulary, opened.checkpoint.length) == (900, 4096)
+    model = opened.weights(torch.float32)
+    folder = base.parent / "saved"
+    model.save_pretrained(folder)
+    opened.tokenizer.save_pretrained(folder)
+    opened.make_portable(folder)
+    again = ChatModel(Checkpoint(folder)).weights(torch.float32)
+    ids = torch.tensor([[5, 6, 7]])
+    assert torch.equal(model(ids).logits, again(ids).logits)
+    assert not {"vision_config", "text_config"} & settings(folder, "config.json").keys()
+
+
+@pytest.mark.parametrize("name", ["tekken.json", "tokenizer.model.v7", "own_words.txt"])
+def test_a_vocabulary_of_another_name_is_not_lost(base: Path, name: str) -> None:
+    """Those of Mistral's are copied; of one that is not known here what the library wrote stays."""
+    folder = saved(base)
+    written = (folder / "tokenizer.json").read_bytes()
+    (base / "tokenizer.json").rename(base / name)
+    portable.make_portable(folder, base)
+    if name == "own_words.txt":
+        assert (folder / "tokenizer.json").read_bytes() == written
+    else:
+        assert (folder / name).read_bytes() == (base / name).read_bytes()

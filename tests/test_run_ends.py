@@ -1,6 +1,7 @@
 """What harms a run at its end: numbers that are none, a full disk, data that is prepared anew, two starts at once."""
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -118,3 +119,16 @@ checkpointing.link_files = link_files
     assert start(merging, *faq, "--merge_lora", "true").returncode == -15
     assert start("", *faq, "--merge_lora", "true").returncode == 0
     assert (output / "merged" / "config.json").is_file()
+
+
+def test_settings_of_generation_that_cannot_be_saved(
+    start: Start, small_data: Path, checkpoints: dict[str, Path]
+) -> None:
+    """As Vicuna's: a temperature without sampling, and a padding token that the Trainer sets to the tokenizer's."""
+    base = shutil.copytree(checkpoints["llama"], small_data / "base")
+    own = {"eos_token_id": 2, "temperature": 0.9, "top_p": 0.6}
+    (base / "generation_config.json").write_text(json.dumps(own), encoding="utf-8")
+    done = start("", "--train_type", "all", "--max_steps", "1", "--model_name_or_path", str(base))
+    assert done.returncode == 0, done.stderr[-3000:]
+    saved = json.loads((small_data / "output_path" / "generation_config.json").read_text(encoding="utf-8"))
+    assert saved == own

@@ -263,6 +263,25 @@ def test_blanks_after_an_answer_are_no_end(chats: Chats) -> None:
     assert chats.told([sample])[0][1] == " 点续借。 每天0.1元<|im_end|>"
 
 
+def test_tools_are_written_by_their_own_template(chats: Chats) -> None:
+    """A checkpoint with several templates (Command-R, Hermes): `tool_use` with tools, `default` without."""
+    plain = LLAMA31.replace("if tools", "if false").replace("m.tool_calls", "m.other")
+    found, _ = shapes.convert(CALLED)
+    (expected,) = chats(LLAMA31).conversation(found.messages, found.tools, found.learned)
+    (without,) = chats(plain).conversation(ANSWERED)
+    chats.tokenizer.chat_template = {"default": plain, "tool_use": LLAMA31}
+    chat = ChatFormat(chats.tokenizer)
+    assert chat.conversation(found.messages, found.tools, found.learned) == [expected]
+    prompt = chat.prompt(found.messages[:3], found.tools)
+    assert prompt == expected.ids[: len(prompt)]
+    assert chat.conversation(ANSWERED) == [without]
+    held = [m | {"content": m["content"] + "<|im_end|>"} if m["role"] == "tool" else m for m in found.messages]
+    (named,) = chat.conversation(held, found.tools, found.learned)
+    assert chat.controls.count(named.ids) == chat.controls.count(expected.ids)
+    with pytest.raises(UserError, match="writes no tool calls"):  # without tools it is `default` that writes
+        chat.conversation(found.messages, (), found.learned)
+
+
 @pytest.mark.parametrize(
     ("template", "calls", "answer"),
     [

@@ -105,7 +105,8 @@ def merge(config: Config) -> None:
     trained = ChatModel(replace(config.checkpoint, folder=output))
     questions = ("你好，请介绍一下你自己。", "1 + 1 = ?", "What is the capital of France?")
     prompts = [trained.chat.prompt([{"role": "user", "content": text}]) for text in questions]
-    worst = trained.save_merged(output / "merged", devices.choose_dtype(config.dtype), prompts)
+    dtype, ends = devices.choose_dtype(config.dtype), trained.chat.stop_ids()
+    worst = trained.save_merged(output / "merged", dtype, prompts, ends)
     log(
         f"merged model written to {output / 'merged'}; "
         f"its logits differ from base + adapter by at most {worst:.1e} (relative)"

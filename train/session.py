@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 import transformers
 from torch.utils.tensorboard import SummaryWriter
-from transformers import DefaultFlowCallback, PrinterCallback, TrainingArguments, set_seed
+from transformers import DefaultFlowCallback, GenerationConfig, PrinterCallback, TrainingArguments, set_seed
 from transformers.integrations import TensorBoardCallback, get_reporting_integration_callbacks
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
@@ -226,11 +226,24 @@ def load_for_training(config: Config, opened: ChatModel, dtype: torch.dtype, dev
     """
     base = opened.weights(dtype, None if is_deepspeed_zero3_enabled() else device)
     base.config.use_cache = False
+    keep_ends_alone(base)
     if config.train_type == "all":
         return base
     model = add_lora(config, base)
     model.peft_config["default"].base_model_name_or_path = str(opened.checkpoint.folder.resolve())
     return model
+
+
+def keep_ends_alone(model: transformers.PreTrainedModel) -> None:
+    """Take all but tokens from the settings of generation, which no training reads: the base's own file is saved.
+
+    The Trainer fits their tokens to the tokenizer's, and what was changed is not saved while it also holds a
+    temperature without sampling, as published models do (Vicuna).
+    """
+    found = getattr(model, "generation_config", None)
+    if found is not None:
+        tokens = {name: getattr(found, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        model.generation_config = GenerationConfig(**tokens)
 
 
 def why_padded(config: Config, base: torch.nn.Module) -> str | None:
@@ -304,7 +317,7 @@ def build_trainer(config: Config, data: Data, peers: Peers | None = None) -> tup
         model, arguments, collator, data.train, data.test, processing_class=data.model.tokenizer,
         retention=data.retention, tokens=tokens, keep=config.save_total_limit,
         grouped=isinstance(collator, PaddedCollator), split=choices.split, step_size=step, replay=data.replay,
-        replay_ratio=config.replay_ratio, checkpoint=data.model.checkpoint,
+        replay_ratio=config.replay_ratio, opened=data.model,
         with_accuracy=config.scenario == "faq" or config.metric_for_best == "accuracy",
     )  # fmt: skip
     trainer.chosen = chosen

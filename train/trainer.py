@@ -14,8 +14,7 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from llmops.console import RunStopped
-from llmops.models.checkpoints import Checkpoint
-from llmops.models.portable import make_portable
+from llmops.models.chat_model import ChatModel
 from train import checkpointing, ownership, states
 from train.batches import (
     PackedCollator,
@@ -94,7 +93,7 @@ class ChatTrainer(Trainer):
 
     def __init__(
         self, *args: Any, retention: TokenDataset, tokens: TokenCounter, keep: int, grouped: bool, split: Split,
-        step_size: int, checkpoint: Checkpoint, replay: TokenDataset | None = None, replay_ratio: float = 0.0,
+        step_size: int, opened: ChatModel, replay: TokenDataset | None = None, replay_ratio: float = 0.0,
         with_accuracy: bool = False, **kwargs: Any,
     ) -> None:  # fmt: skip
         super().__init__(*args, **kwargs)
@@ -107,7 +106,7 @@ class ChatTrainer(Trainer):
         self.keep = keep
         self.grouped = grouped
         self.split = split
-        self.checkpoint = checkpoint  # what the training begins with
+        self.opened = opened  # what the training begins with
         self.chosen: dict[str, Any] = {}  # what the run chose by itself, for the record
         assert self.args.output_dir
         self.output = Path(self.args.output_dir)
@@ -308,8 +307,7 @@ class ChatTrainer(Trainer):
         super()._save(output_dir, state_dict)
         if not self.args.should_save:  # ZeRO 3 gathers on every process, one writes
             return
-        known = self.checkpoint
-        make_portable(Path(output_dir or self.output), known.base.folder, known.folder, known.named_template)
+        self.opened.make_portable(Path(output_dir or self.output), self.opened.chat.stop_ids())
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
         """Save aside, then give the checkpoint its name; a kill or a full disk leaves the earlier ones whole."""

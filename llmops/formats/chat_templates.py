@@ -2,12 +2,15 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from llmops import json_text
 from llmops.console import UserError
 from llmops.conversations.records import Message, texts_in, with_strings
 from llmops.formats.control_tokens import ControlTokens, Marks
+
+if TYPE_CHECKING:
+    from llmops.formats.template_limits import LimitedTemplate
 
 PROBE: list[Message] = [
     {"role": "system", "content": "first probe"},
@@ -40,7 +43,8 @@ class ChatTemplate:
     """Renders conversations for one tokenizer by its chat template, within the limits of `template_limits`.
 
     A tokenizer class of a checkpoint's own that renders in its own way, without Jinja, is trusted code and does so.
-    `variables` are handed to the template beside what every template gets (`enable_thinking`, `thinking`).
+    `variables` are handed to the template beside what every template gets (`enable_thinking`, `thinking`). A checkpoint
+    with several templates has one for conversations with tools, `tool_use`, as transformers chooses it.
     """
 
     def __init__(self, tokenizer: Any, name: str, variables: Mapping[str, Any] | None = None) -> None:
@@ -53,26 +57,33 @@ class ChatTemplate:
         self.variables = dict(variables or {})
         self._outlines: dict[tuple[tuple[str, ...], bool], list[str]] = {}
         self._limited: LimitedTemplate | None = None
+        self._for_tools: LimitedTemplate | None = None
         if type(tokenizer).apply_chat_template is PreTrainedTokenizerBase.apply_chat_template:
             try:
-                source = tokenizer.get_chat_template()
+                source, for_tools = (tokenizer.get_chat_template(tools=tools) for tools in (None, TOOL_PROBE))
             except ValueError as error:
                 raise UserError(f"{name} cannot be chosen: {str(error).splitlines()[0]}") from error
             self._limited = LimitedTemplate(source, name)
+            self._for_tools = self._limited if for_tools == source else LimitedTemplate(for_tools, name)
         self._special = dict(tokenizer.special_tokens_map)
 
     def names_any(self, variables: Iterable[str]) -> bool:
         """Whether the template names one of these variables; a tokenizer that renders in its own way may."""
-        return self._limited is None or not self._limited.names.isdisjoint(variables)
+        return not self._limiteds or any(not limited.names.isdisjoint(variables) for limited in self._limiteds)
+
+    @property
+    def _limiteds(self) -> list["LimitedTemplate"]:
+        """The templates within limits, without tools and with them; none for a class that renders in its own way."""
+        return [limited for limited in (self._limited, self._for_tools) if limited]
 
     def start(self, messages: Sequence[Message]) -> None:
         """Begin the time that a conversation may take, however often it is rendered."""
-        if self._limited:
-            self._limited.limits.start(len(messages))
+        for limited in self._limiteds:
+            limited.limits.start(len(messages))
 
     def text(self, messages: Sequence[Message], generate: bool, tools: Sequence[Any] = ()) -> str:
         """The conversation as the template writes it. Raises UserError, whatever the template does wrong."""
-        if any("tool_calls" in message for message in messages) and self._calls_as_text:
+        if any("tool_calls" in message for message in messages) and self._written_with(tools)[1]:
             messages = [with_text_arguments(message) for message in messages]
         text = self._rendered(messages, generate, tools)
         if not json_text.encodable(text):
@@ -80,8 +91,9 @@ class ChatTemplate:
         return text
 
     def _rendered(self, messages: Sequence[Message], generate: bool, tools: Sequence[Any]) -> str:
-        if self._limited:
-            return self._limited.render(
+        limited = self._for_tools if tools else self._limited
+        if limited:
+            return limited.render(
                 messages, tools=list(tools) or None, documents=None, add_generation_prompt=generate,
                 **(self.variables | self._special),
             )  # fmt: skip
@@ -95,21 +107,29 @@ class ChatTemplate:
         except ERRORS as error:
             raise UserError(f"{self.name} refuses a conversation: {said(error)}") from error
 
+    def _written_with(self, tools: Sequence[Any]) -> tuple[str, bool]:
+        """(a conversation with a tool as the template writes it, whether it wants a call's arguments as text)."""
+        return self._probed if tools or self._for_tools is self._limited else self._probed_without
+
     @cached_property
     def _probed(self) -> tuple[str, bool]:
-        """(a conversation with a tool as the template writes it, whether it wants a call's arguments as text)."""
+        """`_written_with` where the conversation describes its tools."""
+        return self._probe(TOOL_PROBE)
+
+    @cached_property
+    def _probed_without(self) -> tuple[str, bool]:
+        """`_written_with` where it does not, and the checkpoint has another template for that."""
+        return self._probe(())
+
+    def _probe(self, tools: Sequence[Any]) -> tuple[str, bool]:
         problem: UserError | None = None
         for as_text in (False, True):
             messages = [with_text_arguments(m) if as_text else m for m in TOOLS_PROBE]
             try:
-                return self._rendered(messages, False, TOOL_PROBE), as_text
+                return self._rendered(messages, False, tools), as_text
             except UserError as error:
                 problem = problem or error
         return "", False
-
-    @property
-    def _calls_as_text(self) -> bool:
-        return self._probed[1]
 
     def check_tools(self, messages: Sequence[Message], tools: Sequence[Any]) -> None:
         """Raise UserError for a conversation with parts that the template does not write."""
@@ -118,7 +138,9 @@ class ChatTemplate:
             "probed value": any("tool_calls" in message for message in messages),
             "probed result": any(message["role"] == "tool" for message in messages),
         }
-        missing = [words for mark, words in TOOL_PARTS.items() if used[mark] and mark not in self._probed[0]]
+        missing = [
+            words for mark, words in TOOL_PARTS.items() if used[mark] and mark not in self._written_with(tools)[0]
+        ]
         if missing:
             raise no_tools(self.name, missing)
 
@@ -189,7 +211,8 @@ class ChatTemplate:
         to see texts in which no control token stands.
         """
         plain = self.text(messages, generate, tools)
-        marks = Marks.absent_from([plain, getattr(self._limited, "source", ""), *texts_in(messages, tools)])
+        sources = [limited.source for limited in self._limiteds]
+        marks = Marks.absent_from([plain, *sources, *texts_in(messages, tools)])
         described = with_strings(tools, lambda value: controls.broken(value, marks.inside))
         for edges in (True, False):
             marked = [marks.put_into(message, controls, edges) for message in messages]

@@ -91,6 +91,8 @@ class ChatModel:
         if base is not self.checkpoint:
             log(f"the adapter {self.checkpoint.folder} goes on {base.folder}")
         model: PreTrainedModel | PeftModel = load_weights(base, dtype, device)
+        if self.checkpoint.adapter:
+            warn_of_another_base(self.checkpoint.adapter, base.folder)
         for folder in self.checkpoint.adapters:
             model = put_adapter(model, folder)
         return merged(model) if merge else model
@@ -109,9 +111,20 @@ class ChatModel:
             pack(model)
         return generator
 
-    def save_merged(self, target: Path, dtype: "torch.dtype", prompts: Sequence[list[int]]) -> float:
+    def make_portable(self, folder: Path, ends: Sequence[int] = ()) -> None:
+        """Mend the files of what was just saved in `folder`, trained or merged from this model.
+
+        `ends`: the tokens that it learned to end an answer with.
+        """
+        known = self.checkpoint
+        make_portable(folder, known.base.folder, known.tokenizer_folder, known.named_template, ends)
+
+    def save_merged(
+        self, target: Path, dtype: "torch.dtype", prompts: Sequence[list[int]], ends: Sequence[int] = ()
+    ) -> float:
         """Merge the adapters into the base model, save it as `target`, check that the saved model answers alike.
 
+        `ends`: the tokens that it learned to end an answer with.
         Returns the largest difference of logits over `prompts`, relative to the largest logit. No two models are in
         memory at once. The folder appears when it is complete. Raises UserError when the saved model's next tokens
         differ beyond rounding.
@@ -128,8 +141,10 @@ class ChatModel:
         model = merged(model)
         model.save_pretrained(staging)
         del model
-        known = self.checkpoint
-        make_portable(staging, known.base.folder, known.folder, known.named_template)
+        self.tokenizer.save_pretrained(staging)
+        self.make_portable(staging, ends)
+        for path in staging.glob("*.safetensors"):
+            path.chmod(0o666 & ~files.current_umask())  # safetensors writes for the owner alone
         saved = Checkpoint(staging, trust_remote_code=self.checkpoint.trust_remote_code)
         after = next_logits(load_weights(saved, dtype).eval(), prompts)
         gaps = [(b - a).abs().max() / a.abs().max() for a, b in zip(before, after, strict=True)]
@@ -140,9 +155,11 @@ class ChatModel:
                 f"the merged model differs from base + adapter by {worst:.1e} (bound {bound:.0e}); it is left in "
                 f"{staging}"
             )
+        files.fsync_tree(staging)
         if target.exists():
             shutil.rmtree(target)
         os.rename(staging, target)
+        files.fsync_entry(target.parent)
         return worst
 
 
@@ -151,7 +168,7 @@ def load_tokenizer(checkpoint: Checkpoint) -> "PreTrainedTokenizerBase":
     with quick_imports():
         from transformers import AutoTokenizer
 
-    folder, trusted = checkpoint.folder, checkpoint.trust_remote_code
+    folder, trusted = checkpoint.tokenizer_folder, checkpoint.trust_remote_code
     checkpoint.check_trust()
     check_files(folder, TOKENIZER_FILES)
     if trusted:
@@ -238,6 +255,17 @@ def build_empty(
         return auto_class.from_config(settings, trust_remote_code=trusted, dtype=dtype)
 
 
+def warn_of_another_base(adapter: Path, base: Path) -> None:
+    """Say that an adapter was trained on a folder of another name: its tensors may fit all the same."""
+    settings = files.read_object(adapter / "adapter_config.json", "the adapter's settings", COPY)
+    name = settings.get("base_model_name_or_path")
+    if isinstance(name, str) and Path(name).name not in (base.name, files.real(base).name):
+        log(
+            f"warning: the adapter {adapter} was trained on {files.plain(name, 200)} and goes on {base}; where that is "
+            "another model, its answers mean nothing"
+        )
+
+
 def put_adapter(model: "PreTrainedModel | PeftModel", folder: Path) -> "PeftModel":
     """A model with an adapter on it. Raises UserError where the adapter is damaged or was made for another model."""
     import warnings
@@ -259,6 +287,12 @@ def put_adapter(model: "PreTrainedModel | PeftModel", folder: Path) -> "PeftMode
         wanted = set(get_peft_model_state_dict(adapted, save_embedding_layers=False))
         may_be = set(get_peft_model_state_dict(adapted, save_embedding_layers=True))
         given = set(load_peft_weights(str(folder), device="cpu", local_files_only=True))
+    if not hasattr(adapted, "merge_and_unload"):
+        kind = files.plain(str(settings.get("peft_type")))
+        raise UserError(
+            f"the adapter {folder} is of the kind {kind}, which adds to the prompt and not to the weights, so it "
+            "cannot be merged or answered with here; expected LoRA or another kind that changes weights"
+        )
     missing, strange = wanted - given, given - wanted - may_be
     if missing or strange:
         raise UserError(

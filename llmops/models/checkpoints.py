@@ -48,6 +48,13 @@ class Checkpoint:
         return [*([self.folder] if self.is_adapter else []), *([self.adapter] if self.adapter else [])]
 
     @property
+    def tokenizer_folder(self) -> Path:
+        """Where the tokenizer is: in the folder, or in the base's where an adapter came without one."""
+        names = ("tokenizer_config.json", "tokenizer.json")
+        alone = self.is_adapter and not any(os.path.isfile(self.folder / name) for name in names)
+        return self.base.folder if alone else self.folder
+
+    @property
     def trained(self) -> Path:
         """The folder of what was trained last: that of the one more adapter, where there is one."""
         return self.adapter or self.folder
@@ -83,15 +90,21 @@ class Checkpoint:
         return self.base.config if self.is_adapter else read_config(self.folder / "config.json")
 
     @property
+    def sizes(self) -> dict[str, Any]:
+        """config.json with what it says of the text part, where the model has other parts, too."""
+        text = self.config.get("text_config")
+        return self.config | text if isinstance(text, dict) else self.config
+
+    @property
     def length(self) -> int | None:
         """How many positions the model was made for, by its config.json; None when that does not say."""
-        lengths = [self.config[name] for name in LENGTHS if type(self.config.get(name)) is int]
+        lengths = [size for size in map(self.sizes.get, LENGTHS) if type(size) is int]
         return max(lengths, default=None)
 
     @property
     def vocabulary(self) -> int | None:
         """How many tokens the model has embeddings for, by its config.json; None when that does not say."""
-        known = self.config.get("padded_vocab_size") or self.config.get("vocab_size")
+        known = self.sizes.get("padded_vocab_size") or self.sizes.get("vocab_size")
         return known if isinstance(known, int) else None
 
     @property

@@ -14,9 +14,11 @@ from typing import Any
 from llmops import files
 from llmops.models.checkpoints import GENERATION
 
+VOCABULARIES = (
+    "tokenizer.json", "vocab*", "merges.txt", "*.model", "*.model.v*", "*.tiktoken", "tekken.json",
+)  # fmt: skip
 TOKENIZER_FILES = (
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt",
-    "*.model", "*.tiktoken", "chat_template.jinja",
+    *VOCABULARIES, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
 )  # fmt: skip
 # what a folder with its own architecture needs to run, and the terms under which all of it may be used
 COMPANIONS = ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
@@ -24,6 +26,7 @@ CODE = ("*.py",)
 CONFIG = "config.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"
 TEMPLATE = "chat_template.jinja"
+NAMED = "additional_chat_templates"  # a folder of those for tools and others, beside TEMPLATE
 NEW_CLASS, OLD_CLASS = "TokenizersBackend", "PreTrainedTokenizerFast"  # one class under two names
 BESIDE_ROPE = ("rope_theta", "partial_rotary_factor")  # inside rope_parameters, beside rope_scaling before release 5
 # settings of LoRA that every release of PEFT knows; the others are written where they say something
@@ -34,16 +37,20 @@ LORA_SETTINGS = (
 )  # fmt: skip
 
 
-def make_portable(folder: Path, base: Path, tokenizer: Path | None = None, template: str = "") -> None:
+def make_portable(
+    folder: Path, base: Path, tokenizer: Path | None = None, template: str = "", ends: Sequence[int] = ()
+) -> None:
     """Mend the files of a model or an adapter that was just saved in `folder`, trained from `base`.
 
     `tokenizer`: the folder that its tokenizer was loaded from (`base`). Its vocabulary must be the same as there.
-    `template`: the chat template that it learned, where that is not the tokenizer's own.
+    `template`: the chat template that it learned, where that is not the tokenizer's own. `ends`: the tokens that it
+    learned to end an answer with.
     """
     copy_tokenizer(folder, tokenizer or base, template)
     if files.is_file(folder / CONFIG):
         write_config(folder, base)
         copy(base, folder, [*COMPANIONS, GENERATION])
+        add_ends(folder / GENERATION, ends)
     if files.is_file(folder / "adapter_config.json"):
         write_adapter_config(folder)
     if has_code(folder):
@@ -62,15 +69,22 @@ def copy(source: Path, target: Path, patterns: Sequence[str]) -> None:
         shutil.copyfile(path, target / path.name)
 
 
+def has_vocabulary(folder: Path) -> bool:
+    """Whether a folder holds a tokenizer's vocabulary under a name that is known here."""
+    return any(files.is_file(path) for pattern in VOCABULARIES for path in folder.glob(pattern))
+
+
 def copy_tokenizer(folder: Path, source: Path, learned: str = "") -> None:
     """Put the tokenizer of `source` in the place of what a library wrote of it: byte for byte, where that is readable.
 
     The chat template stands in tokenizer_config.json and in chat_template.jinja; it is the `learned` one, else that of
-    `source`, or where that has none the one that was written with the tokenizer.
+    `source`, or where that has none the one that was written with the tokenizer. Several stand in tokenizer_config.json
+    alone, which both releases read.
     """
     written = files.read_text(folder / TEMPLATE) if files.is_file(folder / TEMPLATE) else None
-    for path in {path for pattern in TOKENIZER_FILES for path in folder.glob(pattern)}:
-        path.unlink()
+    if has_vocabulary(source):  # else it has a name that is not known here, and what was written stays
+        for path in {path for pattern in TOKENIZER_FILES for path in folder.glob(pattern)}:
+            path.unlink()
     copy(source, folder, TOKENIZER_FILES)
     path = source / TOKENIZER_CONFIG
     settings = files.read_object(path, "the tokenizer's settings") if files.is_file(path) else {}
@@ -79,7 +93,14 @@ def copy_tokenizer(folder: Path, source: Path, learned: str = "") -> None:
     if learned:
         mended["chat_template"] = learned
     template = learned or template or mended.get("chat_template") or written
-    if isinstance(template, str):
+    named = {} if learned else {path.stem: files.read_text(path) for path in sorted((source / NAMED).glob("*.jinja"))}
+    if named and isinstance(template, str):
+        several = {"default": template} | named
+        mended["chat_template"] = [{"name": name, "template": text} for name, text in several.items()]
+        (folder / TEMPLATE).unlink(missing_ok=True)
+        if files.is_folder(folder / NAMED):
+            shutil.rmtree(folder / NAMED)
+    elif isinstance(template, str):
         mended.setdefault("chat_template", template)
         if learned or not files.is_file(folder / TEMPLATE):
             files.write_text(folder / TEMPLATE, template)
@@ -115,10 +136,31 @@ def write_old_merges(path: Path) -> None:
     files.write_json(path, tokenizer)
 
 
+def add_ends(path: Path, ends: Sequence[int]) -> None:
+    """generation_config.json with `ends` beside the end tokens that it names: others know an answer's end from there.
+
+    A base that was no chat model names the end of a text alone. Nothing is written where all of them are named.
+    """
+    if not files.is_file(path):
+        return
+    settings = files.read_object(path, "the checkpoint's file")
+    named = settings.get("eos_token_id")
+    known = named if isinstance(named, list) else [] if named is None else [named]
+    missing = [token for token in ends if token not in known]
+    if missing:
+        every = [*known, *missing]
+        files.write_json(path, settings | {"eos_token_id": every if len(every) > 1 else every[0]})
+
+
 def write_config(folder: Path, base: Path) -> None:
-    """config.json with today's and yesterday's keys, and with the keys of the base's that saving left out."""
+    """config.json with today's and yesterday's keys, and with the keys of the base's that saving left out.
+
+    Where the text part of a larger model was saved, the base's keys are those of that part.
+    """
     saved = files.read_object(folder / CONFIG)
     original = files.read_object(base / CONFIG)
+    if saved.get("model_type") != original.get("model_type") and isinstance(original.get("text_config"), dict):
+        original = original["text_config"]
     for key in ("quantization_config", "_name_or_path", "dtype", "torch_dtype"):  # of the base's own weights
         original.pop(key, None)
     saved["use_cache"] = original.get("use_cache", True)  # training turned it off
