@@ -118,3 +118,36 @@ checkpointing.link_files = link_files
     assert start(merging, *faq, "--merge_lora", "true").returncode == -15
     assert start("", *faq, "--merge_lora", "true").returncode == 0
     assert (output / "merged" / "config.json").is_file()
+
+
+ENDS = """
+import os, signal, sys
+from llmops.console import log, print_json, run_main, stdout_to_stderr
+def body():
+    with stdout_to_stderr():
+        print("a library's own words")
+        sys.stdin.readline()
+        log("ours")
+        if sys.argv[1] == "interrupted":
+            os.kill(os.getpid(), signal.SIGINT)
+    print_json("done")
+    return 0
+sys.exit(run_main(body))
+"""
+
+
+@pytest.mark.parametrize(("how", "code", "out"), [("finished", 0, '"done"\n'), ("interrupted", 130, "")])
+@pytest.mark.parametrize("gone", [True, False])
+def test_messages_that_nobody_reads_end_nothing(gone: bool, how: str, code: int, out: str) -> None:
+    """`| tee` ends by the same Ctrl-C; a terminal is closed. Nor is Ctrl-C a fault of ours with a traceback."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", ENDS, how], cwd=ROOT, env=environment(), text=True,
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    assert process.stderr is not None
+    if gone:
+        process.stderr.close()
+        process.stderr = None
+    found, errors = process.communicate("\n", timeout=60)
+    assert (process.returncode, found) == (code, out)
+    assert "Traceback" not in (errors or "")
