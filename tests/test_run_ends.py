@@ -120,6 +120,31 @@ checkpointing.link_files = link_files
     assert (output / "merged" / "config.json").is_file()
 
 
+EVENTS = """
+import sys
+from pathlib import Path
+from llmops.console import run_main
+from train.session import event_writer
+sys.exit(run_main(lambda: event_writer(Path(sys.argv[1]))))
+"""
+
+
+def test_a_start_on_a_full_disk_is_one_sentence(tmp_path: Path) -> None:
+    """All that comes before is there already, from the start that filled it."""
+    full = f"mount -t tmpfs -o size=64k none {tmp_path}; mkdir {tmp_path}/tensorboard; cat /dev/zero >{tmp_path}/full"
+    hide = ["unshare", "--mount", "bash", "-c"]
+    if "No space left" not in subprocess.run([*hide, full], capture_output=True, text=True, check=False).stderr:
+        pytest.skip("needs a mount namespace of its own, which root may have")
+    (tmp_path.parent / "events.py").write_text(EVENTS, encoding="utf-8")
+    script = f"{full} 2>/dev/null; exec {sys.executable} {tmp_path.parent}/events.py {tmp_path}/tensorboard"
+    done = subprocess.run(
+        [*hide, script], cwd=ROOT, env=environment() | {"PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu"},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert (done.returncode, "Traceback" in done.stderr) == (1, False), done.stderr
+    assert f"stopped: the disk of {tmp_path}/tensorboard is full; nothing of it was written" in done.stderr
+
+
 ENDS = """
 import os, signal, sys
 from llmops.console import log, print_json, run_main, stdout_to_stderr
