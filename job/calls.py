@@ -23,15 +23,19 @@ ATTEMPT_SECONDS = 30.0  # for a connection, and for each piece of an answer
 LONGEST_PAUSE = 60.0
 LONGEST_REPLY = 1 << 20
 AGAIN = (408, 425, 429)  # of the codes below 500: come back later
+UNSURE = (502, 504)  # a proxy has no answer of what it passed on
 HIDDEN = "***"
 
 
 class CallFailed(Exception):
-    """An attempt that came to nothing: why in words, whether another one may help, and what pause was asked for."""
+    """An attempt that came to nothing: why in words, whether another one may help, and what pause was asked for.
 
-    def __init__(self, reason: str, again: bool, pause: float = 0.0) -> None:
+    `unsure`: what was sent may have arrived, its answer did not.
+    """
+
+    def __init__(self, reason: str, again: bool, pause: float = 0.0, unsure: bool = False) -> None:
         super().__init__(reason)
-        self.again, self.pause = again, pause
+        self.again, self.pause, self.unsure = again, pause, unsure
 
 
 class Secrets:
@@ -113,13 +117,14 @@ def attempt(work: Callable[[], T]) -> T:
     except urllib.error.HTTPError as error:
         with error:
             again = error.code >= 500 or error.code in AGAIN
-            raise CallFailed(f"HTTP {error.code} {error.reason}", again, pause_of(error.headers)) from error
-    except urllib.error.URLError as error:
+            reason, pause = f"HTTP {error.code} {error.reason}", pause_of(error.headers)
+            raise CallFailed(reason, again, pause, unsure=error.code in UNSURE) from error
+    except urllib.error.URLError as error:  # before all was sent
         raise CallFailed(str(getattr(error.reason, "strerror", None) or error.reason), True) from error
     except http.client.HTTPException as error:
-        raise CallFailed(f"the answer is no HTTP ({type(error).__name__})", True) from error
+        raise CallFailed(f"the answer is no HTTP ({type(error).__name__})", True, unsure=True) from error
     except OSError as error:  # a time that ran out, a connection that broke
-        raise CallFailed(error.strerror or str(error) or type(error).__name__, True) from error
+        raise CallFailed(error.strerror or str(error) or type(error).__name__, True, unsure=True) from error
 
 
 def pause_of(headers: Mapping[str, str] | Message) -> float:
@@ -147,7 +152,10 @@ def request(method: str, address: str, headers: Mapping[str, str], body: bytes, 
     def work() -> bytes:
         asked = asking(method, address, headers, body)
         with opener(redirects=False).open(asked, timeout=timeout) as answer:
-            return answer.read(LONGEST_REPLY)
+            reply = answer.read(LONGEST_REPLY)
+            if answer.length and len(reply) < LONGEST_REPLY:
+                raise CallFailed("the answer broke off", True, unsure=True)
+            return reply
 
     return attempt(work)
 

@@ -30,7 +30,8 @@ def hub_cache(environment: Mapping[str, str]) -> Path:
     home = environment.get("HF_HOME")
     if home:
         return Path(home) / "hub"
-    return Path(environment.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "huggingface" / "hub"
+    cache = environment.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")  # also where there is no home
+    return Path(cache) / "huggingface" / "hub"
 
 
 def cached_model(name: str, environment: Mapping[str, str]) -> Path | None:

@@ -51,7 +51,7 @@ def refusal_in(reply: bytes) -> str | None:
     """Why the platform refused in a good answer; None where it did not."""
     try:
         found = json.loads(reply)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     if not isinstance(found, dict) or found.get("success") is not False:
         return None
@@ -72,13 +72,17 @@ class Platform:
         body: dict[str, Any] = {"status": outcome.status}
         body |= {"message": last_part(outcome.message)} if outcome.code else {"data": outcome.data}
         raw = json.dumps(body, ensure_ascii=False).encode("utf-8", "replace")
-        before = self.told.read() == (outcome.status, SENDING)
+        before = self.earlier() == (outcome.status, SENDING)
         self._note(outcome.status, SENDING)
-        refusals = 0
+        refusals, unsure = 0, False
 
         def work() -> None:
-            nonlocal refusals
-            refused = refusal_in(request("PUT", self.address, self.headers, raw, ATTEMPT_SECONDS))
+            nonlocal refusals, unsure
+            try:
+                refused = refusal_in(request("PUT", self.address, self.headers, raw, ATTEMPT_SECONDS))
+            except CallFailed as failed:
+                unsure = unsure or failed.unsure
+                raise
             if refused:
                 refusals += 1
                 raise CallFailed(f"it refuses: {refused}", again=refusals < REFUSALS and not before)
@@ -87,13 +91,24 @@ class Platform:
         try:
             persist(work, self.seconds, self.stopped, self.tell, what)
         except CallFailed as failed:
-            if not (before and refusals):
+            if not ((before or unsure) and refusals):
                 self.tell(f"{what}: {failed}")
                 return False
-            self.tell(f"{what} ({failed}), which an earlier start had sent already; it counts as taken")
+            if before:
+                self.tell(f"{what} ({failed}), which an earlier start had sent already; it counts as taken")
+            else:
+                self.tell(f"{what} ({failed}), which an earlier attempt had sent already; it counts as taken")
         self._note(outcome.status, TAKEN)
         self.tell(f"{shown_address(self.address)} has taken it: {outcome.status}")
         return True
+
+    def earlier(self) -> tuple[str, str]:
+        """What earlier starts have told; nothing where that cannot be read, so that the job is told of in any case."""
+        try:
+            return self.told.read()
+        except UserError as error:
+            self.tell(f"warning: {error}")
+            return "", ""
 
     def _note(self, status: str, how: str) -> None:
         """Write down what is told; a disk that is full, which may be the very news, keeps nobody from telling."""

@@ -10,8 +10,7 @@ import os
 import signal
 import sys
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import fields
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
@@ -20,7 +19,7 @@ from job import publish
 from job.places import find_data, find_model
 from job.progress import Follower
 from job.report import Outcome, Platform, Webhook, describe
-from job.settings import ROOT, SECRET_NAMES, TRAIN, Settings, read_settings
+from job.settings import ROOT, TRAIN, Settings, read_settings
 from job.state import TAKEN, Busy, Told, alone
 from job.tasks import Work, environment_of, plan
 from job.work import Output, Signals, run
@@ -45,7 +44,7 @@ class Job:
         try:
             with alone(self.settings.folder, self.signals.stopped, self.output.tell) as lock:
                 self.held = (lock,)
-                if self.platform and self.platform.told.read() == ("success", TAKEN):
+                if self.platform and self.platform.earlier() == ("success", TAKEN):
                     self.output.tell("this job has succeeded and the platform knows: nothing to do")
                     return 0
                 self.webhook.report("started")
@@ -151,12 +150,16 @@ def failure(code: int, message: str) -> Outcome:
     return Outcome(128 - code, message=f"{message}\nthe command was ended by {name}{hint}".strip())
 
 
-def speaker(environment: Mapping[str, str]) -> Settings:
-    """Enough of the settings to tell that the others are wrong."""
-    names = {item.name for item in fields(Settings)}
-    kept = ("API_URL", "TENANT_ID", "NOTIFY_URL", "JOB_ID", "MOUNT_PATH", "WORK_DIR", "OUTPUT_DIR", *SECRET_NAMES)
-    given = {name: environment.get(name, "") for name in kept if name.lower() in names}
-    return read_settings(["--task", TRAIN], given)
+def speaker(environment: Mapping[str, str]) -> Settings | None:
+    """Enough of the settings to tell that the others are wrong; None where nobody can be told."""
+    given = {name: environment.get(name, "") for name in ("MOUNT_PATH", "WORK_DIR", "OUTPUT_DIR")}
+    for names in (("JOB_ID",), ("API_URL", "TENANT_ID", "AUTH"), ("NOTIFY_URL", "NOTIFY_TOKEN")):
+        more = {name: environment.get(name, "") for name in names}
+        with suppress(UserError):  # it is one of those that are wrong
+            read_settings(["--task", TRAIN], more)
+            given |= more
+    found = read_settings(["--task", TRAIN], given)
+    return found if found.api_url or found.notify_url else None
 
 
 def main(argv: Sequence[str]) -> int:
@@ -168,9 +171,10 @@ def main(argv: Sequence[str]) -> int:
         try:
             settings = read_settings(argv, os.environ)
         except UserError as error:
-            if not os.environ.get("API_URL") and not os.environ.get("NOTIFY_URL"):
+            speaking = speaker(os.environ)
+            if not speaking:
                 raise
-            job = Job(speaker(os.environ), signals)
+            job = Job(speaking, signals)
             job.output.tell(f"error: {error}")
             return job.end(Outcome(error.code, message=job.settings.secrets.hidden(str(error))))
         return Job(settings, signals).start()

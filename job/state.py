@@ -69,7 +69,7 @@ class Told:
         """(status, SENDING or TAKEN) of an earlier start of the same job; empty texts where there was none."""
         if not files.is_file(self.path):
             return "", ""
-        found = files.read_object(self.path, "what the job has told", "remove it")
+        found = files.read_object(self.path, "what the job has told", "it counts as not told")
         if found.get("to") != self.key:
             return "", ""
         return str(found.get("status")), str(found.get("how"))

@@ -1,6 +1,7 @@
 """Messages for people on stderr, JSON for programs on stdout, errors that a user can mend, progress with ETA."""
 
 import argparse
+import io
 import os
 import re
 import sys
@@ -19,6 +20,7 @@ T = TypeVar("T")
 EXIT_USER_ERROR = 2
 FRAME = ("usage:", "\npositional arguments:\n", "\noptions:\n", "show this help message and exit")  # of --help
 EXIT_TERMINATED = 143  # 128 + SIGTERM
+EXIT_INTERRUPTED = 130  # 128 + SIGINT
 
 
 class UserError(Exception):
@@ -81,11 +83,32 @@ def log(message: str) -> None:
     sys.stderr.flush()
 
 
+class ToPeople(io.FileIO):
+    """Where messages go while somebody reads them: a terminal that was closed, or a `| tee` that Ctrl-C ended before
+    this process, is no reason to stop what runs."""
+
+    def write(self, data: Any) -> int:
+        """As FileIO's; what cannot be written is dropped."""
+        try:
+            return super().write(data)
+        except OSError:
+            return len(data)
+
+
+def outlive_readers() -> None:
+    """Let no message from here on fail because nobody reads stderr any more, or because the disk behind it is full."""
+    if sys.stderr is sys.__stderr__ and sys.stderr is not None:
+        sys.stderr.flush()
+        stream = io.BufferedWriter(ToPeople(sys.stderr.fileno(), "w", closefd=False))
+        sys.stderr = io.TextIOWrapper(stream, sys.stderr.encoding, sys.stderr.errors, line_buffering=True)
+
+
 def run_main(body: Callable[[], int], speaks: bool = True) -> int:
     """Run `body` and turn the expected ends into an exit code; every other exception keeps its traceback.
 
     `speaks` is False on processes whose error another process reports already.
     """
+    outlive_readers()
     try:
         return body()
     except UserError as error:
@@ -97,6 +120,8 @@ def run_main(body: Callable[[], int], speaks: bool = True) -> int:
         return 1
     except Terminated as error:
         return error.code
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
 
 
 def check_packages(*names: str) -> None:
@@ -159,7 +184,13 @@ def stdout_to_stderr() -> Iterator[None]:
     try:
         yield
     finally:
-        sys.stdout.flush()
+        try:
+            sys.stdout.flush()
+        except OSError:  # nobody reads stderr any more; what is left in the buffer goes nowhere
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, 1)
+            os.close(nowhere)
+            sys.stdout.flush()
         os.dup2(saved, 1)
         os.close(saved)
 

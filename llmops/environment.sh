@@ -9,6 +9,8 @@ WINDOWS=$(grep -ls $'\r' "${BASH_SOURCE[@]}") || true # the scripts that are so
 #
 [ -z "$WINDOWS" ] || exit 2 #
 
+unset CDPATH # where it is exported, cd prints where it went, and "cd faq/.." may go elsewhere
+
 # log WORDS...: a line for people on stderr
 log() { printf '%s\n' "$(spoken "$*")" >&2; }
 
@@ -384,7 +386,8 @@ ensure_python() {
         fi
     fi
     log "installing the packages of ${requirements##*/} into $root/.venv (once; a few minutes)"
-    [ -x "$root/.venv/bin/python" ] || "$candidate" -m venv "$root/.venv" >&2 ||
+    # an earlier start may have been killed before its environment had pip
+    "$root/.venv/bin/python" -c "import pip" 2>/dev/null || "$candidate" -m venv "$root/.venv" >&2 ||
         die "the virtual environment cannot be made; install the venv module of $candidate (Debian: python3-venv)"
     "$root/.venv/bin/python" -m pip install --quiet --disable-pip-version-check -r "$requirements" >&2 ||
         die "the packages of $requirements cannot be installed; see pip's message above"

@@ -1,5 +1,6 @@
 """Settings: one place of defaults, all problems at once; chat_main.sh and config.py say the same."""
 
+import os
 import re
 import time
 from dataclasses import fields
@@ -154,3 +155,11 @@ def test_the_faq_scenario_has_its_own_defaults(small_data: Path, checkpoints: di
         assert getattr(faq, name) == value != getattr(general, name)
     assert faq.peak_learning_rate == 2 * general.peak_learning_rate
     assert (flagged.lora_dim, flagged.max_seq_len) == (64, FAQ_DEFAULTS["max_seq_len"])
+
+
+def test_names_that_are_no_text_are_refused(tmp_path: Path) -> None:
+    """A folder of a Windows archive, in GBK: it once ended in a cache that could not be read."""
+    folder = os.fsdecode(os.fsencode(tmp_path) + "/测试".encode("gbk"))
+    problems = find_problems(Config(train_file=f"{folder}/train.jsonl", output_path=str(tmp_path / "测试")))
+    assert len(problems) == 1
+    assert "/\\udcb2\\udce2\\udcca\\udcd4/train.jsonl', which is not UTF-8; rename" in problems[0]

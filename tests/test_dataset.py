@@ -1,10 +1,12 @@
 """Tokenising: the rule for long conversations, counts, cache, split."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import Messages, write_jsonl
+from conftest import ROOT, Messages, write_jsonl
 
 from llmops.console import UserError
 from llmops.conversations.records import Conversation
@@ -153,3 +155,21 @@ def test_damaged_tokens_are_made_anew(
     load_or_encode(source, chat, tmp_path / "cache")
     assert "read from the cache" in capsys.readouterr().err
     assert sorted(p.name for p in (tmp_path / "cache").iterdir()) == sorted(["lock", again.folder.name])
+
+
+NO_SEMAPHORES = """
+from llmops.machine.parallel import in_processes
+print(list(in_processes(abs, [-1, -2, -3], 2)))
+"""
+
+
+def test_data_is_prepared_without_shared_memory() -> None:
+    """Some containers have no /dev/shm: that is no fault of the output path."""
+    hide = ["unshare", "--mount", "bash", "-c"]
+    hidden = "mount -t tmpfs -o ro none /dev/shm"
+    if subprocess.run([*hide, hidden], capture_output=True, check=False).returncode:
+        pytest.skip("needs a mount namespace of its own, which root may have")
+    script = f"{hidden}; exec {sys.executable} -c '{NO_SEMAPHORES}'"
+    done = subprocess.run([*hide, script], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, "[1, 2, 3]\n"), done.stderr
+    assert "warning: /dev/shm cannot be written" in done.stderr

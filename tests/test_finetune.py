@@ -236,6 +236,21 @@ def test_a_stop_file_ends_the_run_in_good_order(small_data: Path, checkpoints: d
     assert not (output / "train_results.json").exists()
 
 
+def test_a_terminal_that_is_closed_costs_no_step(
+    small_data: Path, checkpoints: dict[str, Path], tmp_path: Path
+) -> None:
+    """SIGHUP to all, and nobody reads the messages any more: so it is with `| tee` after Ctrl-C, too."""
+    output = tmp_path / "out"
+    os.mkfifo(output.with_suffix(".err"))
+    reader = os.open(output.with_suffix(".err"), os.O_RDONLY | os.O_NONBLOCK)
+    process = start(small_data, checkpoints["llama"], output, *ENDLESS)
+    wait_for(lambda: steps_done(output) >= 2, process)
+    os.close(reader)
+    os.killpg(process.pid, signal.SIGHUP)
+    assert process.wait(120) == 129
+    assert checkpointing.newest_whole(output) is not None
+
+
 def test_a_launcher_that_dies_takes_the_training_with_it(
     small_data: Path, checkpoints: dict[str, Path], tmp_path: Path
 ) -> None:

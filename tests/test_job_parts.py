@@ -51,6 +51,15 @@ def test_models_are_folders_or_hub_ids_of_the_cache(cache: Path, tmp_path: Path)
     assert hub_cache({"XDG_CACHE_HOME": "/x"}) == Path("/x/huggingface/hub")
 
 
+def test_a_user_without_an_account_has_no_cache() -> None:
+    """docker run --user 12345, in an image that sets no HOME."""
+    code = "import os; from job.places import hub_cache; os.setuid(54321); print(hub_cache({}))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env={}, capture_output=True, text=True, check=False)
+    if "PermissionError" in done.stderr:
+        pytest.skip("only root becomes another user")
+    assert done.stdout == "~/.cache/huggingface/hub\n", done.stderr
+
+
 def test_a_hub_is_asked_only_when_a_user_said_so(cache: Path) -> None:
     home = {"HF_HOME": str(cache)}
     with pytest.raises(UserError, match=r"BASE_MODEL_PATH is org/half, .* or set FETCH=true to fetch it from the hub"):

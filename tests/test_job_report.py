@@ -1,8 +1,10 @@
 """The end of a job over HTTP: what is sent, when it is sent again, when not."""
 
+import socket
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -153,6 +155,55 @@ def test_a_start_after_a_kill_in_the_middle_of_telling(reporting: Reporting) -> 
     assert first.told.read() == ("success", TAKEN)
     other = Told(reporting.folder, "another-job", reporting.settings().api_url)
     assert other.read() == ("", "")
+
+
+@pytest.mark.parametrize("fault", ["drop", 504])
+def test_a_refusal_after_an_answer_that_was_lost(reporting: Reporting, fault: Any) -> None:
+    """The platform has taken what it did not confirm; what it says of another attempt is that."""
+
+    def taken(call: Call) -> Any:
+        reporting.server.end(call)
+        return fault
+
+    reporting.server.faults = [taken]
+    assert reporting.platform().report(DONE)
+    assert reporting.server.state == "success"
+    assert "which an earlier attempt had sent already" in reporting.said[-2]
+
+
+@pytest.mark.parametrize(
+    ("raw", "sent", "taken"),
+    [
+        (b'{"success": false, "message": "no"}', 18, False),  # the half of it says nothing
+        (b"[" * 200_000, 200_000, True),  # no JSON of theirs, so no refusal
+    ],
+)
+def test_answers_that_are_none(reporting: Reporting, raw: bytes, sent: int, taken: bool) -> None:
+    answer = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(raw) + raw[:sent]
+
+    def serve() -> None:
+        with suppress(OSError):
+            while True:
+                connection, _ = listener.accept()
+                connection.recv(1 << 16)
+                connection.sendall(answer)
+                connection.close()
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        threading.Thread(target=serve, daemon=True).start()
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}/end"
+        assert reporting.platform(API_URL=url, NOTIFY_SECONDS="0").report(DONE) == taken
+        listener.shutdown(socket.SHUT_RDWR)
+    assert taken or "the answer broke off" in reporting.said[-1]
+
+
+def test_what_was_told_and_cannot_be_read_keeps_nobody_from_telling(reporting: Reporting) -> None:
+    (reporting.folder / "told.json").write_text("{half")
+    platform = reporting.platform()
+    assert platform.earlier() == ("", "")
+    assert platform.report(DONE)
+    assert "it counts as not told" in reporting.said[0]
+    assert platform.earlier() == ("success", TAKEN)
 
 
 def test_the_last_3000_characters() -> None:

@@ -239,11 +239,23 @@ def test_similar_questions_of_the_platform(server: PlatformServer, tmp_path: Pat
     assert (tmp_path / "mnt" / "jobs" / "task-1").is_dir()
 
 
-def test_wrong_settings_are_told_as_well(server: PlatformServer, tmp_path: Path) -> None:
-    given = server.environment(GPUS_PER_NODE="all", MOUNT_PATH=str(tmp_path))
+ADDRESS = "expected one such as https://example.org/jobs/1 in printable ASCII"
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "sentence"),
+    [
+        ("GPUS_PER_NODE", "all", "GPUS_PER_NODE is 'all', expected a whole number from 0 to 1024"),
+        ("JOB_ID", "a b", "JOB_ID is 'a b', expected letters, digits, dots, dashes, underscores"),
+        ("NOTIFY_URL", "hook", f"NOTIFY_URL is no address; {ADDRESS}"),
+    ],
+)
+def test_wrong_settings_are_told_as_well(
+    server: PlatformServer, tmp_path: Path, name: str, value: str, sentence: str
+) -> None:
+    given = server.environment(MOUNT_PATH=str(tmp_path)) | {name: value}
     job = Started(RUN, **given)
     assert job.end(30) == 0
-    sentence = "GPUS_PER_NODE is 'all', expected a whole number from 0 to 1024"
     assert (server.state, server.message) == ("failed", sentence)
     assert f"error: {sentence}" in job.output
 

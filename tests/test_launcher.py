@@ -90,8 +90,8 @@ def test_a_wrong_choice_is_one_sentence(include: str, exclude: str, phrase: str)
 SCRIPT = """
 import os, pathlib, signal, sys, time
 how, rank = sys.argv[1], os.environ["RANK"]
-if how == "forgiving":
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+if how in ("forgiving", "failing"):
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143 if how == "forgiving" else 1))
 place = [os.environ[n] for n in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_SIZE", "MASTER_ADDR")]
 sys.stdout.write(" ".join(place) + "\\n")
 pathlib.Path(__file__).with_name("said" + rank).touch()
@@ -124,7 +124,7 @@ def test_the_end_of_processes_is_that_of_the_launcher(tmp_path: Path, how: str, 
 
 
 @pytest.mark.parametrize("how", ["forgiving", "unprepared"])
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)])
 def test_a_signal_reaches_the_processes(tmp_path: Path, how: str, number: int, code: int) -> None:
     process = launched(tmp_path, "--num_processes", "2", how)
     assert process.stdout is not None
@@ -132,6 +132,30 @@ def test_a_signal_reaches_the_processes(tmp_path: Path, how: str, number: int, c
         process.stdout.readline()
     process.send_signal(number)
     assert process.wait(40) == code
+    process.communicate()
+
+
+def test_an_end_that_fails_after_a_signal_says_so(tmp_path: Path) -> None:
+    """143 promises a checkpoint; there is none where the disk was full."""
+    process = launched(tmp_path, "--num_processes", "1", "failing")
+    assert process.stdout is not None
+    process.stdout.readline()
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(40) == 1
+    process.communicate()
+
+
+def test_a_hangup_that_nohup_ignores_ends_nothing(tmp_path: Path) -> None:
+    command = ["nohup", sys.executable, str(LAUNCH), "--on_cpu", str(tmp_path / "script.py"), "1"]
+    (tmp_path / "script.py").write_text(SCRIPT, encoding="utf-8")
+    process = subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    process.stdout.readline()
+    process.send_signal(signal.SIGHUP)
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.wait(2)
+    process.terminate()
+    assert process.wait(40) == 143
     process.communicate()
 
 

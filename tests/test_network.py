@@ -119,6 +119,54 @@ def test_a_port_that_is_taken_is_one_sentence() -> None:
             process_group.listen(taken.getsockname()[1])
 
 
+MEETING = """
+import torch.distributed as dist
+from llmops.console import run_main
+from llmops.machine import process_group
+from llmops.machine.peers import Peers
+def body():
+    with process_group.meeting():
+        dist.init_process_group("gloo", init_method=process_group.init_method())
+    with Peers("all is kept") as peers:
+        peers.begin()
+        dist.barrier()
+    print("met")
+    return 0
+process_group.leave(run_main(body))
+"""
+
+
+def test_an_interface_that_is_not_here_is_one_sentence() -> None:
+    """A cluster's profile sets it for every machine."""
+    variables = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    done = subprocess.run(
+        [sys.executable, "-c", MEETING], cwd=ROOT, capture_output=True, text=True, check=False,
+        env=bare_environment() | variables | {"GLOO_SOCKET_IFNAME": "eth77"},
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert re.fullmatch(
+        r"error: GLOO_SOCKET_IFNAME is eth77 and this machine has .*\blo\b.*; name one.*\n", done.stderr
+    )
+
+
+def test_machines_meet_over_ipv6(tmp_path: Path) -> None:
+    """Two processes that take each other for other machines, in a network that has the one address."""
+    network = "ip link set lo up && ip addr add fd00::1/128 dev lo nodad"
+    if subprocess.run(["unshare", "--net", "bash", "-c", network], capture_output=True, check=False).returncode:
+        pytest.skip("needs a network namespace of its own, which root may have, and IPv6")
+    (tmp_path / "meeting.py").write_text(MEETING, encoding="utf-8")
+    variables = {
+        "WORLD_SIZE": "2", "CROSS_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "fd00::1", "MASTER_PORT": "29500",
+        "PYTHONPATH": str(ROOT),
+    }  # fmt: skip
+    start = f"{sys.executable} {tmp_path}/meeting.py"
+    done = subprocess.run(
+        ["unshare", "--net", "bash", "-c", f"{network}; RANK=1 {start} & RANK=0 {start}; wait $!"],
+        env=bare_environment() | variables, capture_output=True, text=True, check=False, timeout=200,
+    )  # fmt: skip
+    assert (done.returncode, done.stdout) == (0, "met\nmet\n"), done.stderr
+
+
 @pytest.mark.parametrize("grouped", [True, False])
 def test_a_process_leaves_with_its_code_and_nothing_unsaid(grouped: bool) -> None:
     group = "dist.init_process_group('gloo', init_method='loopback://', rank=0, world_size=1)" if grouped else ""

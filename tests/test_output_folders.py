@@ -94,6 +94,18 @@ def test_overwriting_deletes_what_the_run_wrote_and_nothing_else(train_run: Run,
     assert "holds checkpoint-9, which no run" in train_run("--max_steps", "1", "--overwrite_output_path", "true").stderr
 
 
+def test_overwriting_deletes_nothing_that_is_to_be_read(train_run: Run, small_data: Path) -> None:
+    """An earlier run's held-out conversations are a test file that suggests itself."""
+    output = small_data / "output_path"
+    held_out = (small_data / "datasets" / "test.jsonl").read_bytes()
+    write_all(output, {"held_out.jsonl": held_out, "other.jsonl": held_out})
+    ownership.adopt(output, ["held_out.jsonl", "log.txt"])
+    for name, kept in (("held_out.jsonl", True), ("other.jsonl", False)):
+        done = train_run("--test_file", str(output / name), "--overwrite_output_path", "true", "--max_steps", "1")
+        assert (done.returncode, (output / "held_out.jsonl").exists()) == ((2, True) if kept else (0, False))
+        assert ("(--test_file) is a part of the earlier run in" in done.stderr) == kept
+
+
 def test_a_run_of_version_0_1_is_recognised(tmp_path: Path) -> None:
     staged = tmp_path / ".saving" / "checkpoint-3"
     write_all(staged, {"adapter_config.json": b"{}", "adapter_model.safetensors": b"x"})

@@ -132,3 +132,61 @@ def test_settings_of_generation_that_cannot_be_saved(
     assert done.returncode == 0, done.stderr[-3000:]
     saved = json.loads((small_data / "output_path" / "generation_config.json").read_text(encoding="utf-8"))
     assert saved == own
+
+
+EVENTS = """
+import sys
+from pathlib import Path
+from llmops.console import run_main
+from train.session import event_writer
+sys.exit(run_main(lambda: event_writer(Path(sys.argv[1]))))
+"""
+
+
+def test_a_start_on_a_full_disk_is_one_sentence(tmp_path: Path) -> None:
+    """All that comes before is there already, from the start that filled it."""
+    full = f"mount -t tmpfs -o size=64k none {tmp_path}; mkdir {tmp_path}/tensorboard; cat /dev/zero >{tmp_path}/full"
+    hide = ["unshare", "--mount", "bash", "-c"]
+    if "No space left" not in subprocess.run([*hide, full], capture_output=True, text=True, check=False).stderr:
+        pytest.skip("needs a mount namespace of its own, which root may have")
+    (tmp_path.parent / "events.py").write_text(EVENTS, encoding="utf-8")
+    script = f"{full} 2>/dev/null; exec {sys.executable} {tmp_path.parent}/events.py {tmp_path}/tensorboard"
+    done = subprocess.run(
+        [*hide, script], cwd=ROOT, env=environment() | {"PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu"},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert (done.returncode, "Traceback" in done.stderr) == (1, False), done.stderr
+    assert f"stopped: the disk of {tmp_path}/tensorboard is full; nothing of it was written" in done.stderr
+
+
+ENDS = """
+import os, signal, sys
+from llmops.console import log, print_json, run_main, stdout_to_stderr
+def body():
+    with stdout_to_stderr():
+        print("a library's own words")
+        sys.stdin.readline()
+        log("ours")
+        if sys.argv[1] == "interrupted":
+            os.kill(os.getpid(), signal.SIGINT)
+    print_json("done")
+    return 0
+sys.exit(run_main(body))
+"""
+
+
+@pytest.mark.parametrize(("how", "code", "out"), [("finished", 0, '"done"\n'), ("interrupted", 130, "")])
+@pytest.mark.parametrize("gone", [True, False])
+def test_messages_that_nobody_reads_end_nothing(gone: bool, how: str, code: int, out: str) -> None:
+    """`| tee` ends by the same Ctrl-C; a terminal is closed. Nor is Ctrl-C a fault of ours with a traceback."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", ENDS, how], cwd=ROOT, env=environment(), text=True,
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    assert process.stderr is not None
+    if gone:
+        process.stderr.close()
+        process.stderr = None
+    found, errors = process.communicate("\n", timeout=60)
+    assert (process.returncode, found) == (code, out)
+    assert "Traceback" not in (errors or "")

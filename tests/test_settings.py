@@ -191,6 +191,28 @@ def test_two_first_starts_install_once(tmp_path: Path) -> None:
     assert sorted(err for _, err in said) == [waited, installs]
 
 
+def test_a_first_start_that_was_killed_is_completed(tmp_path: Path) -> None:
+    """It had made the environment's Python, and no pip yet."""
+    (tmp_path / "requirements.txt").write_text("no-such-package==1.0\n")
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(tmp_path / ".venv")], check=True)
+    done = shell(f"ensure_python {tmp_path} {tmp_path}/requirements.txt", PIP_NO_INDEX="1")
+    assert done.returncode == 2
+    assert "No module named pip" not in done.stderr
+    assert "No matching distribution found for no-such-package==1.0" in done.stderr
+
+
+def test_a_folder_is_found_whatever_cdpath_says(tmp_path: Path) -> None:
+    """Where it is exported, cd prints where it went; and there may be such a folder elsewhere."""
+    (tmp_path / "job").mkdir()
+    for places in (".", f"{tmp_path}:."):
+        done = subprocess.run(
+            ["bash", "job/run.sh", "--task", "x"], cwd=ROOT, env=environment() | {"CDPATH": places},
+            capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        assert done.returncode == 2
+        assert done.stderr.startswith("error: TASK is 'x', expected")
+
+
 @pytest.mark.parametrize("path", SHELLS, ids=lambda path: path.name)
 def test_windows_line_endings_are_named(tmp_path: Path, path: Path) -> None:
     """As an editor on Windows saves a script, or a wrongly set git all of them."""

@@ -16,13 +16,16 @@ from llmops.keyboard import instead
 from llmops.models.checkpoints import Checkpoint
 from train import deepspeed_file
 from train.config import RECOMPUTE_WORDS, Config
+from train.run_folder import own_names
 
 TRACKERS = ("swanlab", "mlflow", "trackio", "wandb")  # each the name of its package, too
 
 
 def find_problems(config: Config) -> list[str]:
     """Everything wrong with the settings and the paths they name, one sentence each."""
-    problems = []
+    problems = encoding_problems(config)
+    if problems:
+        return problems
     for item in fields(Config):
         low, high, value = item.metadata["min"], item.metadata["max"], getattr(config, item.name)
         if low is not None and not low <= value < float("inf"):
@@ -42,6 +45,17 @@ def find_problems(config: Config) -> list[str]:
     if files.is_file(config.deepspeed_file):
         problems += deepspeed_file.find_problems(config)
     return problems
+
+
+def encoding_problems(config: Config) -> list[str]:
+    """Paths with bytes that are no UTF-8, as an archive from Windows has them: no JSON of a run could name them."""
+    given = ((item.name, getattr(config, item.name)) for item in fields(Config))
+    return [
+        f"--{name} is {files.shown(value, 200)}, which is not UTF-8; rename what is so (convmv -f gb18030 -t utf-8), "
+        "or name it by a link"
+        for name, value in given
+        if isinstance(value, str) and any("\udc80" <= character <= "\udcff" for character in value)
+    ]
 
 
 def tracker_problems(names: Sequence[str]) -> list[str]:
@@ -81,7 +95,7 @@ def path_problems(config: Config) -> list[str]:
     elif config.eval_ratio == 0:
         problems.append("there is no test file and --eval_ratio is 0; give one of the two")
     if not problems:
-        problems += overlap_problem(config)
+        problems += overlap_problem(config) + deleted_problem(config)
     problems += replay_problems(config)
     problems += file_problem(str(config.retention_path), "the retention file", "leave --retention_file out for ours")
     problems += file_problem(str(config.deepspeed_file), "the DeepSpeed file", "leave --ds_file out for ours")
@@ -97,6 +111,26 @@ def overlap_problem(config: Config) -> list[str]:
                 f"{path} is learned (--train_file) and tests what was learned (--test_file), so it would measure "
                 "nothing; name the training files without it"
             ]
+    return []
+
+
+def deleted_problem(config: Config) -> list[str]:
+    """A file that would be deleted before it is read, such as an earlier run's held_out.jsonl."""
+    if not config.overwrite_output_path:
+        return []
+    output = Path(config.output_path)
+    deleted = [output / name for name in own_names(output)]
+    read = {
+        "train_file": config.train_files, "test_file": config.test_files, "replay_file": config.replay_files,
+        "retention_file": [config.retention_path], "ds_file": [config.deepspeed_file],
+    }  # fmt: skip
+    for name, paths in read.items():
+        for path in paths:
+            if any(files.same_or_inside(path, own) for own in deleted):
+                return [
+                    f"{path} (--{name}) is a part of the earlier run in {output}, which --overwrite_output_path true "
+                    "deletes; copy it elsewhere, or choose another --output_path"
+                ]
     return []
 
 

@@ -10,6 +10,7 @@ import torch
 from transformers import EarlyStoppingCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from llmops.console import EXIT_TERMINATED, Terminated, log
+from llmops.machine.processes import to_heed
 from train.trainer import all_sum
 
 
@@ -31,8 +32,8 @@ class Schedule(TrainerCallback):
         self.handlers: dict[int, Any] = {}
 
     def catch_signals(self) -> None:
-        """SIGTERM and SIGINT end the run in good order."""
-        for number in (signal.SIGTERM, signal.SIGINT):
+        """SIGTERM, SIGINT and SIGHUP end the run in good order."""
+        for number in to_heed():
             self.handlers[number] = signal.signal(number, self._on_signal)
 
     def leave_signals(self) -> None:

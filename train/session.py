@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any, TypeVar
 
 import deepspeed
@@ -337,9 +338,20 @@ def add_callbacks(config: Config, trainer: ChatTrainer, training_log: TrainingLo
         trainer.add_callback(EarlyStopping(config.early_stopping_patience))
     trainer.add_callback(schedule)
     if trainer.args.process_index == 0:
-        trainer.add_callback(TensorBoardCallback(SummaryWriter(str(trainer.output / "tensorboard"))))
+        trainer.add_callback(TensorBoardCallback(event_writer(trainer.output / "tensorboard")))
     for tracker in get_reporting_integration_callbacks(config.trackers):
         trainer.add_callback(tracker)
+
+
+def event_writer(folder: Path) -> SummaryWriter:
+    """What writes TensorBoard's events. Raises RunStopped on a full disk, UserError where it may not write."""
+    files.make_folder(folder, "the folder for TensorBoard's events")
+    try:
+        with TemporaryFile(dir=folder, buffering=0) as probe:
+            probe.write(bytes(4096))  # first: the writer's thread would show its own traceback
+        return SummaryWriter(str(folder))
+    except OSError as error:
+        raise files.unwritable(folder, error) from error
 
 
 def replay_words(config: Config, data: Data, size: int) -> str:

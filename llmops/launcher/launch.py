@@ -21,6 +21,7 @@ from llmops.launcher.machine import Machine, Plan
 from llmops.launcher.ssh import Led
 from llmops.machine import devices
 from llmops.machine.process_group import LOOPBACK, free_port, is_loopback
+from llmops.machine.processes import to_heed
 
 PORT = 29500  # where machines meet
 
@@ -106,8 +107,8 @@ def run(given: argparse.Namespace) -> int:
 
 
 def passing_on(ask: Callable[[int, FrameType | None], None]) -> None:
-    """Hand SIGTERM and SIGINT on."""
-    for number in (signal.SIGTERM, signal.SIGINT):
+    """Hand SIGTERM, SIGINT and SIGHUP on."""
+    for number in to_heed():
         signal.signal(number, ask)
 
 

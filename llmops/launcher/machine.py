@@ -108,7 +108,7 @@ class Machine:
         return 128 + self.received if self.received and not self.processes else 0
 
     def _exit_code(self, local: int, code: int) -> int:
-        if self.received:
+        if self.received and not 0 < code < 128:  # else it did not end in good order: its checkpoint found a full disk
             return 128 + self.received
         if code > 0:
             return code

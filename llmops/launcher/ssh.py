@@ -193,9 +193,15 @@ class Led:
         for machine in self.machines:
             for reader in machine.readers:
                 reader.join(5)
+        return self._exit_code(codes)
+
+    def _exit_code(self, codes: dict[str, int]) -> int:
+        """The command's, by those of the connections."""
         bad = [code for code in codes.values() if code]
-        if not bad or self.received:
-            return 128 + self.received if bad else 0
+        if not bad:
+            return 0
+        if self.received:  # an end that is not in good order keeps its code, as on one machine
+            return next((code for code in bad if 0 < code < 128), 128 + self.received)
         lost = [name for name, code in codes.items() if code in (SSH_FAILED, -signal.SIGKILL)]
         if lost:
             log(f"the connection to {', '.join(lost)} broke")

@@ -12,7 +12,7 @@ from concurrent.futures.process import BrokenProcessPool
 from itertools import chain, islice
 from typing import Any, TypeVar
 
-from llmops.console import RunStopped
+from llmops.console import RunStopped, log
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -25,7 +25,7 @@ def cores() -> int:
 
 
 def in_processes(work: Callable[[T], R], pieces: Iterable[T], processes: int) -> Generator[R]:
-    """`work` of every piece, in order; in this process where there is one piece, or one core.
+    """`work` of every piece, in order; in this process where there is one piece, one core, or no place for semaphores.
 
     `work` is what it is when the first piece comes: the processes are forked then and share its memory. Raises
     RunStopped when the kernel ends one of them.
@@ -39,7 +39,13 @@ def in_processes(work: Callable[[T], R], pieces: Iterable[T], processes: int) ->
     _work = work
     context = multiprocessing.get_context("fork")
     waiting: deque[Future[R]] = deque()
-    with ProcessPoolExecutor(processes, context, begin, (os.getpid(),)) as pool:
+    try:
+        executor = ProcessPoolExecutor(processes, context, begin, (os.getpid(),))
+    except OSError as error:  # semaphores are files there
+        log(f"warning: /dev/shm cannot be written ({error.strerror}), so the data is prepared in one process")
+        yield from map(work, chain(first, pieces))
+        return
+    with executor as pool:
         try:
             for piece in chain(first, pieces):
                 waiting.append(pool.submit(call, piece))

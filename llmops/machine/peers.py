@@ -78,7 +78,9 @@ class Peers:
         first = dist.get_rank() == 0
         place: list[Any] = [None, None]
         if first:
-            server = socket.create_server(("", 0), backlog=1024)
+            both = socket.has_dualstack_ipv6()  # ssh may have found the machines by IPv6
+            family = socket.AF_INET6 if both else socket.AF_INET
+            server = socket.create_server(("", 0), family=family, backlog=1024, dualstack_ipv6=both)
             place = [server.getsockname()[1], secrets.token_hex(16)]
         dist.broadcast_object_list(place, src=0)
         self.watching = True

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 LOOPBACK = "127.0.0.1"
 SCHEME = "loopback"
+NO_INTERFACE = "Unable to find address for"  # gloo's words
 INTERFACES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")  # what gloo and NCCL listen on and connect from
 
 
@@ -101,7 +102,7 @@ def meet(url: str, timeout: timedelta = timedelta(minutes=30), **_: Any) -> Iter
 
 @contextmanager
 def meeting() -> Iterator[None]:
-    """Turns what torch says when processes of several machines do not find each other into a sentence."""
+    """Turns what torch says when processes do not find each other, or their network, into a sentence."""
     import torch.distributed as dist
 
     place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
@@ -114,6 +115,19 @@ def meeting() -> Iterator[None]:
         if "timed out" in text.lower():
             raise RunStopped(f"the other machines did not come to {place}; start the command on all of them") from error
         raise
+    except RuntimeError as error:
+        if NO_INTERFACE not in str(error):
+            raise
+        name = INTERFACES[0]
+        raise UserError(
+            f"{name} is {os.environ.get(name)} and this machine has {', '.join(interfaces())}; name one of these that "
+            "has an address, or unset it"
+        ) from error
+
+
+def interfaces() -> list[str]:
+    """The names of this machine's network interfaces."""
+    return [name for _, name in socket.if_nameindex()]
 
 
 def listen(port: int) -> int:
