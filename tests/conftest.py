@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -92,6 +93,15 @@ def small_data(tmp_path: Path, conversations: list[Messages]) -> Path:
     write_jsonl(datasets / "train.jsonl", conversations[:24])
     write_jsonl(datasets / "test.jsonl", read_messages(DEMO / "test.jsonl")[:8])
     return tmp_path / "mnt"
+
+
+def copy_project(folder: Path) -> None:
+    """The files that git knows, as they stand here."""
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    for name in filter(None, listed.split("\0")):
+        if (ROOT / name).is_file():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, folder / name)
 
 
 def tree_hash(folder: Path) -> dict[str, str]:
