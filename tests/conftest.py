@@ -22,7 +22,7 @@ SIDE_BY_SIDE = "PYTEST_XDIST_WORKER" in os.environ
 if SIDE_BY_SIDE:  # each test on a core of its own
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 LONGEST = (  # start first
-    "test_cluster.py", "test_finetune.py", "test_demo.py", "test_faq_guide.py", "test_faq.py", "test_fuzz.py",
+    "test_cluster.py", "test_finetune.py", "test_demo.py", "test_guides.py", "test_faq.py", "test_fuzz.py",
     "test_pretrained.py", "test_job_run.py", "test_bench_gpu.py",
 )  # fmt: skip
 MODULES_CACHE = tempfile.TemporaryDirectory(prefix="llmops-modules.")  # code of test checkpoints is not kept
