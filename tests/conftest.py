@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -21,7 +22,7 @@ SIDE_BY_SIDE = "PYTEST_XDIST_WORKER" in os.environ
 if SIDE_BY_SIDE:  # each test on a core of its own
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 LONGEST = (  # start first
-    "test_cluster.py", "test_finetune.py", "test_demo.py", "test_faq_guide.py", "test_faq.py", "test_fuzz.py",
+    "test_cluster.py", "test_finetune.py", "test_demo.py", "test_guides.py", "test_faq.py", "test_fuzz.py",
     "test_pretrained.py", "test_job_run.py", "test_bench_gpu.py",
 )  # fmt: skip
 MODULES_CACHE = tempfile.TemporaryDirectory(prefix="llmops-modules.")  # code of test checkpoints is not kept
@@ -92,6 +93,15 @@ def small_data(tmp_path: Path, conversations: list[Messages]) -> Path:
     write_jsonl(datasets / "train.jsonl", conversations[:24])
     write_jsonl(datasets / "test.jsonl", read_messages(DEMO / "test.jsonl")[:8])
     return tmp_path / "mnt"
+
+
+def copy_project(folder: Path) -> None:
+    """The files that git knows, as they stand here."""
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    for name in filter(None, listed.split("\0")):
+        if (ROOT / name).is_file():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, folder / name)
 
 
 def tree_hash(folder: Path) -> dict[str, str]:

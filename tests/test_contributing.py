@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT, environment, write_jsonl
+from conftest import ROOT, copy_project, environment, write_jsonl
 
 from llmops.models import tiny
 
@@ -30,15 +30,6 @@ def sections() -> dict[str, str]:
 
 
 EXAMPLES = {heading: text for heading, text in sections().items() if "As an example" in text}
-
-
-def copy_project(folder: Path) -> None:
-    """The files that git knows, as they stand here."""
-    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    for name in filter(None, listed.split("\0")):
-        if (ROOT / name).is_file():
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(ROOT / name, folder / name)
 
 
 def change(folder: Path, text: str) -> str:

@@ -8,21 +8,8 @@ from functools import cache
 
 import pytest
 from conftest import ROOT, environment
+from guides import COMMAND, GUIDES, PAGES, SPAN, commands, prose, text_of, twin
 
-PAGES = sorted(
-    subprocess.run(
-        ["git", "ls-files", "--cached", "--others", "--exclude-standard", "*.md"], cwd=ROOT, capture_output=True,
-        text=True, check=True,
-    ).stdout.split()
-)  # fmt: skip
-# for those who change the code, and about data; the others are guides and have a Chinese twin
-ENGLISH_ONLY = {
-    "CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md", "bench/diagnosis_results.md", "tests/logs/README.md",
-    "train/demo_data/README.md",
-}  # fmt: skip
-GUIDES = [name for name in PAGES if not name.endswith(".zh-CN.md") and name not in ENGLISH_ONLY and name[0] != "."]
-FENCE = re.compile(r"^( *)```(\w*)\n(.*?)^\1```$", re.MULTILINE | re.DOTALL)
-SPAN = re.compile(r"(?<!`)`([^`\n]+)`(?!`)")
 HEADING = re.compile(r"^(#+) (.*)$", re.MULTILINE)
 IMAGE = "llmops-deepspeed-backend"
 # variables that are no setting of the script that they stand before
@@ -40,21 +27,6 @@ ELSEWHERE = {
     "lora-modules", "max-lora-rank", "network", "read-only", "secret", "security-opt", "shm-size", "tmpfs",
     "trust-remote-code", "user", "logdir", "local-dir", "local_dir", "install",
 }  # fmt: skip
-
-
-def text_of(name: str) -> str:
-    """A page."""
-    return (ROOT / name).read_text(encoding="utf-8")
-
-
-def twin(name: str) -> str:
-    """The Chinese page of an English one."""
-    return name.removesuffix(".md") + ".zh-CN.md"
-
-
-def prose(name: str) -> str:
-    """A page without its blocks of code."""
-    return FENCE.sub("", text_of(name))
 
 
 @cache
@@ -92,12 +64,6 @@ def test_every_guide_has_its_twin_and_stands_in_the_index() -> None:
         assert name == "docs/README.md" or str(ROOT / name) in listed, f"{name} is not in docs/README.md"
 
 
-def commands(name: str) -> list[str]:
-    """The bash blocks of a page without comments, which are in the page's language."""
-    blocks = [body for _, language, body in FENCE.findall(text_of(name)) if language == "bash"]
-    return [re.sub(r"(^|\s+)# .*$", "", body, flags=re.MULTILINE).strip() for body in blocks]
-
-
 def tables(name: str) -> list[list[int]]:
     """The number of cells of every row, table by table."""
     found: list[list[int]] = [[]]
@@ -116,9 +82,10 @@ def test_both_languages_are_alike(name: str) -> None:
     assert levels[0] == levels[1], "headings"
     assert commands(name) == commands(other)
     assert tables(name) == tables(other)
-    targets = [
-        sorted(link.partition("#")[0].replace(".zh-CN.md", ".md") for link in links(page)) for page in (name, other)
-    ]
+    targets = []  # the same pages, and a heading in both or in neither
+    for page in (name, other):
+        parts = [link.replace(".zh-CN.md", ".md").partition("#") for link in links(page)]
+        targets.append(sorted((path, bool(heading)) for path, _, heading in parts))
     assert targets[0] == targets[1]
 
 
@@ -214,7 +181,7 @@ def test_every_command_is_known(name: str) -> None:
         for words in simple_commands(block):
             check_command(words)
     for span in SPAN.findall(prose(name)):
-        if re.match(r"(?:[A-Z_]+=\S* )*(?:bash|python) [\w./]+\.(?:sh|py)\b", span):
+        if COMMAND.match(span):
             for words in simple_commands(span.replace("\\|", "|")):
                 assert check_command(words), span
 
