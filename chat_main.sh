@@ -127,12 +127,11 @@ status=0
 # 2. the environment, and the processes
 PYTHON=$(ensure_python "$HERE" "$HERE/requirements.txt") || exit 2
 export PYTHONPATH="$HERE${PYTHONPATH:+:$PYTHONPATH}"
-if [ "$DRY_RUN" = true ]; then
-    export NUM_PROCESSES
-    exec "$PYTHON" "$HERE/train/finetune.py" "${settings[@]}"
-fi
 launcher_flags
 if ! has_gpu; then tune_cpu; fi
+if [ "$DRY_RUN" = true ]; then # by the processes that there would be, and with the surroundings that they would have
+    exec "$PYTHON" "$HERE/llmops/launcher/launch.py" --alone "${LAUNCH[@]}" "$HERE/train/finetune.py" "${settings[@]}"
+fi
 
 # 3. train
 command=("$PYTHON" "$HERE/llmops/launcher/launch.py" "${LAUNCH[@]}" "$HERE/train/finetune.py")

@@ -197,6 +197,24 @@ def test_models_that_cannot_be_packed_are_told_apart(checkpoints: dict[str, Path
     assert "sliding_attention" in str(attention.supports_packing(model))
 
 
+def test_a_model_with_sinks_is_not_packed() -> None:
+    """transformers hands a layer's sinks to its attention, which SDPA does not know: packed rows would lose them."""
+    from transformers import GraniteSWAConfig, GraniteSWAForCausalLM
+
+    torch.manual_seed(0)
+    config = GraniteSWAConfig(
+        vocab_size=250, layer_types=["full_attention"], hidden_size=16, intermediate_size=16, num_hidden_layers=1,
+        num_attention_heads=2, num_key_value_heads=1, initializer_range=0.3, bos_token_id=None, eos_token_id=None,
+    )  # fmt: skip
+    model = GraniteSWAForCausalLM(config).eval()
+    torch.nn.init.constant_(model.model.layers[0].self_attn.sinks, 8)
+    samples = random_samples("nested prefixes")
+    alone = torch.cat([target_losses(model, PaddedCollator(0)([one])) for one in samples])
+    assert attention.supports_packing(model) == "its attention is more than SDPA computes"
+    model.set_attn_implementation(attention.NAME)
+    assert not torch.allclose(target_losses(model, PackedCollator()(samples)), alone, rtol=1e-3)
+
+
 def test_cross_entropy_in_the_cache_is_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
     draw = torch.Generator().manual_seed(1)
     logits, labels = torch.randn(37, 50, generator=draw) * 5, torch.randint(50, (37,), generator=draw)

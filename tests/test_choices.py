@@ -179,6 +179,25 @@ def test_the_stage_of_a_file_of_ones_own_is_reckoned_with(
     assert estimates.state_parts(own, shape, 4) == estimates.state_parts(named, shape, 4)
 
 
+def test_what_zero_3_gathers_needs_memory_too(config: Config) -> None:
+    """At the turn from forward to backward pass the last half billion weights are whole, or all of a smaller model."""
+    small, large = (replace(seven_billion("all"), weights=count) for count in (100_000_000, 6_738_000_000))
+    third, away = (replace(config, train_type="all", zero_stage=stage) for stage in ("3", "3_offload"))
+
+    def parts(given: Config, shape: estimates.Shape, processes: int, on_gpu: bool) -> dict[str, float]:
+        return estimates.memory_parts(given, shape, processes, 0, 0, 0, on_gpu)
+
+    assert "gathered weights" not in parts(config, large, 8, True)
+    assert "gathered weights" not in parts(third, large, 1, True)  # each is whole where it lies
+    assert parts(third, large, 8, True)["gathered weights"] == 1e9
+    assert parts(third, small, 8, True)["gathered weights"] == 2e8
+    assert sum(parts(away, large, 1, True).values()) == 1e9
+    assert sum(parts(away, large, 1, False).values()) == sum(parts(third, large, 1, False).values())
+    rooms = [Room(away, large, Lengths(), 1, 125 * 2**30, on_gpu) for on_gpu in (True, False)]  # type: ignore[arg-type]
+    assert rooms[0].tokens(0) > 0
+    assert rooms[1].tokens(0) == 0  # states of 125.5 GiB
+
+
 def test_the_dry_run_pads_where_the_run_does(checkpoints: dict[str, Path]) -> None:
     """A sliding window takes no packed rows."""
     config = Config(model_name_or_path=str(checkpoints["llama"]))

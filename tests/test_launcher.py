@@ -1,6 +1,7 @@
 """Hostfiles and choices of machines; the processes of one machine: their places, their ends."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -167,6 +168,29 @@ def test_places_on_several_machines(tmp_path: Path) -> None:
     assert process.returncode == 0, errors
     assert sorted(out.splitlines()) == ["2 0 4 2 192.0.2.1", "3 1 4 2 192.0.2.1"]
     assert "machine 2 of 3; they meet at 192.0.2.1:29500" in errors
+
+
+@pytest.mark.parametrize("through", ["launch.py", "chat_main.sh"])
+@pytest.mark.parametrize("hosts", [True, False])
+def test_a_dry_run_is_told_of_the_processes_that_there_would_be(tmp_path: Path, through: str, hosts: bool) -> None:
+    """Of all machines, none of which is asked, and on the one with most of them."""
+    hostfile = written(tmp_path, "a slots=4\nb slots=3\nc slots=8\n")
+    given = ["--hostfile", str(hostfile), "--exclude_hosts", "c"] if hosts else []
+    script = "import os, sys\nif '--check' not in sys.argv: print(os.environ['WORLD_SIZE'], os.environ['LOCAL_SIZE'])\n"
+    (tmp_path / "train").mkdir()
+    (tmp_path / "train" / "finetune.py").write_text(script, encoding="utf-8")
+    command = [sys.executable, str(LAUNCH), "--on_cpu", "--alone"]
+    arguments = [str(tmp_path / "train" / "finetune.py")]
+    if through == "chat_main.sh":
+        shutil.copytree(ROOT / "llmops", tmp_path / "llmops")
+        shutil.copy(ROOT / "chat_main.sh", tmp_path)
+        (tmp_path / "requirements.txt").write_text("", encoding="utf-8")
+        command, arguments = ["bash", str(tmp_path / "chat_main.sh"), "--dry_run", "true"], []
+    done = subprocess.run(
+        [*command, "--num_processes", "3", *given, *arguments], env=environment() | {"DS_ACCELERATOR": "cpu"},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.stdout.split() == (["6", "3"] if hosts else ["3", "3"]), done.stderr
 
 
 def test_variables_of_other_machines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

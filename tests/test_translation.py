@@ -117,6 +117,11 @@ def test_an_unknown_sentence_stays_english() -> None:
     assert chinese("the moon is full; copy it again") == "the moon is full；请重新复制"
 
 
+def test_the_parts_of_an_estimate_stay_apart() -> None:
+    said = "  made up of weights 0.50 GiB, optimizer states 2.00 GiB, gathered weights 0.20 GiB, framework 0.44 GiB"
+    assert chinese(said) == "  其中权重 0.50 GiB，优化器状态 2.00 GiB，汇集的权重 0.20 GiB，框架 0.44 GiB"
+
+
 def test_several_problems_are_several_sentences() -> None:
     """Problems that were joined are told apart, also where one has a joint of its own."""
     said = "--learning_rate is 3, expected at most 1; there is no test file and --eval_ratio is 0; give one of the two"

@@ -20,8 +20,7 @@ from llmops.machine import cpu_kernels
 from train.config import Config
 from train.course import BETWEEN, NUMBER, RATE, USUAL, Course, choose
 from train.dataset import TokenDataset
-from train.deepspeed_file import stage
-from train.estimates import GIB, Shape, memory_parts, model_shape, state_parts
+from train.estimates import GIB, Shape, memory_parts, model_shape
 from train.replay import Joined, replayed
 from train.run_folder import CONFIG_NAME, PROCESSES, RECORD, STEP_SETTINGS, step_size
 from train.steps import Split
@@ -174,12 +173,9 @@ class Room:
     def tokens(self, every: int) -> int:
         """How many tokens of a micro-batch fit."""
         share, probe = learned_share(self.data), 1024
-        states = 0.0 if stage(self.config) == "3_offload" else sum(
-            state_parts(self.config, self.shape, self.processes).values()
-        )  # fmt: skip
-        layer = self.shape.weights / self.shape.layers * self.shape.width if stage(self.config)[0] == "3" else 0
+        states = sum(memory_parts(self.config, self.shape, self.processes, 0, 0, every, self.on_gpu).values())
         per_token = (self.shape.activations(probe, every) + self.shape.logits(int(probe * share), self.on_gpu)) / probe
-        return max(0, int((self.free - states - 2 * layer) / per_token))
+        return max(0, int((self.free - states) / per_token))
 
     def _every(self) -> tuple[int, ...]:
         """Checkpoints' own code knows all layers or none."""

@@ -1,8 +1,9 @@
 """--dry_run true: validate the data, show what is learned, estimate memory and time; no weight is loaded.
 
 Memory: `train.estimates`. Time: some of the run's own micro-batches through one and through three layers of the model's
-class with random weights, on this device; what that cannot hold is reckoned: 2 FLOP per weight and token forward, twice
-that backward (Kaplan et al. 2020).
+class with random weights, on this device and with the attention that the run would have; what that cannot hold is
+reckoned: 2 FLOP per weight and token forward, twice that backward (Kaplan et al. 2020). It is the time of the process
+that has most to do in a step; what processes tell each other over a network is left out.
 """
 
 import math
@@ -27,8 +28,9 @@ from train.batches import PackedCollator, PaddedCollator, target_losses, to_devi
 from train.choices import Choices, free_memory, resolve
 from train.config import Config
 from train.course import Course, course_words
+from train.dataset import TokenDataset
 from train.encoding import describe
-from train.estimates import GIB, Shape, empty_model, memory_parts, model_shape
+from train.estimates import GIB, Shape, empty_model, memory_parts, model_shape, own_part
 from train.replay import Joined, ReplayOrder, replayed
 from train.run_folder import step_size
 from train.session import Data
@@ -43,12 +45,32 @@ MODEL_FLOPS_UTILISATION = 0.4  # published figures for tuned GPU training lie at
 
 @dataclass(frozen=True)
 class Rates:
-    """Seconds per token of the rows that are computed: a training pass and an evaluation; per optimizer step."""
+    """Seconds of one process per token of the rows that it computes, in a training pass and in an evaluation; and of
+    its part of an optimizer step."""
 
     train: float
     evaluate: float
     step: float
     source: str
+
+
+@dataclass(frozen=True)
+class Processes:
+    """How many processes a run has, and how many of them on its fullest machine; `here` share its cores."""
+
+    all: int
+    here: int
+
+    @classmethod
+    def planned(cls) -> "Processes":
+        """As the launcher tells; without it one for each GPU, or one."""
+        alone = max(1, torch.cuda.device_count())
+        return cls(int(os.environ.get("WORLD_SIZE", alone)), int(os.environ.get("LOCAL_SIZE", alone)))
+
+    @property
+    def crowding(self) -> float:
+        """How much longer a process takes on a CPU that all of a machine share than it does here, alone."""
+        return max(1.0, self.here * torch.get_num_threads() / len(os.sched_getaffinity(0)))
 
 
 def measured_flops() -> float:
@@ -70,23 +92,28 @@ def measured_flops() -> float:
 
 
 class Sample:
-    """Some of the run's own steps: what their micro-batches look like."""
+    """Some of the run's own steps: what their micro-batches look like.
 
-    def __init__(self, config: Config, data: Data, split: Split, processes: int, packed: bool) -> None:
+    `per_step`: tokens of a step's conversations; `busiest`: tokens that are computed in a step by the process that has
+    most to do, with the micro-batches that it repeats because others have more of them.
+    """
+
+    def __init__(
+        self, config: Config, data: Data, split: Split, processes: int, collate: PackedCollator | PaddedCollator
+    ) -> None:
+        packed = isinstance(collate, PackedCollator)
         size = step_size(config, processes)
         own = None if packed else size - replayed(size, config.replay_ratio)
         order = EpochSampler(data.train.lengths, config.seed, own, lambda: 0)
         again = ReplayOrder(data.learned, config.seed, lambda: 0) if isinstance(data.learned, Joined) else ()
         sampler = StepSampler(order, size, again, replayed(size, config.replay_ratio))
         steps = list(islice(sampler, SAMPLED_STEPS))
-        collate = PackedCollator() if packed else PaddedCollator(0)
-        self.batches = [
-            batch
-            for rank in range(processes)
-            for step in steps
-            for batch in StepCollator(collate, split, rank, processes)([data.learned[int(i)] for i in step])["batches"]
-            if batch["tokens"]
-        ]
+        samples = [[data.learned[int(i)] for i in step] for step in steps]
+        collators = [StepCollator(collate, split, rank, processes) for rank in range(processes)]
+        found = [[collator(step)["batches"] for collator in collators] for step in samples]
+        computed = [[sum(batch["input_ids"].numel() for batch in own) for own in step] for step in found]
+        self.busiest = sum(max(step) for step in computed) / len(steps)
+        self.batches = [batch for step in found for own in step for batch in own if batch["tokens"]]
         self.per_step = sum(batch["tokens"] for batch in self.batches) / len(steps)
         self.computed = sum(batch["input_ids"].numel() for batch in self.batches)
         self.plain = sum(batch["tokens"] for batch in self.batches)
@@ -98,16 +125,18 @@ class Sample:
 
 
 def measured_rates(
-    config: Config, shape: Shape, dtype: torch.dtype, device: torch.device, sample: Sample, recompute: int
-) -> Rates:
+    config: Config, shape: Shape, dtype: torch.dtype, device: torch.device, sample: Sample, choices: Choices,
+    processes: int, how: str,
+) -> Rates:  # fmt: skip
     """Time micro-batches through one layer and through three; half the difference is what a layer takes.
 
-    Falls back on the product of matrices where three layers do not fit into half of the free memory.
+    Falls back on the product of matrices where three layers do not fit into half of the free memory. `how`: the rows
+    and their attention, for people.
     """
+    recompute = choices.recompute
     batch = min(sample.batches, key=lambda batch: abs(batch["input_ids"].numel() - TIMED_TOKENS))
     tokens = batch["input_ids"].numel()
-    per_weight = adam_seconds(device)
-    update = shape.trained * per_weight
+    update = own_part(config, shape.trained, processes) * adam_seconds(device)
     three = (shape.weights / shape.layers * 3 + 2 * shape.vocabulary * shape.hidden) * shape.width
     if three * 2 > free_memory(device) / 2 or config.trust_remote_code:
         flops = measured_flops() * (1.0 if device.type == "cpu" else MODEL_FLOPS_UTILISATION / 0.7)
@@ -119,7 +148,8 @@ def measured_rates(
     both, forward = (a + slope * (shape.layers - 1) for a, slope in zip(one, layer, strict=True))
     if recompute:
         both += layer[1] * (shape.layers // recompute)
-    return Rates(both / tokens, forward / tokens, update, f"layers timed on this machine ({tokens:,} tokens)")
+    source = f"layers timed on this machine ({tokens:,} tokens; {how})"
+    return Rates(both / tokens, forward / tokens, update, source)
 
 
 def timed(
@@ -132,10 +162,9 @@ def timed(
     batch = to_device(batch, device)
     models = [empty_model(config, dtype, layers, device) for layers in (1, 3)]
     best = [[math.inf, math.inf], [math.inf, math.inf]]
-    for model in models:
-        base = base_of(model)
-        if "layout" in batch and attention.supports_packing(base) is None:
-            base.set_attn_implementation(attention.NAME)
+    if "layout" in batch:
+        for model in models:
+            base_of(model).set_attn_implementation(attention.NAME)
     for attempt in range(4):
         for model, seconds in zip(models, best, strict=True):
             found = [
@@ -188,7 +217,7 @@ def run(config: Config) -> None:
     log(f"tokens per conversation: min {marks[0]}, median {marks[1]}, 90% {marks[2]}, 99% {marks[3]}, max {marks[4]}")
     log(f"test: {len(data.test):,} conversations; retention: {len(data.retention):,}")
     if data.replay is not None:
-        log(session.replay_words(config, data, step_size(config, process_count())))
+        log(session.replay_words(config, data, step_size(config, Processes.planned().all)))
     else:
         log("nothing is done against forgetting; --replay_ratio 0.25 puts general conversations into every step")
     color = sys.stderr.isatty()
@@ -202,25 +231,21 @@ def run(config: Config) -> None:
     estimate(config, data)
 
 
-def process_count() -> int:
-    """How many processes the run will have on this machine."""
-    return int(os.environ.get("NUM_PROCESSES") or 0) or max(1, torch.cuda.device_count())
-
-
 def estimate(config: Config, data: Data) -> None:
     """Print the estimates of memory and time, with what they rest on."""
     on_gpu = torch.cuda.is_available()
     device = torch.device("cuda" if on_gpu else "cpu")
-    processes = process_count()
+    processes = Processes.planned()
     dtype = devices.choose_dtype(config.dtype)
     shape = model_shape(config, dtype)
-    choices = resolve(config, dtype, data.learned, device, processes)
+    choices = resolve(config, dtype, data.learned, device, processes.all)
     cpu_kernels.allow(choices.kernel)
     log(f"\nmodel: {shape.weights:,} weights, {shape.trained:,} trained ({config.train_type})\n{choices.words()}")
-    packed = session.why_padded(config, base_of(empty_model(config, dtype, 1))) is None
-    sample = Sample(config, data, choices.split, processes, packed)
-    tell_memory(config, shape, choices, sample, processes, device)
-    rates = measured_rates(config, shape, dtype, device, sample, choices.recompute)
+    model = empty_model(config, dtype)  # all of its layers: the kinds of the later ones decide, too
+    collate, how = session.choose_collator(config, model, data.model.tokenizer, device, dtype)
+    sample = Sample(config, data, choices.split, processes.all, collate)
+    tell_memory(config, shape, choices, sample, processes.all, device)
+    rates = measured_rates(config, shape, dtype, device, sample, choices, processes.all, how)
     tell_time(config, data, choices.course, sample, rates, processes, on_gpu)
     log("nothing was trained (--dry_run true)")
 
@@ -240,7 +265,7 @@ def tell_memory(
         f"memory per {'GPU' if on_gpu else 'process'}, estimated for {processes} process(es), "
         f"ZeRO {deepspeed_file.stage(config)}, micro-batches of {tokens:,} tokens: {total / GIB:.2f} GiB"
     )
-    log("  " + ", ".join(f"{name} {size / GIB:.2f}" for name, size in parts.items()) + " GiB")
+    log(f"  made up of {', '.join(f'{name} {size / GIB:.2f} GiB' for name, size in parts.items())}")
     if on_gpu:
         capacity = torch.cuda.get_device_properties(device).total_memory
         verdict = "fits" if total < 0.95 * capacity else "will probably not fit: use --zero_stage 3 or 3_offload"
@@ -248,19 +273,20 @@ def tell_memory(
 
 
 def tell_time(
-    config: Config, data: Data, course: Course, sample: Sample, rates: Rates, processes: int, on_gpu: bool
+    config: Config, data: Data, course: Course, sample: Sample, rates: Rates, processes: Processes, on_gpu: bool
 ) -> None:
     """The time of all steps and of the evaluations between them."""
-    per_step = step_size(config, processes)
+    per_step = step_size(config, processes.all)
     steps = config.max_steps if config.max_steps > 0 else course.all_steps
     tokens = int(data.train.lengths.sum()) / course.steps if data.replay is None else sample.per_step
     computed = steps * tokens * sample.share
     own = math.ceil(steps / (course.steps * course.between))
     evaluations = 1 + own + (steps // config.eval_steps if config.eval_steps else 0)
-    held_out = int(data.test.lengths.sum() + data.retention.lengths.sum()) * evaluations
-    devices = processes if on_gpu else 1  # processes on a CPU share its cores
-    training = computed * rates.train / devices + steps * rates.step
-    evaluating = held_out * sample.share * rates.evaluate / devices
+    batch = config.per_device_eval_batch_size
+    held_out = sum(evaluated(found, batch, processes.all) for found in (data.test, data.retention)) * evaluations
+    longer = 1.0 if on_gpu else processes.crowding
+    training = steps * (tokens * sample.busiest / sample.per_step * rates.train + rates.step) * longer
+    evaluating = held_out * sample.share * rates.evaluate * longer
     saved = f"; shared prefixes leave {sample.share:.0%} of the tokens to compute" if sample.share < 0.98 else ""
     log(
         f"time: {steps:,} steps of {per_step} conversations, {computed:,.0f} tokens{saved}: about "
@@ -269,3 +295,9 @@ def tell_time(
     said = course_words(config, course)
     if said:
         log(said)
+
+
+def evaluated(data: TokenDataset, batch: int, processes: int) -> int:
+    """Tokens of the conversations that the first process has in an evaluation: the longest `batch` of each round."""
+    lengths = np.sort(data.lengths)[::-1]
+    return sum(int(lengths[start : start + batch].sum()) for start in range(0, len(lengths), batch * processes))

@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 PROBE = "count_saved"  # the attention that keeps what fused kernels keep
 PROBE_TOKENS = 64
 GIB = 2**30
+# weights that ZeRO 3 keeps whole at the turn from forward to backward pass: those that it needs again before another
+# stage3_max_reuse_distance (DeepSpeed's 1e9) weights have gone by, half of them on each side of the turn
+KEPT_WHOLE = 500_000_000
 OPTIMIZER_BYTES = 16  # a trained weight's moments (8), its fp32 copy (4) and its fp32 gradient (4) while stepping
 
 
@@ -145,16 +148,18 @@ def _parameters(model: torch.nn.Module) -> list[str]:
     return list(inspect.signature(model.forward).parameters)
 
 
-def state_parts(config: Config, shape: Shape, processes: int) -> dict[str, float]:
-    """Bytes per device of the weights and what belongs to them; what ZeRO 3 keeps in the machine's memory is left out.
+def own_part(config: Config, weights: int, processes: int) -> float:
+    """How many of the trained weights a process updates; without ZeRO each updates all of them."""
+    return weights / (1 if stage(config) == "0" else processes)
 
-    On a CPU that is the same memory, so nothing is left out there.
-    """
+
+def state_parts(config: Config, shape: Shape, processes: int) -> dict[str, float]:
+    """Bytes per device of the weights and what belongs to them, wherever ZeRO 3 keeps them."""
     split = processes if stage(config).startswith("3") else 1
     return {
         "weights": shape.weights * shape.width / split,
         "gradients": shape.trained * shape.width / (processes if config.train_type == "all" else 1),
-        "optimizer states": shape.trained * OPTIMIZER_BYTES / processes,
+        "optimizer states": own_part(config, shape.trained, processes) * OPTIMIZER_BYTES,
     }
 
 
@@ -165,9 +170,11 @@ def memory_parts(
 
     `tokens`, `learned`: of the largest micro-batch; `every`: every so-manieth layer is recomputed, 0: none.
     """
-    states = state_parts(config, shape, processes)
-    if stage(config) == "3_offload" and on_gpu:
+    states, away = state_parts(config, shape, processes), stage(config) == "3_offload" and on_gpu
+    if away:  # in the machine's memory; on a CPU that is the same
         states = dict.fromkeys(states, 0.0)
+    if stage(config).startswith("3") and (away or processes > 1):
+        states["gathered weights"] = min(shape.weights, KEPT_WHOLE) * shape.width
     return states | {
         "activations": shape.activations(tokens, every),
         "logits": shape.logits(learned, on_gpu),

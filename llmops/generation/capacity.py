@@ -32,6 +32,8 @@ def fixed_attention(model: torch.nn.Module) -> str | None:
     config = config_of(model).get_text_config()
     if not getattr(model, "_supports_attention_backend", False):
         return "its attention is not replaceable"
+    if not getattr(model, "_supports_sdpa", True):
+        return "its attention is more than SDPA computes"  # such as sinks
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
     if kinds != {"full_attention"}:
         return f"it has layers of the kinds {', '.join(sorted(kinds - {'full_attention'}))}"

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
+from typing import NoReturn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
@@ -40,6 +41,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--no_ssh", action="store_true", help="this is one of the machines, the others are started by hand, too")
     add("--node_rank", type=int, default=0, help="which of them, from 0")
     add("--check", action="store_true", help="look at the settings only")
+    add("--alone", action="store_true", help="one process, here, which hears how many there would be: for a dry run")
     add("command", nargs=argparse.REMAINDER)
     return parser
 
@@ -76,6 +78,13 @@ def meeting_address(given: argparse.Namespace, machines: dict[str, list[str]]) -
     return address
 
 
+def be_alone(machines: dict[str, list[str]], command: list[str]) -> NoReturn:
+    """Become the command, which hears how many processes there would be, and how many on the fullest machine."""
+    sizes = [len(devices) for devices in machines.values()]
+    os.environ.update(WORLD_SIZE=str(sum(sizes)), LOCAL_SIZE=str(max(sizes)))
+    os.execv(sys.executable, [sys.executable, *command])
+
+
 def run(given: argparse.Namespace) -> int:
     """Start and wait."""
     machines = machines_of(given) if given.hostfile else {}
@@ -85,6 +94,8 @@ def run(given: argparse.Namespace) -> int:
     if given.check:
         return 0
     folder, command = os.getcwd(), given.command
+    if given.hostfile and given.alone:
+        be_alone(machines, command)
     if given.hostfile and not given.no_ssh:
         led = Led(Plan(machines, given.master_addr, given.master_port or PORT, command, folder, given.on_cpu))
         passing_on(led.ask_to_end)
@@ -99,6 +110,8 @@ def run(given: argparse.Namespace) -> int:
         on_gpus = has_gpu() and not given.on_cpu
         found = devices.of_processes(os.environ, given.num_processes) if on_gpus else range(given.num_processes or 1)
         machines = {"this machine": [str(device) for device in found]}
+        if given.alone:
+            be_alone(machines, command)
         address, port = LOOPBACK, given.master_port or free_port()  # several runs on one machine
     machine = Machine(Plan(machines, address, port, command, folder, given.on_cpu), number)
     passing_on(machine.ask_to_end)
