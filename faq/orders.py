@@ -5,30 +5,14 @@ candidate stands at other places in turn, and the preferences cancel out.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
+from faq.queries import Query
 from llmops import files
 from llmops.console import UserError
-from llmops.conversations.records import Message
 from llmops.intents.catalog import Catalog
 from llmops.intents.prediction import agreed, top_prediction
-
-
-@dataclass(frozen=True)
-class Query:
-    """One question with its prompt; `reference` is its true intent where the file has it."""
-
-    question: str
-    prompt: tuple[Message, ...]
-    variant: int | None = None
-    reference: str = ""
-
-    @property
-    def known(self) -> dict[str, Any]:
-        """What the file says of the question, for faq/score: its true intent and its candidate list."""
-        found = {"reference": self.reference} if self.reference else {}
-        return found if self.variant is None else found | {"variant": self.variant}
 
 
 def in_orders(catalog: Catalog, queries: list[Query], asked: int, embedding_model: str) -> tuple[list[Query], int]:

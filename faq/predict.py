@@ -18,14 +18,15 @@ from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from faq.orders import Query, as_one, in_orders, took
+from faq.orders import as_one, in_orders, took
+from faq.queries import Query, read_queries
 from llmops import files, json_text
 from llmops.console import Parser, UserError, log, progress, run_main, stdout_to_stderr, to_bool, write_stdout
 from llmops.formats.families import families
 from llmops.imports import quick_imports
 from llmops.intents.catalog import Catalog, load_catalog
 from llmops.intents.prediction import candidate_tokens, decide, prediction, top_prediction
-from llmops.intents.questions import INTENTS_NAME, FaqRecord, read_faq, refuse_unfinished
+from llmops.intents.questions import INTENTS_NAME
 from llmops.machine import cpu_kernels, devices
 from llmops.machine.kept import Kept, fingerprint
 from llmops.machine.sharing import Processes
@@ -35,7 +36,6 @@ from llmops.models.checkpoints import Checkpoint
 if TYPE_CHECKING:
     from llmops.generation.generator import Generator
     from llmops.intents.joined import Joint
-    from llmops.intents.retrieval import Shown
 
 
 QUERIES_AT_ONCE = 8192  # whose prompts and candidates are held as tokens
@@ -129,57 +129,6 @@ def check_output(flag: str, name: str, config: Config, model: Path) -> None:
     replaces = files.is_folder(path) or (os.path.exists(path) and path.suffix != ".jsonl")
     if replaces and files.same_or_inside(path, model):
         raise UserError(f"{flag} {path} is a part of the model; choose another name, such as predictions.jsonl")
-
-
-def read_queries(config: Config, catalog: Catalog) -> list[Query]:
-    """The questions with their prompts."""
-    if config.question:
-        lists = bare_lists(config, catalog, config.question)
-        both = zip(config.question, lists, strict=True)
-        return [Query(text, tuple(catalog.prompt(text, k, shown)), k) for text, (k, shown) in both]
-    refuse_unfinished(Path(config.input_file).parent)
-    data = read_faq(Path(config.input_file), need_intent=False)
-    bare = [q for record in data.records if not record.messages and not record.candidates for q in record.questions]
-    found = iter(bare_lists(config, catalog, bare))
-    queries = []
-    for record in data.records:
-        if record.variant is not None and not 0 <= record.variant < catalog.variants:
-            raise UserError(
-                f"{data.path}:{record.line}: variant {record.variant} is not in the intents file, which has "
-                f"{catalog.variants}; give the {INTENTS_NAME} that was written with this file"
-            )
-        variant = record.variant
-        if record.candidates:
-            variant = own_variant(catalog, record, f"{data.path}:{record.line}")
-        for question in record.questions:
-            shown: Shown = ()
-            if not record.messages and not record.candidates:
-                variant, shown = next(found)
-            prompt = record.messages[:-1] or tuple(catalog.prompt(question, variant, shown))
-            queries.append(Query(question, prompt, variant, record.intent))
-    return queries
-
-
-def bare_lists(config: Config, catalog: Catalog, questions: Sequence[str]) -> "list[tuple[int | None, Shown]]":
-    """The candidate list of each bare question: the whole one, or the one that is found by similarity, and what it
-    shows beside each candidate."""
-    if not catalog.retrieval or not questions:
-        return [(None, ())] * len(questions)
-    from llmops.intents.retrieval import candidates_of, retriever_of
-
-    return [*candidates_of(catalog, questions, retriever_of(catalog, config.embedding_model))]
-
-
-def own_variant(catalog: Catalog, record: FaqRecord, place: str) -> int:
-    """The number of the candidate list that a row brings; a list that is new is added. Raises UserError for intents
-    that the model did not learn."""
-    unknown = [name for name in record.candidates if name not in catalog.intents and name != catalog.none]
-    if unknown:
-        raise UserError(
-            f"{place}: its candidate {files.shown(unknown[0])} is no intent of the {INTENTS_NAME}; give the file that "
-            "was written for this model, or take the candidate out"
-        )
-    return catalog.variant_of(record.candidates)
 
 
 def check_length(prompts: Sequence[Sequence[int]], queries: Sequence[Query], more: int, length: int | None) -> None:

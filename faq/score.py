@@ -17,7 +17,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -26,6 +26,9 @@ from llmops import files, json_text, pictures
 from llmops.console import Parser, UserError, log, print_json, run_main, stdout_to_stderr, to_bool
 from llmops.intents.catalog import Catalog, load_catalog, wording_of
 from llmops.intents.questions import INTENTS_NAME
+
+if TYPE_CHECKING:
+    from llmops.intents.classifiers import Asked
 
 TOP_PAIRS = 10
 FIGURES = ("accuracy", "accuracy_standard_error", "macro_f1", "none_of_the_intents")  # of simple classifiers
@@ -264,7 +267,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         files.write_text(Path(arguments.suspects_file), "".join(json_text.dumps(row) + "\n" for row in suspects))
         log(f"{len(suspects)} training questions to look at in {arguments.suspects_file}")
     if kept and catalog:
-        files.write_text(intents, replace(catalog, decision=kept).to_json())
+        files.write_text(intents, replace(load_catalog(intents), decision=kept).to_json())
         log(
             f"{intents} keeps the threshold {kept['threshold']:.3f}: predict.sh answers less sure questions with {none}"
         )
@@ -279,13 +282,11 @@ def compare(
     from faq.advice import SHOWN, advise
     from faq.baselines import advice, compare, say_leaks, untuned
     from llmops.embedding.folder import read_folder
-    from llmops.intents.classifiers import Asked, Classifiers, check_variant, read_asked
+    from llmops.intents.classifiers import Classifiers, read_asked
     from llmops.intents.retrieval import Features
 
     train = read_asked(Path(arguments.train_file), catalog)
-    test = [Asked(row.get("question", ""), row["reference"], row.get("variant")) for row in rows]
-    for number, asked in enumerate(test, 1):
-        check_variant(asked, catalog, f"{arguments.predictions[0]}:{number}")
+    test = asked_of(rows, catalog, arguments.predictions[0])
     say_leaks(train, test)
     folder = read_folder(Path(arguments.embedding_model)) if arguments.embedding_model else None
     with stdout_to_stderr():
@@ -325,6 +326,28 @@ def compare(
     suspects = data.pop("suspects")
     compared["training_data"] = data | {"suspects": len(suspects), "first_suspects": suspects[:SHOWN]}
     return compared, ways, suspects, answers
+
+
+def asked_of(rows: Sequence[dict[str, Any]], catalog: Catalog, path: str) -> "list[Asked]":
+    """What the predictions were asked; lists that the intents file lacks are added to the catalog. Raises UserError for
+    lists that cannot be."""
+    from llmops.intents.classifiers import Asked, check_variant
+
+    kept, found = replace(catalog, lists=[*catalog.lists]), []
+    for number, row in enumerate(rows, 1):
+        asked = Asked(row.get("question", ""), row["reference"], row.get("variant"))
+        check_variant(asked, kept, f"{path}:{number}")
+        if "candidates" in row:
+            listed = row["candidates"]
+            known = isinstance(listed, list) and all(type(name) is str and name in catalog.intents for name in listed)
+            if not known or not listed:
+                raise UserError(
+                    f"{path}:{number}: 'candidates' is {files.shown(listed)}, expected intents of the {INTENTS_NAME}; "
+                    "give the file that was written for this model"
+                )
+            asked = replace(asked, variant=catalog.variant_of(listed))
+        found.append(asked)
+    return found
 
 
 def unthresholded(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -11,7 +11,7 @@ from serve_inside import ask
 from test_retrieval import INTENTS, prepared, records
 
 from faq import predict, score
-from faq.orders import Query
+from faq.queries import Query
 from llmops.intents.catalog import load_catalog
 from llmops.intents.prediction import agreed
 from llmops.intents.retrieval import candidates_of, retriever_of
@@ -114,7 +114,10 @@ def test_what_score_keeps_is_held_to(
     assert score.main([str(asked / "joined.jsonl"), *kept]) == 0
     assert load_catalog(intents).decision["orders"] == 3
     mixed = tmp_path / "mixed.jsonl"
-    for number, wrong, phrase in ((2, 1, "'orders' is 1, and 3 on line 1"), (1, 0, "'orders' is 0, expected a whole number from 1")):
+    for number, wrong, phrase in (
+        (2, 1, "'orders' is 1, and 3 on line 1"),
+        (1, 0, "'orders' is 0, expected a whole number from 1"),
+    ):
         changed = [row | {"orders": wrong} if k == number else row for k, row in enumerate(rows, 1)]
         mixed.write_text("".join(json.dumps(row) + "\n" for row in changed), encoding="utf-8")
         assert score.main([str(mixed), *kept]) == 2
@@ -138,6 +141,32 @@ def test_what_score_keeps_is_held_to(
             assert row["probability"] == pytest.approx(other_row["probability"], abs=1e-4)
     finally:
         assert server.close()
+
+
+def test_new_questions_are_scored(
+    tmp_path: Path, asked: Path, capsys: pytest.CaptureFixture[str], checkpoints: dict[str, Path]
+) -> None:
+    """A file of labelled questions: their candidate lists are in no intents file."""
+    intents, raw, found = (tmp_path / name for name in ("intents.json", "raw.jsonl", "found.jsonl"))
+    intents.write_bytes((asked / "out" / "intents.json").read_bytes())
+    known = [row for row in read(asked / "out" / "test.jsonl") if row["intent"] != "不符合"]
+    rows = [{"question": f"{row['question']} please now", "intent": row["intent"]} for row in known]
+    raw.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    inputs = ["--input_file", str(raw), "--output_file", str(found)]
+    assert predict.main([*model(checkpoints, intents), *inputs, "--orders", "3"]) == 0
+    catalog, predicted = load_catalog(intents), read(found)
+    assert any("candidates" in row for row in predicted)
+    for row in predicted:
+        listed = row["candidates"] if "candidates" in row else catalog.candidates(row["variant"])
+        assert set(row["probabilities"]) - {"不符合"} == set(listed)
+    command = [str(found), "--intents_file", str(intents), "--train_file", str(asked / "out" / "train.jsonl")]
+    assert score.main([*command, "--keep_threshold", "true", "--join", "true", "--automate", "0.9"]) == 0
+    again = load_catalog(intents)
+    assert ([*again.lists], again.decision["orders"]) == ([*catalog.lists], 3)
+    found.write_text(json.dumps(predicted[0] | {"candidates": ["other"]}) + "\n", encoding="utf-8")
+    capsys.readouterr()
+    assert score.main(command) == 2
+    assert "found.jsonl:1: 'candidates' is [\"other\"]" in " ".join(capsys.readouterr().err.split())
 
 
 def test_orders_that_cannot_be(

@@ -181,7 +181,8 @@ def test_intents_are_those_of_predict(service: Any, adapter: Path) -> None:
     import torch
 
     from faq.predict import Config as PredictConfig
-    from faq.predict import Query, build_parser, predict
+    from faq.predict import build_parser, predict
+    from faq.queries import Query
 
     model = ChatModel(Checkpoint(adapter))
     catalog = service.intents.catalog
