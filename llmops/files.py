@@ -322,11 +322,14 @@ def append_line(path: Path, value: Any) -> None:
 
 
 def make_folder(path: Path, what: str = "the folder") -> None:
-    """Make a folder and its parents. Raises UserError where that is not possible."""
+    """Make a folder and its parents. Raises RunStopped on a full disk, UserError where it is not possible otherwise."""
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"{what} {path} cannot be made: {unwritable(path, error)}") from error
+        found = unwritable(path, error)
+        if isinstance(found, RunStopped):
+            raise found from error
+        raise UserError(f"{what} {path} cannot be made: {found}") from error
 
 
 def fsync_entry(path: Path) -> None:

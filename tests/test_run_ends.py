@@ -159,6 +159,20 @@ def test_a_start_on_a_full_disk_is_one_sentence(tmp_path: Path) -> None:
     assert f"stopped: the disk of {tmp_path}/tensorboard is full; nothing of it was written" in done.stderr
 
 
+def test_a_folder_on_a_full_disk_ends_a_run(tmp_path: Path) -> None:
+    """Exit code 1: the settings are right, and a platform may start it again."""
+    hide = ["unshare", "--mount", "bash", "-c"]
+    full = f"mount -t tmpfs -o nr_inodes=1 none {tmp_path}"
+    if subprocess.run([*hide, full], capture_output=True, check=False).returncode:
+        pytest.skip("needs a mount namespace of its own, which root may have")
+    program = "from llmops import console, files; from pathlib import Path; import sys; "
+    program += "sys.exit(console.run_main(lambda: files.make_folder(Path(sys.argv[1]))))"
+    script = f"{full}; exec {sys.executable} -c '{program}' {tmp_path}/new"
+    done = subprocess.run([*hide, script], cwd=ROOT, env=environment(), capture_output=True, text=True, check=False)
+    assert (done.returncode, "Traceback" in done.stderr) == (1, False), done.stderr
+    assert f"the disk of {tmp_path}/new is full" in done.stderr
+
+
 ENDS = """
 import os, signal, sys
 from llmops.console import log, print_json, run_main, stdout_to_stderr

@@ -212,7 +212,7 @@ class Led:
 def exported(folder: str) -> dict[str, str]:
     """The variables that other machines get as well. Raises UserError for a line of .deepspeed_env that sets none."""
     found = {name: value for name, value in os.environ.items() if name.startswith(EXPORTED)}
-    for place in (Path.home(), Path(folder)):
+    for place in (Path(os.path.expanduser("~")), Path(folder)):  # also where there is no home
         path = place / MORE_VARIABLES
         for number, line in enumerate(files.read_text(path).splitlines() if files.is_file(path) else [], 1):
             name, equals, value = line.strip().partition("=")
