@@ -1,7 +1,6 @@
 """A tuned model for tests of the server: an adapter with FAQ intents on a tiny checkpoint."""
 
 import json
-from dataclasses import asdict
 from pathlib import Path
 
 INTENTS = {"查询物流进度": "请在订单页查看。", "申请退款": "请提交申请。", "修改密码": "请进入设置。", "开具发票": ""}
@@ -25,5 +24,5 @@ def write_adapter(base: Path, folder: Path) -> Path:
     settings["base_model_name_or_path"] = str(base)
     (folder / "adapter_config.json").write_text(json.dumps(settings), encoding="utf-8")
     catalog = Catalog("auto", wording_of("auto"), INTENTS, none_reply="请转人工。")
-    (folder / "intents.json").write_text(json.dumps(asdict(catalog)), encoding="utf-8")
+    (folder / "intents.json").write_text(catalog.to_json(), encoding="utf-8")
     return folder

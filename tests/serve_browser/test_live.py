@@ -8,7 +8,6 @@ import socket
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -135,7 +134,7 @@ def write_adapter(folder: Path, texts: list[str]) -> None:
     get_peft_model(base.weights(torch.float32), config).save_pretrained(folder)
     base.tokenizer.save_pretrained(folder)
     catalog = Catalog("auto", wording_of("auto"), {"查询物流": "请在订单页查看。", "申请退款": "请提交申请。"})
-    (folder / "intents.json").write_text(json.dumps(asdict(catalog)), encoding="utf-8")
+    (folder / "intents.json").write_text(catalog.to_json(), encoding="utf-8")
 
 
 @contextmanager
