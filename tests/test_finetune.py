@@ -247,7 +247,11 @@ def test_a_terminal_that_is_closed_costs_no_step(
     wait_for(lambda: steps_done(output) >= 2, process)
     os.close(reader)
     os.killpg(process.pid, signal.SIGHUP)
-    assert process.wait(120) == 129
+    try:
+        assert process.wait(120) == 129
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
     assert checkpointing.newest_whole(output) is not None
 
 
