@@ -22,8 +22,9 @@ os.environ["LLMOPS_LANG"] = "en"  # the tests read English sentences, whatever t
 SIDE_BY_SIDE = "PYTEST_XDIST_WORKER" in os.environ
 if SIDE_BY_SIDE:  # each test on a core of its own
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:  # by nohup: still nothing here, but what is started heeds it
-    signal.signal(signal.SIGHUP, lambda *_: None)
+for ignored in (signal.SIGHUP, signal.SIGINT):  # after nohup or &: still nothing here, but what is started heeds it
+    if signal.getsignal(ignored) is signal.SIG_IGN:
+        signal.signal(ignored, lambda *_: None)
 LONGEST = (  # start first
     "test_cluster.py", "test_finetune.py", "test_demo.py", "test_guides.py", "test_faq.py", "test_fuzz.py",
     "test_pretrained.py", "test_job_run.py", "test_bench_gpu.py",

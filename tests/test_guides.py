@@ -57,7 +57,7 @@ MORE: dict[str, dict[str, str]] = {
 # what the command says. Where that is that the run is finished, settings and data and the hostfile were looked at, and
 # no machine and no GPU was asked: tests/cluster does that, and tests/gpu
 SENTENCES = {
-    r"bash chat_main\.sh --console true": "open http://127.0.0.1:",
+    r"bash chat_main\.sh --console true": "the console: http://127.0.0.1:",
     r"CUDA_VISIBLE_DEVICES=0,1 bash chat_main\.sh": "this run is finished",
     r"bash chat_main\.sh --(hostfile|train_type) .*": "this run is finished",
 }

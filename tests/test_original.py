@@ -13,7 +13,7 @@ from eval import analyze_similar_questions_and_intents as similar
 from eval import diagnosis_monitoring, model_performance_evaluation
 from eval import evaluate_model_from_five_dimensions as five
 from eval.dimensions import m3ke
-from faq import predict, prepare
+from faq import prepare, queries
 from llmops import files
 from llmops.console import UserError
 from llmops.intents.catalog import load_catalog
@@ -87,11 +87,11 @@ def test_converted_records_keep_their_own_lists(tmp_path: Path, capsys: pytest.C
         assert row["variant"] == listed
         assert row["messages"][:1] == catalog.prompt(question, listed)
     record = read_faq(data).records[4]
-    assert predict.own_variant(catalog, record, "a") == 1
+    assert queries.own_variant(catalog, record, "a") == 1
     unknown = converted("退", 1, "退货") | {"input": "问题: 退\n候选类别: 退货\n换货"}
     record = read_faq(lines(tmp_path / "other.json", [unknown])).records[0]
     with pytest.raises(UserError, match="its candidate '换货' is no intent of the"):
-        predict.own_variant(catalog, record, "a")
+        queries.own_variant(catalog, record, "a")
 
 
 @pytest.mark.parametrize(

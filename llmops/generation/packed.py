@@ -27,6 +27,13 @@ class PackedLinear(torch.nn.Module):
         return torch.ops.mkldnn._linear_pointwise(inputs, self.packed, self.bias, "none", [], "")
 
 
+def can_pack(dtype: torch.dtype) -> bool:
+    """Whether oneDNN computes with weights of this kind here: bf16 needs a processor with AVX-512 or newer."""
+    if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_reorder_linear_weight"):
+        return False
+    return dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
 def pack(model: torch.nn.Module) -> int:
     """Pack the plain linear layers of a model on the CPU, in place; how many. For inference alone.
 
@@ -34,9 +41,8 @@ def pack(model: torch.nn.Module) -> int:
     """
     if cpu_kernels.settled() == cpu_kernels.DEFAULT:
         return 0
-    available = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
     parameter = next(model.parameters())
-    if not available or parameter.device.type != "cpu" or parameter.dtype not in (torch.float32, torch.bfloat16):
+    if parameter.device.type != "cpu" or not can_pack(parameter.dtype):
         return 0
     if any(getattr(module, "lora_magnitude_vector", None) for module in model.modules()):
         return 0
