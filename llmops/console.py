@@ -4,9 +4,10 @@ import argparse
 import io
 import os
 import re
+import select
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.util import find_spec
 from types import TracebackType
 from typing import Any, TypeVar
@@ -85,22 +86,27 @@ def log(message: str) -> None:
 
 class ToPeople(io.FileIO):
     """Where messages go while somebody reads them: a terminal that was closed, or a `| tee` that Ctrl-C ended before
-    this process, is no reason to stop what runs."""
+    this process, is no reason to stop what runs. Without a buffer, as `python -u` has it: the handler of a signal may
+    log in the middle of another message."""
 
     def write(self, data: Any) -> int:
-        """As FileIO's; what cannot be written is dropped."""
-        try:
-            return super().write(data)
-        except OSError:
-            return len(data)
+        """All of it, whatever a pipe takes at once; what cannot be written is dropped."""
+        rest = memoryview(data)
+        with suppress(OSError):
+            while rest:
+                written = super().write(rest)
+                if written is None:  # another program has made the pipe one that does not wait
+                    select.select([], [self], [])
+                rest = rest[written or 0 :]
+        return len(data)
 
 
 def outlive_readers() -> None:
     """Let no message from here on fail because nobody reads stderr any more, or because the disk behind it is full."""
     if sys.stderr is sys.__stderr__ and sys.stderr is not None:
         sys.stderr.flush()
-        stream = io.BufferedWriter(ToPeople(sys.stderr.fileno(), "w", closefd=False))
-        sys.stderr = io.TextIOWrapper(stream, sys.stderr.encoding, sys.stderr.errors, line_buffering=True)
+        stream: Any = ToPeople(sys.stderr.fileno(), "w", closefd=False)
+        sys.stderr = io.TextIOWrapper(stream, sys.stderr.encoding, sys.stderr.errors, write_through=True)
 
 
 def run_main(body: Callable[[], int], speaks: bool = True) -> int:

@@ -189,6 +189,34 @@ sys.exit(run_main(body))
 """
 
 
+INTERRUPTING = """
+import os, signal, sys, time
+from llmops.console import log, run_main
+def body():
+    signal.signal(signal.SIGALRM, lambda *_: log("asked to end"))
+    signal.setitimer(signal.ITIMER_REAL, 0.001, 0.0005)
+    end = time.monotonic() + 1
+    while time.monotonic() < end:
+        log("a step")
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    log("the last")
+    return 0
+os.set_blocking(2, sys.argv[1] == "waits")
+sys.exit(run_main(body))
+"""
+
+
+@pytest.mark.parametrize("pipe", ["waits", "does not wait"])
+def test_a_signal_logs_in_the_middle_of_a_message(pipe: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", INTERRUPTING, pipe], cwd=ROOT, env=environment(), capture_output=True, text=True,
+        check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert set(done.stderr.splitlines()) == {"a step", "asked to end", "the last"}
+    assert done.stderr.endswith("the last\n")
+
+
 @pytest.mark.parametrize(("how", "code", "out"), [("finished", 0, '"done"\n'), ("interrupted", 130, "")])
 @pytest.mark.parametrize("gone", [True, False])
 def test_messages_that_nobody_reads_end_nothing(gone: bool, how: str, code: int, out: str) -> None:
