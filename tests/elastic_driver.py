@@ -4,7 +4,7 @@ RUNS is a list of {"argv": [...], "world": N, "stop": step or 0, "killed": bool,
 from this one, which has imported the libraries, so a run takes a second or two; otherwise they are what the launcher
 starts: RANK and WORLD_SIZE, gloo between them, DeepSpeed in each. `stop`: the first process gets SIGTERM in this step,
 as from a scheduler that takes the machine back. `killed`: it gets SIGKILL while states are cut anew. Prints the list of
-the runs' lists of exit codes.
+the runs' [list of exit codes, what they said].
 """
 
 import gc
@@ -25,6 +25,7 @@ from train import finetune
 with quick_imports(*finetune.UNUSED):  # once, before the processes are forked
     import matplotlib.pyplot  # noqa: F401
     import peft  # noqa: F401
+    import torch
     from transformers import LlamaForCausalLM, PreTrainedTokenizerFast  # noqa: F401
 
     from train import muon, session
@@ -62,6 +63,7 @@ def process(run: dict[str, Any], rank: int, port: int) -> int:
         "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(run["world"]), "LOCAL_SIZE": str(run["world"]),
         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1",
     }  # fmt: skip
+    torch.use_deterministic_algorithms(True, warn_only=True)  # memory that nobody has written to holds NaN
     with open(run["log"], "ab") as log:
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
@@ -74,10 +76,11 @@ def process(run: dict[str, Any], rank: int, port: int) -> int:
 
 def main() -> None:
     """All runs, in order."""
-    codes = []
+    ends = []
     gc.freeze()  # what is imported is nobody's garbage: no process looks through it again
     for run in json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")):
-        port, children = free_port(), []
+        port, children, log = free_port(), [], Path(run["log"])
+        before = log.stat().st_size if log.exists() else 0
         for rank in range(run["world"]):
             child = os.fork()
             if child == 0:
@@ -88,8 +91,9 @@ def main() -> None:
                     sys.stderr.flush()
                     os._exit(code)
             children.append(child)
-        codes.append([os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children])
-    print(json.dumps(codes))
+        codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+        ends.append([codes, log.read_bytes()[before:].decode(errors="replace")])
+    print(json.dumps(ends))
 
 
 if __name__ == "__main__":

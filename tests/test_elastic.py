@@ -49,8 +49,8 @@ def drive(folder: Path, runs: list[dict[str, Any]], ends: list[list[int]]) -> No
         stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=280, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
-    for codes, expected, one in zip(json.loads(done.stdout), ends, runs, strict=True):
-        assert codes == expected, (one, Path(one["log"]).read_text()[-4000:])
+    for (codes, said), expected, one in zip(json.loads(done.stdout), ends, runs, strict=True):
+        assert codes == expected, (one, said[-4000:])
 
 
 @pytest.fixture(scope="module")

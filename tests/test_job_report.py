@@ -1,5 +1,6 @@
 """The end of a job over HTTP: what is sent, when it is sent again, when not."""
 
+import http.client
 import socket
 import threading
 import time
@@ -185,9 +186,11 @@ def test_answers_that_are_none(reporting: Reporting, raw: bytes, sent: int, take
         with suppress(OSError):
             while True:
                 connection, _ = listener.accept()
-                connection.recv(1 << 16)
-                connection.sendall(answer)
-                connection.close()
+                with connection, connection.makefile("rb") as asked:  # the whole request: a close before resets
+                    asked.readline()
+                    headers = http.client.parse_headers(asked)
+                    asked.read(int(headers["Content-Length"]))
+                    connection.sendall(answer)
 
     with socket.create_server(("127.0.0.1", 0)) as listener:
         threading.Thread(target=serve, daemon=True).start()

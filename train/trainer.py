@@ -68,6 +68,18 @@ class EpochSampler(torch.utils.data.Sampler[int]):
         return iter(torch.randperm(len(self), generator=generator).tolist())
 
 
+def own_part(weight: torch.nn.Parameter) -> torch.Tensor:
+    """What this process holds of a weight: all of it, or in ZeRO 3 its part, without what is padded there.
+
+    DeepSpeed never writes to the padding (`Init._partition_param`): any number, or none, may stand in it.
+    """
+    part = getattr(weight, "ds_tensor", None)
+    if part is None:
+        return weight.detach()
+    start = dist.get_rank(group=weight.ds_process_group) * part.numel()
+    return part.detach()[: max(0, weight.ds_numel - start)]
+
+
 def host_copy(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The tensors of a state dict in host memory, each memory once: tied weights stay tied."""
     copies: dict[tuple[int, torch.Size], torch.Tensor] = {}
@@ -208,7 +220,7 @@ class ChatTrainer(Trainer):
 
     def _stop_if_weights_broken(self) -> None:
         """Raise RunStopped in every process when a trained weight is no number; in ZeRO 3 each looks at its part."""
-        trained = (getattr(p, "ds_tensor", p).detach() for p in self.model.parameters() if p.requires_grad)
+        trained = (own_part(p) for p in self.model.parameters() if p.requires_grad)
         broken = not all(bool(torch.isfinite(part).all()) for part in trained)
         if all_sum([float(broken)], self.args.device)[0]:
             self._stop(f"the weights are not finite after step {self.state.global_step}")
