@@ -8,7 +8,7 @@ whose role tokens must be inserted by id, `layouts`).
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from llmops.console import UserError
 from llmops.conversations.records import Message
@@ -16,6 +16,9 @@ from llmops.formats.chat_templates import PROBE, ChatTemplate, no_tools, written
 from llmops.formats.control_tokens import ControlTokens
 from llmops.formats.families import OWN, Family, families, modes_text
 from llmops.formats.layouts import LAYOUTS, OWN_TOKENS, Piece
+
+if TYPE_CHECKING:
+    from llmops.formats.spans import SpanEncoder
 
 THINKING = ("enable_thinking", "thinking")  # Qwen3 and most others; DeepSeek-V3.1, Granite
 OPENED, CLOSED = "<think>", "</think>"
@@ -268,10 +271,12 @@ class ChatFormat:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
     @cached_property
-    def _backend(self) -> Any:
-        """The tokenizer behind a fast one, without truncation and padding, as a call of the outer one leaves it."""
+    def _spans(self) -> "SpanEncoder":
+        """A fast tokenizer's, without truncation and padding, as a call of the outer one leaves it."""
+        from llmops.formats.spans import SpanEncoder  # numpy, which not every command needs
+
         self.tokenizer("", add_special_tokens=False)
-        return self.tokenizer.backend_tokenizer
+        return SpanEncoder(self.tokenizer.backend_tokenizer)
 
     def _encode_spans(self, text: str, spans: list[tuple[int, int]], named: bool) -> Rendered:
         """Encode the text as a whole and mark the tokens that overlap a span. Needs a fast tokenizer's offsets."""
@@ -288,10 +293,8 @@ class ChatFormat:
             return Rendered(ids, learned)
         if named:
             ids, offsets = self.controls.encode_named(text)
-        else:
-            encoding = self._backend.encode(text, add_special_tokens=False)
-            ids, offsets = encoding.ids, encoding.offsets
-        return Rendered(ids, overlapping(offsets, spans))
+            return Rendered(ids, self._spans.marked(offsets, spans))
+        return Rendered(*self._spans.encode(text, spans))
 
     def _encode_pieces(self, pieces: list[Piece]) -> Rendered:
         ids: list[int] = []
@@ -334,18 +337,6 @@ class ChatFormat:
 def probe_answer(text: str) -> Message:
     """An assistant's message."""
     return {"role": "assistant", "content": text}
-
-
-def overlapping(offsets: Sequence[tuple[int, int]], spans: Sequence[tuple[int, int]]) -> list[bool]:
-    """Whether each (start, end) overlaps one of the spans, which are in order and apart."""
-    if not spans or not offsets:
-        return [False] * len(offsets)
-    import numpy as np
-
-    places, begins, ends = np.asarray(offsets), *np.asarray(spans).T
-    first = np.searchsorted(ends, places[:, 0], side="right")  # the first span that ends after the token begins
-    inside = first < len(ends)
-    return (inside & (places[:, 1] > begins[np.minimum(first, len(ends) - 1)])).tolist()
 
 
 def ended(sample: Rendered, token: int) -> Rendered:
