@@ -186,7 +186,10 @@ def main() -> int:
         texts = questions(args.data)
         report["encoding"], vectors = encoding(texts, args.rounds if "encoding" in parts else 1)
         if "pairs" in parts:
-            report["pairs"] = [pairs(fill_up(vectors, int(size)), args.rounds) for size in args.sizes.split(",")]
+            report["pairs"] = []
+            for size in args.sizes.split(","):
+                report["pairs"].append(pairs(fill_up(vectors, int(size)), args.rounds))
+                log(f"pairs: {report['pairs'][-1]}")
     if "million" in parts:
         again = [sys.executable, __file__, "--data", str(args.data), "--million", str(args.million), "--inner"]
         report["million"] = json.loads(subprocess.run(again, check=True, stdout=subprocess.PIPE, text=True).stdout)
