@@ -73,11 +73,12 @@ def own_part(weight: torch.nn.Parameter) -> torch.Tensor:
 
     DeepSpeed never writes to the padding (`Init._partition_param`): any number, or none, may stand in it.
     """
+    cut: Any = weight
     part = getattr(weight, "ds_tensor", None)
     if part is None:
         return weight.detach()
-    start = dist.get_rank(group=weight.ds_process_group) * part.numel()
-    return part.detach()[: max(0, weight.ds_numel - start)]
+    start = dist.get_rank(group=cut.ds_process_group) * part.numel()
+    return part.detach()[: max(0, cut.ds_numel - start)]
 
 
 def host_copy(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
