@@ -118,7 +118,7 @@ def keyword_bleu(prediction: str, reference: str) -> float:
     tokens = {keyword: bleu_tokens(keyword) for keyword in {*true, *predicted}}
     pairs = sorted(
         ((p, t) for p in predicted for t in true if _overlap(tokens[p], tokens[t]) > 0),
-        key=lambda pair: (-_overlap(tokens[pair[0]], tokens[pair[1]]), pair),
+        key=lambda pair: (pair[0] != pair[1], -_overlap(tokens[pair[0]], tokens[pair[1]]), pair),
     )
     place: dict[str, str] = {}
     for p, t in pairs:
@@ -304,7 +304,8 @@ def summary(values: Iterable[float], seed: int = 0) -> dict[str, Any]:
     """Mean of per-sample scores, its standard error, and its 95% interval.
 
     The interval is Wilson's (1927) where every score is 0 or 1, because it holds for few samples and for all right,
-    too; otherwise the percentile bootstrap.
+    too; otherwise the percentile bootstrap. That knows no spread where all scores are equal, as those of one sample
+    are: there Wilson's is wide enough, because no score in [0, 1] spreads more than right and wrong do.
 
     Raises ValueError for no values or one that is not finite: neither can be a score.
     """
@@ -313,7 +314,7 @@ def summary(values: Iterable[float], seed: int = 0) -> dict[str, Any]:
     scores = np.asarray(list(values), dtype=np.float64)
     if not scores.size or not np.isfinite(scores).all():
         raise ValueError("a score needs at least one value, and finite ones")
-    if np.isin(scores, (0.0, 1.0)).all():
+    if np.isin(scores, (0.0, 1.0)).all() or scores.min() == scores.max():
         low, high = wilson(float(scores.mean()), scores.size)
     else:
         draw = np.random.default_rng(seed)

@@ -144,6 +144,9 @@ def test_keywords_have_no_order() -> None:
     # by hand: 芯片 alone is right, of 10 characters: precision 1, brevity exp(1 - 11/2)
     assert metrics.keyword_bleu("芯片", reference) == pytest.approx(math.exp(1 - 11 / 2))
     assert metrics.keyword_bleu("足球", reference) == 0
+    # equal ones first, whatever the alphabet says: 北 海 上 after 上 海 北 海 上 is right but for two missing characters
+    found = [metrics.keyword_bleu(order, "上海,北,海上") for order in ("海上,北", "北,海上")]
+    assert found == pytest.approx([math.exp(1 - 5 / 3)] * 2)
     assert metrics.split_keywords(" 李 娜 , 网球,网球;\n") == ["李 娜", "网球"]
 
 
@@ -244,6 +247,11 @@ def test_intervals_of_few_right_answers() -> None:
     assert metrics.summary([0] * 5)["interval_95"] == pytest.approx([0, z2 / (5 + z2)])
     # 81 of 263: Newcombe 1998, table I, method 3
     assert metrics.summary([1] * 81 + [0] * 182)["interval_95"] == pytest.approx([0.2553, 0.3662], abs=5e-5)
+    # equal scores have no spread to draw from: the interval is that of as many right answers, never of no width
+    assert metrics.summary([0.75] * 4)["interval_95"] == metrics.summary([1, 1, 1, 0])["interval_95"]
+    low, high = metrics.summary([0.3])["interval_95"]
+    assert (low, high) == pytest.approx(metrics.wilson(0.3, 1))
+    assert (low < 0.03, high > 0.85) == (True, True)
     low, high = metrics.summary([0.5, 0.25] * 50)["interval_95"]  # no proportion: the bootstrap
     assert 0.34 < low < 0.375 < high < 0.41
 
