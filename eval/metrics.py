@@ -1,7 +1,8 @@
 """BLEU, ROUGE, accuracy and F1 that are right for Chinese, English and text that mixes them.
 
 Every score of a prediction lies in [0, 1]; against several references the best counts unless said otherwise. A
-prediction that equals a reference scores 1 in every metric, also when it is one character long.
+prediction that equals a reference scores 1 in every metric, also when it is one character long, or empty (as in SQuAD
+v2.0, where no answer is the right one).
 """
 
 import math
@@ -90,7 +91,7 @@ def _bleu(predicted: list[str], references: list[list[str]]) -> float:
     from nltk.translate.bleu_score import SmoothingFunction, sentence_bleu
 
     if not predicted:
-        return 0.0
+        return float(any(not reference for reference in references))
     order = min(MAX_ORDER, len(predicted))
     smooth = SmoothingFunction().method3
     return float(sentence_bleu(references, predicted, weights=(1 / order,) * order, smoothing_function=smooth))
@@ -161,7 +162,7 @@ def rouge(prediction: str, references: Sequence[str]) -> dict[str, float]:
     Source: Lin 2004.
     """
     if not prediction.strip():
-        return {"rouge1": 0.0, "rouge2": 0.0, "rougeL": 0.0}
+        return dict.fromkeys(("rouge1", "rouge2", "rougeL"), float(any(not text.strip() for text in references)))
     found = {}
     scored = [(reference, _rouge_scorer().score(reference, prediction)) for reference in references]
     for name in ("rouge1", "rouge2", "rougeL"):
@@ -217,7 +218,7 @@ def f1(prediction: str, references: Sequence[str]) -> float:
 
 def _overlap(a: Sequence[str], b: Sequence[str]) -> float:
     shared = sum((Counter(a) & Counter(b)).values())
-    return 2 * shared / (len(a) + len(b)) if shared else 0.0
+    return 2 * shared / (len(a) + len(b)) if shared else float(not a and not b)
 
 
 # --- CMRC2018's own --------------------------------------------------------------------------------------------------

@@ -111,6 +111,17 @@ def test_right_answers_score_one() -> None:
         assert all_scores(text, text) == pytest.approx(dict.fromkeys(all_scores(text, text), 1.0)), text
 
 
+def test_no_answer_is_right_where_none_is_the_reference() -> None:
+    """As in SQuAD v2.0; every other pair with an empty side is wrong."""
+    scored = list(metrics.METRICS.values())
+    both, answer, silence = ([v for metric in scored for v in metric(*pair).values()] for pair in (
+        ("", [""]), ("a b", [""]), ("", ["a b"])
+    ))  # fmt: skip
+    assert set(both) == {1.0}
+    assert set(answer) == set(silence) == {0.0}
+    assert metrics.f1("", ["a", ""]) == metrics.best_bleu("", ["a", ""]) == 1
+
+
 def test_rouge_of_english_is_rouge_scores_own() -> None:
     scorer = RougeScorer(["rouge1", "rouge2", "rougeL"])
     for one, other in itertools.pairwise(english_texts()):
