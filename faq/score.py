@@ -155,7 +155,7 @@ def rates(hits: int, predicted_as: int, support: int) -> dict[str, float]:
     """
     precision, recall = hits / predicted_as if predicted_as else 0.0, hits / support if support else 0.0
     f1 = 2 * precision * recall / (precision + recall) if hits else 0.0
-    return {"precision": round(precision, 4), "recall": round(recall, 4), "f1": round(f1, 4), "support": support}
+    return {"precision": precision, "recall": recall, "f1": f1, "support": support}
 
 
 def score(rows: Sequence[dict[str, Any]], none: str) -> dict[str, Any]:
@@ -176,14 +176,16 @@ def score(rows: Sequence[dict[str, Any]], none: str) -> dict[str, Any]:
         "accuracy_standard_error": round(math.sqrt(accuracy * (1 - accuracy) / len(pairs)), 4),
         "accuracy_interval": interval(right, len(pairs)),
         "macro_f1": round(sum(found["f1"] for found in by_intent.values()) / len(by_intent), 4),
-        "none_of_the_intents": rates(hits[none], said[none], support[none]),
+        "none_of_the_intents": {
+            name: round(value, 4) for name, value in rates(hits[none], said[none], support[none]).items()
+        },
         "outside_the_candidates": outside,
         "most_confused": [
             {"intent": true, "predicted": predicted, "count": count}
             for (true, predicted), count in confused.most_common(TOP_PAIRS)
         ],
         "per_intent": {
-            intent: {"accuracy": found["recall"], "questions": found["support"]}
+            intent: {"accuracy": round(found["recall"], 4), "questions": found["support"]}
             for intent, found in by_intent.items()
             if found["support"]
         },
