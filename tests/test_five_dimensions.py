@@ -50,7 +50,8 @@ def test_answers_of_the_squad_style_may_be_texts(tmp_path: Path) -> None:
     path = tmp_path / "dev.json"
 
     def read() -> tuple[str, ...]:
-        path.write_text(json.dumps({"data": [{"paragraphs": [{"context": "北京", "qas": [question]}]}]}), encoding="utf-8")
+        article = {"paragraphs": [{"context": "北京", "qas": [question]}]}
+        path.write_text(json.dumps({"data": [article]}), encoding="utf-8")
         return cmrc2018.read(path).samples[0].references
 
     assert read() == ("北京", "京")

@@ -112,8 +112,8 @@ def test_the_best_way_is_named_in_both_languages(monkeypatch: pytest.MonkeyPatch
     rows = [{"intent": "a", "reference": "a"}] * 10
     figures = {"accuracy": 1.0, "seconds_per_question": 0.002}
     for name, features, seconds, english, chinese in (
-        ("linear classifier", "character n-grams", 0.02, "the linear classifier on character n-grams (100.0%, in 2 ms a "
-         "question)", "线性分类器（字符 n-gram，100.0%，每个问题 2 毫秒）"),
+        ("linear classifier", "character n-grams", 0.02, "the linear classifier on character n-grams (100.0%, in 2 ms "
+         "a question)", "线性分类器（字符 n-gram，100.0%，每个问题 2 毫秒）"),
         ("nearest neighbour", "all-MiniLM-L6-v2", 0.02, "the nearest neighbour on all-MiniLM-L6-v2 (100.0%, in 2 ms a "
          "question)", "最近邻（all-MiniLM-L6-v2，100.0%，每个问题 2 毫秒）"),
         ("untuned model", "the same prompts", None, "the untuned model on the same prompts (100.0%)",

@@ -155,7 +155,7 @@ def test_keywords_have_no_order() -> None:
     # by hand: 芯片 alone is right, of 10 characters: precision 1, brevity exp(1 - 11/2)
     assert metrics.keyword_bleu("芯片", reference) == pytest.approx(math.exp(1 - 11 / 2))
     assert metrics.keyword_bleu("足球", reference) == 0
-    # equal ones first, whatever the alphabet says: 北 海 上 after 上 海 北 海 上 is right but for two missing characters
+    # equal ones first, whatever the alphabet says: of 上 海 北 海 上 only the first two characters are missing
     found = [metrics.keyword_bleu(order, "上海,北,海上") for order in ("海上,北", "北,海上")]
     assert found == pytest.approx([math.exp(1 - 5 / 3)] * 2)
     assert metrics.split_keywords(" 李 娜 , 网球,网球;\n") == ["李 娜", "网球"]

@@ -1,4 +1,4 @@
-"""faq/predict in parts: the answers of all at once, kept part by part, and lengths that are checked before the first."""
+"""faq/predict in parts: the answers of all at once, kept part by part; lengths are checked before the first one."""
 
 import json
 from collections.abc import Iterator

@@ -50,7 +50,7 @@ def test_by_hand() -> None:
 
 def test_macro_f1_is_scikit_learns() -> None:
     """To the last digit that is told, with many intents: nothing is rounded before the mean."""
-    for seed in range(20):
+    for seed in (0, 1, 32, 112, 147, 157):  # from the third on rounding first makes another last digit
         draw = random.Random(seed)
         names = [str(k) for k in range(7 + 70 * (seed % 2))]
         pairs = [(true, true if draw.random() < 0.6 else draw.choice(names)) for true in draw.choices(names, k=300)]

@@ -93,8 +93,9 @@ def nemo(match: Match, line: bytes) -> Reading:
     """NeMo: `Training epoch 0, iteration 28/99 | lr: 5.6e-06 | global_step: 28 | reduced_train_loss: 2.778 | ... |
     val_loss: 2.861`; every line carries the last evaluation on."""
     told = dict(NEMO.findall(line))
-    values = {name: float(told[key]) for name, key in NEMO_NAMES.items() if key in told}
-    return Reading(**({"step": number(match[1])} | values), data="valid" if "eval_loss" in values else "", bar=True)
+    values: dict[str, Any] = {name: float(told[key]) for name, key in NEMO_NAMES.items() if key in told}
+    values = {"step": number(match[1])} | values
+    return Reading(**values, data="valid" if "eval_loss" in values else "", bar=True)
 
 
 def llm_c(match: Match, line: bytes) -> Reading:
