@@ -25,8 +25,9 @@ def common(tmp_path: Path, checkpoints: dict[str, Path]) -> list[str]:
         listed = f"问题: {question}\n候选类别: {other}\n{intent}"
         rows.append({"input": listed, "output": intent} if k % 3 == 0 else {"question": question, "intent": intent})
     write_catalog(tmp_path / "intents.json")
+    loud = louder(checkpoints["llama"], tmp_path / "loud")
     return [
-        "--model_name_or_path", str(louder(checkpoints["llama"], tmp_path / "loud")), "--intents_file", str(tmp_path / "intents.json"),
+        "--model_name_or_path", str(loud), "--intents_file", str(tmp_path / "intents.json"),
         "--input_file", write(tmp_path / "asked.jsonl", rows),
     ]  # fmt: skip
 
