@@ -1,7 +1,8 @@
 """BLEU, ROUGE, accuracy and F1 that are right for Chinese, English and text that mixes them.
 
 Every score of a prediction lies in [0, 1]; against several references the best counts unless said otherwise. A
-prediction that equals a reference scores 1 in every metric, also when it is one character long.
+prediction that equals a reference scores 1 in every metric, also when it is one character long, or empty (as in SQuAD
+v2.0, where no answer is the right one).
 """
 
 import math
@@ -90,7 +91,7 @@ def _bleu(predicted: list[str], references: list[list[str]]) -> float:
     from nltk.translate.bleu_score import SmoothingFunction, sentence_bleu
 
     if not predicted:
-        return 0.0
+        return float(any(not reference for reference in references))
     order = min(MAX_ORDER, len(predicted))
     smooth = SmoothingFunction().method3
     return float(sentence_bleu(references, predicted, weights=(1 / order,) * order, smoothing_function=smooth))
@@ -118,7 +119,7 @@ def keyword_bleu(prediction: str, reference: str) -> float:
     tokens = {keyword: bleu_tokens(keyword) for keyword in {*true, *predicted}}
     pairs = sorted(
         ((p, t) for p in predicted for t in true if _overlap(tokens[p], tokens[t]) > 0),
-        key=lambda pair: (-_overlap(tokens[pair[0]], tokens[pair[1]]), pair),
+        key=lambda pair: (pair[0] != pair[1], -_overlap(tokens[pair[0]], tokens[pair[1]]), pair),
     )
     place: dict[str, str] = {}
     for p, t in pairs:
@@ -161,7 +162,7 @@ def rouge(prediction: str, references: Sequence[str]) -> dict[str, float]:
     Source: Lin 2004.
     """
     if not prediction.strip():
-        return {"rouge1": 0.0, "rouge2": 0.0, "rougeL": 0.0}
+        return dict.fromkeys(("rouge1", "rouge2", "rougeL"), float(any(not text.strip() for text in references)))
     found = {}
     scored = [(reference, _rouge_scorer().score(reference, prediction)) for reference in references]
     for name in ("rouge1", "rouge2", "rougeL"):
@@ -217,7 +218,7 @@ def f1(prediction: str, references: Sequence[str]) -> float:
 
 def _overlap(a: Sequence[str], b: Sequence[str]) -> float:
     shared = sum((Counter(a) & Counter(b)).values())
-    return 2 * shared / (len(a) + len(b)) if shared else 0.0
+    return 2 * shared / (len(a) + len(b)) if shared else float(not a and not b)
 
 
 # --- CMRC2018's own --------------------------------------------------------------------------------------------------
@@ -304,7 +305,8 @@ def summary(values: Iterable[float], seed: int = 0) -> dict[str, Any]:
     """Mean of per-sample scores, its standard error, and its 95% interval.
 
     The interval is Wilson's (1927) where every score is 0 or 1, because it holds for few samples and for all right,
-    too; otherwise the percentile bootstrap.
+    too; otherwise the percentile bootstrap. That knows no spread where all scores are equal, as those of one sample
+    are: there Wilson's is wide enough, because no score in [0, 1] spreads more than right and wrong do.
 
     Raises ValueError for no values or one that is not finite: neither can be a score.
     """
@@ -313,7 +315,7 @@ def summary(values: Iterable[float], seed: int = 0) -> dict[str, Any]:
     scores = np.asarray(list(values), dtype=np.float64)
     if not scores.size or not np.isfinite(scores).all():
         raise ValueError("a score needs at least one value, and finite ones")
-    if np.isin(scores, (0.0, 1.0)).all():
+    if np.isin(scores, (0.0, 1.0)).all() or scores.min() == scores.max():
         low, high = wilson(float(scores.mean()), scores.size)
     else:
         draw = np.random.default_rng(seed)

@@ -114,7 +114,7 @@ def to_length(text: str) -> int:
 def parse(argv: Sequence[str] | None) -> Config:
     """The configuration that command line arguments describe."""
     given = build_parser().parse_args(argv)
-    for name, least in (("limit", 0), ("max_new_tokens", 1)):
+    for name, least in (("limit", 0), ("max_new_tokens", 1), ("seed", 0)):
         if getattr(given, name) < least:
             raise UserError(f"--{name} is {getattr(given, name)}; expected {least} or more")
     settings = Settings(

@@ -83,8 +83,8 @@ def read_options(text: str) -> Options:
         raise UserError(
             f"additional_parameters: enable_thinking {options.enable_thinking!r}, expected auto, true or false"
         )
-    if options.limit < 0 or options.num_fewshot < 0:
-        raise UserError("additional_parameters: limit and num_fewshot must be 0 or more")
+    if min(options.limit, options.num_fewshot, options.seed) < 0:
+        raise UserError("additional_parameters: limit, num_fewshot and seed must be 0 or more")
     if options.max_seq_len < 0:
         raise UserError(f"additional_parameters: max_seq_len is {options.max_seq_len}, expected 0 or more")
     if options.mode not in families():

@@ -10,7 +10,6 @@ import json
 import os
 import sys
 import time
-from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,6 +21,7 @@ from faq.orders import as_one, in_orders, took
 from faq.queries import Query, read_queries
 from llmops import files, json_text
 from llmops.console import Parser, UserError, log, progress, run_main, stdout_to_stderr, to_bool, write_stdout
+from llmops.formats.chat_format import ChatFormat
 from llmops.formats.families import families
 from llmops.imports import quick_imports
 from llmops.intents.catalog import Catalog, load_catalog
@@ -131,16 +131,33 @@ def check_output(flag: str, name: str, config: Config, model: Path) -> None:
         raise UserError(f"{flag} {path} is a part of the model; choose another name, such as predictions.jsonl")
 
 
-def check_length(prompts: Sequence[Sequence[int]], queries: Sequence[Query], more: int, length: int | None) -> None:
-    """Raise UserError when a prompt with its answer is longer than the model was made for."""
-    if not prompts:
-        return
-    worst = max(range(len(prompts)), key=lambda i: len(prompts[i]))
-    if length and len(prompts[worst]) + more > length:
+def check_length(prompts: Sequence[int], answers: Sequence[int], queries: Sequence[Query], length: int | None) -> None:
+    """Raise UserError when a prompt with its longest answer, both in tokens, is longer than the model was made for."""
+    worst = max(range(len(prompts)), key=lambda i: prompts[i] + answers[i], default=None)
+    if worst is not None and length and prompts[worst] + answers[worst] > length:
         raise UserError(
-            f"the question {files.shown(queries[worst].question, 40)} makes {len(prompts[worst])} prompt tokens and up "
-            f"to {more} of answer, more than the model's {length}; shorten it, or train with fewer candidates"
+            f"the question {files.shown(queries[worst].question, 40)} makes {prompts[worst]} prompt tokens and up "
+            f"to {answers[worst]} of answer, more than the model's {length}; shorten it, or train with fewer candidates"
         )
+
+
+def most_written(config: Config, chat: ChatFormat) -> int:
+    """The most tokens of an answer without constraint."""
+    return int(config.max_new_tokens or chat.family.generation["max_new_tokens"])
+
+
+def longest_answers(config: Config, catalog: Catalog, queries: Sequence[Query], chat: ChatFormat) -> list[int]:
+    """The most tokens that the answer to each query can have."""
+    if not config.constrain:
+        return [most_written(config, chat)] * len(queries)
+    sizes, longest = dict[str, int](), dict[int | None, int]()
+    for query in queries:
+        if query.variant not in longest:
+            answers = catalog.answers(query.variant)
+            new = [answer for answer in answers if answer not in sizes]
+            sizes.update(zip(new, map(len, candidate_tokens(chat, query.prompt, new)), strict=True))
+            longest[query.variant] = max(sizes[answer] for answer in answers)
+    return [longest[query.variant] for query in queries]
 
 
 def predict(
@@ -151,7 +168,8 @@ def predict(
 
     chat, length = model.chat, model.checkpoint.length
     if len(queries) > QUERIES_AT_ONCE:  # all lengths are checked now, and nobody waits for the last part to learn it
-        check_length([array("i", chat.prompt(query.prompt)) for query in queries], queries, 1, length)
+        sizes = [len(chat.prompt(query.prompt)) for query in queries]
+        check_length(sizes, longest_answers(config, catalog, queries, chat), queries, length)
         for start in range(0, len(queries), QUERIES_AT_ONCE):
             part = predict(config, catalog, queries[start : start + QUERIES_AT_ONCE], model, generator)
             for i, predicted in part:
@@ -162,7 +180,8 @@ def predict(
         variants = {query.variant: query.prompt for query in queries}
         tokens = {v: candidate_tokens(chat, prompt, catalog.answers(v)) for v, prompt in variants.items()}
         trees = {v: Tree(found) for v, found in tokens.items()}
-        check_length(prompts, queries, max(len(ids) for found in tokens.values() for ids in found), length)
+        longest = {v: max(map(len, found)) for v, found in tokens.items()}
+        check_length([*map(len, prompts)], [longest[query.variant] for query in queries], queries, length)
         answers = {v: catalog.answers(v) for v in variants}
         best = catalog.retrieval.get("candidates", 1) + 1  # of a found list all, for --join
         for i, choice in generator.choose(prompts, [trees[query.variant] for query in queries], max(2, best)):
@@ -170,8 +189,8 @@ def predict(
             shares = {"probabilities": {name: round(p, 6) for name, p in named}} if catalog.retrieval else {}
             yield i, top_prediction(catalog, named) | shares
         return
-    limit = config.max_new_tokens or chat.family.generation["max_new_tokens"]
-    check_length(prompts, queries, limit, length)
+    limit = most_written(config, chat)
+    check_length([*map(len, prompts)], [limit] * len(queries), queries, length)
     for i, answer in generator.generate(prompts, limit, chat.stop_ids()):
         text = chat.tokenizer.decode(answer.ids, skip_special_tokens=True).strip()
         known = text in catalog.answers(queries[i].variant)

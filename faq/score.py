@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from faq import coverage
+from faq.confusions import draw_confusions
 from llmops import files, json_text, pictures
 from llmops.console import Parser, UserError, log, print_json, run_main, stdout_to_stderr, to_bool
 from llmops.intents.catalog import Catalog, load_catalog, wording_of
@@ -129,6 +130,18 @@ def orders_of(rows: Sequence[dict[str, Any]], path: Path) -> int:
     return found[0]
 
 
+def check_keepable(rows: Sequence[dict[str, Any]], path: Path) -> None:
+    """Raise UserError where the model alone did not choose: a threshold is for probabilities of the same kind."""
+    for number, row in enumerate(rows, 1):
+        joined = "model_intent" in row
+        if joined or not row.get("constrained", True):
+            raise UserError(
+                f"{path}:{number}: made with another --{'join_file' if joined else 'constrain'} than the threshold to "
+                "keep is for: what the model alone says of its candidates; predict anew with --constrain true and "
+                "--use_threshold false"
+            )
+
+
 def is_runner_up(value: Any) -> bool:
     """Whether a value names an intent with its probability, or is null."""
     named = isinstance(value, dict) and isinstance(value.get("intent"), str)
@@ -142,7 +155,7 @@ def rates(hits: int, predicted_as: int, support: int) -> dict[str, float]:
     """
     precision, recall = hits / predicted_as if predicted_as else 0.0, hits / support if support else 0.0
     f1 = 2 * precision * recall / (precision + recall) if hits else 0.0
-    return {"precision": round(precision, 4), "recall": round(recall, 4), "f1": round(f1, 4), "support": support}
+    return {"precision": precision, "recall": recall, "f1": f1, "support": support}
 
 
 def score(rows: Sequence[dict[str, Any]], none: str) -> dict[str, Any]:
@@ -163,14 +176,16 @@ def score(rows: Sequence[dict[str, Any]], none: str) -> dict[str, Any]:
         "accuracy_standard_error": round(math.sqrt(accuracy * (1 - accuracy) / len(pairs)), 4),
         "accuracy_interval": interval(right, len(pairs)),
         "macro_f1": round(sum(found["f1"] for found in by_intent.values()) / len(by_intent), 4),
-        "none_of_the_intents": rates(hits[none], said[none], support[none]),
+        "none_of_the_intents": {
+            name: round(value, 4) for name, value in rates(hits[none], said[none], support[none]).items()
+        },
         "outside_the_candidates": outside,
         "most_confused": [
             {"intent": true, "predicted": predicted, "count": count}
             for (true, predicted), count in confused.most_common(TOP_PAIRS)
         ],
         "per_intent": {
-            intent: {"accuracy": found["recall"], "questions": found["support"]}
+            intent: {"accuracy": round(found["recall"], 4), "questions": found["support"]}
             for intent, found in by_intent.items()
             if found["support"]
         },
@@ -195,40 +210,13 @@ def say_few(result: dict[str, Any]) -> None:
         )
 
 
-def draw(rows: Sequence[dict[str, Any]], result: dict[str, Any], path: Path) -> None:
-    """A confusion matrix of the intents in the most confused pairs: true intents in rows, predictions in columns."""
-    names: dict[str, None] = {}
-    for pair in result["most_confused"]:
-        names.update(dict.fromkeys((pair["intent"], pair["predicted"])))
-    shown = list(names)
-    counts = Counter((row["reference"], row["intent"]) for row in rows)
-    labels = pictures.prepare_labels(shown)
-    import matplotlib.pyplot as plt
-
-    size = max(4.5, 0.45 * len(shown) + 2.5)
-    figure, axes = plt.subplots(figsize=(size, size), dpi=120, layout="constrained")
-    matrix = [[counts[true, predicted] for predicted in shown] for true in shown]
-    mistakes = max(counts[pair["intent"], pair["predicted"]] for pair in result["most_confused"])
-    axes.imshow([[n if i != j else 0 for j, n in enumerate(row)] for i, row in enumerate(matrix)], cmap="Reds",
-                vmin=0, vmax=mistakes)  # fmt: skip
-    for i, row in enumerate(matrix):
-        for j, count in enumerate(row):
-            if count:
-                color = "#2e7d5b" if i == j else "white" if count > 0.6 * mistakes else "#333333"
-                axes.text(j, i, str(count), ha="center", va="center", fontsize=9, color=color)
-    axes.set_xticks(range(len(shown)), labels, rotation=45, ha="right", fontsize=8)
-    axes.set_yticks(range(len(shown)), labels, fontsize=8)
-    axes.set(xlabel="predicted", ylabel="true intent")
-    axes.set_title(f"The {len(result['most_confused'])} most confused pairs of {len(rows)} questions, accuracy "
-                   f"{result['accuracy']:.1%}", fontsize=10)  # fmt: skip
-    pictures.save(figure, path)
-
-
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
     """Score every file, draw the first one's confusions and coverage, compare; what is printed."""
     check(arguments)
     paths = [Path(name) for name in arguments.predictions]
     read = [read_predictions(path) for path in paths]
+    if arguments.keep_threshold:
+        check_keepable(read[0], paths[0])
     intents = Path(arguments.intents_file or paths[0].with_name(INTENTS_NAME))
     given = arguments.intents_file or arguments.train_file or arguments.keep_threshold or files.is_file(intents)
     catalog = load_catalog(intents) if given else None
@@ -260,7 +248,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         kept |= found["joined"]["weights"] | {key: found["joined"][key] for key in ("inputs", "learned")}
     # all is read and computed; now the files
     if results[0]["most_confused"]:
-        draw(read[0], results[0], picture)
+        draw_confusions(read[0], results[0], picture)
         log(f"confusions drawn in {picture}")
     found["coverage"] = report_coverage(ways, none, wished, covered)
     if arguments.suspects_file:
@@ -280,7 +268,7 @@ def compare(
     """(what the comparison adds to the JSON, other ways' rows under their names, training questions to look at, the
     answers of both together by the weights that are kept)."""
     from faq.advice import SHOWN, advise
-    from faq.baselines import advice, compare, say_leaks, untuned
+    from faq.baselines import advice, compare, more_orders, say_leaks, untuned
     from llmops.embedding.folder import read_folder
     from llmops.intents.classifiers import Classifiers, read_asked
     from llmops.intents.retrieval import Features
@@ -318,10 +306,14 @@ def compare(
         kept = {key: found[key] for key in FIGURES}
         compared["joined"] = {"weights": dict(zip(("model", "linear", NONE_OFFSET), weights, strict=True))} | kept
         compared["joined"] |= {"inputs": classifiers.width, "learned": classifiers.digest}
-    judged = (unthresholded(rows), ways.get(JOINED, []))  # as the classifiers: no threshold for precision is theirs
-    right, together = ([row["intent"] == row["reference"] for row in found] for found in judged)
+    said = unthresholded(rows)  # as the classifiers: no threshold for precision is theirs
+    right = [row.get("model_intent", row["intent"]) == row["reference"] for row in said]
+    both = said if all("model_intent" in row for row in rows) else ways.get(JOINED, [])
+    together = [row["intent"] == row["reference"] for row in both]
     compared["recommendation"] = advice(right, baselines[best], figures[best], together)
-    log(compared["recommendation"])
+    compared["to_try"] = more_orders(rows, right, baselines[best], together, catalog)
+    for sentence in filter(None, (compared["recommendation"], compared["to_try"])):
+        log(sentence)
     data = advise(classifiers, folds)
     suspects = data.pop("suspects")
     compared["training_data"] = data | {"suspects": len(suspects), "first_suspects": suspects[:SHOWN]}

@@ -255,7 +255,9 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert score.main([*arguments, "--precision", "0.9"]) == 0
     printed = capsys.readouterr()
     found = json.loads(printed.out)
-    assert list(found) == ["results", "baselines", "recommendation", "joined", "training_data", "coverage"]
+    assert list(found) == [
+        "results", "baselines", "recommendation", "joined", "to_try", "training_data", "coverage"
+    ]  # fmt: skip
     assert [row["name"] for row in found["baselines"]] == [
         "nearest neighbour", "linear classifier", "most frequent intent"
     ]  # fmt: skip

@@ -43,6 +43,22 @@ SHAPES: dict[str, tuple[str, Points, Points]] = {
         "2021-01-01 10:01:15,000 DEV : loss 0.27 - f1-score (micro avg) 0.85\n",
         [(2, 0.92), (4, 0.75), (6, 0.41), (8, 0.38)], [(4, 0.31), (8, 0.27)],
     ),
+    "NeMo": (  # whose every line carries the last evaluation on
+        "0: Training epoch 0, iteration 9/99 | lr: 5.6e-06 | global_batch_size: 32 | global_step: 9 | "
+        "reduced_train_loss: 2.91 | train_step_timing in s: 0.189 | consumed_samples: 320\n"
+        "0: Training epoch 0, iteration 10/99 | lr: 5.8e-06 | global_batch_size: 32 | global_step: 10 | "
+        "reduced_train_loss: 2.778 | train_step_timing in s: 0.1903 | consumed_samples: 352 | val_loss: 2.861 | "
+        "val_ppl: 17.57\n"
+        "0: Training epoch 0, iteration 11/99 | lr: 6e-06 | global_batch_size: 32 | global_step: 11 | "
+        "reduced_train_loss: 2.782 | train_step_timing in s: 0.1903 | consumed_samples: 384 | val_loss: 2.861 | "
+        "val_ppl: 17.57\n"
+        "0: Training epoch 0, iteration 20/99 | lr: 6e-06 | global_batch_size: 32 | global_step: 20 | "
+        "reduced_train_loss: 2.5 | train_step_timing in s: 0.1903 | consumed_samples: 672 | val_loss: 2.7 | "
+        "val_ppl: 14.9\n"
+        "0: Training epoch 0, iteration 21/99 | lr: 0 | global_batch_size: 32 | reduced_train_loss: 2.4 | "
+        "consumed_samples: 704 | val_loss: 2.7\n",
+        [(9, 2.91), (10, 2.778), (11, 2.782), (20, 2.5), (21, 2.4)], [(10, 2.861), (20, 2.7)],
+    ),
     "Caffe": (
         "I0101 10:00:00.000000  1234 solver.cpp:218] Iteration 100 (5.1 iter/s, 19.6s/100 iters), loss = 2.3\n"
         "I0101 10:00:09.000000  1234 solver.cpp:330] Iteration 200, Testing net (#0)\n"

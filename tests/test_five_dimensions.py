@@ -9,6 +9,7 @@ from dimension_calls import ALL, load
 from eval import evaluate_model_from_five_dimensions as command
 from eval.dimensions import cmrc2018
 from eval.samples import Loaded, Sample, add_examples, draw
+from llmops.console import UserError
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -41,6 +42,22 @@ def test_both_formats_of_cmrc_are_the_same_samples() -> None:
                 for answer in question["answers"]:
                     start = answer["answer_start"]
                     assert paragraph["context"][start : start + len(answer["text"])] == answer["text"]
+
+
+def test_answers_of_the_squad_style_may_be_texts(tmp_path: Path) -> None:
+    answers = [{"text": "北京", "answer_start": 0}, "京"]
+    question = {"id": "Q1", "question": "哪里？", "answers": answers}
+    path = tmp_path / "dev.json"
+
+    def read() -> tuple[str, ...]:
+        article = {"paragraphs": [{"context": "北京", "qas": [question]}]}
+        path.write_text(json.dumps({"data": [article]}), encoding="utf-8")
+        return cmrc2018.read(path).samples[0].references
+
+    assert read() == ("北京", "京")
+    answers.append(["北"])
+    with pytest.raises(UserError, match="article 1: 'text' is missing or no text"):
+        read()
 
 
 def test_titles_without_keywords_are_left_out() -> None:

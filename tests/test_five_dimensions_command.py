@@ -55,6 +55,7 @@ def test_the_shell_script_forwards(checkpoints: dict[str, Path], tmp_path: Path)
         ('{"a": 1}', "", "found a JSON dict"),
         ("", "{max_seq_len: 5}", "is not JSON"),
         ("", {"additional_parameters": {"max_len": 5}}, "unknown key 'max_len'"),
+        ("", {"seed": -1}, "limit, num_fewshot and seed must be 0 or more"),
         ("", {"additional_parameters": 5}, "additional_parameters is no object"),
         ("", {"max_seq_len": "many"}, "max_seq_len is 'many', expected a value like 512"),
         ("", {"trust_remote_code": 1}, "trust_remote_code is 1, expected a value like false"),

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,11 +12,24 @@ from test_baselines import INTENTS, questions, write, write_catalog
 
 from faq import baselines, predict, score
 from faq.joined import join
+from llmops import translation
 from llmops.embedding.folder import read_folder
 from llmops.intents.catalog import Catalog, load_catalog, wording_of
 from llmops.intents.classifiers import Asked, Classifiers
 from llmops.intents.joined import logs_of, open_joint, probabilities
 from llmops.intents.retrieval import Features
+
+KEPT = {"candidates": 3, "shown": 2, "order": "random", "ranked_by": "cosine", "embedding_model": "", "examples": {}}
+
+
+@pytest.fixture
+def train_file(tmp_path: Path) -> str:
+    """Some mislabelled training questions: the classifiers are not perfect."""
+    wrong = list(INTENTS)
+    return write(
+        tmp_path / "train.jsonl",
+        [{"question": q, "intent": wrong[k % 3] if k % 2 else i} for k, (q, i) in enumerate(questions()[:40])],
+    )
 
 
 def test_two_classifiers_that_know_different_things_are_better_together() -> None:
@@ -91,6 +105,75 @@ def test_both_together_are_advised_when_they_are_better_than_each() -> None:
     assert found.startswith("Use the tuned model and the linear classifier together (--join true): their 98.0% are")
     assert baselines.advice(alone, best, figures, theirs).startswith("Use the linear classifier on n-grams (91.0%")
     assert baselines.advice(alone, best, figures).endswith("so it is not worth its training here.")
+
+
+def test_the_best_way_is_named_in_both_languages(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever it is: on features or none, with the seconds that it takes or without."""
+    rows = [{"intent": "a", "reference": "a"}] * 10
+    figures = {"accuracy": 1.0, "seconds_per_question": 0.002}
+    for name, features, seconds, english, chinese in (
+        ("linear classifier", "character n-grams", 0.02, "the linear classifier on character n-grams (100.0%, in 2 ms "
+         "a question)", "线性分类器（字符 n-gram，100.0%，每个问题 2 毫秒）"),
+        ("nearest neighbour", "all-MiniLM-L6-v2", 0.02, "the nearest neighbour on all-MiniLM-L6-v2 (100.0%, in 2 ms a "
+         "question)", "最近邻（all-MiniLM-L6-v2，100.0%，每个问题 2 毫秒）"),
+        ("untuned model", "the same prompts", None, "the untuned model on the same prompts (100.0%)",
+         "未微调的模型（同样的提示词，100.0%）"),
+        ("most frequent intent", "", 0.0, "the most frequent intent (100.0%)", "最常见的意图（100.0%）"),
+    ):  # fmt: skip
+        best = baselines.Baseline(name, features, rows, seconds)
+        assert baselines.named(best, figures) == english
+        for right in ([True] * 10, [False] * 10):
+            assert f"建议用{chinese}：" in translation.in_chinese(baselines.advice(right, best, figures))
+
+
+def test_several_orders_are_named_where_they_may_help() -> None:
+    """A model that was asked in one random order and is no more than the measured 10.7 points below the best."""
+    rows = [{"intent": "a", "reference": "a"}] * 100
+    best = baselines.Baseline("linear classifier", "n-grams", rows[:88] + [{"intent": "b", "reference": "a"}] * 12, 0.1)
+    random, model = Catalog("auto", wording_of("auto"), INTENTS, retrieval=KEPT), {"intent": "a", "orders": 1}
+    far, near, same, above = ([True] * count + [False] * (100 - count) for count in (77, 78, 90, 100))
+
+    def told(right: list[bool], *joined: bool, catalog: Catalog = random, **more: object) -> str:
+        return baselines.more_orders([model | more] * 100, right, best, joined, catalog)
+
+    assert told(near).startswith("Each question was asked in one order of its candidates: predict.sh --orders 3 asks")
+    assert told(near) == told(same)
+    two = replace(random, retrieval=KEPT | {"candidates": 2})
+    assert "predict.sh --orders 2 asks" in told(near, catalog=two)  # as many as there are candidates
+    numbered = replace(random, retrieval=KEPT | {"order": "number"})
+    plain = replace(random, retrieval={})
+    assert {told(far), told(above), told(near, *[True] * 100)} == {""}
+    assert {told(near, catalog=numbered), told(near, catalog=plain)} == {""}
+    assert {told(near, orders=3), told(near, model_intent="a")} == {""}
+
+
+def test_what_is_kept_is_for_the_model_alone(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], train_file: str
+) -> None:
+    """Probabilities of free text, or of model and classifier joined, are of another kind."""
+    intents = tmp_path / "intents.json"
+    write_catalog(intents)
+    rows = [
+        {"question": q, "intent": i, "reference": i, "probability": 0.5 + k / 100, "constrained": True}
+        for k, (q, i) in enumerate(questions()[40:])
+    ]
+    common = ["--intents_file", str(intents), "--keep_threshold", "true"]
+    for bad, how in (({"constrained": False}, "--constrain"), ({"model_intent": "退款"}, "--join_file")):
+        path = write(tmp_path / "bad.jsonl", [*rows[:-1], rows[-1] | bad])
+        assert score.main([path, *common]) == 2
+        said = capsys.readouterr().err
+        assert f"bad.jsonl:32: made with another {how} than the threshold to keep is for: what the model alone" in said
+        assert load_catalog(intents).decision == {}
+        assert score.main([path, *common[:2]]) == 0  # scored they can be
+    assert score.main([write(tmp_path / "good.jsonl", rows), *common]) == 0
+    assert load_catalog(intents).decision["threshold"] > 0
+    # of joined predictions the model's own answers are what the model has right
+    wrong = next(name for name in INTENTS if name != rows[0]["reference"])
+    joined = write(tmp_path / "joined.jsonl", [row | {"model_intent": wrong} for row in rows])
+    capsys.readouterr()
+    assert score.main([joined, *common[:2], "--train_file", train_file]) == 0
+    own = np.mean([row["reference"] == wrong for row in rows])
+    assert f"the model alone ({own:.1%})" in json.loads(capsys.readouterr().out)["recommendation"]
 
 
 def test_joined_predictions(

@@ -111,6 +111,17 @@ def test_right_answers_score_one() -> None:
         assert all_scores(text, text) == pytest.approx(dict.fromkeys(all_scores(text, text), 1.0)), text
 
 
+def test_no_answer_is_right_where_none_is_the_reference() -> None:
+    """As in SQuAD v2.0; every other pair with an empty side is wrong."""
+    scored = list(metrics.METRICS.values())
+    both, answer, silence = ([v for metric in scored for v in metric(*pair).values()] for pair in (
+        ("", [""]), ("a b", [""]), ("", ["a b"])
+    ))  # fmt: skip
+    assert set(both) == {1.0}
+    assert set(answer) == set(silence) == {0.0}
+    assert metrics.f1("", ["a", ""]) == metrics.best_bleu("", ["a", ""]) == 1
+
+
 def test_rouge_of_english_is_rouge_scores_own() -> None:
     scorer = RougeScorer(["rouge1", "rouge2", "rougeL"])
     for one, other in itertools.pairwise(english_texts()):
@@ -144,6 +155,9 @@ def test_keywords_have_no_order() -> None:
     # by hand: 芯片 alone is right, of 10 characters: precision 1, brevity exp(1 - 11/2)
     assert metrics.keyword_bleu("芯片", reference) == pytest.approx(math.exp(1 - 11 / 2))
     assert metrics.keyword_bleu("足球", reference) == 0
+    # equal ones first, whatever the alphabet says: of 上 海 北 海 上 only the first two characters are missing
+    found = [metrics.keyword_bleu(order, "上海,北,海上") for order in ("海上,北", "北,海上")]
+    assert found == pytest.approx([math.exp(1 - 5 / 3)] * 2)
     assert metrics.split_keywords(" 李 娜 , 网球,网球;\n") == ["李 娜", "网球"]
 
 
@@ -244,6 +258,11 @@ def test_intervals_of_few_right_answers() -> None:
     assert metrics.summary([0] * 5)["interval_95"] == pytest.approx([0, z2 / (5 + z2)])
     # 81 of 263: Newcombe 1998, table I, method 3
     assert metrics.summary([1] * 81 + [0] * 182)["interval_95"] == pytest.approx([0.2553, 0.3662], abs=5e-5)
+    # equal scores have no spread to draw from: the interval is that of as many right answers, never of no width
+    assert metrics.summary([0.75] * 4)["interval_95"] == metrics.summary([1, 1, 1, 0])["interval_95"]
+    low, high = metrics.summary([0.3])["interval_95"]
+    assert (low, high) == pytest.approx(metrics.wilson(0.3, 1))
+    assert (low < 0.03, high > 0.85) == (True, True)
     low, high = metrics.summary([0.5, 0.25] * 50)["interval_95"]  # no proportion: the bootstrap
     assert 0.34 < low < 0.375 < high < 0.41
 

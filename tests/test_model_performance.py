@@ -363,6 +363,8 @@ def test_what_a_reader_must_know(
     assert " of 8 answers ran into the limit of tokens (--max_new_tokens)" in errors
     code, found, _ = call(capfd, *arguments, "--dataset_path", str(taught_data), "--max_new_tokens", "0")
     assert (code, found["msg"]) == (2, "--max_new_tokens is 0; expected 1 or more")
+    code, found, _ = call(capfd, *arguments, "--dataset_path", str(taught_data), "--seed", "-1")
+    assert (code, found["msg"]) == (2, "--seed is -1; expected 0 or more")
 
 
 def test_a_signal_says_how_far_it_was(checkpoints: dict[str, Path], tmp_path: Path) -> None:

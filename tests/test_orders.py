@@ -34,17 +34,21 @@ def test_geometric_means_by_hand() -> None:
     assert found == [("b", pytest.approx(0.75)), ("a", pytest.approx(0.25))]
 
 
-@pytest.fixture(scope="module")
-def checkpoints(checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A model with random weights, made large: to it the order of a prompt says something."""
+def louder(checkpoint: Path, folder: Path) -> Path:
+    """A copy of a model with random weights, made large: to it the order of a prompt says something."""
     from safetensors.torch import load_file, save_file
 
-    folder = tmp_path_factory.mktemp("models") / "loud"
-    shutil.copytree(checkpoints["llama"], folder)
+    shutil.copytree(checkpoint, folder)
     weights = load_file(folder / "model.safetensors")
-    louder = {name: tensor * (8 if tensor.ndim == 2 else 1) for name, tensor in weights.items()}
-    save_file(louder, folder / "model.safetensors", metadata={"format": "pt"})
-    return {"llama": folder}
+    large = {name: tensor * (8 if tensor.ndim == 2 else 1) for name, tensor in weights.items()}
+    save_file(large, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+@pytest.fixture(scope="module")
+def checkpoints(checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A model to which the order of a prompt says something."""
+    return {"llama": louder(checkpoints["llama"], tmp_path_factory.mktemp("models") / "loud")}
 
 
 @pytest.fixture(scope="module")

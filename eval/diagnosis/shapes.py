@@ -89,6 +89,15 @@ def mmengine(match: Match, line: bytes) -> Reading | None:
     return Reading(step=step, epoch=epoch, loss=float(told[1]), lr=float(rate[1]) if rate else None)
 
 
+def nemo(match: Match, line: bytes) -> Reading:
+    """NeMo: `Training epoch 0, iteration 28/99 | lr: 5.6e-06 | global_step: 28 | reduced_train_loss: 2.778 | ... |
+    val_loss: 2.861`; every line carries the last evaluation on."""
+    told = dict(NEMO.findall(line))
+    values: dict[str, Any] = {name: float(told[key]) for name, key in NEMO_NAMES.items() if key in told}
+    values = {"step": number(match[1])} | values
+    return Reading(**values, data="valid" if "eval_loss" in values else "", bar=True)
+
+
 def llm_c(match: Match, line: bytes) -> Reading:
     """`s:100 trl:4.2 tel:4.1`: the step, the training loss, the test loss of llm.c."""
     told: dict[str, Any] = {}
@@ -120,6 +129,8 @@ def number(text: bytes) -> float:
     return float(text.replace(b",", b"")[:18])
 
 
+NEMO = re.compile(rb"\| (global_step|lr|reduced_train_loss|val_loss): (" + NUMBER + rb")(?![\w.])")
+NEMO_NAMES = {"step": b"global_step", "lr": b"lr", "loss": b"reduced_train_loss", "eval_loss": b"val_loss"}
 LLM_C = re.compile(rb"\b(trl|tel):(" + NUMBER + rb")(?![\w.])")
 SHAPES = (
     LineShape("Keras", b"- loss: ",
@@ -136,6 +147,7 @@ SHAPES = (
     LineShape("mmengine", b"/",
         re.compile(rb"(?:Epoch(?:\((?P<mode>\w+)\))?\s*\[(?P<epoch>\d{1,9})\]|Iter(?:\((?P<kind>\w+)\))?\s*)"
                    rb"\[\s*(?P<done>\d{1,12})/(?P<all>\d{1,12})\]"), mmengine),
+    LineShape("NeMo", b"| reduced_train_loss: ", re.compile(rb"Training epoch \d+, iteration (\d+)/\d+ \| "), nemo),
     LineShape("llm.c", b"l:", re.compile(rb"^s(?:tep)?:(\d+)\s.*\b(?:trl|tel):"), llm_c),
     LineShape("GPT trainers", b" ", re.compile(rb"^(\d{1,12}) (train|val) (" + NUMBER + rb")\s*$"), split_words),
     LineShape("OpenNMT", b" perplexity: ",

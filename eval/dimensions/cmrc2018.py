@@ -47,12 +47,17 @@ def read_native(passages: list[Any], path: Path) -> Iterator[tuple[str, str, str
 
 
 def read_squad(articles: list[Any], path: Path) -> Iterator[tuple[str, str, str, tuple[str, ...]]]:
-    """(id, passage, question, answers) of `{paragraphs: [{context, qas: [{id, question, answers: [{text}]}]}]}`."""
+    """(id, passage, question, answers) of `{paragraphs: [{context, qas: [{id, question, answers: [{text}]}]}]}`.
+
+    An answer may be its text alone, too.
+    """
     for number, article in enumerate(articles, 1):
         where = f"{path}, article {number}"
         for paragraph in list_of(article, "paragraphs", where):
             for question in list_of(paragraph, "qas", where):
-                answers = [text_of(answer, "text", where) for answer in list_of(question, "answers", where)]
+                listed = list_of(question, "answers", where)
+                whole = [answer if isinstance(answer, dict) else {"text": answer} for answer in listed]
+                answers = [text_of(answer, "text", where) for answer in whole]
                 yield (
                     str(question.get("id", "")),
                     text_of(paragraph, "context", where),
