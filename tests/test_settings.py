@@ -130,6 +130,42 @@ def test_values_that_begin_with_a_dash_stay_values(tmp_path: Path) -> None:
     assert done.stdout.splitlines() == ["--question=--help me", "--seed=-5"]
 
 
+@pytest.fixture
+def turkish(tmp_path: Path) -> dict[str, str]:
+    """The variables of a Turkish user, whose locale is made here; its capital of i is no I."""
+    made = None
+    if shutil.which("localedef"):
+        command = ["localedef", "-i", "tr_TR", "-f", "UTF-8", str(tmp_path / "tr_TR.UTF-8")]
+        made = subprocess.run(command, capture_output=True, check=False)
+    if made is None or made.returncode:
+        pytest.skip("this machine makes no locales")
+    return {"LOCPATH": str(tmp_path), "LC_ALL": "tr_TR.UTF-8"}
+
+
+def test_letters_are_those_of_english_in_every_locale(turkish: dict[str, str]) -> None:
+    """Names of settings, as flags and in the help, booleans, GPUs by UUID; texts keep the user's own letters."""
+    assert shell("text=limit; printf %s ${text^^}", **turkish).stdout == "LİMİT"
+    script = ROOT / "chat_main.sh"
+    lines = f"""set +u; read_settings "{script}" --train_file a.jsonl --dry_run TRUE --cuda_visible_devices GPU-AIZ
+        printf '%s ' "$TRAIN_FILE" "$DRY_RUN" ${{#SPOKEN}}; setting_flags | tr '\\0' ' '"""
+    done = shell(lines, SPOKEN="ışığın", **turkish)
+    flags = "--cuda_visible_devices GPU-AIZ --train_file a.jsonl --dry_run true "
+    assert (done.stdout, done.stderr) == (f"a.jsonl true 6 {flags}", "")
+    helps = [shell(f'print_usage "{script}"', **variables).stdout for variables in ({}, turkish)]
+    assert "--include_hosts " in helps[0]
+    assert helps[1] == helps[0]
+    done = shell("INCLUDE_HOSTS=a; check_number INCLUDE_HOSTS 1 9", **turkish)
+    assert "--include_hosts is 'a'" in done.stderr
+
+
+def test_no_shell_script_asks_the_locale_for_letters() -> None:
+    """`lower` and `upper` are the one place."""
+    scripts = (path for folder in (ROOT, *(p for p in ROOT.iterdir() if p.is_dir())) for path in folder.glob("*.sh"))
+    texts = [path.read_text(encoding="utf-8") for path in scripts]
+    found = [line for text in texts for line in re.findall(r"\$\{[^}]*(?:,,|\^\^)\}", text)]
+    assert found == ["${1,,}", "${1^^}"]
+
+
 @pytest.mark.parametrize(
     ("line", "variables", "flags", "expected"),
     [
