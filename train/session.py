@@ -130,10 +130,7 @@ def join_processes() -> torch.device:
         os.environ.setdefault(name, value)
     if "MASTER_PORT" not in os.environ:
         os.environ["MASTER_PORT"] = str(process_group.free_port())
-    device = torch.device("cpu")
-    if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        torch.cuda.set_device(device)
+    device = devices.of_this_process(os.environ)
     muon.compile_late()
     # the Trainer's ddp_timeout comes too late for this group
     with process_group.meeting():
