@@ -252,19 +252,19 @@ print_usage() {
     printf '\n'
 }
 
-# forward COMMAND...: run it as a child, pass SIGTERM and SIGINT on, wait for its good end; its exit status
+# forward COMMAND...: run it as a child, pass SIGTERM, SIGINT and SIGHUP on, wait for its good end; its exit status
 forward() {
-    local child status=0
+    local child="" asked=false status=0
+    trap 'asked=true; [ -z "$child" ] || kill -TERM "$child"' TERM INT HUP # what nohup ignores stays ignored
     "$@" &
     child=$!
-    # shellcheck disable=SC2064 # this child, also when the trap runs
-    trap "kill -TERM $child" TERM INT
+    [ "$asked" = false ] || kill -TERM "$child" || true # a signal that came before it
     wait "$child" || status=$?
     while kill -0 "$child" 2>/dev/null; do # a signal interrupts wait
         status=0
         wait "$child" || status=$?
     done
-    trap - TERM INT
+    trap - TERM INT HUP
     return "$status"
 }
 

@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -282,6 +283,52 @@ def test_a_start_that_waits_can_be_ended(tmp_path: Path) -> None:
         assert job.end(30) == 143
 
 
+ASKED = """
+import os, sys
+from job import run as program
+from job.tasks import Work
+surroundings = dict(os.environ)
+program.Job.prepare = lambda self: Work(["bash", "-c", sys.argv[1]], surroundings, None, lambda printed: (None, None))
+sys.exit(program.main([]))
+"""
+
+
+@pytest.mark.parametrize(
+    ("number", "end", "code", "state"),
+    [
+        (signal.SIGTERM, "exit 143", 143, "stopped"),
+        (signal.SIGHUP, "exit 143", 129, "stopped"),
+        (signal.SIGTERM, "echo the disk is full >&2; exit 1", 1, "failed"),
+        (signal.SIGHUP, "echo the disk is full >&2; exit 1", 1, "failed"),
+    ],
+)
+def test_asked_to_end_it_tells_how_that_went(
+    server: PlatformServer, tmp_path: Path, number: signal.Signals, end: str, code: int, state: str
+) -> None:
+    """143 promises a checkpoint to go on from; the platform, which may have asked for the end, hears nothing."""
+    work = f"trap '{end}' TERM; echo at work >&2; while :; do sleep 0.05; done"
+    given = server.environment(MOUNT_PATH=str(tmp_path), NOTIFY_URL=f"{server.url}/hook", PYTHONPATH=str(ROOT))
+    job = Started((sys.executable, "-c", ASKED, work), **given)
+    wait_for(lambda: "at work" in job.output)
+    job.process.send_signal(number)
+    assert job.end(30) == code, job.output
+    assert [hook["state"] for hook in server.hooks] == ["started", state]
+    assert ("the disk is full" in server.hooks[1]["message"]) == (state == "failed")
+    assert (server.ends, server.state) == ([], "running")
+    assert "nothing is told to the platform" in job.output
+
+
+def test_a_hangup_that_nohup_ignores_ends_no_job(tmp_path: Path) -> None:
+    work = "echo at work >&2; until [ -e go ]; do sleep 0.05; done"
+    command = ("nohup", sys.executable, "-c", ASKED, f"cd {tmp_path}; {work}")
+    job = Started(command, MOUNT_PATH=str(tmp_path), PYTHONPATH=str(ROOT))
+    wait_for(lambda: "at work" in job.output)
+    job.process.send_signal(signal.SIGHUP)
+    (tmp_path / "go").touch()
+    assert job.end(30) == 0, job.output
+    assert '"state": "succeeded"' in job.output
+
+
 def test_a_platform_that_refuses_makes_the_exit_code(server: PlatformServer, tmp_path: Path) -> None:
     """The work is done and nobody knows: that must not look like a good end."""
     data = tmp_path / "answers.jsonl"
@@ -333,7 +380,7 @@ def test_a_fault_of_ours_is_told_and_shown(
     monkeypatch.setattr(program.Job, "work", broken)
     for name, value in server.environment(MOUNT_PATH=str(tmp_path)).items():
         monkeypatch.setenv(name, value)
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
     try:
         with pytest.raises(ZeroDivisionError):
             program.main([])

@@ -3,6 +3,7 @@
 import argparse
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from dataclasses import fields
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT, chat_main, environment
+from job_platform import wait_for
 
 from llmops.console import to_bool
 from train.config import FAQ_DEFAULTS, PEAK_LEARNING_RATES, Config
@@ -199,6 +201,18 @@ def test_blanks_around_the_equals_sign_are_named(tmp_path: Path) -> None:
     done = subprocess.run(["bash", str(script)], env=environment(), capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (2, "")
     assert "edited.sh has 'SEED = ...': a setting is written without blanks around =" in done.stderr
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_reaches_the_command_of_a_command(tmp_path: Path, number: signal.Signals) -> None:
+    """faq/run_all.sh waits for its training, which saves a checkpoint; also when a terminal closes."""
+    inner = "trap 'sleep 0.3; touch saved; exit 143' TERM; touch begun; while :; do sleep 0.05; done"
+    command = ["bash", "-c", f'{SOURCE}forward bash -c "$1" || exit $?', "bash", inner]
+    process = subprocess.Popen(command, cwd=tmp_path, env=environment())
+    wait_for((tmp_path / "begun").exists)
+    process.send_signal(number)
+    assert process.wait(30) == 143
+    assert (tmp_path / "saved").exists()
 
 
 def test_two_first_starts_install_once(tmp_path: Path) -> None:

@@ -73,11 +73,11 @@ def own_part(weight: torch.nn.Parameter) -> torch.Tensor:
 
     DeepSpeed never writes to the padding (`Init._partition_param`): any number, or none, may stand in it.
     """
-    part = getattr(weight, "ds_tensor", None)
-    if part is None:
+    cut: Any = weight  # in ZeRO 3 it has attributes of DeepSpeed's
+    if not hasattr(cut, "ds_tensor"):
         return weight.detach()
-    start = dist.get_rank(group=weight.ds_process_group) * part.numel()
-    return part.detach()[: max(0, weight.ds_numel - start)]
+    part: torch.Tensor = cut.ds_tensor.detach()
+    return part[: max(0, cut.ds_numel - dist.get_rank(group=cut.ds_process_group) * part.numel())]
 
 
 def host_copy(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -99,7 +99,8 @@ def run(given: argparse.Namespace) -> int:
     if given.hostfile and not given.no_ssh:
         chosen = os.environ.get(devices.VISIBLE, "")
         if chosen and not given.on_cpu:
-            log(f"warning: {devices.VISIBLE} ({chosen}) chooses nothing on the machines of a hostfile; --include_hosts does")
+            name = devices.VISIBLE
+            log(f"warning: {name} ({chosen}) chooses nothing on the machines of a hostfile; --include_hosts does")
         led = Led(Plan(machines, given.master_addr, given.master_port or PORT, command, folder, given.on_cpu))
         passing_on(led.ask_to_end)
         return led.run()

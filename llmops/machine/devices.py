@@ -126,8 +126,8 @@ def visible(environ: Mapping[str, str]) -> list[str]:
 def of_slots(environ: Mapping[str, str], slots: Sequence[str]) -> list[str]:
     """The GPUs of this machine's slots of a hostfile: where CUDA_VISIBLE_DEVICES is set here, slot 0 is its first.
 
-    So a scheduler's GPUs, or those that other people left, stay the ones that are used. Raises UserError for a slot that
-    is not among them.
+    So a scheduler's GPUs, or those that other people left, stay the ones that are used. Raises UserError for a slot
+    that is not among them.
     """
     devices = visible(environ)
     missing = [slot for slot in slots if devices and int(slot) >= len(devices)]
@@ -151,8 +151,8 @@ def of_this_process(environ: Mapping[str, str]) -> "torch.device":
     number, count = int(environ["LOCAL_RANK"]), torch.cuda.device_count()
     if number >= count:
         raise UserError(
-            f"process {number + 1} of this machine finds {count} GPUs, and each needs its own; lower --num_processes, or "
-            f"the machine's slots in the hostfile to {count}"
+            f"process {number + 1} of this machine finds {count} GPUs, and each needs its own; lower --num_processes, "
+            f"or the machine's slots in the hostfile to {count}"
         )
     torch.cuda.set_device(number)
     return torch.device("cuda", number)
