@@ -8,14 +8,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from tempfile import TemporaryFile
 from typing import Any, TypeVar
 
 import deepspeed
 import torch
 import torch.distributed as dist
 import transformers
-from torch.utils.tensorboard import SummaryWriter
 from transformers import DefaultFlowCallback, GenerationConfig, PrinterCallback, TrainingArguments, set_seed
 from transformers.integrations import TensorBoardCallback, get_reporting_integration_callbacks
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
@@ -51,7 +49,7 @@ from train.schedule import EarlyStopping, Schedule
 from train.source import Source
 from train.token_cache import load_or_encode
 from train.trainer import ChatTrainer, barrier
-from train.training_log import ConsoleServer, TensorBoardServer, TokenCounter, TrainingLog
+from train.training_log import ConsoleServer, TensorBoardServer, TokenCounter, TrainingLog, event_writer
 
 NEVER = 10**9
 LONGEST_WAIT = timedelta(hours=2)  # of processes for each other: loading a large model from a slow disk takes a while
@@ -338,17 +336,6 @@ def add_callbacks(config: Config, trainer: ChatTrainer, training_log: TrainingLo
         trainer.add_callback(TensorBoardCallback(event_writer(trainer.output / "tensorboard")))
     for tracker in get_reporting_integration_callbacks(config.trackers):
         trainer.add_callback(tracker)
-
-
-def event_writer(folder: Path) -> SummaryWriter:
-    """What writes TensorBoard's events. Raises RunStopped on a full disk, UserError where it may not write."""
-    files.make_folder(folder, "the folder for TensorBoard's events")
-    try:
-        with TemporaryFile(dir=folder, buffering=0) as probe:
-            probe.write(bytes(4096))  # first: the writer's thread would show its own traceback
-        return SummaryWriter(str(folder))
-    except OSError as error:
-        raise files.unwritable(folder, error) from error
 
 
 def replay_words(config: Config, data: Data, size: int) -> str:
