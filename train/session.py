@@ -28,7 +28,7 @@ from llmops.models.chat_model import ChatModel
 from llmops.models.checkpoints import Checkpoint
 from train import attention, checkpointing, elastic, muon, states
 from train.batches import PackedCollator, PaddedCollator, cross_entropy_name, why_no_loss_kernel
-from train.choices import Choices, resolve
+from train.choices import Choices, free_memory, resolve
 from train.config import Config
 from train.course import course_words, judges
 from train.dataset import TokenDataset
@@ -48,7 +48,7 @@ from train.run_folder import (
 from train.schedule import EarlyStopping, Schedule
 from train.source import Source
 from train.token_cache import load_or_encode
-from train.trainer import ChatTrainer, barrier
+from train.trainer import ChatTrainer, all_least, barrier
 from train.training_log import ConsoleServer, TensorBoardServer, TokenCounter, TrainingLog, event_writer
 
 NEVER = 10**9
@@ -275,7 +275,8 @@ def build_trainer(config: Config, data: Data, peers: Peers | None = None) -> tup
         peers.begin()
     rank, world = dist.get_rank(), dist.get_world_size()
     step = agree(lambda: step_size(config, world), rank)
-    choices = agree(lambda: resolve(config, dtype, data.learned, device, world), rank)
+    free = all_least(free_memory(device), device)  # somebody else may be at work on one of the GPUs
+    choices = agree(lambda: resolve(config, dtype, data.learned, device, world, free), rank)
     cpu_kernels.allow(choices.kernel)
     arguments = training_arguments(config, dtype, choices, step)  # starts ZeRO 3's partitioned loading
     set_seed(config.seed)

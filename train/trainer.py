@@ -49,6 +49,15 @@ def all_sum(values: list[float], device: torch.device) -> list[float]:
     return total.tolist()
 
 
+def all_least(value: float, device: torch.device) -> float:
+    """The least of the processes' values."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return value
+    least = torch.tensor(value, dtype=torch.float64, device=device)
+    dist.all_reduce(least, op=dist.ReduceOp.MIN)
+    return float(least)
+
+
 class EpochSampler(torch.utils.data.Sampler[int]):
     """A permutation that depends on seed and epoch alone, so that a resumed epoch has the order of the undisturbed one.
 
