@@ -28,12 +28,16 @@ VERSION = 1  # of the webhook's shape
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a job's work ended: its exit code; `data` for the platform, `summary` (small) for everybody else."""
+    """How a job's work ended: its exit code; `data` for the platform, `summary` (small) for everybody else.
+
+    `failed`: it did so by itself, also where the job was asked to end meanwhile.
+    """
 
     code: int
     data: Any = None
     summary: Any = None
     message: str = ""
+    failed: bool = False
 
     @property
     def status(self) -> str:
@@ -132,7 +136,7 @@ class Webhook:
         if not address:
             return
         raw = json_text.dumps(describe(self.settings, state, outcome)).encode()
-        ended = state in ("succeeded", "failed")
+        ended = state in ("succeeded", "failed") and not self.stopped.is_set()
         what = f"{shown_address(address)} does not hear that the job has {state}"
         seconds, timeout = (float(self.settings.notify_seconds), ATTEMPT_SECONDS) if ended else (0.0, QUICK_SECONDS)
         try:

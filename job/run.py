@@ -2,7 +2,7 @@
 
 bash job/run.sh --help        every setting; docs/jobs.md: how the platform and schedulers start it
 stdout: with LOG_STYLE=plain one JSON object at the end (job.report.describe), with platform the progress.
-Exit codes: those of the work (0, 1, 2), 143 and 130 when a signal ended it; with API_URL 0 for every end that the
+Exit codes: those of the work (0, 1, 2), 143, 130 and 129 when a signal ended it; with API_URL 0 for every end that the
 platform has taken, and 1 for one that it has not.
 """
 
@@ -120,7 +120,8 @@ class Job:
 
     def end(self, outcome: Outcome) -> int:
         """Tell how it ended; the exit code. Nothing goes to the platform when the job was asked to end."""
-        if self.signals.code:
+        asked = bool(self.signals.code)
+        if asked and not outcome.failed:
             stopped = Outcome(self.signals.code, message="stopped; start the job again to go on")
             self.output.tell("the job was asked to end: nothing is told to the platform")
             self._print("stopped", stopped)
@@ -128,6 +129,10 @@ class Job:
             return stopped.code
         state = "failed" if outcome.code else "succeeded"
         self.webhook.report(state, outcome)
+        if asked:
+            self.output.tell("the job was asked to end and its work failed: nothing is told to the platform")
+            self._print(state, outcome)
+            return outcome.code
         taken = self.platform.report(outcome) if self.platform else False
         self._print(state, outcome)
         if taken:
@@ -144,7 +149,7 @@ class Job:
 def failure(code: int, message: str) -> Outcome:
     """The end of a command that failed, or that a signal ended which nobody sent to this job."""
     if code > 0:
-        return Outcome(code, message=message)
+        return Outcome(code, message=message, failed=code < 128)
     name = signal.Signals(-code).name
     hint = ", as the kernel does when memory runs out" if name == "SIGKILL" else ""
     return Outcome(128 - code, message=f"{message}\nthe command was ended by {name}{hint}".strip())

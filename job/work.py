@@ -12,13 +12,12 @@ from types import FrameType
 from typing import BinaryIO
 
 from job.progress import without_brackets
-from llmops.machine.processes import die_with_parent
+from llmops.machine.processes import die_with_parent, to_heed
 from llmops.translation import spoken
 
 KEPT = 20_000  # characters of a command's messages: more than anybody is told
 LONGEST_PIECE = 8192  # of a line that does not end
-SIGNALS = (signal.SIGTERM, signal.SIGINT)
-BY_SIGNAL = (128 + signal.SIGTERM, 128 + signal.SIGINT, -signal.SIGTERM, -signal.SIGINT)
+BY_SIGNAL = {code for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP) for code in (128 + number, -number)}
 GRACE = 1.0  # seconds: a scheduler that signals every process reaches this one a little later, perhaps
 
 
@@ -27,12 +26,14 @@ class Signals:
 
     def __init__(self) -> None:
         self.code = 0
+        self.heeded: list[signal.Signals] = []
         self.stopped = threading.Event()
         self.process: subprocess.Popen[bytes] | None = None
 
     def install(self) -> None:
-        """Catch SIGTERM and SIGINT from now on."""
-        for number in SIGNALS:
+        """Catch SIGTERM, SIGINT and SIGHUP from now on."""
+        self.heeded = to_heed()
+        for number in self.heeded:
             signal.signal(number, self._caught)
 
     def ignore(self) -> None:
@@ -40,7 +41,7 @@ class Signals:
 
         Python's own end would take the handlers away and leave the process to die by the signal.
         """
-        for number in SIGNALS:
+        for number in self.heeded:
             signal.signal(number, signal.SIG_IGN)
 
     def watch(self, process: subprocess.Popen[bytes] | None) -> None:

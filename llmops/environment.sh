@@ -17,7 +17,7 @@ log() { printf '%s\n' "$(spoken "$*")" >&2; }
 # spoken WORDS...: a line in the language of the people here; in English where there is no Python to ask
 spoken() {
     local wanted="${LLMOPS_LANG:-} ${LANGUAGE:-} ${LC_ALL:-} ${LC_MESSAGES:-} ${LANG:-}"
-    [[ ${wanted,,} == *zh* ]] &&
+    [[ $wanted == *[zZ][hH]* ]] &&
         python3 -I -S "$(dirname -- "${BASH_SOURCE[0]}")/translation.py" "$*" 2>/dev/null || printf '%s' "$*"
 }
 
@@ -33,6 +33,16 @@ command_not_found_handle() {
     return 127
 }
 
+# lower TEXT, upper TEXT: REPLY is TEXT in small, in capital letters of English: in Turkish the small one of I is ı
+lower() {
+    local LC_ALL=C
+    REPLY=${1,,}
+}
+upper() {
+    local LC_ALL=C
+    REPLY=${1^^}
+}
+
 # A command's settings are the variables of its "# --- settings" block, one per line: NAME="${NAME:-default}" # comment
 # read_settings SCRIPT ARGUMENTS...: flags into these variables (--train_type is TRAIN_TYPE); --help; names in NAMES.
 # DEMO, where the script has that variable, is a switch; REST, where it has that, takes what follows --.
@@ -40,7 +50,7 @@ read_settings() {
     local script=$1 name
     shift
     show_environment "$script"
-    mapfile -t NAMES < <(sed -n '/^# --- settings/,/^# --- end/s/^\([A-Z][A-Z0-9_]*\)=.*/\1/p' "$script")
+    mapfile -t NAMES < <(LC_ALL=C sed -n '/^# --- settings/,/^# --- end/s/^\([A-Z][A-Z0-9_]*\)=.*/\1/p' "$script")
     while [ $# -gt 0 ]; do
         case $1 in
         -h | --help)
@@ -60,8 +70,8 @@ read_settings() {
             ;;
         --*=*) set -- "${1%%=*}" "${1#*=}" "${@:2}" ;;
         esac
-        name=${1#--}
-        name=${name^^}
+        upper "${1#--}"
+        name=$REPLY
         if [[ $1 != --* ]] || ! one_of "$name" "${NAMES[@]}"; then
             check_marks "$1"
             die "unknown argument $1; bash ${script##*/} --help lists every setting"
@@ -81,7 +91,8 @@ check_marks() {
     rest=${1#"$flag"}
     name=$flag
     for mark in "${dashes[@]}" -; do name=${name//"$mark"/}; done
-    one_of "${name^^}" "${NAMES[@]}" || return 0
+    upper "$name"
+    one_of "$REPLY" "${NAMES[@]}" || return 0
     for mark in "${dashes[@]}" "$equals"; do
         place=${1%%"$mark"*}
         [ "${#place}" -le "${#flag}" ] || continue
@@ -100,7 +111,7 @@ show_environment() {
         while IFS= read -r -d '' variable; do
             [[ $variable != "$name="?* ]] || printf -v "$name" '%s' "${variable#*=}"
         done <"/proc/$$/environ"
-    done < <(sed -n '/^# --- settings/,/^# --- end/{/:-/!s/^\([A-Z][A-Z0-9_]*\)=.*/\1/p;}' "$1")
+    done < <(LC_ALL=C sed -n '/^# --- settings/,/^# --- end/{/:-/!s/^\([A-Z][A-Z0-9_]*\)=.*/\1/p;}' "$1")
 }
 
 # one_of WORD WORDS...: whether the first is among the others
@@ -132,7 +143,10 @@ check_settings() {
 }
 
 # shown_setting NAME: the flag and the value, for an error
-shown_setting() { printf -- "--%s is '%s'" "${1,,}" "${!1}"; }
+shown_setting() {
+    lower "$1"
+    printf -- "--%s is '%s'" "$REPLY" "${!1}"
+}
 
 # trimmed TEXT: without blanks at both ends
 trimmed() {
@@ -145,7 +159,8 @@ trimmed() {
 check_boolean() {
     local value
     value=$(trimmed "${!1}")
-    case ${value,,} in
+    lower "$value"
+    case $REPLY in
     true | yes | 1) printf -v "$1" true ;;
     false | no | 0) printf -v "$1" false ;;
     "") printf -v "$1" '' ;;
@@ -166,13 +181,19 @@ check_number() {
     printf -v "$1" '%s' "$value"
 }
 
+# is_device NAME: whether it is a GPU's number or UUID
+is_device() {
+    local LC_ALL=C # elsewhere A-Z leaves letters out, or takes others in
+    [[ $1 =~ ^([0-9]{1,4}|(GPU|MIG)-[0-9A-Za-z/-]+)$ ]]
+}
+
 # check_devices: CUDA_VISIBLE_DEVICES is empty, -1 (none), or GPUs by number or by UUID, each once
 check_devices() {
     local device wide seen=() value=${CUDA_VISIBLE_DEVICES//[[:space:]]/}
     CUDA_VISIBLE_DEVICES=$value
     if [ -z "$value" ] || [ "$value" = -1 ]; then return; fi
     while IFS= read -r -d , device; do
-        if [[ ! $device =~ ^([0-9]{1,4}|(GPU|MIG)-[0-9A-Za-z/-]+)$ ]]; then
+        if ! is_device "$device"; then
             wide=${value%%，*}
             wide=$((${#wide} + 1))
             case $value in
@@ -191,12 +212,13 @@ check_devices() {
 setting_flags() {
     local name
     for name in "${NAMES[@]}"; do
+        lower "$name"
         if [[ " $* " == *" $name "* || -z ${!name} ]]; then
             continue
         elif [[ ${!name} == -* ]]; then
-            printf '%s\0' "--${name,,}=${!name}"
+            printf '%s\0' "--$REPLY=${!name}"
         else
-            printf '%s\0' "--${name,,}" "${!name}"
+            printf '%s\0' "--$REPLY" "${!name}"
         fi
     done
 }
@@ -218,7 +240,7 @@ print_usage() {
     sed -n '2,/^[^#]/{/^# shellcheck /!s/^# \{0,1\}//p;}' "$1"
     spoken "Settings (flag, description, default):"
     printf '\n\n'
-    sed -n '/^# --- settings/,/^# --- end/p' "$1" | awk '
+    sed -n '/^# --- settings/,/^# --- end/p' "$1" | LC_ALL=C awk '
         /^# --- settings/ { gsub(/^# --- settings(: )?| ?-+$/, ""); if ($0 != "") printf "%s\n", $0; next }
         /^[A-Z][A-Z0-9_]*=/ {
             name = $0; sub(/=.*/, "", name); text = $0; sub(/^[^#]*# */, "", text)
@@ -230,19 +252,19 @@ print_usage() {
     printf '\n'
 }
 
-# forward COMMAND...: run it as a child, pass SIGTERM and SIGINT on, wait for its good end; its exit status
+# forward COMMAND...: run it as a child, pass SIGTERM, SIGINT and SIGHUP on, wait for its good end; its exit status
 forward() {
-    local child status=0
+    local child="" asked=false status=0
+    trap 'asked=true; [ -z "$child" ] || kill -TERM "$child"' TERM INT HUP # what nohup ignores stays ignored
     "$@" &
     child=$!
-    # shellcheck disable=SC2064 # this child, also when the trap runs
-    trap "kill -TERM $child" TERM INT
+    [ "$asked" = false ] || kill -TERM "$child" || true # a signal that came before it
     wait "$child" || status=$?
     while kill -0 "$child" 2>/dev/null; do # a signal interrupts wait
         status=0
         wait "$child" || status=$?
     done
-    trap - TERM INT
+    trap - TERM INT HUP
     return "$status"
 }
 
@@ -260,7 +282,7 @@ forget_settings() {
         CUDA_VISIBLE_DEVICES | CPU_KERNELS | TENSORBOARD* | CONSOLE*) ;;
         *) unset "$name" ;;
         esac
-    done < <(sed -n '/^# --- settings/,/^# --- end/s/^\([A-Z][A-Z0-9_]*\)=.*/\1/p' "$@")
+    done < <(LC_ALL=C sed -n '/^# --- settings/,/^# --- end/s/^\([A-Z][A-Z0-9_]*\)=.*/\1/p' "$@")
 }
 
 # has_gpu: whether an NVIDIA device is there and CUDA_VISIBLE_DEVICES does not say none
@@ -291,7 +313,8 @@ launcher_flags() {
         if [ "$name" = NO_SSH ]; then
             [ "$NO_SSH" != true ] || LAUNCH+=(--no_ssh)
         elif [ -n "${!name}" ]; then
-            LAUNCH+=("--${name,,}=${!name}")
+            lower "$name"
+            LAUNCH+=("--$REPLY=${!name}")
         fi
     done
     if [ "${CUDA_VISIBLE_DEVICES:-}" = -1 ] || [ "${GPU_ID:-}" = -1 ]; then LAUNCH+=(--on_cpu); fi

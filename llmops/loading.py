@@ -16,7 +16,11 @@ from llmops.console import RunStopped, Terminated, UserError
 ROOT = Path(__file__).resolve().parent.parent
 OWN_PACKAGES = tuple(f"{ROOT / name}{os.sep}" for name in ("llmops", "train", "faq", "eval", "serve"))
 CAUSE_LIMIT = 300  # characters of a library's message
-NO_MEMORY = ("can't allocate memory", "Cannot allocate memory", "CUDA out of memory", "not enough memory")
+# in the words of torch, of the kernel, and of CUDA, cuBLAS and NCCL, which torch passes on
+NO_MEMORY = (
+    "can't allocate memory", "Cannot allocate memory", "CUDA out of memory", "not enough memory",
+    "error: out of memory", "'out of memory'", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED",
+)  # fmt: skip
 
 
 @contextmanager

@@ -6,11 +6,13 @@ job's container is removed once its end is known. A cancelled job's container is
 """
 
 import json
+import random
 import re
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -196,7 +198,16 @@ def no_number(name: str) -> Any:
     raise ValueError(name)
 
 
-def wait_for(condition: Callable[[], Any], seconds: float = 30) -> Any:
+def settled_port() -> int:
+    """A port that nobody listens on, and that the kernel gives to no connection meanwhile (it takes those above)."""
+    while True:
+        port = random.randrange(20_000, 30_000)
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+
+
+def wait_for(condition: Callable[[], Any], seconds: float = 120) -> Any:
     """What a condition says once it says something true."""
     end = time.monotonic() + seconds
     while not (found := condition()):

@@ -96,6 +96,13 @@ def test_what_was_asked_and_what_was_chosen_before(config: Config, monkeypatch: 
     assert of_memory(anew, torch.bfloat16, Lengths(), GPU, 1) == on_gpu
 
 
+def test_what_the_fullest_gpu_has_left_decides(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not what is left on the first, where the choice is made."""
+    monkeypatch.setattr(choices, "free_memory", lambda _: 2.0**36)
+    assert of_memory(config, torch.float32, Lengths(), CPU, 2, 1.0) == Choices(1, Split(4, 2048))
+    assert of_memory(config, torch.float32, Lengths(), CPU, 2) == Choices(0, Split(4, 2048))
+
+
 def test_tied_weights_count_once_and_lora_has_the_models_dtype(tmp_path: Path, config: Config) -> None:
     texts = ["some text to make a tokenizer of, and some more"]
     folder = tiny.write_checkpoint(tmp_path / "tied", texts, "llama", 400, hidden=32, tie_word_embeddings=True)

@@ -132,6 +132,29 @@ def test_gpus_of_processes(monkeypatch: pytest.MonkeyPatch) -> None:
         devices.of_processes({}, 4)
 
 
+def test_gpus_of_slots() -> None:
+    """A hostfile counts what a machine's owner left visible."""
+    assert devices.of_slots({}, ["0", "2"]) == ["0", "2"]
+    assert devices.of_slots({"CUDA_VISIBLE_DEVICES": "4,5, GPU-aa"}, ["0", "2"]) == ["4", "GPU-aa"]
+    with pytest.raises(UserError, match=r"has slot 2 of this machine, from 0, .* names 2 GPUs \(4,5\); .* slots=2, or"):
+        devices.of_slots({"CUDA_VISIBLE_DEVICES": "4,5"}, ["1", "2", "3"])
+    with pytest.raises(UserError, match="2 MIG instances"):
+        devices.of_slots({"CUDA_VISIBLE_DEVICES": "MIG-1,MIG-2"}, ["0"])
+
+
+def test_each_process_has_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: list[int] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+    assert devices.of_this_process({"LOCAL_RANK": "3"}) == torch.device("cuda", 3)
+    with pytest.raises(UserError, match="process 5 of this machine finds 4 GPUs, and each needs its own"):
+        devices.of_this_process({"LOCAL_RANK": "4"})
+    assert taken == [3]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert devices.of_this_process({"LOCAL_RANK": "4"}) == torch.device("cpu")
+
+
 def test_a_process_finds_ninja_and_shares_the_cores(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     cores = len(os.sched_getaffinity(0))
     for gpu in (False, True):

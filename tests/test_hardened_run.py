@@ -23,7 +23,7 @@ from llmops.console import RunStopped
 from llmops.machine.process_group import free_port
 from train import checkpointing, states
 from train.config import Config
-from train.faults import explain_faults
+from train.faults import explain_end, explain_faults, explain_shared_memory
 from train.steps import Split
 
 
@@ -179,6 +179,36 @@ def test_deepspeed_states_of_fp16_load(tmp_path: Path) -> None:
 def test_faults_of_states_and_deepspeed_files_are_sentences(error: Exception, phrase: str) -> None:
     with pytest.raises(RunStopped, match=phrase), explain_faults(Config(), Split()):
         raise error
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "CUDA error: out of memory",  # as of pinned memory, when states go to the machine's
+        "NCCL error: unhandled cuda error\nLast error:\nCuda failure 2 'out of memory'",
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+        "[enforce fail at alloc_cpu.cpp:118] . DefaultCPUAllocator: can't allocate memory: you tried to allocate 9",
+    ],
+)
+def test_memory_that_runs_out_is_a_sentence_whoever_finds_it(text: str) -> None:
+    with pytest.raises(RunStopped, match=r"^out of memory at .* pass --micro_batch_tokens"):  # noqa: SIM117
+        with explain_faults(Config(), Split(0, 4096)):
+            raise RuntimeError(text)
+    with pytest.raises(RunStopped, match=r"^out of memory while the result is written"), explain_end(Config()):
+        raise RuntimeError(text)
+
+
+def test_shared_memory_that_is_too_small_is_no_full_disk() -> None:
+    """What NCCL says in a container that was started without --shm-size."""
+    text = (
+        "NCCL error in: NCCLUtils.cpp:77, unhandled system error, NCCL version 2.27.5\nLast error:\nError while "
+        "creating shared memory segment /dev/shm/nccl-2Xb1vS (size 33030528), error: No space left on device"
+    )
+    with pytest.raises(RunStopped, match=r"shared memory /dev/shm is too small with \d+ MiB; .* --shm-size 64gb"):  # noqa: SIM117
+        with explain_shared_memory(), explain_faults(Config(), Split()):
+            raise RuntimeError(text)
+    with pytest.raises(RuntimeError, match=r"^another$"), explain_shared_memory():
+        raise RuntimeError("another")
 
 
 def test_what_deepspeed_itself_refuses_is_a_sentence() -> None:

@@ -13,6 +13,8 @@ from conftest import ROOT, environment
 from llmops.console import UserError
 from llmops.launcher import ssh
 from llmops.launcher.hosts import choose, read_hostfile
+from llmops.launcher.launch import PORT
+from llmops.launcher.machine import READY, Plan
 
 LAUNCH = ROOT / "llmops" / "launcher" / "launch.py"
 HOSTS = {"a": 2, "b": 3}
@@ -168,6 +170,59 @@ def test_places_on_several_machines(tmp_path: Path) -> None:
     assert process.returncode == 0, errors
     assert sorted(out.splitlines()) == ["2 0 4 2 192.0.2.1", "3 1 4 2 192.0.2.1"]
     assert "machine 2 of 3; they meet at 192.0.2.1:29500" in errors
+
+
+ON_GPUS = """
+import os, sys
+from llmops.launcher import launch, machine
+launch.has_gpu = machine.has_gpu = lambda: True
+launch.devices.check_gpu = lambda: None
+code = launch.main() if "--hostfile" in sys.argv else machine.run_main(machine.main)
+sys.stdout.flush()
+os._exit(code)
+"""
+
+
+@pytest.mark.parametrize("led", [False, True])
+@pytest.mark.parametrize(
+    ("visible", "gpus"), [(None, "1,2"), ("4,6,7,9", "6,7"), ("4", "has slot 1 of this machine, from 0,")]
+)
+def test_slots_are_among_the_gpus_that_a_machine_shows(
+    tmp_path: Path, led: bool, visible: str | None, gpus: str
+) -> None:
+    """Those that its scheduler gave, started by hand and over ssh; an exit of 2 where they are fewer."""
+    hostfile, script = written(tmp_path, "a slots=1\nb slots=3\n"), tmp_path / "script.py"
+    script.write_text("import os; print(os.environ['CUDA_VISIBLE_DEVICES'])", encoding="utf-8")
+    by_hand = ["--hostfile", str(hostfile), "--exclude_hosts", "b:0", "--no_ssh", "--node_rank", "1"]
+    by_hand += ["--master_addr", "192.0.2.1", str(script)]
+    plan = Plan({"a": ["0"], "b": ["1", "2"]}, "192.0.2.1", PORT, [str(script)], str(tmp_path))
+    with subprocess.Popen(
+        [sys.executable, "-c", ON_GPUS, *([] if led else by_hand)], cwd=ROOT, text=True,
+        env=environment() | ({"CUDA_VISIBLE_DEVICES": visible} if visible else {}),
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    ) as process:  # fmt: skip
+        assert process.stdin
+        if led:
+            process.stdin.write(plan.to_line(1).decode())
+            process.stdin.flush()
+        assert process.stdout
+        out = [line for line in process.stdout.read().splitlines() if not line.startswith(READY)]
+        errors = process.stderr.read() if process.stderr else ""
+        code = process.wait(40)
+    assert ((code, out) == (0, [gpus, gpus])) if "slot" not in gpus else (code == 2 and gpus in errors), errors
+
+
+def test_gpus_that_choose_nothing_are_named(tmp_path: Path) -> None:
+    """Over ssh each machine's own are chosen from."""
+    ssh_command = tmp_path / "bin" / "ssh"
+    ssh_command.parent.mkdir()
+    ssh_command.write_text("#!/bin/sh\nexit 255\n", encoding="utf-8")
+    ssh_command.chmod(0o755)
+    surroundings = environment() | {"CUDA_VISIBLE_DEVICES": "2,3", "PATH": f"{ssh_command.parent}:{os.environ['PATH']}"}
+    command = [sys.executable, str(LAUNCH), "--hostfile", str(written(tmp_path, "a slots=2\n")), "script.py"]
+    done = subprocess.run(command, env=surroundings, capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode == 2
+    assert "warning: CUDA_VISIBLE_DEVICES (2,3) chooses nothing on the machines of a hostfile" in done.stderr
 
 
 @pytest.mark.parametrize("through", ["launch.py", "chat_main.sh"])

@@ -138,9 +138,36 @@ EVENTS = """
 import sys
 from pathlib import Path
 from llmops.console import run_main
-from train.session import event_writer
+from train.training_log import event_writer
 sys.exit(run_main(lambda: event_writer(Path(sys.argv[1]))))
 """
+
+
+FULL = """
+from tensorboard.compat.tensorflow_stub.io.gfile import GFile
+
+class Fill(TrainerCallback):
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == 3:
+            def full(*arguments):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            GFile.write = GFile.flush = full
+
+def filled(config, trainer, schedule, rank):
+    trainer.add_callback(Fill())
+    train(config, trainer, schedule, rank)
+
+session.train = filled
+"""
+
+
+def test_a_disk_that_fills_up_on_the_way_is_one_sentence(start: Start, small_data: Path) -> None:
+    """Also where TensorBoard's thread is the first to find it full."""
+    done = start(FULL)
+    assert done.returncode == 1, done.stderr[-3000:]
+    assert f"stopped: the disk of {small_data / 'output_path'} is full; the checkpoints saved before are" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert "Exception in thread" not in done.stderr
 
 
 def test_a_start_on_a_full_disk_is_one_sentence(tmp_path: Path) -> None:
@@ -192,8 +219,15 @@ sys.exit(run_main(body))
 INTERRUPTING = """
 import os, signal, sys, time
 from llmops.console import log, run_main
+inside = False
+def asked(*arguments):
+    global inside
+    if not inside:  # a reader that is slow would let them pile up
+        inside = True
+        log("asked to end")
+        inside = False
 def body():
-    signal.signal(signal.SIGALRM, lambda *_: log("asked to end"))
+    signal.signal(signal.SIGALRM, asked)
     signal.setitimer(signal.ITIMER_REAL, 0.001, 0.0005)
     end = time.monotonic() + 1
     while time.monotonic() < end:

@@ -3,6 +3,7 @@
 import argparse
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from dataclasses import fields
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT, chat_main, environment
+from job_platform import wait_for
 
 from llmops.console import to_bool
 from train.config import FAQ_DEFAULTS, PEAK_LEARNING_RATES, Config
@@ -130,6 +132,42 @@ def test_values_that_begin_with_a_dash_stay_values(tmp_path: Path) -> None:
     assert done.stdout.splitlines() == ["--question=--help me", "--seed=-5"]
 
 
+@pytest.fixture
+def turkish(tmp_path: Path) -> dict[str, str]:
+    """The variables of a Turkish user, whose locale is made here; its capital of i is no I."""
+    made = None
+    if shutil.which("localedef"):
+        command = ["localedef", "-i", "tr_TR", "-f", "UTF-8", str(tmp_path / "tr_TR.UTF-8")]
+        made = subprocess.run(command, capture_output=True, check=False)
+    if made is None or made.returncode:
+        pytest.skip("this machine makes no locales")
+    return {"LOCPATH": str(tmp_path), "LC_ALL": "tr_TR.UTF-8"}
+
+
+def test_letters_are_those_of_english_in_every_locale(turkish: dict[str, str]) -> None:
+    """Names of settings, as flags and in the help, booleans, GPUs by UUID; texts keep the user's own letters."""
+    assert shell("text=limit; printf %s ${text^^}", **turkish).stdout == "LİMİT"
+    script = ROOT / "chat_main.sh"
+    lines = f"""set +u; read_settings "{script}" --train_file a.jsonl --dry_run TRUE --cuda_visible_devices GPU-AIZ
+        printf '%s ' "$TRAIN_FILE" "$DRY_RUN" ${{#SPOKEN}}; setting_flags | tr '\\0' ' '"""
+    done = shell(lines, SPOKEN="ışığın", **turkish)
+    flags = "--cuda_visible_devices GPU-AIZ --train_file a.jsonl --dry_run true "
+    assert (done.stdout, done.stderr) == (f"a.jsonl true 6 {flags}", "")
+    helps = [shell(f'print_usage "{script}"', **variables).stdout for variables in ({}, turkish)]
+    assert "--include_hosts " in helps[0]
+    assert helps[1] == helps[0]
+    done = shell("INCLUDE_HOSTS=a; check_number INCLUDE_HOSTS 1 9", **turkish)
+    assert "--include_hosts is 'a'" in done.stderr
+
+
+def test_no_shell_script_asks_the_locale_for_letters() -> None:
+    """`lower` and `upper` are the one place."""
+    scripts = (path for folder in (ROOT, *(p for p in ROOT.iterdir() if p.is_dir())) for path in folder.glob("*.sh"))
+    texts = [path.read_text(encoding="utf-8") for path in scripts]
+    found = [line for text in texts for line in re.findall(r"\$\{[^}]*(?:,,|\^\^)\}", text)]
+    assert found == ["${1,,}", "${1^^}"]
+
+
 @pytest.mark.parametrize(
     ("line", "variables", "flags", "expected"),
     [
@@ -163,6 +201,18 @@ def test_blanks_around_the_equals_sign_are_named(tmp_path: Path) -> None:
     done = subprocess.run(["bash", str(script)], env=environment(), capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (2, "")
     assert "edited.sh has 'SEED = ...': a setting is written without blanks around =" in done.stderr
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_reaches_the_command_of_a_command(tmp_path: Path, number: signal.Signals) -> None:
+    """faq/run_all.sh waits for its training, which saves a checkpoint; also when a terminal closes."""
+    inner = "trap 'sleep 0.3; touch saved; exit 143' TERM; touch begun; while :; do sleep 0.05; done"
+    command = ["bash", "-c", f'{SOURCE}forward bash -c "$1" || exit $?', "bash", inner]
+    process = subprocess.Popen(command, cwd=tmp_path, env=environment())
+    wait_for((tmp_path / "begun").exists)
+    process.send_signal(number)
+    assert process.wait(30) == 143
+    assert (tmp_path / "saved").exists()
 
 
 def test_two_first_starts_install_once(tmp_path: Path) -> None:

@@ -81,21 +81,25 @@ def read_record(config: Config, processes: int) -> dict[str, Any]:
 
 
 def resolve(
-    config: Config, dtype: torch.dtype, data: TokenDataset | Joined, device: torch.device, processes: int
-) -> Choices:
-    """What was asked for, else what an earlier start chose, else what is fastest here and fits into the memory."""
+    config: Config, dtype: torch.dtype, data: TokenDataset | Joined, device: torch.device, processes: int,
+    free: float | None = None,
+) -> Choices:  # fmt: skip
+    """What was asked for, else what an earlier start chose, else what is fastest here and fits into the memory.
+
+    `free`: bytes that every process may use; without it, what this one may.
+    """
     record = read_record(config, processes)
     cpu_kernels.settle(config.cpu_kernels)
     kernel = cpu_kernels.choose(device, dtype, record.get("cpu_kernels", ""))
     size = step_size(config, processes)
     own = len(data.train if isinstance(data, Joined) else data)
     course = choose(config, math.ceil(own / (size - replayed(size, config.replay_ratio))), record)
-    return replace(fitting(config, dtype, data, device, processes, record), kernel=kernel, course=course)
+    return replace(fitting(config, dtype, data, device, processes, record, free), kernel=kernel, course=course)
 
 
 def fitting(
     config: Config, dtype: torch.dtype, data: TokenDataset | Joined, device: torch.device, processes: int,
-    record: dict[str, Any],
+    record: dict[str, Any], free: float | None = None,
 ) -> Choices:  # fmt: skip
     """The choices that memory decides; `record` is what an earlier start chose."""
     every = record.get("gradient_checkpointing") if config.recompute is None else config.recompute
@@ -112,7 +116,8 @@ def fitting(
         return Choices(every, Split(rows, tokens))
     shape, on_gpu = model_shape(config, dtype), device.type == "cuda"
     share = math.ceil(step_size(config, processes) / processes)
-    room = Room(config, shape, data, processes, free_memory(device), on_gpu, share)
+    free = free_memory(device) if free is None else free
+    room = Room(config, shape, data, processes, free, on_gpu, share)
     if rows or tokens:
         return Choices(room.least_recomputing(*largest_micro_batch(data, rows, tokens)), Split(rows, tokens))
     return room.best(every)

@@ -1,19 +1,23 @@
 """Expected faults of a training, each as one sentence: memory, disk, a state or a DeepSpeed file that is refused."""
 
+import os
 import pickle
+import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from types import TracebackType
 
 import pydantic
-import torch
 from safetensors import SafetensorError
 
 from llmops import files
 from llmops.console import RunStopped
+from llmops.loading import is_out_of_memory
 from train import states
 from train.config import Config
 from train.steps import Split
+
+SHARED_MEMORY = "/dev/shm"
 
 
 @contextmanager
@@ -36,7 +40,7 @@ def explain_faults(config: Config, split: Split) -> Iterator[None]:
             f'{config.deepspeed_file} says otherwise than the settings ({found}); write "auto" there'
         ) from error
     except (OSError, RuntimeError, MemoryError, SafetensorError) as error:
-        if lacks_memory(error):
+        if is_out_of_memory(error):
             raise RunStopped(
                 f"out of memory at {micro_batch(split)} and length {config.max_seq_len}; pass --micro_batch_tokens "
                 f"{max(256, (split.tokens or split.rows * config.max_seq_len) // 2)} (it changes nothing that is "
@@ -49,12 +53,27 @@ def explain_faults(config: Config, split: Split) -> Iterator[None]:
 
 
 @contextmanager
+def explain_shared_memory() -> Iterator[None]:
+    """Turn the end of NCCL, by which GPUs of one machine speak, in a container of Docker's 64 MiB into one sentence."""
+    try:
+        yield
+    except RuntimeError as error:
+        if SHARED_MEMORY not in str(error) or not os.path.isdir(SHARED_MEMORY):
+            raise
+        size = shutil.disk_usage(SHARED_MEMORY).total >> 20
+        raise RunStopped(
+            f"the GPUs' shared memory {SHARED_MEMORY} is too small with {size} MiB; start the container with "
+            "--shm-size 64gb, or set NCCL_SHM_DISABLE=1, which is slower"
+        ) from error
+
+
+@contextmanager
 def explain_end(config: Config) -> Iterator[None]:
     """Turn out of memory and a full disk into one sentence, while the result is written and merged."""
     try:
         yield
     except (OSError, RuntimeError, MemoryError, SafetensorError) as error:
-        if lacks_memory(error):
+        if is_out_of_memory(error):
             raise RunStopped(
                 "out of memory while the result is written or merged; the checkpoints saved before are whole, free "
                 "some memory and start again to continue"
@@ -64,13 +83,10 @@ def explain_end(config: Config) -> Iterator[None]:
         raise
 
 
-def lacks_memory(error: Exception) -> bool:
-    """Whether the device or the machine is out of memory."""
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
-
-
 def lacks_space(error: Exception) -> bool:
     """Whether a disk is full, in the words of Python, torch and safetensors."""
+    if isinstance(error, RuntimeError) and SHARED_MEMORY in str(error):
+        return False  # that is not the run's disk
     marks = ("No space left on device", "PytorchStreamWriter failed writing", "unexpected pos")
     return getattr(error, "errno", None) in files.FULL or any(mark in str(error) for mark in marks)
 

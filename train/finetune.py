@@ -84,7 +84,7 @@ def run(config: Config) -> dict[str, Any]:
     with quick_imports(*unused()):
         from train import faults, held_out, outcome, session
 
-    with OutputFolder(config, rank), watch_launcher(), Peers(REMAINS) as peers:
+    with OutputFolder(config, rank), watch_launcher(), Peers(REMAINS) as peers, faults.explain_shared_memory():
         intents = outcome.read_intents(config)  # now: the folder may be prepared anew meanwhile
         data = session.prepare_data(config, encodes=local_rank == 0)
         if rank == 0 and not config.test_files:

@@ -8,14 +8,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from tempfile import TemporaryFile
 from typing import Any, TypeVar
 
 import deepspeed
 import torch
 import torch.distributed as dist
 import transformers
-from torch.utils.tensorboard import SummaryWriter
 from transformers import DefaultFlowCallback, GenerationConfig, PrinterCallback, TrainingArguments, set_seed
 from transformers.integrations import TensorBoardCallback, get_reporting_integration_callbacks
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
@@ -30,7 +28,7 @@ from llmops.models.chat_model import ChatModel
 from llmops.models.checkpoints import Checkpoint
 from train import attention, checkpointing, elastic, muon, states
 from train.batches import PackedCollator, PaddedCollator, cross_entropy_name, why_no_loss_kernel
-from train.choices import Choices, resolve
+from train.choices import Choices, free_memory, resolve
 from train.config import Config
 from train.course import course_words, judges
 from train.dataset import TokenDataset
@@ -50,8 +48,8 @@ from train.run_folder import (
 from train.schedule import EarlyStopping, Schedule
 from train.source import Source
 from train.token_cache import load_or_encode
-from train.trainer import ChatTrainer, barrier
-from train.training_log import ConsoleServer, TensorBoardServer, TokenCounter, TrainingLog
+from train.trainer import ChatTrainer, all_least, barrier
+from train.training_log import ConsoleServer, TensorBoardServer, TokenCounter, TrainingLog, event_writer
 
 NEVER = 10**9
 LONGEST_WAIT = timedelta(hours=2)  # of processes for each other: loading a large model from a slow disk takes a while
@@ -130,10 +128,7 @@ def join_processes() -> torch.device:
         os.environ.setdefault(name, value)
     if "MASTER_PORT" not in os.environ:
         os.environ["MASTER_PORT"] = str(process_group.free_port())
-    device = torch.device("cpu")
-    if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        torch.cuda.set_device(device)
+    device = devices.of_this_process(os.environ)
     muon.compile_late()
     # the Trainer's ddp_timeout comes too late for this group
     with process_group.meeting():
@@ -280,7 +275,8 @@ def build_trainer(config: Config, data: Data, peers: Peers | None = None) -> tup
         peers.begin()
     rank, world = dist.get_rank(), dist.get_world_size()
     step = agree(lambda: step_size(config, world), rank)
-    choices = agree(lambda: resolve(config, dtype, data.learned, device, world), rank)
+    free = all_least(free_memory(device), device)  # somebody else may be at work on one of the GPUs
+    choices = agree(lambda: resolve(config, dtype, data.learned, device, world, free), rank)
     cpu_kernels.allow(choices.kernel)
     arguments = training_arguments(config, dtype, choices, step)  # starts ZeRO 3's partitioned loading
     set_seed(config.seed)
@@ -341,17 +337,6 @@ def add_callbacks(config: Config, trainer: ChatTrainer, training_log: TrainingLo
         trainer.add_callback(TensorBoardCallback(event_writer(trainer.output / "tensorboard")))
     for tracker in get_reporting_integration_callbacks(config.trackers):
         trainer.add_callback(tracker)
-
-
-def event_writer(folder: Path) -> SummaryWriter:
-    """What writes TensorBoard's events. Raises RunStopped on a full disk, UserError where it may not write."""
-    files.make_folder(folder, "the folder for TensorBoard's events")
-    try:
-        with TemporaryFile(dir=folder, buffering=0) as probe:
-            probe.write(bytes(4096))  # first: the writer's thread would show its own traceback
-        return SummaryWriter(str(folder))
-    except OSError as error:
-        raise files.unwritable(folder, error) from error
 
 
 def replay_words(config: Config, data: Data, size: int) -> str:

@@ -49,6 +49,15 @@ def all_sum(values: list[float], device: torch.device) -> list[float]:
     return total.tolist()
 
 
+def all_least(value: float, device: torch.device) -> float:
+    """The least of the processes' values."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return value
+    least = torch.tensor(value, dtype=torch.float64, device=device)
+    dist.all_reduce(least, op=dist.ReduceOp.MIN)
+    return float(least)
+
+
 class EpochSampler(torch.utils.data.Sampler[int]):
     """A permutation that depends on seed and epoch alone, so that a resumed epoch has the order of the undisturbed one.
 
@@ -73,12 +82,11 @@ def own_part(weight: torch.nn.Parameter) -> torch.Tensor:
 
     DeepSpeed never writes to the padding (`Init._partition_param`): any number, or none, may stand in it.
     """
-    cut: Any = weight
-    part = getattr(weight, "ds_tensor", None)
-    if part is None:
+    cut: Any = weight  # in ZeRO 3 it has attributes of DeepSpeed's
+    if not hasattr(cut, "ds_tensor"):
         return weight.detach()
-    start = dist.get_rank(group=cut.ds_process_group) * part.numel()
-    return part.detach()[: max(0, cut.ds_numel - start)]
+    part: torch.Tensor = cut.ds_tensor.detach()
+    return part[: max(0, cut.ds_numel - dist.get_rank(group=cut.ds_process_group) * part.numel())]
 
 
 def host_copy(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

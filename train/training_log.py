@@ -11,10 +11,13 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 import time
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from tempfile import TemporaryFile
+from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
@@ -23,6 +26,10 @@ from llmops.console import duration, log
 from llmops.machine.processes import die_with_parent
 from train.run_folder import LOG_NAME
 
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
+Hook = Callable[[threading.ExceptHookArgs], object]
 CHOSEN = "chosen"
 SERVE = Path(__file__).resolve().parent.parent / "serve" / "serve.py"
 ACCURACY = "eval_accuracy"
@@ -147,6 +154,33 @@ class TokenCounter:
         total = torch.tensor(count, dtype=torch.int64, device=device)
         dist.all_reduce(total)
         return int(total)
+
+
+def event_writer(folder: Path) -> "SummaryWriter":
+    """What writes TensorBoard's events. Raises RunStopped on a full disk, UserError where it may not write.
+
+    It writes in a thread. What that raises later is raised again by the next event, and ends the run there.
+    """
+    from torch.utils.tensorboard import SummaryWriter
+
+    files.make_folder(folder, "the folder for TensorBoard's events")
+    try:
+        with TemporaryFile(dir=folder, buffering=0) as probe:
+            probe.write(bytes(4096))  # first: in its thread the writer would only begin to fail
+        threading.excepthook = once(threading.excepthook)
+        return SummaryWriter(str(folder))
+    except OSError as error:
+        raise files.unwritable(folder, error) from error
+
+
+def once(hook: Hook) -> Hook:
+    """A hook for the errors of threads: one that its thread keeps, to raise it elsewhere, is not told of here too."""
+
+    def tell(error: threading.ExceptHookArgs) -> None:
+        if error.exc_value is None or getattr(error.thread, "exception", None) is not error.exc_value:
+            hook(error)
+
+    return tell
 
 
 class SideServer(ABC):

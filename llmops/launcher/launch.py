@@ -97,6 +97,10 @@ def run(given: argparse.Namespace) -> int:
     if given.hostfile and given.alone:
         be_alone(machines, command)
     if given.hostfile and not given.no_ssh:
+        chosen = os.environ.get(devices.VISIBLE, "")
+        if chosen and not given.on_cpu:
+            name = devices.VISIBLE
+            log(f"warning: {name} ({chosen}) chooses nothing on the machines of a hostfile; --include_hosts does")
         led = Led(Plan(machines, given.master_addr, given.master_port or PORT, command, folder, given.on_cpu))
         passing_on(led.ask_to_end)
         return led.run()
@@ -104,6 +108,9 @@ def run(given: argparse.Namespace) -> int:
     number = 0
     if given.hostfile:
         number, address, port = given.node_rank, meeting_address(given, machines), given.master_port or PORT
+        if has_gpu() and not given.on_cpu:
+            name = list(machines)[number]
+            machines[name] = devices.of_slots(os.environ, machines[name])
         if len(machines) > 1:
             log(f"machine {number} of {len(machines)}; they meet at {address}:{port}, and each waits for the others")
     else:

@@ -20,7 +20,8 @@ from importlib.metadata import PackageNotFoundError, version
 from types import FrameType
 from typing import TYPE_CHECKING
 
-from llmops.console import UserError, log, run_main
+from llmops.console import UserError, has_gpu, log, run_main
+from llmops.machine.devices import VISIBLE, of_slots
 
 if TYPE_CHECKING:
     from psutil import Process
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
 READY = "llmops-ready "  # begins the line that says so: what a login shell prints before is no answer
 PACKAGES = ("torch", "transformers", "deepspeed", "peft")
 GRACE = 30  # seconds to end in when another process of the machine has failed
-VISIBLE = "CUDA_VISIBLE_DEVICES"
 
 
 @dataclass(frozen=True)
@@ -167,6 +167,9 @@ def main() -> int:
         return 0  # another machine was not ready
     plan = json.loads(line)
     number = plan.pop("number")
+    name, variables = list(plan["machines"])[number], os.environ | plan["variables"]
+    if has_gpu() and not plan["on_cpu"]:
+        plan["machines"][name] = of_slots(variables, plan["machines"][name])
     machine = Machine(Plan(**plan), number)
     if not os.path.isdir(machine.plan.folder):
         raise UserError(f"{machine.plan.folder}, where the command was started, is not here; start it elsewhere")

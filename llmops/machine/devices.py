@@ -9,7 +9,7 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Mapping, MutableMapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -115,14 +115,55 @@ def choose_dtype(name: str) -> "torch.dtype":
     return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[name]
 
 
+def visible(environ: Mapping[str, str]) -> list[str]:
+    """The GPUs that CUDA_VISIBLE_DEVICES names. Raises UserError for several MIG instances."""
+    devices = [name.strip() for name in environ.get(VISIBLE, "").split(",") if name.strip()]
+    if len(devices) > 1 and any(name.startswith("MIG") for name in devices):
+        raise UserError(f"{VISIBLE} names {len(devices)} MIG instances; CUDA shows a process only one: name one")
+    return devices
+
+
+def of_slots(environ: Mapping[str, str], slots: Sequence[str]) -> list[str]:
+    """The GPUs of this machine's slots of a hostfile: where CUDA_VISIBLE_DEVICES is set here, slot 0 is its first.
+
+    So a scheduler's GPUs, or those that other people left, stay the ones that are used. Raises UserError for a slot
+    that is not among them.
+    """
+    devices = visible(environ)
+    missing = [slot for slot in slots if devices and int(slot) >= len(devices)]
+    if missing:
+        raise UserError(
+            f"the hostfile has slot {missing[0]} of this machine, from 0, and {VISIBLE} here names {len(devices)} GPUs "
+            f"({environ.get(VISIBLE)}); give the machine slots={len(devices)}, or unset the variable"
+        )
+    return [devices[int(slot)] for slot in slots] if devices else list(slots)
+
+
+def of_this_process(environ: Mapping[str, str]) -> "torch.device":
+    """The device of this process, one of several that share a machine: a GPU of its own, or the CPU.
+
+    Raises UserError where the machine has fewer GPUs than processes.
+    """
+    import torch
+
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    number, count = int(environ["LOCAL_RANK"]), torch.cuda.device_count()
+    if number >= count:
+        raise UserError(
+            f"process {number + 1} of this machine finds {count} GPUs, and each needs its own; lower --num_processes, "
+            f"or the machine's slots in the hostfile to {count}"
+        )
+    torch.cuda.set_device(number)
+    return torch.device("cuda", number)
+
+
 def of_processes(environ: Mapping[str, str], processes: int) -> list[str]:
     """The GPUs of this machine that `processes` use (0: one process on each), as CUDA_VISIBLE_DEVICES takes them.
 
     Raises UserError for more processes than GPUs, and for several MIG instances.
     """
-    devices = [name.strip() for name in environ.get(VISIBLE, "").split(",") if name.strip()]
-    if len(devices) > 1 and any(name.startswith("MIG") for name in devices):
-        raise UserError(f"{VISIBLE} names {len(devices)} MIG instances; CUDA shows a process only one: name one")
+    devices = visible(environ)
     named = f"{VISIBLE} names fewer GPUs ({environ.get(VISIBLE)})"
     if not devices:
         import torch
