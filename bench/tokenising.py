@@ -114,7 +114,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--model", type=Path, required=True, help="a chat model's folder; its tokenizer is used")
-    add("--data", type=Path, default=HERE.parent.parent / "shared" / "data" / "alpaca_zh", help="alpaca_zh's folder")
+    add("--data", type=Path, required=True, help="alpaca_zh's folder")
     add("--conversations", type=int, default=100_000)
     add("--kinds", default="jsonl,parquet")
     add("--times", type=int, default=1)

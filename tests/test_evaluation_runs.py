@@ -184,7 +184,7 @@ def test_a_signal_leaves_what_is_finished(
 ) -> None:
     """stdout has the finished dimension and says how far the other was; started again, it ends as if undisturbed."""
     names = ["inference_ability", "reading_comprehension"]
-    options: dict[str, Any] = {"limit": 24, "data_dir": str(command.SAMPLES), "output_path": str(tmp_path / "out")}
+    options: dict[str, Any] = {"limit": 40, "data_dir": str(command.SAMPLES), "output_path": str(tmp_path / "out")}
     slow = {"gpu_id": -1, "batch_size": 1}  # the others run at once: the answers are the same
     arguments = [str(checkpoints["llama"]), json.dumps(names), json.dumps(options | slow)]
     process = subprocess.Popen(
@@ -193,7 +193,7 @@ def test_a_signal_leaves_what_is_finished(
     )  # fmt: skip
     part = tmp_path / "out" / "samples" / "reading_comprehension.process0.jsonl"
     deadline = time.monotonic() + 90
-    while (not part.is_file() or part.read_bytes().count(b"\n") < 4) and time.monotonic() < deadline:
+    while (not part.is_file() or part.read_bytes().count(b"\n") < 1) and time.monotonic() < deadline:
         time.sleep(0.002)
     process.send_signal(signal.SIGTERM)
     output, errors = process.communicate(timeout=60)
@@ -203,14 +203,14 @@ def test_a_signal_leaves_what_is_finished(
     assert list(found["evaluation_results"]) == ["inference_ability"]
     (note,) = found["diagnosis"]["reading_comprehension"]
     kept = len({row["key"] for row in read_lines(part)})
-    told = f"not finished, ended by SIGTERM: {kept} of 24 answers are in {tmp_path / 'out' / 'samples'}"
+    told = f"not finished, ended by SIGTERM: {kept} of 40 answers are in {tmp_path / 'out' / 'samples'}"
     assert note == f"{told}; the same command goes on there"
     report = read_report(tmp_path / "out")
     assert report["finished"] is False
     assert report["evaluation_results"] == found["evaluation_results"]
     code, again, errors = call(capfd, checkpoints["llama"], names, **options)
     assert code == 0
-    assert f"reading_comprehension: {kept} of 24 answers are in" in errors
+    assert f"reading_comprehension: {kept} of 40 answers are in" in errors
     _, straight, _ = call(capfd, checkpoints["llama"], names, **options | {"output_path": ""})
     assert again == straight
     assert read_report(tmp_path / "out")["finished"] is True
