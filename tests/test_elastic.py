@@ -32,6 +32,7 @@ FOUR_TWO_THREE_ONE = [
     (1, 0, ["--per_device_train_batch_size", "4", "--gradient_accumulation_steps", "2"]),
 ]
 STAGES_TOO = [(4, 1, []), (4, 2, ["--zero_stage", "3"]), (1, 4, []), (2, 0, ["--zero_stage", "3"])]
+SUBGROUPS = [(4, 2, []), (3, 0, [])]  # stage 3 as with a large model, whose weights are in several groups by their size
 WAYS = [("2", "lora"), ("2", "all"), ("3", "lora"), ("3", "all")]
 
 
@@ -85,6 +86,13 @@ def driven(tmp_path_factory: pytest.TempPathFactory, conversations: list[Message
         way = [*common, "--zero_stage", "2", "--train_type", "all", *more]
         runs.append(run(folder / "stages", way, world, stop))
         ends.append([143 if stop else 0] * world)
+    large = json.loads((ROOT / "train" / "ds_zero3.json").read_text())
+    large["zero_optimization"]["sub_group_size"] = 600
+    (folder / "large.json").write_text(json.dumps(large))
+    for world, stop, _ in SUBGROUPS:
+        way = [*common, "--ds_file", str(folder / "large.json"), "--train_type", "all"]
+        runs.append(run(folder / "subgroups", way, world, stop))
+        ends.append([143 if stop else 0] * world)
     drive(folder, runs, ends)
     return folder
 
@@ -123,6 +131,17 @@ def test_another_stage_goes_on_too(driven: Path) -> None:
     """ZeRO 2 -> 3 with the same four processes, 3 -> 2 with one, 2 -> 3 with two."""
     assert train_losses(driven / "stages") == pytest.approx(train_losses(driven / "2 all"), rel=1e-4)
     assert (driven / "stages.err").read_text().count("optimizer states are cut anew") == 3
+
+
+def test_a_large_model_in_several_groups_goes_on(driven: Path) -> None:
+    """Other weights are together in a group of 4 processes than in one of 3."""
+    with states.loadable():
+        folder = driven / "subgroups"
+        both = [Shards(folder / f"checkpoint-{step}", world) for step, world in ((2, 4), (STEPS, 3))]
+    groups = [[list(shapes) for shapes in shards.model["param_shapes"]] for shards in both]
+    assert min(map(len, groups)) > 2
+    assert groups[0] != groups[1]
+    assert train_losses(driven / "subgroups") == pytest.approx(train_losses(driven / "2 all"), rel=1e-4)
 
 
 @pytest.mark.parametrize("stage", ["2", "3"])
