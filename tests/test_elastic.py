@@ -7,16 +7,18 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from conftest import DEMO, FAST, ROOT, Messages, environment, read_log, read_messages, train_losses, write_jsonl
+from deepspeed.ops.adam import DeepSpeedCPUAdam
 from safetensors.torch import load_file
 
 from llmops.console import UserError
 from llmops.models import tiny
-from train import checkpointing, run_folder, states
+from train import checkpointing, elastic, run_folder, states
 from train.choices import Choices, read_record
 from train.config import Config
 from train.shards import FP32, Shards
@@ -159,6 +161,30 @@ def test_states_are_read_by_weight(driven: Path, stage: str) -> None:
         assert torch.equal(flat.view_as(weight), weight)
     with states.loadable(), pytest.raises(UserError, match=r"0 files .* where one should be\); start with 5 again"):
         Shards(checkpoint, 5)
+
+
+@pytest.mark.parametrize("stage", ["2", "3"])
+@pytest.mark.parametrize(("of_cpu", "written", "expected"), [(False, 4, "whole"), (True, 4, "cut"), (False, 2, "cut")])
+def test_states_of_another_adam_are_cut_anew(
+    driven: Path, monkeypatch: pytest.MonkeyPatch, stage: str, of_cpu: bool, written: int, expected: str
+) -> None:
+    """--zero_stage 3_offload after 3, as a run that lacks memory is told: no process more or less, and no such step."""
+    adam = torch.optim.AdamW([torch.zeros(1)])
+    if of_cpu:
+        adam = object.__new__(DeepSpeedCPUAdam)  # without its operator, which would be compiled
+        adam.opt_id, adam.ds_opt_adam = 0, SimpleNamespace(destroy_adam=lambda _: None)
+    engine = SimpleNamespace(
+        optimizer=SimpleNamespace(optimizer=adam), zero_optimization=lambda: True,
+        zero_optimization_partition_weights=lambda: stage == "3",
+    )  # fmt: skip
+    checkpoint = str(driven / f"{stage} all elastic" / "checkpoint-1")
+    done: list[str] = []
+    monkeypatch.setattr(elastic.dist, "get_world_size", lambda: written)
+    monkeypatch.setattr(elastic, "cut_anew", lambda *_: done.append("cut"))
+    monkeypatch.setattr(elastic.library, "deepspeed_load_checkpoint", lambda *_, **__: done.append("whole"))
+    with states.loadable(), elastic.loading(checkpoint):
+        elastic.library.deepspeed_load_checkpoint(engine, checkpoint)
+    assert done == [expected]
 
 
 def shorter_table(state: dict[str, Any]) -> None:
