@@ -7,16 +7,18 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from conftest import DEMO, FAST, ROOT, Messages, environment, read_log, read_messages, train_losses, write_jsonl
+from deepspeed.ops.adam import DeepSpeedCPUAdam
 from safetensors.torch import load_file
 
 from llmops.console import UserError
 from llmops.models import tiny
-from train import checkpointing, run_folder, states
+from train import checkpointing, elastic, run_folder, states
 from train.choices import Choices, read_record
 from train.config import Config
 from train.shards import FP32, Shards
@@ -32,6 +34,7 @@ FOUR_TWO_THREE_ONE = [
     (1, 0, ["--per_device_train_batch_size", "4", "--gradient_accumulation_steps", "2"]),
 ]
 STAGES_TOO = [(4, 1, []), (4, 2, ["--zero_stage", "3"]), (1, 4, []), (2, 0, ["--zero_stage", "3"])]
+SUBGROUPS = [(4, 2, []), (3, 0, [])]  # stage 3 as with a large model, whose weights are in several groups by their size
 WAYS = [("2", "lora"), ("2", "all"), ("3", "lora"), ("3", "all")]
 
 
@@ -85,6 +88,13 @@ def driven(tmp_path_factory: pytest.TempPathFactory, conversations: list[Message
         way = [*common, "--zero_stage", "2", "--train_type", "all", *more]
         runs.append(run(folder / "stages", way, world, stop))
         ends.append([143 if stop else 0] * world)
+    large = json.loads((ROOT / "train" / "ds_zero3.json").read_text())
+    large["zero_optimization"]["sub_group_size"] = 600
+    (folder / "large.json").write_text(json.dumps(large))
+    for world, stop, _ in SUBGROUPS:
+        way = [*common, "--ds_file", str(folder / "large.json"), "--train_type", "all"]
+        runs.append(run(folder / "subgroups", way, world, stop))
+        ends.append([143 if stop else 0] * world)
     drive(folder, runs, ends)
     return folder
 
@@ -125,6 +135,17 @@ def test_another_stage_goes_on_too(driven: Path) -> None:
     assert (driven / "stages.err").read_text().count("optimizer states are cut anew") == 3
 
 
+def test_a_large_model_in_several_groups_goes_on(driven: Path) -> None:
+    """Other weights are together in a group of 4 processes than in one of 3."""
+    with states.loadable():
+        folder = driven / "subgroups"
+        both = [Shards(folder / f"checkpoint-{step}", world) for step, world in ((2, 4), (STEPS, 3))]
+    groups = [[list(shapes) for shapes in shards.model["param_shapes"]] for shards in both]
+    assert min(map(len, groups)) > 2
+    assert groups[0] != groups[1]
+    assert train_losses(driven / "subgroups") == pytest.approx(train_losses(driven / "2 all"), rel=1e-4)
+
+
 @pytest.mark.parametrize("stage", ["2", "3"])
 def test_states_are_read_by_weight(driven: Path, stage: str) -> None:
     """Whole and in pieces: the fp32 copies that four processes wrote are the model that was saved beside them."""
@@ -140,6 +161,30 @@ def test_states_are_read_by_weight(driven: Path, stage: str) -> None:
         assert torch.equal(flat.view_as(weight), weight)
     with states.loadable(), pytest.raises(UserError, match=r"0 files .* where one should be\); start with 5 again"):
         Shards(checkpoint, 5)
+
+
+@pytest.mark.parametrize("stage", ["2", "3"])
+@pytest.mark.parametrize(("of_cpu", "written", "expected"), [(False, 4, "whole"), (True, 4, "cut"), (False, 2, "cut")])
+def test_states_of_another_adam_are_cut_anew(
+    driven: Path, monkeypatch: pytest.MonkeyPatch, stage: str, of_cpu: bool, written: int, expected: str
+) -> None:
+    """--zero_stage 3_offload after 3, as a run that lacks memory is told: no process more or less, and no such step."""
+    adam = torch.optim.AdamW([torch.zeros(1)])
+    if of_cpu:
+        adam = object.__new__(DeepSpeedCPUAdam)  # without its operator, which would be compiled
+        adam.opt_id, adam.ds_opt_adam = 0, SimpleNamespace(destroy_adam=lambda _: None)
+    engine = SimpleNamespace(
+        optimizer=SimpleNamespace(optimizer=adam), zero_optimization=lambda: True,
+        zero_optimization_partition_weights=lambda: stage == "3",
+    )  # fmt: skip
+    checkpoint = str(driven / f"{stage} all elastic" / "checkpoint-1")
+    done: list[str] = []
+    monkeypatch.setattr(elastic.dist, "get_world_size", lambda: written)
+    monkeypatch.setattr(elastic, "cut_anew", lambda *_: done.append("cut"))
+    monkeypatch.setattr(elastic.library, "deepspeed_load_checkpoint", lambda *_, **__: done.append("whole"))
+    with states.loadable(), elastic.loading(checkpoint):
+        elastic.library.deepspeed_load_checkpoint(engine, checkpoint)
+    assert done == [expected]
 
 
 def shorter_table(state: dict[str, Any]) -> None:

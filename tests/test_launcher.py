@@ -192,7 +192,7 @@ def test_slots_are_among_the_gpus_that_a_machine_shows(
 ) -> None:
     """Those that its scheduler gave, started by hand and over ssh; an exit of 2 where they are fewer."""
     hostfile, script = written(tmp_path, "a slots=1\nb slots=3\n"), tmp_path / "script.py"
-    script.write_text("import os; print(os.environ['CUDA_VISIBLE_DEVICES'])", encoding="utf-8")
+    script.write_text("import os; os.write(1, os.environb[b'CUDA_VISIBLE_DEVICES'] + b'\\n')", encoding="utf-8")
     by_hand = ["--hostfile", str(hostfile), "--exclude_hosts", "b:0", "--no_ssh", "--node_rank", "1"]
     by_hand += ["--master_addr", "192.0.2.1", str(script)]
     plan = Plan({"a": ["0"], "b": ["1", "2"]}, "192.0.2.1", PORT, [str(script)], str(tmp_path))
@@ -253,9 +253,11 @@ def test_variables_of_other_machines(tmp_path: Path, monkeypatch: pytest.MonkeyP
         monkeypatch.delenv(name)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.setenv("NCCL_DEBUG", "INFO")
+    monkeypatch.setenv("PYTORCH_ALLOC_CONF", "max_split_size_mb:512")
     (tmp_path / ".deepspeed_env").write_text('# ours\nNCCL_SOCKET_IFNAME=ib0\nA="b c"\n\n', encoding="utf-8")
     found = ssh.exported(str(tmp_path))
-    assert found == {"NCCL_DEBUG": "INFO", "NCCL_SOCKET_IFNAME": "ib0", "A": "b c"}
+    more = {"PYTORCH_ALLOC_CONF": "max_split_size_mb:512"}
+    assert found == more | {"NCCL_DEBUG": "INFO", "NCCL_SOCKET_IFNAME": "ib0", "A": "b c"}
     (tmp_path / ".deepspeed_env").write_text("export\n", encoding="utf-8")
     with pytest.raises(UserError, match=r"\.deepspeed_env:1: found 'export'; expected NAME=value"):
         ssh.exported(str(tmp_path))

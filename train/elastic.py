@@ -21,7 +21,7 @@ from transformers import trainer as library
 
 from llmops.console import log, progress
 from train import checkpointing
-from train.shards import FP32, NUMBERS, Shards, is_whole
+from train.shards import FP32, NUMBERS, Shards, has_bias_correction, is_whole
 
 GLOBAL = ("loss_scaler", "dynamic_loss_scale", "overflow")  # of fp16, the same in every process
 
@@ -48,6 +48,7 @@ def loading(checkpoint: str | None) -> Iterator[None]:
     def load(engine: DeepSpeedEngine, checkpoint_path: str, load_module_strict: bool = True) -> None:
         folder = Path(checkpoint_path)
         same = written == dist.get_world_size() and is_whole(folder) == engine.zero_optimization_partition_weights()
+        same = same and not other_adam(engine, folder)
         if same or not engine.zero_optimization():  # in stage 0 every process has all
             original(engine, checkpoint_path, load_module_strict=load_module_strict)
         else:
@@ -58,6 +59,17 @@ def loading(checkpoint: str | None) -> Iterator[None]:
         yield
     finally:
         library.deepspeed_load_checkpoint = original
+
+
+def other_adam(engine: DeepSpeedEngine, checkpoint: Path) -> bool:
+    """Whether states that torch's Adam keeps go to DeepSpeed's for CPUs (--zero_stage 3_offload), or the other way.
+
+    Each stops at the other's settings and steps.
+    """
+    now = getattr(engine.optimizer, "optimizer", None)
+    if not isinstance(now, (DeepSpeedCPUAdam, torch.optim.Adam)):
+        return False
+    return isinstance(now, DeepSpeedCPUAdam) != has_bias_correction(checkpoint)
 
 
 def cut_anew(engine: DeepSpeedEngine, checkpoint: Path, written: int) -> None:

@@ -42,6 +42,16 @@ def is_whole(checkpoint: Path) -> bool:
     return any(newest(checkpoint).glob("zero_pp_rank_0_*model_states.pt"))
 
 
+def has_bias_correction(checkpoint: Path) -> bool:
+    """Whether a checkpoint's states are of an Adam of DeepSpeed's, which has this setting; torch's has not."""
+    found = sorted(newest(checkpoint).glob("*zero_pp_rank_0_*optim_states.pt"))
+    if not found:
+        return False
+    state = torch.load(found[0], map_location="cpu", weights_only=True, mmap=True)[NUMBERS]
+    inner = state.get(NUMBERS, state.get("base_optimizer_state"))
+    return isinstance(inner, dict) and any("bias_correction" in group for group in inner["param_groups"])
+
+
 class Shards:
     """The states of `processes` processes in a checkpoint. Tensors are mapped from their files, read when asked for.
 

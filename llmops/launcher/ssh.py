@@ -33,7 +33,9 @@ TO_END = 15  # seconds for the others when one has ended in failure: they hear o
 TO_NOTICE = 45  # and when the connection to one broke: they find that out within llmops.machine.peers.SILENCE
 LAST = 15  # seconds from there until what still runs is left
 SSH_FAILED, NO_PROJECT, NO_PYTHON = 255, 101, 102
-EXPORTED = ("NCCL_", "UCX_", "GLOO_", "TORCH_", "PYTHON", "HF_", "MLFLOW_", "SWANLAB_", "TRACKIO_", "WANDB_")
+EXPORTED = (
+    "NCCL_", "UCX_", "GLOO_", "TORCH_", "PYTORCH_", "PYTHON", "HF_", "MLFLOW_", "SWANLAB_", "TRACKIO_", "WANDB_",
+)  # fmt: skip
 MORE_VARIABLES = ".deepspeed_env"  # NAME=value a line, in the home or the current folder
 
 
