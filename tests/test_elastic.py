@@ -181,9 +181,9 @@ def test_states_of_another_adam_are_cut_anew(
     done: list[str] = []
     monkeypatch.setattr(elastic.dist, "get_world_size", lambda: written)
     monkeypatch.setattr(elastic, "cut_anew", lambda *_: done.append("cut"))
-    monkeypatch.setattr(elastic.library, "deepspeed_load_checkpoint", lambda *_, **__: done.append("whole"))
+    monkeypatch.setattr(elastic.hf_trainer, "deepspeed_load_checkpoint", lambda *_, **__: done.append("whole"))
     with states.loadable(), elastic.loading(checkpoint):
-        elastic.library.deepspeed_load_checkpoint(engine, checkpoint)
+        elastic.hf_trainer.deepspeed_load_checkpoint(engine, checkpoint)
     assert done == [expected]
 
 

@@ -17,7 +17,7 @@ from deepspeed import DeepSpeedEngine
 from deepspeed.ops.adam import DeepSpeedCPUAdam
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
-from transformers import trainer as library
+from transformers import trainer as hf_trainer
 
 from llmops.console import log, progress
 from train import checkpointing
@@ -43,7 +43,7 @@ class Target:
 def loading(checkpoint: str | None) -> Iterator[None]:
     """Within this context the Trainer goes on from `checkpoint` with as many processes as this start has."""
     written = checkpointing.read_manifest(Path(checkpoint)).world_size if checkpoint else 0
-    original = library.deepspeed_load_checkpoint
+    original = hf_trainer.deepspeed_load_checkpoint
 
     def load(engine: DeepSpeedEngine, checkpoint_path: str, load_module_strict: bool = True) -> None:
         folder = Path(checkpoint_path)
@@ -54,11 +54,11 @@ def loading(checkpoint: str | None) -> Iterator[None]:
         else:
             cut_anew(engine, folder, written)
 
-    library.deepspeed_load_checkpoint = load
+    hf_trainer.deepspeed_load_checkpoint = load
     try:
         yield
     finally:
-        library.deepspeed_load_checkpoint = original
+        hf_trainer.deepspeed_load_checkpoint = original
 
 
 def other_adam(engine: DeepSpeedEngine, checkpoint: Path) -> bool:
